@@ -1,0 +1,118 @@
+"""Folders of images: what is found, how it is split, what is said when it is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitkd.data import Dataset, ImageDataModule
+from vitkd.errors import ConfigError
+
+Make = Callable[..., Dataset]
+
+
+def test_classes_are_counted_and_a_tenth_is_the_test_split(make: Make, photos: Path, tmp_path: Path) -> None:
+    dataset = make("image_folder", root=str(photos), image_size=16)
+    assert dataset.inspect(tmp_path) == 3
+    splits = dataset.load(tmp_path)
+    train, test = splits["train"], splits["test"]
+    assert train.class_names == ["a", "b", "c"]
+    assert train.labels.bincount().tolist() == [18] * 3
+    assert test.labels.bincount().tolist() == [2] * 3
+    assert not set(train.paths) & set(test.paths)
+    assert train.read_all().shape == (54, 3, 16, 16)
+    assert dataset.load(tmp_path)["test"].paths == test.paths
+
+
+def test_train_and_test_folders(make: Make, photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "own"
+    root.mkdir()
+    photos.rename(root / "train")
+    (root / "test" / "b").mkdir(parents=True)
+    Image.new("RGB", (9, 9), "red").save(root / "test" / "b" / "one.webp", lossless=True)
+    dataset = make("image_folder", root=str(root), image_size=8)
+    splits = dataset.load(tmp_path)
+    assert len(splits["train"]) == 60
+    assert splits["test"].labels.tolist() == [1]
+    assert splits["test"].read_all()[0, :, 4, 4].tolist() == [255, 0, 0]
+    (root / "test" / "d").mkdir()
+    Image.new("RGB", (9, 9)).save(root / "test" / "d" / "two.png")
+    with pytest.raises(ConfigError, match="class 'd' that the train folder lacks"):
+        dataset.load(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "box"), [((40, 20), (5, 0, 15, 10)), ((20, 52), (0, 8, 10, 18))])
+def test_the_middle_is_kept(make: Make, photos: Path, size: tuple, box: tuple) -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    image.save(photos / "a" / "0.png")
+    split = make("image_folder", root=str(photos), image_size=10).load(photos)["train"]
+    expected = np.asarray(image.resize((size[0] // 2, size[1] // 2), Image.Resampling.BILINEAR).crop(box))
+    assert np.array_equal(split._decode(photos / "a" / "0.png").permute(1, 2, 0), expected)
+
+
+def test_grey_images(make: Make, photos: Path) -> None:
+    dataset = make("image_folder", root=str(photos), image_size=12, channels=1, mean=[0.5], std=[0.25])
+    assert dataset.load(photos)["train"].read_all().shape == (54, 1, 12, 12)
+    with pytest.raises(
+        ConfigError, match=r"dataset.mean=\[0.485, 0.456, 0.406\] must be one value a channel"
+    ):
+        make("image_folder", root=str(photos), channels=1)
+
+
+def test_reading_some_equals_reading_all(make: Make, photos: Path) -> None:
+    split = make("image_folder", root=str(photos), image_size=16).load(photos)["train"]
+    assert torch.equal(split.read([5, 0, 50]), split.read_all()[[5, 0, 50]])
+
+
+def test_unreadable_image_is_named(make: Make, photos: Path) -> None:
+    whole = (photos / "b" / "1.jpg").read_bytes()
+    dataset = make("image_folder", root=str(photos))
+    for content in (whole[: len(whole) // 2], b"", b"no image"):
+        (photos / "b" / "1.jpg").write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=r"b/1.jpg cannot be read as an image \(.+\); mend or remove"
+        ) as error:
+            [split.read_all() for split in dataset.load(photos).values()]
+        assert "\n" not in str(error.value)
+
+
+def test_hidden_and_other_files_are_no_images(make: Make, photos: Path) -> None:
+    (photos / "a" / "._1.png").write_bytes(b"")
+    (photos / "a" / "notes.txt").write_text("")
+    (photos / ".cache").mkdir()
+    assert len(make("image_folder", root=str(photos)).load(photos)["train"]) == 54
+
+
+def test_wrong_folders(make: Make, photos: Path, tmp_path: Path) -> None:
+    def complaint(**changes: object) -> str:
+        with pytest.raises(ConfigError) as error:
+            make("image_folder", **changes).inspect(tmp_path)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "dataset.root=null must be a folder" in complaint()
+    assert "nowhere is no folder" in complaint(root=str(tmp_path / "nowhere"))
+    assert "has 3 class folders; set 3 or null" in complaint(root=str(photos), num_classes=4)
+    assert "has no class folders" in complaint(root=str(photos / "a"))
+    assert "lone has 1 class folder; give it 2" in complaint(root=str(_lone(tmp_path / "lone")))
+    (photos / "empty").mkdir()
+    assert "class folder" in (line := complaint(root=str(photos)))
+    assert "empty has no images" in line
+
+
+def test_flowers(make: Make, real_data: Path) -> None:
+    module = ImageDataModule(make("tf_flowers", image_size=16, patch_size=8), real_data, seed=0)
+    module.setup()
+    assert [len(module._indices[split]) for split in ("train", "val", "test")] == [2936, 367, 367]
+    assert module.class_names == ["daisy", "dandelion", "roses", "sunflowers", "tulips"]
+    train, test = module._splits["train"], module._splits["test"]
+    assert (train.labels.bincount() + test.labels.bincount()).tolist() == [633, 898, 641, 699, 799]
+
+
+def _lone(folder: Path) -> Path:
+    (folder / "train" / "only").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(folder / "train" / "only" / "1.png")
+    return folder

@@ -1,0 +1,221 @@
+"""Loaders: the same batches resident or decoded, alone or shared, straight through or resumed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L  # noqa: N812
+import pytest
+import torch
+
+from vitkd.data import Augment, Batch, Dataset, ImageDataModule, Loader
+from vitkd.errors import ConfigError
+
+Make = Callable[..., Dataset]
+
+
+def epoch_of(loader: Loader, epoch: int = 0) -> list[Batch]:
+    loader.sampler.set_epoch(epoch)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    return batches
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def digits(make: Make, tmp_path: Path) -> ImageDataModule:
+    return ImageDataModule(make("digits", augment=Augment(crop_padding=1, flip=True)), tmp_path, seed=3)
+
+
+def test_a_batch(digits: ImageDataModule) -> None:
+    batch = epoch_of(digits.loader("train"))[0]
+    assert batch.image.shape == (64, 1, 8, 8)
+    assert (batch.image.dtype, batch.label.dtype, batch.index.dtype) == (
+        torch.float32,
+        torch.int64,
+        torch.int64,
+    )
+    assert torch.equal(batch.label, digits._splits["train"].labels[batch.index])
+
+
+def test_splits_share_no_image(digits: ImageDataModule) -> None:
+    train, val = (torch.cat([batch.index for batch in digits.loader(split)]) for split in ("train", "val"))
+    assert not set(train.tolist()) & set(val.tolist())
+    assert len(val) == 143
+
+
+def test_evaluation_is_plain_and_the_same_each_epoch(digits: ImageDataModule) -> None:
+    loader = digits.loader("test")
+    first = epoch_of(loader)
+    assert_same(first, epoch_of(loader, 7))
+    pixels = torch.cat([batch.image for batch in first]) * 0.3759 + 0.3053
+    torch.testing.assert_close(pixels, digits._splits["test"].read_all() / 255)
+
+
+def test_epochs_differ_and_come_again(digits: ImageDataModule) -> None:
+    loader = digits.loader("train")
+    first, second = epoch_of(loader, 0), epoch_of(loader, 1)
+    assert not torch.equal(first[0].index, second[0].index)
+    assert_same(first, epoch_of(digits.loader("train"), 0))
+
+
+def test_an_image_looks_the_same_in_any_batch(make: Make, tmp_path: Path) -> None:
+    views = []
+    for batch_size, world_size in ((7, 1), (64, 1), (16, 3)):
+        dataset = make("digits", augment=Augment(crop_padding=2, flip=True), batch_size=batch_size)
+        module = ImageDataModule(dataset, tmp_path, seed=3)
+        ranks = [module.loader("train", rank=rank, world_size=world_size) for rank in range(world_size)]
+        seen = {
+            int(i): image for loader in ranks for batch in loader for image, _, i in zip(*batch, strict=True)
+        }
+        views.append(seen)
+    common = views[0].keys() & views[1].keys() & views[2].keys()
+    assert len(common) > 1200
+    assert all(torch.equal(views[0][i], other[i]) for other in views[1:] for i in common)
+
+
+def test_two_processes_see_the_batches_of_one(make: Make, tmp_path: Path) -> None:
+    alone = epoch_of(ImageDataModule(make("digits", batch_size=32), tmp_path, 0).loader("train"), 2)
+    shared = ImageDataModule(make("digits", batch_size=16), tmp_path, 0)
+    ranks = [epoch_of(shared.loader("train", rank=rank, world_size=2), 2) for rank in range(2)]
+    joined = [Batch(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
+    assert_same(joined, alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("augment", [Augment(crop_padding=2, flip=True), Augment(resized_crop=[0.5, 1.0])])
+def test_decoded_batches_equal_resident_ones(
+    workers: int, augment: Augment, make: Make, photos: Path
+) -> None:
+    settings = {
+        "root": str(photos),
+        "image_size": 16,
+        "batch_size": 8,
+        "augment": augment,
+        "workers": workers,
+    }
+    resident = ImageDataModule(make("image_folder", **settings), photos, seed=1)
+    decoded = ImageDataModule(make("image_folder", resident_limit_gib=0.0, **settings), photos, seed=1)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    train, val = decoded.loader("train"), decoded.loader("val")
+    for epoch in (0, 1):
+        assert_same(epoch_of(train, epoch), epoch_of(resident.loader("train"), epoch))
+    next(iter(train))  # an epoch that is left early does not spoil the next one
+    assert_same(epoch_of(train, 1), epoch_of(resident.loader("train"), 1))
+    assert_same(epoch_of(val), epoch_of(resident.loader("val")))
+    assert torch.equal(before, torch.get_rng_state())
+    processes = train.pixels._loader._iterator._workers if workers else []
+    decoded.teardown("fit")
+    assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_names_the_unreadable_image(workers: int, make: Make, photos: Path) -> None:
+    settings = {"root": str(photos), "image_size": 16, "resident_limit_gib": 0.0, "workers": workers}
+    module = ImageDataModule(make("image_folder", **settings), photos, seed=0)
+    loader = module.loader("train")
+    for file in photos.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(ConfigError, match="cannot be read as an image") as error:
+        next(iter(loader))
+    assert "\n" not in str(error.value)
+    module.teardown("fit")
+
+
+def test_no_validation(make: Make, tmp_path: Path) -> None:
+    module = ImageDataModule(make("digits", val_fraction=0.0), tmp_path, 0)
+    assert module.val_dataloader() == []
+    assert sum(len(batch.label) for batch in module.train_dataloader()) == 1438 // 64 * 64
+
+
+def test_setup_loads_once(digits: ImageDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits.setup("fit")
+    monkeypatch.setattr(type(digits.dataset), "load", None)
+    digits.setup("test")
+    assert digits.num_classes == 10
+    assert digits.loader("train").pixels is digits.loader("val").pixels
+
+
+def test_going_on_from_any_batch(digits: ImageDataModule) -> None:
+    whole = epoch_of(digits.loader("train"), 4)
+    first, later = digits.loader("train"), digits.loader("train")
+    first.sampler.set_epoch(4)
+    stopped = iter(first)
+    for _ in range(5):
+        next(stopped)
+    later.load_state_dict(first.state_dict())
+    later.sampler.set_epoch(4)
+    assert_same(list(later), whole[5:])
+    assert len(list(later)) == len(whole)
+
+
+def test_a_finished_epoch_leaves_nothing_to_skip(digits: ImageDataModule) -> None:
+    first, later = digits.loader("train"), digits.loader("train")
+    next(iter(first))
+    later.load_state_dict(first.state_dict())
+    later.sampler.set_epoch(1)
+    assert_same(list(later), epoch_of(digits.loader("train"), 1))
+
+
+class Diary(L.LightningModule):
+    """Learns one number, notes what it saw and, given a folder, keeps a checkpoint of every step."""
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__()
+        self.folder = folder
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, int, list[int]]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        assert isinstance(batch, Batch)
+        self.seen.append((self.current_epoch, batch_idx, batch.index.tolist()))
+        return (self.weight - batch.image.mean()) ** 2
+
+    def on_train_batch_end(self, *_: object) -> None:
+        if self.folder:
+            self.trainer.save_checkpoint(self.folder / f"{self.global_step}.ckpt")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(make: Make, folder: Path, resume: Path | None = None) -> Diary:
+    module = ImageDataModule(make("digits", batch_size=400), folder, seed=9)  # 3 batches an epoch
+    diary = Diary(None if resume else folder)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=4,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(diary, module, ckpt_path=resume, weights_only=True)
+    return diary
+
+
+# Lightning 2.6 calls a part of torch's pytree that torch 2.15 deprecates.
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+# Lightning's advice to use more workers and a logger is for other loaders.
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+def test_lightning_sets_the_epoch_and_resumes_at_every_step(make: Make, tmp_path: Path) -> None:
+    whole = fit(make, tmp_path)
+    loader = ImageDataModule(make("digits", batch_size=400), tmp_path, seed=9).loader("train")
+    expected = [
+        (epoch, place, batch.index.tolist())
+        for epoch in range(4)
+        for place, batch in enumerate(epoch_of(loader, epoch))
+    ]
+    assert whole.seen == expected
+    for step in range(1, 12):
+        resumed = fit(make, tmp_path, tmp_path / f"{step}.ckpt")
+        assert resumed.seen == expected[step:]
+        assert torch.equal(resumed.weight, whole.weight)

@@ -1,0 +1,83 @@
+"""Attention scores are returned data: for the blocks asked for, leaving the logits as they are, at least cost."""
+
+import pytest
+import torch
+
+from vitkd.models import ViT
+
+
+@pytest.fixture(params=[{}, {"qkv_bias": True, "patch_norm": False}], ids=["bare", "qkv-bias"])
+def model(tiny, request) -> ViT:
+    return tiny(depth=4, **request.param).build().double()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 8, 8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("blocks", [[], [0], [3], [1, 2], [0, 1, 2, 3]])
+def test_exactly_the_blocks_asked_for_are_recorded(model, images, blocks):
+    scores = model(images, record=blocks).scores
+
+    assert sorted(scores) == blocks
+    assert all(s.shape == (3, 2, 5, 5) and s.requires_grad for s in scores.values())
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_recording_leaves_logits_and_gradients_as_fused_attention_has_them(model, images, train):
+    model.train(train)
+    results = []
+    for record in ([], range(4)):
+        logits = model(images, record).logits
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        results.append((logits, *gradients))
+
+    torch.testing.assert_close(*results, atol=1e-6, rtol=0)
+
+
+def test_recorded_scores_do_not_depend_on_what_else_is_recorded(model, images):
+    everything = model(images, record=range(4)).scores
+    for i in range(4):
+        torch.testing.assert_close(model(images, record=[i]).scores[i], everything[i], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("blocks", [[0], [2], [0, 2], [2, 0], [1, 2, 3]])
+def test_scores_alone_equal_the_forward_passs(model, images, blocks):
+    recorded = model(images, record=blocks).scores
+    alone = model.scores(images, blocks)
+
+    assert alone.keys() == recorded.keys()
+    for i in blocks:
+        torch.testing.assert_close(alone[i], recorded[i], atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_scores_alone_touch_nothing_past_the_last_blocks_keys(model, images):
+    expected = model.scores(images, [0, 2])
+    last = model.blocks[2]
+    inner = model.config.num_heads * model.config.head_dim
+
+    for module in (last.mlp, last.attention.out, model.blocks[3], model.norm, model.head):
+        for parameter in module.parameters():
+            parameter.fill_(torch.nan)
+    for parameter in last.attention.qkv.parameters():
+        parameter[2 * inner :] = torch.nan
+
+    assert model(images).logits.isnan().all()
+    for i, scores in model.scores(images, [0, 2]).items():
+        assert torch.equal(scores, expected[i])
+
+
+def test_scores_are_queries_times_keys_over_the_root_of_head_dim(model, images):
+    """By loops, for one image and one head."""
+    attention, x = model.blocks[0].attention, model.embed(images)
+    projected = attention.qkv(attention.norm(x))[1]
+    head, d, inner = 1, 4, 8
+    scores = model.scores(images, [0])[0][1, head]
+
+    for query in range(5):
+        for key in range(5):
+            q = projected[query, head * d : (head + 1) * d]
+            k = projected[key, inner + head * d : inner + (head + 1) * d]
+            assert scores[query, key].item() == pytest.approx((q @ k).item() / d**0.5, abs=1e-12)

@@ -1,0 +1,96 @@
+"""One safetensors file is enough to have a model back, bit for bit; a bad file is one clear line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from vitkd.errors import ConfigError
+from vitkd.models import ViT, build_from_header, describe, load_model, save_model
+
+
+@pytest.fixture
+def model(tiny) -> ViT:
+    return tiny(dropout=0.1, emb_dropout=0.2, qkv_bias=True, channels=2, num_classes=7).build()
+
+
+@pytest.fixture
+def file(model, tmp_path) -> Path:
+    save_model(model, tmp_path / "model.safetensors", about={"epoch": "3"})
+    return tmp_path / "model.safetensors"
+
+
+def test_round_trip_is_bit_exact(model, file):
+    loaded = load_model(file)
+
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    images = torch.randn(3, 2, 8, 8)
+    assert torch.equal(loaded(images).logits, model.eval()(images).logits)
+
+
+def test_a_loaded_model_can_learn(file):
+    loaded = load_model(file).train()
+    loaded(torch.randn(3, 2, 8, 8)).logits.sum().backward()
+
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
+def test_the_header_holds_what_is_known_about_the_model(file, model):
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+
+    assert header["epoch"] == "3"
+    assert json.loads(header["model"])["dropout"] == 0.1
+    assert build_from_header(header, file).config == model.config
+
+
+def rewritten(file: Path, **changes: str) -> None:
+    """The same weights under another header."""
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    save_file(load_file(file), file, metadata=header | changes)
+
+
+def shape(model: ViT, **changes: object) -> str:
+    return json.dumps(json.loads(describe(model)["model"]) | changes)
+
+
+DAMAGES = {
+    "absent": lambda file, model: file.unlink(),
+    "a folder": lambda file, model: (file.unlink(), file.mkdir()),
+    "empty": lambda file, model: file.write_bytes(b""),
+    "half": lambda file, model: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "a byte short": lambda file, model: file.write_bytes(file.read_bytes()[:-1]),
+    "random bytes": lambda file, model: file.write_bytes(bytes(range(256)) * 20),
+    "no header": lambda file, model: save_file(load_file(file), file),
+    "somebody else's header": lambda file, model: save_file(load_file(file), file, metadata={"format": "pt"}),
+    "another model": lambda file, model: rewritten(file, config="SwinConfig"),
+    "header is no JSON": lambda file, model: rewritten(file, model="{"),
+    "header is no mapping": lambda file, model: rewritten(file, model="[1, 2]"),
+    "header is a number": lambda file, model: rewritten(file, model="7"),
+    "sizes are words": lambda file, model: rewritten(file, model=shape(model, embed_dim="wide")),
+    "sizes are fractions": lambda file, model: rewritten(file, model=shape(model, embed_dim=12.5)),
+    "impossible shape": lambda file, model: rewritten(file, model=shape(model, patch_size=3)),
+    "impossibly wide": lambda file, model: rewritten(file, model=shape(model, mlp_dim=2**50)),
+    "deeper": lambda file, model: rewritten(file, model=shape(model, depth=4)),
+    "shallower": lambda file, model: rewritten(file, model=shape(model, depth=2)),
+    "wider": lambda file, model: rewritten(file, model=shape(model, mlp_dim=17)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_bad_file_is_one_line_that_names_it(file, model, damage):
+    damage(file, model)
+
+    with pytest.raises(ConfigError) as caught:
+        load_model(file)
+
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)

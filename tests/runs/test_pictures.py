@@ -1,0 +1,154 @@
+"""Pictures appear when they should, show the right maps, and change nothing about training."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vitkd.data import Batch
+from vitkd.distill.losses import KL
+from vitkd.distill.modules import ClassifyModule, DistillModule
+from vitkd.distill.optimization import AdamW, Constant
+from vitkd.distill.pairing import BlockPair
+from vitkd.distill.transfer import AttentionTransfer
+from vitkd.models import ViTConfig
+from vitkd.runs.pictures import AttentionPictures, evaluating, look
+
+TAG = "attention/block1_from_2"
+NAMES = ["ant", "bee", "cat"]
+
+
+def vit(depth, heads, **settings):
+    shape = {"image_size": 8, "channels": 1, "num_classes": 3, "patch_size": 4}
+    return ViTConfig(
+        **shape, embed_dim=8, depth=depth, num_heads=heads, head_dim=4, mlp_dim=8, **settings
+    ).build()
+
+
+@pytest.fixture()
+def batches():
+    torch.manual_seed(1)
+    return [Batch(torch.randn(6, 1, 8, 8), torch.arange(6) % 3, torch.arange(6) + 6 * i) for i in range(2)]
+
+
+@pytest.fixture()
+def module():
+    torch.manual_seed(2)
+    pairs = [BlockPair(0, 0, (0,), ((0,),)), BlockPair(1, 2, (0, 1), ((0, 2), (1, 3)))]
+    student, teacher = vit(depth=2, heads=2, dropout=0.2), vit(depth=3, heads=4)
+    return DistillModule(student, teacher, AttentionTransfer(pairs, KL()), 0.5, AdamW(), Constant())
+
+
+def pictures(batches, every_n_epochs=0, path=None):
+    images, labels, _ = batches[0]
+    return AttentionPictures(images, labels, NAMES, [0.5], [0.25], every_n_epochs, path)
+
+
+def fit(module, batches, folder, callbacks, max_epochs=1):
+    torch.manual_seed(3)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        callbacks=callbacks,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, batches, batches)
+
+
+def logged_steps(folder):
+    events = EventAccumulator(str(folder)).Reload()
+    tags = events.Tags()["images"]
+    assert set(tags) <= {TAG}
+    return [event.step for event in events.Images(TAG)] if tags else []
+
+
+@pytest.mark.parametrize(
+    ("every_n_epochs", "steps"),
+    [(0, []), (1, [2, 4, 6]), (2, [4, 6]), (3, [6])],
+)
+def test_pictures_come_every_n_epochs_and_at_the_end(module, batches, tmp_path, every_n_epochs, steps):
+    path = tmp_path / "attention.png"
+    fit(module, batches, tmp_path, [pictures(batches, every_n_epochs, path)], max_epochs=3)
+    assert logged_steps(tmp_path) == steps
+    assert Image.open(path).size[0] > 500
+    assert [file.name for file in tmp_path.glob("*.tmp")] == []
+
+
+def test_training_is_the_same_with_and_without_pictures(module, batches, tmp_path):
+    alone = copy.deepcopy(module)
+    fit(alone, batches, tmp_path / "without", [], max_epochs=2)
+    fit(module, batches, tmp_path / "with", [pictures(batches, 1)], max_epochs=2)
+    for expected, found in zip(alone.parameters(), module.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_the_panel_shows_the_last_pair_of_the_first_four_images(module, batches):
+    titles = [axes.get_title() for axes in pictures(batches).draw(module, "epoch 1").axes][:12]
+    images = batches[0].image[:4]
+    teacher = [NAMES[i] for i in module.teacher(images).logits.argmax(-1)]
+    student = [NAMES[i] for i in module.model.eval()(images).logits.argmax(-1)]
+    assert titles[::3] == ["ant", "bee", "cat", "ant"]
+    assert [title.split()[0] for title in titles[1::3]] == teacher
+    assert [title.split()[0] for title in titles[2::3]] == student
+    assert all(
+        ("✓" in said) == (said.split()[0] == true)
+        for said, true in zip(titles[1::3], titles[::3], strict=True)
+    )
+
+
+def test_look_averages_the_chosen_heads(module, batches):
+    images = batches[0].image
+    maps, labels = look(module.teacher, images, block=2, heads=[0, 2])
+    scores = module.teacher.scores(images, [2])[2]
+    weights = scores[:, [0, 2], 0].softmax(-1).mean(1)[:, 1:]
+    torch.testing.assert_close(maps.flatten(1), weights / weights.sum(1, keepdim=True))
+    assert labels == module.teacher(images).logits.argmax(-1).tolist()
+
+
+def test_look_draws_no_random_number_and_builds_no_graph(module, batches):
+    module.train()
+    state = torch.get_rng_state()
+    maps, _ = look(module.model, batches[0].image, block=1, heads=[0, 1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not maps.requires_grad
+    assert module.model.training
+
+
+def test_every_part_gets_its_own_mode_back(module):
+    model = module.model.train()
+    model.blocks[0].eval()
+    with pytest.raises(RuntimeError, match="on purpose"), evaluating(model):
+        assert not any(part.training for part in model.modules())
+        raise RuntimeError("on purpose")
+    assert model.training
+    assert model.blocks[1].training
+    assert not any(part.training for part in model.blocks[0].modules())
+
+
+def test_only_the_first_process_draws(module, batches, tmp_path):
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.strategy._is_global_zero = False
+    callback = pictures(batches, 1, tmp_path / "attention.png")
+    assert not trainer.is_global_zero
+    callback.on_train_epoch_end(trainer, module)
+    callback.on_train_end(trainer, module)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_without_teacher_is_refused(batches):
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    module = ClassifyModule(vit(depth=1, heads=1), AdamW(), Constant())
+    with pytest.raises(AssertionError, match="ClassifyModule has no two attention maps"):
+        pictures(batches, 1).on_train_epoch_end(trainer, module)

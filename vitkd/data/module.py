@@ -1,0 +1,132 @@
+"""A data set as Lightning, or a notebook, takes it."""
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from vitkd.data.loader import Batch, DecodedPixels, Loader, Pixels
+from vitkd.data.order import EpochOrder
+from vitkd.data.spec import Dataset
+from vitkd.data.split import FileSplit, Split, hold_out
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Loads a data set once and hands out loaders whose batches lie on the device.
+
+    Without a Trainer: `for image, label, index in ImageDataModule(dataset, "data", seed=0).loader("val")`.
+
+    Args:
+        dataset: which one.
+        root: the folder that holds all data sets.
+        seed: of the run; it decides order and views, not which images are for validation.
+    """
+
+    def __init__(self, dataset: Dataset, root: str | Path, seed: int) -> None:
+        super().__init__()
+        self.dataset, self.root, self.seed = dataset, Path(root), seed
+        self._splits: dict[str, Split | FileSplit] = {}
+        self._indices: dict[str, Tensor] = {}
+        self._resident: dict[tuple[str, torch.device], Pixels] = {}
+        self._decoded: list[DecodedPixels] = []
+
+    @property
+    def class_names(self) -> list[str]:
+        """What each label means."""
+        self.setup()
+        return self._splits["train"].class_names
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are."""
+        return len(self.class_names)
+
+    def prepare_data(self) -> None:
+        """Download what is absent; Lightning calls it in one process a node."""
+        self.dataset.inspect(self.root)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data set; the second call does nothing.
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        if self._splits:
+            return
+        splits = self.dataset.load(self.root)
+        lots = splits["train"].lots(self.dataset.split_seed)
+        train, val = hold_out(splits["train"].labels, lots, self.dataset.val_fraction)
+        self._indices = {"train": train, "val": val, "test": torch.arange(len(splits["test"]))}
+        self._splits = splits
+
+    def teardown(self, stage: str) -> None:
+        """End the workers of every loader handed out."""
+        while self._decoded:
+            self._decoded.pop().close()
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """The batch as it is: it lies on the device already."""
+        return batch
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled and varied."""
+        return self.loader("train")
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """In order; an empty list where val_fraction=0."""
+        self.setup()
+        return self.loader("val") if len(self._indices["val"]) else []
+
+    def test_dataloader(self) -> Loader:
+        """In order."""
+        return self.loader("test")
+
+    def loader(
+        self,
+        split: str,
+        device: torch.device | str | None = None,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> Loader:
+        """A loader of "train", "val" or "test".
+
+        Args:
+            split: "train" is shuffled and varied, and drops what does not fill a batch.
+            device: where batches lie; by default the Trainer's, or the CPU.
+            rank, world_size: this process among how many; by default the Trainer's, or 0 of 1.
+        """
+        self.setup()
+        trainer, training = self.trainer, split == "train"
+        official = "test" if split == "test" else "train"
+        device = torch.device(device or (trainer.strategy.root_device if trainer else "cpu"))
+        pixels = self._pixels(official, device)
+        # Workers take plain numbers, and fetching those from the device would wait for it.
+        order_device = device if isinstance(pixels, Pixels) else torch.device("cpu")
+        order = EpochOrder(
+            self._indices[split].to(order_device),
+            self.dataset.batch_size if training else self.dataset.eval_batch_size,
+            seed=self.seed,
+            shuffle=training,
+            rank=(trainer.global_rank if trainer else 0) if rank is None else rank,
+            world_size=(trainer.world_size if trainer else 1) if world_size is None else world_size,
+        )
+        return Loader(
+            pixels,
+            self._splits[official].labels.to(device),
+            order,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            augment=self.dataset.augment if training else None,
+        )
+
+    def _pixels(self, official: str, device: torch.device) -> Pixels | DecodedPixels:
+        split = self._splits[official]
+        limit = self.dataset.resident_limit_gib * 2**30
+        if isinstance(split, FileSplit) and split.pixel_bytes > limit:
+            self._decoded.append(DecodedPixels(split, self.dataset.workers, device))
+            return self._decoded[-1]
+        if (official, device) not in self._resident:
+            self._resident[official, device] = Pixels(split.read_all().to(device))
+        return self._resident[official, device]

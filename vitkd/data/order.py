@@ -1,0 +1,67 @@
+"""Which images make up each batch of an epoch."""
+
+from torch import Tensor
+
+from vitkd.data.hashing import fold, key_of
+from vitkd.errors import ConfigError
+
+# Order and views hang on the same (seed, epoch); these keep their keys apart.
+ORDER, VIEW = 0, 1
+
+
+class EpochOrder:
+    """The batches of one process, as image numbers; Lightning finds it as `loader.sampler`.
+
+    Shuffled, a global batch (`batch_size` × `world_size` images) is a run of the epoch's permutation, which
+    depends on (seed, epoch) alone, and each process takes its slice: two processes together see just what
+    one with twice the batch size sees. The remainder is dropped, so that every batch has one shape, unless
+    nothing else would be left. In order (evaluation), every image appears once over all processes, and
+    batch sizes differ by one at most.
+
+    Args:
+        index: [N] int64, the image numbers, on the device where the order is to be made.
+        batch_size: images a batch of this process.
+        seed: of the run.
+
+    Raises:
+        ConfigError: fewer images than processes.
+    """
+
+    def __init__(
+        self,
+        index: Tensor,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(index) < world_size:
+            raise ConfigError(
+                f"a split of {len(index)} images cannot serve {world_size} process(es); add images or use"
+                " fewer devices"
+            )
+        self.index, self.batch_size, self.seed, self.shuffle = index, batch_size, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        global_batch = self.batch_size * self.world_size
+        full, rest = divmod(len(self.index), global_batch)
+        return max(full, 1) if self.shuffle else full + bool(rest)
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """This process's batches of the current epoch, each [B] int64."""
+        index = self._permuted() if self.shuffle else self.index
+        kept = len(self) * self.world_size * self.batch_size
+        index = index[:kept] if self.shuffle else index
+        return index.tensor_split(len(self) * self.world_size)[self.rank :: self.world_size]
+
+    def _permuted(self) -> Tensor:
+        key = key_of(self.seed, self.epoch, ORDER, device=self.index.device)
+        return self.index[fold(key, self.index).argsort(stable=True)]

@@ -1,0 +1,107 @@
+"""What every data set says about itself."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vitkd.data.augment import Augment
+from vitkd.data.split import FileSplit, Split
+from vitkd.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class Dataset:
+    """A data set's facts and loading settings; each class is also the schema of its files in conf/dataset.
+
+    Args:
+        name: as in `dataset=NAME`.
+        num_classes: null where the folder tells.
+        channels: 1 (greyscale) or 3 (RGB).
+        image_size: height and width in pixels.
+        mean, std: one value a channel, of pixels in 0..1.
+        patch_size: what models cut the image into unless told otherwise, in pixels.
+        augment: how training images are varied.
+        batch_size: training images a step, on each device.
+        eval_batch_size: images a step in validation and test, on each device.
+        val_fraction: share of the training split kept for validation, 0 for none.
+        split_seed: which images those are. It is not the run's seed: a teacher must never have trained on
+            what its student is validated with.
+        resident_limit_gib: image files that would take more memory than this are decoded batch by batch.
+        workers: processes that do so.
+        download: fetch the data when absent.
+        max_epochs: how long training takes to be worth while, unless the run says otherwise.
+    """
+
+    name: str
+    num_classes: int | None
+    channels: int
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    patch_size: int
+    augment: Augment = field(default_factory=Augment)
+    batch_size: int = 64
+    eval_batch_size: int = 512
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    resident_limit_gib: float = 8.0
+    workers: int = 2
+    download: bool = True
+    max_epochs: int = 20
+
+    def __post_init__(self) -> None:
+        self._require("num_classes", self.num_classes is None or self.num_classes >= 2, "2 or more")
+        self._require("channels", self.channels in (1, 3), "1 (greyscale) or 3 (RGB)")
+        for setting in ("image_size", "patch_size", "batch_size", "eval_batch_size", "max_epochs"):
+            self._require(setting, getattr(self, setting) >= 1, "1 or more")
+        for setting in ("split_seed", "resident_limit_gib", "workers"):
+            self._require(setting, getattr(self, setting) >= 0, "0 or more")
+        self._require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1); 0 trains on every image")
+        for setting in ("mean", "std"):
+            values = len(getattr(self, setting))
+            self._require(
+                setting, values == self.channels, f"one value a channel, {self.channels} and not {values}"
+            )
+        self._require("std", all(value > 0 for value in self.std), "above 0 in every channel")
+        padding = self.augment.crop_padding
+        self._require(
+            "augment", padding < self.image_size, f"a crop_padding below image_size={self.image_size}"
+        )
+
+    def inspect(self, root: Path) -> int:
+        """The number of classes; cheap next to `load`, and called before a run leaves anything on disk.
+
+        Makes sure that the data is there, downloading it if it may.
+
+        Raises:
+            ConfigError: the data is absent and cannot be had, is damaged, or differs from what is set here.
+        """
+        return len(self.load(root)["test"].class_names)
+
+    def load(self, root: Path) -> dict[str, Split | FileSplit]:
+        """The splits "train" and "test", official or fixed.
+
+        Args:
+            root: the folder that holds all data sets.
+
+        Raises:
+            ConfigError: as `inspect`.
+        """
+        raise NotImplementedError
+
+    def _require(self, setting: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(f"dataset.{setting}={getattr(self, setting)!r} must be {allowed}")
+
+    def _checked(self, split: Split) -> Split:
+        """The split, once it is known to be of the shape and the class count that are set here."""
+        classes, shape = len(split.class_names), tuple(split.images.shape[1:])
+        if self.num_classes != classes:
+            raise ConfigError(
+                f"dataset.num_classes={self.num_classes}, but {self.name} has {classes} classes; set that"
+            )
+        if shape != (self.channels, self.image_size, self.image_size):
+            raise ConfigError(
+                f"dataset.channels={self.channels} and image_size={self.image_size}, but {self.name} has"
+                f" {shape[0]} channel(s) and {shape[1]}×{shape[2]} pixels; only image files are resized"
+            )
+        return split

@@ -1,0 +1,159 @@
+"""What makes two attention maps alike: one tiny class a loss, each its own configuration schema.
+
+A loss turns teacher scores into a `target`, then compares student scores with it map by map. It returns one
+value per student map and leaves weighing them to the caller, so that one head, one block, the whole encoder
+and many stacked students are the same computation on other data.
+
+Shapes: S stacked students (absent for one), B batch, P student maps, N tokens.
+Student scores [*S, B, P, N, N]; target [B, P, N, N]; result [*S, P]. The last axis is the key axis.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitkd.errors import ConfigError
+
+# Stands for −∞ where attention is masked: exp() of it is exactly 0, and 0 times it is not NaN.
+MASKED = -1e4
+
+
+@dataclass
+class AttentionLoss:
+    """A mean over batch and queries (and keys, for scores); never `batchmean`."""
+
+    reduction: str = "mean"
+    """Over the chosen maps: `mean`, so that alpha means the same at every granularity, or `sum`."""
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ConfigError(f"loss.reduction={self.reduction}: choose mean or sum")
+
+    def target(self, teacher_scores: Tensor) -> Tensor:
+        """The teacher's maps as this loss compares them, in at least float32."""
+        raise NotImplementedError
+
+    def average(self, targets: Tensor, dim: int) -> Tensor:
+        """Several teacher maps' targets along `dim` as one target."""
+        raise NotImplementedError
+
+    def resize(self, target: Tensor, matrix: Tensor) -> Tensor:
+        """The target on another token grid; `matrix` [N', N] interpolates tokens, its rows sum to 1."""
+        raise NotImplementedError
+
+    def __call__(self, student_scores: Tensor, target: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """One value per student map [*S, P]; `allowed` [N, N] marks the entries that count (None: all)."""
+        raise NotImplementedError
+
+
+@dataclass
+class MSE(AttentionLoss):
+    """Mean of (S − T)² on the scores before the softmax (the report's equations 2.8 and 2.9)."""
+
+    center: str = "none"
+    """`row` subtracts each row's mean from both, which the softmax ignores and the squared error does not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.center not in ("none", "row"):
+            raise ConfigError(f"loss.center={self.center}: choose none or row")
+
+    def target(self, teacher_scores: Tensor) -> Tensor:
+        return at_least_float32(teacher_scores)
+
+    def average(self, targets: Tensor, dim: int) -> Tensor:
+        return targets.mean(dim)
+
+    def resize(self, target: Tensor, matrix: Tensor) -> Tensor:
+        return matrix @ target @ matrix.mT
+
+    def __call__(self, student_scores: Tensor, target: Tensor, allowed: Tensor | None = None) -> Tensor:
+        difference = at_least_float32(student_scores) - target
+        if allowed is None:
+            if self.center == "row":
+                difference = difference - difference.mean(-1, keepdim=True)
+            return difference.square().mean((-4, -2, -1))
+        difference = difference.masked_fill(~allowed, 0)
+        if self.center == "row":
+            row_mean = difference.sum(-1, keepdim=True) / allowed.sum(-1, keepdim=True).clamp(min=1)
+            difference = (difference - row_mean).masked_fill(~allowed, 0)
+        return difference.square().sum((-2, -1)).mean(-2) / allowed.sum()
+
+
+@dataclass
+class DistributionLoss(AttentionLoss):
+    """Compares each query's distribution over keys; the target holds the teacher's log-probabilities."""
+
+    temperature: float = 1.0
+    """Divides teacher and student scores alike before the softmax. No T² factor is applied."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"loss.temperature={self.temperature}: must be a finite number above 0")
+
+    def target(self, teacher_scores: Tensor) -> Tensor:
+        return (at_least_float32(teacher_scores) / self.temperature).log_softmax(-1)
+
+    def average(self, targets: Tensor, dim: int) -> Tensor:
+        return targets.logsumexp(dim) - math.log(targets.shape[dim])
+
+    def resize(self, target: Tensor, matrix: Tensor) -> Tensor:
+        mixed = matrix @ target.exp() @ matrix.mT
+        return (mixed / mixed.sum(-1, keepdim=True)).clamp(min=torch.finfo(mixed.dtype).tiny).log()
+
+    def __call__(self, student_scores: Tensor, target: Tensor, allowed: Tensor | None = None) -> Tensor:
+        scores = at_least_float32(student_scores) / self.temperature
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, MASKED)
+            target = target.masked_fill(~allowed, MASKED).log_softmax(-1)
+        return self.rows(scores.log_softmax(-1), target).mean((-3, -1))
+
+    def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """One value a query [*S, B, P, N] from student log q and teacher log p [*S, B, P, N, N]."""
+        raise NotImplementedError
+
+
+@dataclass
+class CE(DistributionLoss):
+    """−Σ p log q (equation 2.10). Its student gradient is `KL`'s: they differ by the teacher's entropy."""
+
+    def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return -(log_p.exp() * log_q).sum(-1)
+
+
+@dataclass
+class KL(DistributionLoss):
+    """KL(p‖q) = Σ p (log p − log q), in nats a row (equation 2.11, with the divergence's sign)."""
+
+    def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return kl_divergence(log_p, log_q)
+
+
+@dataclass
+class ReverseKL(DistributionLoss):
+    """KL(q‖p) = Σ q (log q − log p): the student avoids looking where the teacher does not."""
+
+    def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        return kl_divergence(log_q, log_p)
+
+
+@dataclass
+class JS(DistributionLoss):
+    """Jensen–Shannon divergence, ½ KL(p‖m) + ½ KL(q‖m) with m = (p + q)/2 (Lin 1991); at most log 2."""
+
+    def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p (log p − log q) over the last axis, in nats."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Attention is compared in float32 even where bf16 computed it; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

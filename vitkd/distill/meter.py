@@ -1,0 +1,41 @@
+"""Means that stay on the device until somebody reads them."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Sums of per-image values over batches; reading costs one host sync, adding none."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.images = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, means: Mapping[str, Tensor], images: int) -> None:
+        """Take in one batch of `images` images: per name its mean over them, any shape."""
+        self.images += images
+        for name, mean in means.items():
+            value = mean.detach() * images
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, list[float]]:
+        """Per name the means so far, flattened; empty if nothing was added.
+
+        `reduce` sums a tensor over processes, so that uneven shares of images still count exactly.
+        """
+        if not self._sums:
+            return {}
+        flat = [tensor.flatten() for tensor in self._sums.values()]
+        count = torch.full((1,), float(self.images), device=flat[0].device)
+        images, *sums = reduce(torch.cat([count, *flat])).tolist()
+        values = iter(sums)
+        return {
+            name: [next(values) / images for _ in tensor]
+            for name, tensor in zip(self._sums, flat, strict=True)
+        }

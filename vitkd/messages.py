@@ -1,0 +1,70 @@
+"""One clear line for what Hydra and OmegaConf say on many."""
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from vitkd.config import CONF_DIR
+
+
+def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
+    """What is wrong and what would be right, on one line."""
+    text = str(error)
+    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        return _no_such_option(missing[1], missing[2], text)
+    if unknown := re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", text):
+        return _no_such_key(unknown[1], config_name, arguments)
+    plain = re.sub(r"\s*See https\S+ for details|\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text)
+    return " ".join(plain.split()) or type(error).__name__
+
+
+def _no_such_option(group: str, option: str, text: str) -> str:
+    listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
+    folder = CONF_DIR / group
+    ours = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
+    options = sorted({*listed, *ours})
+    close = get_close_matches(option, options, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{group}={option}: no such option; {hint}choose one of {', '.join(options)}"
+
+
+def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
+    group, _, setting = key.partition(".")
+    owners = [
+        path.stem
+        for path in sorted((CONF_DIR / group).glob("*.yaml"))
+        if setting in (OmegaConf.load(path) or {})
+    ]
+    if setting and owners:
+        return (
+            f"{key}: is a setting of {' or '.join(f'{group}={owner}' for owner in owners)}; choose that too"
+        )
+    known = list(_keys(_composed(config_name, arguments)))
+    close = get_close_matches(key, known, n=1) or [
+        k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    hint = f"did you mean {close[0]}?" if close else "`--help` lists them all"
+    return f"{key}: no such setting; {hint}"
+
+
+def _composed(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The configuration with just the options chosen on the command line, to see which keys there are."""
+    choices = [
+        a for a in arguments if "," not in a and (CONF_DIR / a.partition("=")[0]).is_dir() and "=" in a
+    ]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        composed = OmegaConf.to_container(compose(config_name, choices))
+    return cast(dict[str, Any], composed)
+
+
+def _keys(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")

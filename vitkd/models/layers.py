@@ -1,0 +1,117 @@
+"""The ViT's layers, in vit-pytorch's layout: pre-norm, no QKV bias, inner width heads·head_dim.
+
+Every parameter may carry one leading axis S, "which student": the same code then computes S independent
+students at once (`Linear` becomes one batched matmul, the rest broadcasts). Nothing else here knows of it.
+
+Shapes: S stacked students (absent for one model), B batch, T tokens, H heads, D embed_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def per_student(parameter: Tensor, x: Tensor) -> Tensor:
+    """Reshape a stacked [S, D] vector to [S, 1, …, 1, D], so that it broadcasts against `x` [S, …, D]."""
+    return parameter.reshape(len(parameter), *[1] * (x.ndim - 2), -1)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b for `x` [B, …, in], or for `x` [S, B, …, in] when the weight is [S, out, in]."""
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    rows = x.flatten(1, -2)
+    y = rows @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    return y.unflatten(1, x.shape[1:-1])
+
+
+class Linear(nn.Linear):
+    """`project` with this layer's weight [*S, out, in] and bias [*S, out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over D; weight and bias are [D], or [S, D] for `x` [S, B, …, D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.ndim == 1:
+            return super().forward(x)
+        normalised = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(per_student(self.bias, x), normalised, per_student(self.weight, x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017) that can return the scores QKᵀ/√head_dim."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, dropout: float, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
+        self.norm = LayerNorm(dim)
+        self.qkv = Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
+        self.out = Linear(num_heads * head_dim, dim)
+
+    def forward(self, x: Tensor, record: bool) -> tuple[Tensor, Tensor | None]:
+        """Map tokens [*S, B, T, D] to tokens, and to scores [*S, B, H, T, T] if they are to be recorded.
+
+        Only a recorded block pays for its T×T matrix; the others use PyTorch's fused attention.
+        """
+        q, k, v = self._heads(self.qkv(self.norm(x)), 3)
+        dropout = self.dropout if self.training else 0.0
+        scores = None
+        if record:
+            scores = self._scores(q, k)
+            values = F.dropout(scores.softmax(-1), dropout) @ v
+        else:
+            # The fused kernels take exactly one batch axis.
+            flat_q, flat_k, flat_v = (t.flatten(0, -4) for t in (q, k, v))
+            fused = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, dropout_p=dropout)
+            values = fused.view_as(v)
+        return F.dropout(self.out(values.transpose(-3, -2).flatten(-2)), dropout), scores
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The scores [*S, B, H, T, T] alone: no values, no output projection."""
+        inner = self.num_heads * self.head_dim
+        weight = self.qkv.weight[..., : 2 * inner, :]
+        bias = None if self.qkv.bias is None else self.qkv.bias[..., : 2 * inner]
+        q, k = self._heads(project(self.norm(x), weight, bias), 2)
+        return self._scores(q, k)
+
+    def _heads(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Split [*S, B, T, count·H·head_dim] into `count` tensors [*S, B, H, T, head_dim]."""
+        split = projected.unflatten(-1, (count, self.num_heads, self.head_dim))
+        return split.transpose(-4, -2).unbind(-3)
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * self.head_dim**-0.5) @ k.mT
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, each followed by dropout."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.norm = LayerNorm(dim)
+        self.expand = Linear(dim, hidden)
+        self.contract = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(F.gelu(self.expand(self.norm(x))), self.dropout, self.training)
+        return F.dropout(self.contract(hidden), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One encoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, attention: Attention, mlp: MLP) -> None:
+        super().__init__()
+        self.attention = attention
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, record: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Map tokens [*S, B, T, D] to tokens and, if `record`, the block's scores [*S, B, H, T, T]."""
+        attended, scores = self.attention(x, record)
+        x = x + attended
+        return x + self.mlp(x), scores

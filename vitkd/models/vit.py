@@ -1,0 +1,138 @@
+"""The Vision Transformer (Dosovitskiy et al. 2020), whose forward returns its attention scores as data.
+
+Shapes: S stacked students (absent for one model), B batch, C channels, T tokens (CLS + grid²), H heads,
+D embed_dim, K classes.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitkd.errors import ConfigError
+from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear
+
+
+class ViTOutput(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: Tensor
+    """[*S, B, K]"""
+    scores: dict[int, Tensor]
+    """block → pre-softmax scores [*S, B, H, T, T], for exactly the blocks asked for"""
+
+
+@dataclass
+class ViTConfig:
+    """Everything that determines a ViT's shape."""
+
+    image_size: int
+    channels: int
+    num_classes: int
+    patch_size: int
+    embed_dim: int = 64
+    depth: int = 5
+    num_heads: int = 4
+    head_dim: int = 64
+    """Independent of embed_dim: the attention's inner width is num_heads · head_dim."""
+    mlp_dim: int = 512
+    dropout: float = 0.0
+    """After attention weights, projections and the MLP's layers."""
+    emb_dropout: float = 0.0
+    """After adding the position embedding."""
+    qkv_bias: bool = False
+    patch_norm: bool = True
+    """LayerNorm before and after the patch projection, as vit-pytorch has it; timm and torchvision do not."""
+
+    def __post_init__(self) -> None:
+        sizes = "image_size channels num_classes patch_size embed_dim depth num_heads head_dim mlp_dim"
+        for name in sizes.split():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("dropout", "emb_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+        if self.image_size % self.patch_size:
+            divisors = [d for d in range(1, self.image_size + 1) if self.image_size % d == 0]
+            raise ConfigError(
+                f"patch_size={self.patch_size} does not divide image_size={self.image_size}: "
+                f"choose one of {', '.join(map(str, divisors))}"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    def build(self) -> "ViT":
+        """A ViT of this shape, freshly initialised from PyTorch's global generator."""
+        return ViT(self)
+
+
+class ViT(nn.Module):
+    """A ViT in vit-pytorch's layout, initialised as vit-pytorch does."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        patch_dim = c.channels * c.patch_size**2
+        self.patch_norm = LayerNorm(patch_dim) if c.patch_norm else nn.Identity()
+        self.patch_projection = Linear(patch_dim, c.embed_dim)
+        self.projection_norm = LayerNorm(c.embed_dim) if c.patch_norm else nn.Identity()
+        # N(0, 1), not timm's 0.02: on small images the narrow start costs tens of points after few epochs.
+        self.cls_token = nn.Parameter(torch.randn(1, 1, c.embed_dim))
+        self.positions = nn.Parameter(torch.randn(1, c.grid**2 + 1, c.embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                Attention(c.embed_dim, c.num_heads, c.head_dim, c.dropout, c.qkv_bias),
+                MLP(c.embed_dim, c.mlp_dim, c.dropout),
+            )
+            for _ in range(c.depth)
+        )
+        self.norm = LayerNorm(c.embed_dim)
+        self.head = Linear(c.embed_dim, c.num_classes)
+
+    def forward(self, images: Tensor, record: Collection[int] = ()) -> ViTOutput:
+        """Classify images [B, C, H, W] (or [S, B, C, H, W]) and record the scores of `record`'s blocks."""
+        x, scores = self._encode(images, len(self.blocks), record)
+        return ViTOutput(self.head(self.norm(x[..., 0, :])), scores)
+
+    def scores(self, images: Tensor, blocks: Collection[int]) -> dict[int, Tensor]:
+        """The pre-softmax scores [*S, B, H, T, T] of `blocks`, at the least cost.
+
+        Stops after QKᵀ of the last block asked for: no values, MLP or head there and nothing above it.
+        """
+        last = max(blocks)
+        x, scores = self._encode(images, last, blocks)
+        block = self.blocks[last]
+        assert isinstance(block, Block)
+        return scores | {last: block.attention.scores(x)}
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [*S, B, C, H, W] to tokens [*S, B, T, D], CLS first, positions added."""
+        patches = F.pixel_unshuffle(images, self.config.patch_size).flatten(-2).mT
+        if self.head.weight.ndim == 3 and patches.ndim == 3:
+            patches = patches.expand(len(self.head.weight), *patches.shape)
+        x = self.projection_norm(self.patch_projection(self.patch_norm(patches)))
+        cls = self.cls_token.expand(*x.shape[:-2], 1, -1)
+        x = torch.cat([cls, x], dim=-2) + self.positions
+        return F.dropout(x, self.config.emb_dropout, self.training)
+
+    def _encode(
+        self, images: Tensor, depth: int, record: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Tokens [*S, B, T, D] after the first `depth` blocks, and the scores of those to record."""
+        x, recorded = self.embed(images), {}
+        for i, block in enumerate(self.blocks[:depth]):
+            x, scores = block(x, record=i in record)
+            if scores is not None:
+                recorded[i] = scores
+        return x, recorded
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters, frozen ones included."""
+    return sum(p.numel() for p in model.parameters())

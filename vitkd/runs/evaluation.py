@@ -1,0 +1,44 @@
+"""The final figures on a split: every image once, in a fixed order, in float32."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd.data import Batch
+from vitkd.models import ViT
+
+
+class Evaluation(NamedTuple):
+    """How a model does on N images."""
+
+    accuracy: float
+    """share of images classified correctly"""
+    loss: float
+    """mean cross-entropy in nats"""
+    predictions: Tensor
+    """[N] int64 on the CPU, in the split's order"""
+
+    def agreement(self, other: Tensor) -> float:
+        """The share of images on which the predictions equal `other` [N]."""
+        return (self.predictions == other).double().mean().item()
+
+
+@torch.inference_mode()
+def evaluate(model: ViT, batches: Iterable[Batch], device: torch.device) -> Evaluation:
+    """Evaluate `model` on all `batches`, which lie on `device`; the model is moved there and back."""
+    home = next(model.parameters()).device
+    model = model.to(device).eval()
+    losses, predictions, labels = [], [], []
+    for batch in batches:
+        logits = model(batch.image).logits
+        losses.append(F.cross_entropy(logits, batch.label, reduction="none"))
+        predictions.append(logits.argmax(-1))
+        labels.append(batch.label)
+    model.to(home)
+    predicted, true = torch.cat(predictions).cpu(), torch.cat(labels).cpu()
+    # float64 on the CPU: the same sum whatever the device, and MPS has no float64.
+    loss = torch.cat(losses).cpu().double().mean().item()
+    return Evaluation((predicted == true).double().mean().item(), loss, predicted)

@@ -1,0 +1,145 @@
+"""Attention pictures of a run as it goes on: where the teacher looks, and where its student has learnt to."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vitkd.distill.modules import DistillModule
+from vitkd.explain import attention_panel, cls_attention, denormalise
+from vitkd.models import ViT
+
+IMAGES = 4
+
+
+class AttentionPictures(Callback):
+    """Draws the attention of a `DistillModule`'s last distilled block beside that of its teacher block.
+
+    Drawing takes no random number and leaves the model as it was, so training is the same with and without.
+
+    Args:
+        images: [B, C, H, W], normalised, on the CPU; the first four are drawn.
+        labels: [B], what they show.
+        class_names: what each label means.
+        mean, std: one value a channel, to undo the normalisation.
+        every_n_epochs: how often a picture goes to TensorBoard, besides the end; 0 is never.
+        path: the PNG file to write at the end; None for none.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        class_names: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+        every_n_epochs: int,
+        path: Path | None,
+    ) -> None:
+        self.images = images[:IMAGES]
+        self.pixels = denormalise(self.images, mean, std)
+        self.labels = [class_names[label] for label in labels[:IMAGES].tolist()]
+        self.class_names = class_names
+        self.every_n_epochs = every_n_epochs
+        self.path = path
+        self._logged_step = -1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if trainer.is_global_zero and self.every_n_epochs and epoch % self.every_n_epochs == 0:
+            self._log(trainer, distilling(pl_module), self.draw(distilling(pl_module), f"epoch {epoch}"))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        is_logged = not self.every_n_epochs or self._logged_step == trainer.global_step
+        if not trainer.is_global_zero or (is_logged and self.path is None):
+            return
+        figure = self.draw(distilling(pl_module), f"epoch {trainer.current_epoch}")
+        if not is_logged:
+            self._log(trainer, distilling(pl_module), figure)
+        if self.path is not None:
+            save(figure, self.path)
+
+    def draw(self, module: DistillModule, when: str) -> Figure:
+        """The panel of the last distilled pair; `when` opens its caption."""
+        pair = module.transfer.pairs[-1]
+        teacher_heads = [head for heads in pair.teacher_heads for head in heads]
+        teacher_maps, teacher_says = look(module.teacher, self.images, pair.teacher_block, teacher_heads)
+        student_maps, student_says = look(module.model, self.images, pair.student_block, pair.student_heads)
+        return attention_panel(
+            self.pixels,
+            teacher_maps,
+            student_maps,
+            labels=self.labels,
+            teacher_predictions=[self.class_names[label] for label in teacher_says],
+            student_predictions=[self.class_names[label] for label in student_says],
+            columns=("image", f"teacher, block {pair.teacher_block}", f"student, block {pair.student_block}"),
+            caption=f"{when} · mean over the distilled heads",
+        )
+
+    def _log(self, trainer: Trainer, module: DistillModule, figure: Figure) -> None:
+        pair = module.transfer.pairs[-1]
+        tag = f"attention/block{pair.student_block}_from_{pair.teacher_block}"
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # Not add_figure: it imports pyplot, which looks for a display.
+                logger.experiment.add_image(tag, rendered(figure), trainer.global_step, dataformats="HWC")
+        self._logged_step = trainer.global_step
+
+
+def distilling(module: LightningModule) -> DistillModule:
+    """`module`, known to have a teacher and a student."""
+    assert isinstance(module, DistillModule), f"{type(module).__name__} has no two attention maps to compare"
+    return module
+
+
+@torch.no_grad()
+def look(model: ViT, images: Tensor, block: int, heads: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Where a model's class token looks, and what the model says.
+
+    Args:
+        model: stays on its device and in its mode.
+        images: [B, C, H, W], normalised.
+        block, heads: whose attention.
+
+    Returns:
+        [B, g, g] on the CPU, and B labels.
+    """
+    weight = model.head.weight
+    with evaluating(model):
+        output = model(images.to(weight.device, weight.dtype), record=[block])
+    maps = cls_attention(output.scores[block], model.config.grid, heads)
+    return maps.cpu(), output.logits.argmax(-1).tolist()
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Puts `model` in eval mode, and at the end every part of it back into the mode it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """The figure's pixels, [H, W, 3] uint8."""
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG file; a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)

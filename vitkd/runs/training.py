@@ -1,0 +1,137 @@
+"""Fitting one module in one run folder: the same for a teacher and for a student."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from vitkd.data import ImageDataModule
+from vitkd.distill.modules import ClassifyModule
+from vitkd.models import ViT
+from vitkd.runs.checkpoints import load_from_checkpoint
+from vitkd.runs.console import EpochLines, is_terminal
+from vitkd.runs.folder import RunFolder
+
+CHARTS = {
+    "losses": {
+        "training": ["Multiline", ["train/task_loss", "train/transfer_loss", "train/total_loss"]],
+        "validation": ["Multiline", ["val/task_loss", "val/transfer_loss", "val/total_loss"]],
+    },
+    "accuracy": {"student": ["Multiline", ["train/acc", "val/acc", "val/teacher_agreement"]]},
+    "alpha": {"gradient norms": ["Multiline", ["train/gradient_norm_task", "train/gradient_norm_transfer"]]},
+}
+"""TensorBoard's custom scalar page: what belongs together on one chart."""
+
+
+class Settings(Protocol):
+    """The part of a run's configuration that fitting reads."""
+
+    log_every_n_steps: int
+    trainer: dict[str, Any]
+
+
+class Fitted(NamedTuple):
+    """What a fit leaves, read back from its checkpoints."""
+
+    last: ViT
+    best: ViT
+    """of the epoch with the best validation accuracy, the earliest of equals; `last` without validation"""
+    metrics: dict[str, Any]
+
+
+class Curves(TensorBoardLogger):
+    """TensorBoard events in the run folder itself."""
+
+    def save(self) -> None:
+        """Nothing: config.yaml already holds what Lightning would write here a second time."""
+
+
+class KeepLastAndBest(Callback):
+    """Saves every epoch's end as last.ckpt and, when validation accuracy rises, as best.ckpt."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.acc_last: float | None = None
+        self.acc_best: float | None = None
+        self.best_epoch: int | None = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        accuracy = trainer.callback_metrics.get("val/acc")
+        if accuracy is not None:
+            self.acc_last = accuracy.item()
+            if self.acc_best is None or self.acc_last > self.acc_best:
+                self.acc_best, self.best_epoch = self.acc_last, trainer.current_epoch + 1
+                trainer.save_checkpoint(self.folder.best)
+        trainer.save_checkpoint(self.folder.last)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"acc_last": self.acc_last, "acc_best": self.acc_best, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+
+def build_trainer(folder: RunFolder, settings: Settings, callbacks: list[Callback]) -> L.Trainer:
+    """Lightning's Trainer with this project's loggers and habits."""
+    tensorboard = Curves(folder.path, name="", version="", default_hp_metric=False)
+    tensorboard.experiment.add_custom_scalars(CHARTS)
+    bar = [RichProgressBar(leave=False)] if is_terminal() else []
+    return L.Trainer(
+        **{
+            "num_sanity_val_steps": 0,
+            **settings.trainer,
+            "logger": [tensorboard, CSVLogger(folder.path, name="", version="")],
+            "callbacks": [*callbacks, KeepLastAndBest(folder), EpochLines(), *bar],
+            "log_every_n_steps": settings.log_every_n_steps,
+            "default_root_dir": folder.path,
+            "enable_progress_bar": bool(bar),
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            # The data module shares out the images itself, exactly and without duplicates.
+            "use_distributed_sampler": False,
+        }
+    )
+
+
+def fit(trainer: L.Trainer, module: ClassifyModule, data: ImageDataModule, folder: RunFolder) -> Fitted:
+    """Train `module` and read the last and the best epoch back from `folder`."""
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    wall_seconds = time.perf_counter() - start
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    (keeper,) = (callback for callback in callbacks if isinstance(callback, KeepLastAndBest))
+    last, epochs = load_from_checkpoint(folder.last)
+    best = load_from_checkpoint(folder.best)[0] if keeper.best_epoch is not None else last
+    metrics = {
+        "val/acc_last": keeper.acc_last,
+        "val/acc_best": keeper.acc_best,
+        "best_epoch": keeper.best_epoch or epochs,
+        "epochs": epochs,
+        "steps": trainer.global_step,
+        "wall_seconds": wall_seconds,
+        "images_per_second": module.images_trained / module.seconds_trained,
+    }
+    return Fitted(last, best, metrics)
+
+
+def log_hyperparameters(
+    trainer: L.Trainer, settings: Mapping[str, Any], figures: Mapping[str, float]
+) -> None:
+    """Put a finished run on TensorBoard's HParams page."""
+    (tensorboard,) = (logger for logger in trainer.loggers if isinstance(logger, Curves))
+    tensorboard.log_hyperparams(flatten(settings), dict(figures))
+    tensorboard.finalize("success")
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names; what TensorBoard cannot hold becomes text."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

@@ -1,0 +1,129 @@
+"""Train a student, alone or beside a teacher: `python -m vitkd.train granularity=block loss=kl alpha=0.5`."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from vitkd.cli import entry_point, run_path, warn_of_ignored_settings
+from vitkd.config import Config, parse, teacher_run
+from vitkd.data import ImageDataModule
+from vitkd.distill.modules import DistillModule
+from vitkd.models import ViT, count_parameters, save_model
+from vitkd.runs import results
+from vitkd.runs.console import describe_model, percent, print_results, start_logging
+from vitkd.runs.evaluation import Evaluation, evaluate
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.pictures import AttentionPictures
+from vitkd.runs.provenance import provenance
+from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
+from vitkd.runs.training import build_trainer, fit, log_hyperparameters
+
+log = logging.getLogger("vitkd")
+
+
+@entry_point("train")
+def main(composed: DictConfig) -> float:
+    """Run one job and return the accuracy that a sweeper may maximise: the best on validation."""
+    start_logging()
+    config = parse(composed)
+    warn_of_ignored_settings(config.method)
+    given = given_teacher(config.teacher.checkpoint, config.dataset)
+    config.method.check(config.student, given.config if given else config.teacher.model, config)
+    announce(config, given)
+    teacher = (given or obtain_teacher(config)) if config.method.needs_teacher else None
+    folder = RunFolder.claim(run_path(config))
+    metrics = train(config, teacher, folder)
+    print_results(metrics, folder)
+    return float(metrics["val/acc_best"] or metrics["test/acc_last"])
+
+
+def announce(config: Config, given: ViT | None) -> None:
+    """Say what was chosen before anything takes time."""
+    dataset = config.dataset
+    hint = " (embedded; dataset=cifar100 is the report's)" if dataset.name == "digits" else ""
+    size = f"{dataset.image_size}×{dataset.image_size}"
+    log.info("dataset: %s, %d classes, %s pixels%s", dataset.name, dataset.num_classes, size, hint)
+    if config.method.needs_teacher:
+        log.info("teacher: %s", describe_model(given.config if given else config.teacher.model))
+    log.info("student: %s", describe_model(config.student))
+
+
+def obtain_teacher(config: Config) -> ViT:
+    """The stored teacher of this configuration, trained now if no run has needed it before."""
+    own = teacher_run(config)
+    store = Path(config.paths.outputs, "teachers", config.dataset.name, fingerprint(own.resolved))
+    return stored_teacher(store, lambda folder: train(own, None, folder))
+
+
+def train(config: Config, teacher: ViT | None, folder: RunFolder) -> dict[str, Any]:
+    """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds."""
+    data = ImageDataModule(config.dataset, config.paths.data, config.seed)
+    data.setup()
+    with folder.running(config.resolved):
+        torch.manual_seed(config.seed)
+        student = config.student.build()
+        module = config.method.module(student, teacher, config, lambda: first_images(data))
+        trainer = build_trainer(folder, config, [pictures(config, data, folder)] if teacher else [])
+        device = trainer.strategy.root_device
+        teacher_test = measure_teacher(teacher, data, device)
+        if isinstance(module, DistillModule):
+            results.write_pairs(folder, module.transfer.pairs)
+        # From here on training draws the same random numbers whatever it took to get here.
+        torch.manual_seed(config.seed)
+        fitted = fit(trainer, module, data, folder)
+        test, predictions = results.measure(
+            fitted.last,
+            fitted.best,
+            data.loader("test", device),
+            device,
+            teacher_test and teacher_test.predictions,
+        )
+        save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"])})
+        results.write_predictions(folder, predictions)
+        metrics = {
+            **test,
+            **fitted.metrics,
+            "teacher/test_acc": teacher_test and teacher_test.accuracy,
+            "student/parameters": count_parameters(student),
+            "teacher/parameters": teacher and count_parameters(teacher),
+            "seed": config.seed,
+            **provenance(device),
+        }
+        log_hyperparameters(trainer, config.resolved, test)
+        folder.write_metrics(metrics)
+    return metrics
+
+
+def measure_teacher(teacher: ViT | None, data: ImageDataModule, device: torch.device) -> Evaluation | None:
+    """Say how good the teacher is before anybody learns from it."""
+    if teacher is None:
+        return None
+    test = evaluate(teacher, data.loader("test", device), device)
+    log.info("teacher: %s on the test split", percent(test.accuracy))
+    return test
+
+
+def first_images(data: ImageDataModule) -> torch.Tensor:
+    """A batch of training images [B, C, H, W], for methods that look before they start."""
+    return next(iter(data.loader("train", "cpu"))).image
+
+
+def pictures(config: Config, data: ImageDataModule, folder: RunFolder) -> AttentionPictures:
+    """The callback that shows where teacher and student look."""
+    batch = next(iter(data.loader("val" if config.dataset.val_fraction else "test", "cpu")))
+    return AttentionPictures(
+        batch.image[:4],
+        batch.label[:4],
+        data.class_names,
+        config.dataset.mean,
+        config.dataset.std,
+        every_n_epochs=config.pictures_every_n_epochs,
+        path=folder.pictures,
+    )
+
+
+if __name__ == "__main__":
+    main()
