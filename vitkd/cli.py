@@ -41,11 +41,11 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def job(composed: DictConfig) -> Any:
             try:
                 return task(composed)
-            except ConfigError as error:
+            except (OmegaConfBaseException, ConfigError) as error:
                 # In a multirun the other jobs go on; alone, Hydra would print more than the line.
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
-                fail(str(error))
+                fail(explain(error, config_name, sys.argv[1:]))
 
         def main() -> None:
             # Otherwise Hydra prints what is wrong itself, on many lines, and exits.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -210,7 +211,7 @@ def allowed_class(key: str, target: str, base: type) -> type:
             found = None
         if inspect.isclass(found) and issubclass(found, base) and found.__module__.startswith("vitkd."):
             return found
-    raise ConfigError(f"{key}._target_={target}: must name a {base.__name__} class of vitkd's")
+    raise ConfigError(f"{key}._target_={target}: only vitkd's own {base.__name__} classes are allowed")
 
 
 def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
@@ -243,6 +244,12 @@ def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
     epochs = settings.get("max_epochs")
     if not isinstance(epochs, int) or epochs < 1:
         raise ConfigError(f"trainer.max_epochs={epochs}: must be a whole number of at least 1")
+    try:
+        L.Trainer(**settings, logger=False, enable_checkpointing=False)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"trainer: {' '.join(str(error).split())}; trainer=auto fits this machine"
+        ) from error
     return settings
 
 

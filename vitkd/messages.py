@@ -7,7 +7,9 @@ from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vitkd.config import CONF_DIR
 
@@ -15,12 +17,18 @@ from vitkd.config import CONF_DIR
 def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     """What is wrong and what would be right, on one line."""
     text = str(error)
-    if missing := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    if isinstance(error, OverrideParseException):
+        problem = error.message.splitlines()[0]
+        return (
+            f"{error.override}: cannot be understood ({problem}); write KEY=VALUE, in quotes if it has spaces"
+        )
+    if missing := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text):
         return _no_such_option(missing[1], missing[2], text)
     if unknown := re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", text):
         return _no_such_key(unknown[1], config_name, arguments)
     plain = re.sub(r"\s*See https\S+ for details|\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text)
-    return " ".join(plain.split()) or type(error).__name__
+    place = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
+    return place + " ".join(plain.split()) or type(error).__name__
 
 
 def _no_such_option(group: str, option: str, text: str) -> str:

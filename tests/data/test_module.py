@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import lightning as L  # noqa: N812
+import lightning as L
 import pytest
 import torch
 

@@ -40,7 +40,7 @@ def given_teacher(checkpoint: str | None, dataset: Dataset) -> ViT | None:
         found, expected = getattr(model.config, name), getattr(dataset, name)
         if found != expected:
             raise ConfigError(
-                f"teacher.checkpoint={checkpoint}: has {name}={found}, dataset={dataset.name} has {expected}; "
+                f"teacher.checkpoint={checkpoint}: has {name}={found}, {dataset.name} has {expected}; "
                 "name a teacher trained on this data set, or none to train one"
             )
     return model
