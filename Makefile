@@ -22,6 +22,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv; the other targets do so by themselves
+	@echo "$(VENV) is ready"
 
 demo: $(STAMP) ## a teacher, a student distilled from it, and the student alone: two minutes, offline
 	@echo "== a teacher, and a student that learns from its attention"
