@@ -25,10 +25,7 @@ install: $(STAMP) ## set up .venv; the other targets do so by themselves
 	@echo "$(VENV) is ready"
 
 demo: $(STAMP) ## a teacher, a student distilled from it, and the student alone: two minutes, offline
-	@echo "== a teacher, and a student that learns from its attention"
-	$(BIN)/python -m vitkd.train
-	@echo "== the same student alone"
-	$(BIN)/python -m vitkd.train method=none
+	$(BIN)/python -m vitkd.train -m method=attention,none
 
 train: $(STAMP) ## one run: make train ARGS="granularity=block loss=kl alpha=0.5"
 	$(BIN)/python -m vitkd.train $(ARGS)

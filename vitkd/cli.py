@@ -31,10 +31,13 @@ LONGEST_NAME = 160
 NOT_NAMED = {"experiment", "dataset", "name", "paths.data", "paths.outputs", "log_every_n_steps"}
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def entry_point(
+    config_name: str, epilogue: Callable[[], None] = lambda: None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make a function of the composed configuration into a command.
 
     A `ConfigError`, or anything that Hydra finds wrong, is printed as one line and ends with exit code 2.
+    `epilogue` runs when all jobs have ended, whether or not one failed.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -51,7 +54,10 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
             # Otherwise Hydra prints what is wrong itself, on many lines, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
-                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+                try:
+                    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+                finally:
+                    epilogue()
             except (HydraException, OmegaConfBaseException, ConfigError) as error:
                 fail(explain(error, config_name, sys.argv[1:]))
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from vitkd.cli import entry_point, run_path, warn_of_ignored_settings
+from vitkd.cli import entry_point, overridden, run_path, warn_of_ignored_settings
 from vitkd.config import Config, parse, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import DistillModule
 from vitkd.models import ViT, count_parameters, save_model
 from vitkd.runs import results
-from vitkd.runs.console import describe_model, percent, print_results, start_logging
+from vitkd.runs.console import Job, describe_model, percent, print_jobs, print_results, start_logging
 from vitkd.runs.evaluation import Evaluation, evaluate
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.pictures import AttentionPictures
@@ -23,8 +23,10 @@ from vitkd.runs.training import build_trainer, fit, log_hyperparameters
 
 log = logging.getLogger("vitkd")
 
+finished: list[Job] = []
 
-@entry_point("train")
+
+@entry_point("train", epilogue=lambda: print_jobs(finished))
 def main(composed: DictConfig) -> float:
     """Run one job and return the accuracy that a sweeper may maximise: the best on validation."""
     start_logging()
@@ -36,7 +38,8 @@ def main(composed: DictConfig) -> float:
     teacher = (given or obtain_teacher(config)) if config.method.needs_teacher else None
     folder = RunFolder.claim(run_path(config))
     metrics = train(config, teacher, folder)
-    print_results(metrics, folder)
+    print_results(metrics, folder, config.paths.outputs)
+    finished.append(Job(overridden(), metrics, folder))
     return float(metrics["val/acc_best"] or metrics["test/acc_last"])
 
 

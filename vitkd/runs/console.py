@@ -3,8 +3,8 @@
 import logging
 import sys
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import lightning as L
 from rich.console import Console
@@ -35,6 +35,15 @@ KNOWN_AND_MEANT = (
     # Lightning 2.6 under a newer PyTorch.
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
 )
+
+
+class Job(NamedTuple):
+    """A finished job of a sweep."""
+
+    settings: Mapping[str, str]
+    """what the command line set"""
+    metrics: Mapping[str, Any]
+    folder: RunFolder
 
 
 class EpochLines(L.Callback):
@@ -77,43 +86,65 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
 
 
-def print_results(metrics: Mapping[str, Any], folder: RunFolder) -> None:
+def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: str) -> None:
     """The closing table: every model's accuracy, then where everything lies."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "parameters", "val acc", "test acc", "agrees with teacher"):
-        table.add_column(column, justify="right" if column else "left")
+    table = new_table("", "parameters", "val acc", "test acc", "agrees with teacher")
     if metrics["teacher/parameters"]:
+        size = f"{metrics['teacher/parameters']:,}"
+        table.add_row("teacher", size, "", percent(metrics["teacher/test_acc"]), "")
+    for key, label, epoch, suffix in (
+        ("last", "last", "epochs", ""),
+        ("best", "best-on-val", "best_epoch", "_best"),
+    ):
+        agreement = metrics.get(f"test/teacher_agreement{suffix}")
         table.add_row(
-            "teacher", f"{metrics['teacher/parameters']:,}", "", percent(metrics["teacher/test_acc"]), ""
-        )
-    rows = {"last": f"student, last epoch ({metrics['epochs']})"}
-    rows["best"] = f"student, best on validation ({metrics['best_epoch']})"
-    for key, name in rows.items():
-        agreement = metrics.get(
-            {"last": "test/teacher_agreement", "best": "test/teacher_agreement_best"}[key]
-        )
-        table.add_row(
-            name,
+            f"student, {label} epoch ({metrics[epoch]})",
             f"{metrics['student/parameters']:,}",
             percent(metrics[f"val/acc_{key}"]),
             percent(metrics[f"test/acc_{key}"]),
-            percent(agreement) if metrics["teacher/parameters"] else "",
+            "" if agreement is None else percent(agreement),
         )
-    console = Console(highlight=False)
-    console.print("\n", table, "\n", sep="")
-    console.print(f"run          {folder.path}", soft_wrap=True)
-    if folder.pictures.exists():
-        console.print(f"pictures     {folder.pictures}", soft_wrap=True)
-    console.print(f"model        {folder.student}", soft_wrap=True)
-    console.print("curves       tensorboard --logdir outputs", soft_wrap=True)
+    places = {"run": folder.path, "pictures": folder.pictures, "model": folder.student}
+    lines = [f"{name:<9} {path}" for name, path in places.items() if path.exists()]
+    show("", table, "", *lines, f"curves    tensorboard --logdir {outputs}")
+
+
+def print_jobs(jobs: Sequence[Job]) -> None:
+    """All jobs of a sweep beside each other; nothing for a single job, which has had its own table."""
+    if len(jobs) < 2:
+        return
+    table = new_table("job", "teacher", "val best", "test best", "test last")
+    for job in jobs:
+        told = {
+            key: value
+            for key, value in job.settings.items()
+            if any(value != j.settings.get(key) for j in jobs)
+        }
+        name = " ".join(f"{key}={value}" for key, value in told.items()) or job.folder.path.name
+        figures = ("teacher/test_acc", "val/acc_best", "test/acc_best", "test/acc_last")
+        table.add_row(name, *(percent(job.metrics[figure]) for figure in figures))
+    show("", table, "", *dict.fromkeys(f"runs      {job.folder.path.parent}" for job in jobs))
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines to the terminal, or plainly to a file or pipe."""
+    console = Console(highlight=False, width=None if is_terminal() else 120)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def new_table(*columns: str) -> Table:
+    """A table without lines; its first column holds text, the others figures."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
 
 
 def print_comparison(reported: Mapping[str, Any], measured: Mapping[str, float]) -> None:
     """The figures measured again, each beside the reported one."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "measured now", "reported by the run", ""):
-        table.add_column(column, justify="right" if column else "left")
+    table = new_table("", "measured now", "reported by the run", "")
     for name, value in measured.items():
         verdict = "equal" if value == reported.get(name) else "differs"
         table.add_row(name, repr(value), repr(reported.get(name)), verdict)
-    Console(highlight=False).print(table)
+    show(table)
