@@ -1,9 +1,21 @@
 """What many tests start from."""
 
-from collections.abc import Callable
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 
 from vitkd.models import ViTConfig
 
@@ -26,3 +38,66 @@ def tiny() -> Callable[..., ViTConfig]:
         return ViTConfig(**(shape | changes))
 
     return make
+
+
+class Outcome(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """command("train", "alpha=0.3") is `python -m vitkd.train alpha=0.3` without the seconds of imports."""
+
+    def run(name: str, *arguments: str) -> Outcome:
+        module = import_module(f"vitkd.{name}")
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with streams[0], streams[1], fresh_process(module.__name__, *arguments):
+            try:
+                module.main()
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except Exception:
+                code = 1
+                traceback.print_exc()
+        return Outcome(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def process() -> Command:
+    """As `command`, by a new interpreter; the keyword `cwd` is its working folder."""
+
+    def run(name: str, *arguments: str, cwd: Path) -> Outcome:
+        line = [sys.executable, "-m", f"vitkd.{name}", *arguments]
+        done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, check=False)
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@contextlib.contextmanager
+def fresh_process(*argv: str) -> Iterator[None]:
+    """What a command finds when it starts, and nothing of what it leaves in the process when it ends."""
+    loggers = [logging.getLogger(name) for name in (None, "vitkd", "lightning.pytorch")]
+    before = [(logger, logger.level, logger.propagate, [*logger.handlers]) for logger in loggers]
+    # They write to where stdout was when they were made.
+    logging.getLogger("vitkd").handlers.clear()
+    GlobalHydra.instance().clear()
+    try:
+        with mock.patch.dict(os.environ), mock.patch.object(sys, "argv", [*argv]):
+            yield
+    finally:
+        GlobalHydra.instance().clear()
+        for logger, level, propagate, handlers in before:
+            logger.setLevel(level)
+            logger.propagate = propagate
+            logger.handlers[:] = handlers

@@ -1,4 +1,4 @@
-"""Attention scores are returned data: for the blocks asked for, leaving the logits as they are, at least cost."""
+"""Attention scores are returned data: for the blocks asked for, at least cost, leaving the logits alone."""
 
 import pytest
 import torch

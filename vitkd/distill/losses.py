@@ -17,7 +17,7 @@ from torch import Tensor
 from vitkd.errors import ConfigError
 
 # Stands for −∞ where attention is masked: exp() of it is exactly 0, and 0 times it is not NaN.
-MASKED = -1e4
+MASKED = -1e30
 
 
 @dataclass
@@ -101,7 +101,10 @@ class DistributionLoss(AttentionLoss):
         return targets.logsumexp(dim) - math.log(targets.shape[dim])
 
     def resize(self, target: Tensor, matrix: Tensor) -> Tensor:
-        mixed = matrix @ target.exp() @ matrix.mT
+        # A key's weight is spread over the patches of its area, so that the class token keeps its share.
+        area = torch.ones_like(matrix[:, :1])
+        area[1:] = (matrix.shape[1] - 1) / (matrix.shape[0] - 1)
+        mixed = matrix @ target.exp() @ (area * matrix).mT
         return (mixed / mixed.sum(-1, keepdim=True)).clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
     def __call__(self, student_scores: Tensor, target: Tensor, allowed: Tensor | None = None) -> Tensor:

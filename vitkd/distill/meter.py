@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from vitkd.distill.losses import at_least_float32
+
 
 class Meter:
     """Sums of per-image values over batches; reading costs one host sync, adding none."""
@@ -21,7 +23,7 @@ class Meter:
         """Take in one batch of `images` images: per name its mean over them, any shape."""
         self.images += images
         for name, mean in means.items():
-            value = mean.detach() * images
+            value = at_least_float32(mean.detach()) * images
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, list[float]]:

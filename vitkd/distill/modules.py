@@ -36,15 +36,13 @@ class Terms(NamedTuple):
 class ClassifyModule(L.LightningModule):
     """Trains one model on labels: a teacher, or a student by itself."""
 
-    strict_loading = False
-
     def __init__(self, model: ViT, optimizer: AdamW, schedule: Schedule) -> None:
         super().__init__()
         self.model = model
         self.optimizer, self.schedule = optimizer, schedule
         self.train_meter, self.val_meter = Meter(), Meter()
         self.images_trained, self.seconds_trained = 0, 0.0
-        self._window_start = 0.0
+        self._window_start, self._last_step = 0.0, 0
 
     def terms(self, batch: Batch) -> Terms:
         """The losses of one training batch."""
@@ -62,10 +60,12 @@ class ClassifyModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # Validation lies between two epochs and is not training time.
-        self._window_start = time.perf_counter()
+        self._window_start, self._last_step = time.perf_counter(), self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.is_logging_step or self.trainer.is_last_batch:
+        stepped = self.trainer.global_step != self._last_step
+        self._last_step = self.trainer.global_step
+        if stepped and (self.is_logging_step or self.trainer.is_last_batch):
             self._log_window()
 
     def on_validation_epoch_end(self) -> None:
@@ -171,16 +171,21 @@ class DistillModule(ClassifyModule):
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("teacher.")}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The teacher is not saved with its students; everything else must be there.
+        teacher = {f"teacher.{name}": tensor for name, tensor in self.teacher.state_dict().items()}
+        checkpoint["state_dict"] = teacher | checkpoint["state_dict"]
+
     def named(self, means: dict[str, list[float]]) -> dict[str, float]:
-        per_map = means.pop("map_loss", None)
-        curves = super().named(means)
+        per_map = means.get("map_loss")
+        curves = super().named({name: values for name, values in means.items() if name != "map_loss"})
         if per_map is not None:
             curves |= {f"map_loss/{n}": value for n, value in zip(self.transfer.names, per_map, strict=True)}
         return curves
 
     def window_values(self) -> dict[str, float]:
-        norms = {name: norm.item() for name, norm in self._gradient_norms.items()}
-        return super().window_values() | norms
+        norms, self._gradient_norms = self._gradient_norms, {}
+        return super().window_values() | {name: norm.item() for name, norm in norms.items()}
 
     def _distill(self, batch: Batch, teacher_scores: dict[int, Tensor]) -> Terms:
         output = self.model(batch.image, record=self.transfer.student_blocks)

@@ -63,7 +63,7 @@ class WarmupCosine(Schedule):
     warmup: float = 0.1
     """The warm-up's share of all steps."""
     final: float = 0.0
-    """The last learning rate as a share of the first."""
+    """What the cosine falls to, as a share of the learning rate."""
 
     def __post_init__(self) -> None:
         for name in ("warmup", "final"):

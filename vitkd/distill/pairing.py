@@ -31,7 +31,7 @@ class BlockPair:
 
 def map_block(student_block: int, student_depth: int, teacher_depth: int) -> int:
     """Student block i learns from teacher block floor((i+1)·n/m) − 1: the last from the last."""
-    return (student_block + 1) * teacher_depth // student_depth - 1
+    return max((student_block + 1) * teacher_depth // student_depth - 1, 0)
 
 
 def map_heads(head_map: str, student_heads: int, teacher_heads: int) -> tuple[tuple[int, ...], ...]:

@@ -1,4 +1,4 @@
-"""The transfer loss: teacher scores + student scores → one value per student map, and their weighted sum.
+"""The transfer loss: teacher scores + student scores → one value per student map, and their mean or sum.
 
 Shapes: S stacked students (absent for one), B batch, H heads, P student maps of all pairs, N tokens.
 """
@@ -16,8 +16,6 @@ from vitkd.distill.pairing import BlockPair
 class AttentionTransfer(nn.Module):
     """Compares the chosen student maps with their teacher maps. It has no parameters."""
 
-    weights: Tensor
-    """[P]: each map's share in the transfer loss"""
     resize: Tensor | None
     """[N, N']: interpolates the teacher's tokens to the student's grid, if they differ"""
     allowed: Tensor | None
@@ -35,8 +33,6 @@ class AttentionTransfer(nn.Module):
         self.pairs = tuple(pairs)
         self.loss = loss
         self.names = [name for pair in pairs for name in pair.names]
-        share = 1 / len(self.names) if loss.reduction == "mean" else 1.0
-        self.register_buffer("weights", torch.full((len(self.names),), share), persistent=False)
         self.register_buffer("resize", resize, persistent=False)
         self.register_buffer("allowed", allowed, persistent=False)
 
@@ -50,11 +46,13 @@ class AttentionTransfer(nn.Module):
 
     def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
         """One value per student map [*S, P] from scores [*S, B, H, N, N] and [B, H', N', N'] per block."""
-        return torch.cat([self._compare(pair, student, teacher) for pair in self.pairs], dim=-1)
+        device = student[self.pairs[0].student_block].device.type
+        with torch.autocast(device, enabled=False):
+            return torch.cat([self._compare(pair, student, teacher) for pair in self.pairs], dim=-1)
 
     def total(self, per_map: Tensor) -> Tensor:
         """The transfer loss [*S] of the values [*S, P] that `forward` gave."""
-        return (per_map * self.weights).sum(-1)
+        return per_map.mean(-1) if self.loss.reduction == "mean" else per_map.sum(-1)
 
     def _compare(
         self, pair: BlockPair, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]
@@ -66,7 +64,7 @@ class AttentionTransfer(nn.Module):
         groups = zip(*pair.teacher_heads, strict=True)
         targets = [self.loss.target(take_heads(teacher_scores, heads)) for heads in groups]
         if self.resize is not None:
-            targets = [self.loss.resize(target, self.resize) for target in targets]
+            targets = [self.loss.resize(target, self.resize.to(target.dtype)) for target in targets]
         return targets[0] if len(targets) == 1 else self.loss.average(torch.stack(targets), dim=0)
 
 

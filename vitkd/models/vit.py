@@ -125,6 +125,7 @@ class ViT(nn.Module):
         self, images: Tensor, depth: int, record: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Tokens [*S, B, T, D] after the first `depth` blocks, and the scores of those to record."""
+        assert all(0 <= block < len(self.blocks) for block in record), f"no such block among {list(record)}"
         x, recorded = self.embed(images), {}
         for i, block in enumerate(self.blocks[:depth]):
             x, scores = block(x, record=i in record)

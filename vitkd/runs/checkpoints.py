@@ -37,7 +37,7 @@ def load_from_checkpoint(path: Path) -> tuple[ViT, int]:
     prefix = "model."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ConfigError(f"{path}: its weights do not fit the model that it describes") from error
     return model.eval(), content["epoch"] + 1

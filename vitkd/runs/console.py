@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vitkd.models import ViTConfig
@@ -55,12 +56,41 @@ class EpochLines(L.Callback):
         log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, "  ".join(parts))
 
 
+class ProgressBar(L.Callback):
+    """One bar for the whole training, below the epochs' lines; gone when it ends."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, transient=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._task = self._progress.add_task("", total=trainer.estimated_stepping_batches)
+        self._progress.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._progress.update(self._task, description=epoch, completed=trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._progress.stop()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._progress.stop()
+
+
+class ConsoleLines(logging.Handler):
+    """Prints to whatever stdout is at that moment, so that a progress bar can keep below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
 def start_logging() -> None:
     """Send the log's lines to the console, and quieten what Lightning says about itself."""
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
+        log.addHandler(ConsoleLines())
     log.setLevel(logging.INFO)
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

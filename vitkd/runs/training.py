@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import ClassifyModule
 from vitkd.models import ViT
 from vitkd.runs.checkpoints import load_from_checkpoint
-from vitkd.runs.console import EpochLines, is_terminal
+from vitkd.runs.console import EpochLines, ProgressBar, is_terminal
 from vitkd.runs.folder import RunFolder
 
 CHARTS = {
@@ -78,7 +78,7 @@ def build_trainer(folder: RunFolder, settings: Settings, callbacks: list[Callbac
     """Lightning's Trainer with this project's loggers and habits."""
     tensorboard = Curves(folder.path, name="", version="", default_hp_metric=False)
     tensorboard.experiment.add_custom_scalars(CHARTS)
-    bar = [RichProgressBar(leave=False)] if is_terminal() else []
+    bar = [ProgressBar()] if is_terminal() else []
     return L.Trainer(
         **{
             "num_sanity_val_steps": 0,
@@ -87,7 +87,7 @@ def build_trainer(folder: RunFolder, settings: Settings, callbacks: list[Callbac
             "callbacks": [*callbacks, KeepLastAndBest(folder), EpochLines(), *bar],
             "log_every_n_steps": settings.log_every_n_steps,
             "default_root_dir": folder.path,
-            "enable_progress_bar": bool(bar),
+            "enable_progress_bar": False,
             "enable_checkpointing": False,
             "enable_model_summary": False,
             # The data module shares out the images itself, exactly and without duplicates.
