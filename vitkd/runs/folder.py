@@ -68,7 +68,8 @@ class RunFolder:
         self._set_status("running")
         try:
             yield self
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
+            # Lightning turns an interrupt into an exit.
             self._set_status("stopped")
             raise
         except BaseException as error:

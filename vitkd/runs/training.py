@@ -122,16 +122,29 @@ def log_hyperparameters(
 ) -> None:
     """Put a finished run on TensorBoard's HParams page."""
     (tensorboard,) = (logger for logger in trainer.loggers if isinstance(logger, Curves))
-    tensorboard.log_hyperparams(flatten(settings), dict(figures))
+    tensorboard.log_hyperparams(hyperparameters(settings), dict(figures))
     tensorboard.finalize("success")
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of dotted names; what TensorBoard cannot hold becomes text."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+def hyperparameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one run from another, few enough for a table.
+
+    TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
+    """
+    classes = {
+        group: settings[group]["_target_"].rpartition(".")[2] for group in ("granularity", "loss", "method")
+    }
+    numbers = {
+        f"{group}.{name}": value
+        for group in ("optimizer", "student")
+        for name, value in settings[group].items()
+        if isinstance(value, int | float)
+    }
+    return {
+        "alpha": settings["alpha"],
+        "dataset": settings["dataset"]["name"],
+        **classes,
+        "seed": settings["seed"],
+        "trainer.max_epochs": settings["trainer"]["max_epochs"],
+        **numbers,
+    }

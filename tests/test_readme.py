@@ -1,0 +1,66 @@
+"""The README's commands are understood, its make targets exist, its tree is the tree."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from vitkd.config import CONF_DIR, parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, flags=re.DOTALL)
+LINES = [line.strip() for block in BLOCKS for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("python -m vitkd.")]
+MAKES = [line.split("#")[0].split()[1] for line in LINES if line.startswith("make ")]
+
+
+def first_job(settings):
+    """The settings of a sweep's first job."""
+    parsed = OverridesParser.create().parse_overrides(settings)
+    return [
+        f"{o.input_line.partition('=')[0]}={next(o.sweep_string_iterator())}"
+        if o.is_sweep_override()
+        else o.input_line
+        for o in parsed
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command):
+    _, _, module, *settings = shlex.split(command, comments=True)
+    name = module.removeprefix("vitkd.")
+    settings = first_job([setting for setting in settings if not setting.startswith("-")])
+
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        composed = compose(name, settings)
+
+    if name == "train" and composed.dataset.name == "digits":
+        parse(composed)
+
+
+def test_there_are_commands_to_test():
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("target", MAKES)
+def test_every_make_target_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_the_tree_names_what_is_there():
+    (tree,) = (block for block in BLOCKS if block.startswith("conf/"))
+    folder = ROOT
+    for line in tree.splitlines():
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        parent = {0: ROOT, 2: ROOT / "vitkd"}.get(depth, folder)
+        assert (parent / name).exists(), name
+        folder = parent / name if name.endswith("/") else folder
+
+
+def test_every_picture_and_link_leads_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
