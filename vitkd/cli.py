@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from vitkd.config import CONF_DIR, Config
+from vitkd.config import CONF_DIR, LONGEST_NAME, Config
 from vitkd.distill.methods import Method
 from vitkd.errors import ConfigError
 from vitkd.messages import explain
@@ -25,19 +25,27 @@ from vitkd.messages import explain
 log = logging.getLogger("vitkd")
 
 USAGE_ERROR = 2
-# File systems take 255 bytes a name; the rest is for suffixes.
-LONGEST_NAME = 160
 # They stand elsewhere in the path, or do not change what is computed.
-NOT_NAMED = {"experiment", "dataset", "name", "paths.data", "paths.outputs", "log_every_n_steps"}
+NOT_NAMED = {
+    "experiment",
+    "dataset",
+    "name",
+    "paths.data",
+    "paths.outputs",
+    "log_every_n_steps",
+    "pictures_every_n_epochs",
+}
 
 
 def entry_point(
-    config_name: str, epilogue: Callable[[], None] = lambda: None
+    config_name: str,
+    prologue: Callable[[], None] = lambda: None,
+    epilogue: Callable[[], None] = lambda: None,
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make a function of the composed configuration into a command.
 
     A `ConfigError`, or anything that Hydra finds wrong, is printed as one line and ends with exit code 2.
-    `epilogue` runs when all jobs have ended, whether or not one failed.
+    `prologue` runs before the first job, `epilogue` when all have ended, whether or not one failed.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -53,7 +61,9 @@ def entry_point(
         def main() -> None:
             # Otherwise Hydra prints what is wrong itself, on many lines, and exits.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+            prologue()
             try:
+                check_arguments(sys.argv[1:])
                 try:
                     hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
                 finally:
@@ -64,6 +74,13 @@ def entry_point(
         return main
 
     return decorate
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """ConfigError for what Hydra's own parser trips over."""
+    for argument in arguments:
+        if argument.startswith("="):
+            raise ConfigError(f"{argument}: has no key; write KEY=VALUE")
 
 
 def fail(message: str) -> None:

@@ -6,14 +6,12 @@ fields are the keys and types, its `__post_init__` the ranges. So a new option i
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
-import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,22 +20,20 @@ from vitkd.distill.granularity import Granularity
 from vitkd.distill.losses import AttentionLoss
 from vitkd.distill.methods import Method, NoDistillation
 from vitkd.distill.optimization import AdamW, Schedule
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, suggest
 from vitkd.models import ViTConfig
 
 PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
-# What Lightning's Trainer takes but vitkd decides.
-RESERVED_TRAINER_KEYS = {
-    "logger",
-    "callbacks",
-    "default_root_dir",
-    "log_every_n_steps",
-    "plugins",
-    "profiler",
-}
+# File systems take 255 bytes a name; the rest is for suffixes.
+LONGEST_NAME = 160
+
+GROUPS = (
+    *("dataset", "student", "teacher", "method", "granularity", "loss"),
+    *("optimizer", "schedule", "trainer"),
+)
 
 
 @dataclass
@@ -46,6 +42,13 @@ class Paths:
 
     data: str
     outputs: str
+
+    def __post_init__(self) -> None:
+        for name in ("data", "outputs"):
+            place = Path(getattr(self, name))
+            nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
+            if not nearest.is_dir():
+                raise ConfigError(f"{name}={place}: {nearest} is a file; name a folder")
 
 
 @dataclass
@@ -58,9 +61,9 @@ class TeacherSource:
     max_epochs: int
 
     def __post_init__(self) -> None:
-        check_seed("teacher.seed", self.seed)
+        check_seed(self.seed)
         if self.max_epochs < 1:
-            raise ConfigError(f"teacher.max_epochs={self.max_epochs}: must be at least 1")
+            raise ConfigError(f"max_epochs={self.max_epochs}: must be at least 1")
 
 
 @dataclass
@@ -97,15 +100,17 @@ class Root:
                 f"alpha={self.alpha}: must lie in [0, 1]; it weighs the class loss "
                 "(1 is labels alone, 0 attention alone)"
             )
-        check_seed("seed", self.seed)
+        check_seed(self.seed)
         if self.log_every_n_steps < 1:
             raise ConfigError(f"log_every_n_steps={self.log_every_n_steps}: must be at least 1")
         if self.pictures_every_n_epochs < 0:
             raise ConfigError(
                 f"pictures_every_n_epochs={self.pictures_every_n_epochs}: must be 0 (never) or more"
             )
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        if self.name is not None and (Path(self.name).name != self.name or self.name in ("", ".", "..")):
             raise ConfigError(f"name={self.name}: must be one folder name, without slashes")
+        if self.name is not None and len(self.name.encode()) > LONGEST_NAME:
+            raise ConfigError(f"name={self.name}: must be at most {LONGEST_NAME} bytes long")
 
 
 @dataclass
@@ -127,42 +132,43 @@ class Config(Root):
 
 
 def parse(composed: DictConfig) -> Config:
-    """Check a composed configuration and turn it into objects. Reads no data and writes nothing.
+    """Check a composed configuration and turn it into objects; reads no images and writes nothing.
 
     Raises ConfigError, with one line, for the first thing that is wrong.
     """
     composed = composed.copy()
+    for group in GROUPS:
+        if composed.get(group) is None:
+            raise ConfigError(f"{group}: is missing, and nothing can do without it")
     dataset = build("dataset", composed.dataset, Dataset)
-    paths = instantiate("paths", Paths, composed.paths)
-    # A folder of one's own images shows its number of classes only when looked at.
-    composed.dataset.num_classes = dataset.num_classes = dataset.inspect(Path(paths.data))
+    if dataset.num_classes is None:
+        # A folder of one's own images shows its number of classes only when looked at.
+        composed.dataset.num_classes = dataset.num_classes = dataset.inspect(Path(composed.paths.data))
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-    groups = (
-        "dataset",
-        "student",
-        "teacher",
-        "method",
-        "granularity",
-        "loss",
-        "optimizer",
-        "schedule",
-        "trainer",
-    )
-    root = instantiate("", Root, {key: value for key, value in plain.items() if key not in groups})
-    student = build("student", plain["student"], ViTConfig)
+    record_whereabouts(plain)
+    root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
+    if not dataset.val_fraction:
+        plain["trainer"]["limit_val_batches"] = 0
     return Config(
         **{f.name: getattr(root, f.name) for f in fields(Root)},
         dataset=dataset,
-        student=student,
+        student=build("student", plain["student"], ViTConfig),
         teacher=_teacher(plain["teacher"]),
         method=build("method", plain["method"], Method),
         granularity=build("granularity", plain["granularity"], Granularity),
         loss=build("loss", plain["loss"], AttentionLoss),
         optimizer=build("optimizer", plain["optimizer"], AdamW),
         schedule=build("schedule", plain["schedule"], Schedule),
-        trainer=check_trainer(plain["trainer"]),
+        trainer=plain["trainer"],
         resolved=plain,
     )
+
+
+def record_whereabouts(plain: dict[str, Any]) -> None:
+    """Make the paths of data absolute, so that the run can be measured again from any folder."""
+    plain["paths"]["data"] = str(Path(plain["paths"]["data"]).resolve())
+    if plain["dataset"].get("root"):
+        plain["dataset"]["root"] = str(Path(plain["dataset"]["root"]).resolve())
 
 
 def teacher_run(config: Config) -> Config:
@@ -209,8 +215,9 @@ def allowed_class(key: str, target: str, base: type) -> type:
             found = getattr(importlib.import_module(module), name, None)
         except ImportError:
             found = None
-        if inspect.isclass(found) and issubclass(found, base) and found.__module__.startswith("vitkd."):
-            return found
+        is_kind = inspect.isclass(found) and issubclass(found, base) and not inspect.isabstract(found)
+        if is_kind and found.__module__.startswith("vitkd."):
+            return cast(type, found)
     raise ConfigError(f"{key}._target_={target}: only vitkd's own {base.__name__} classes are allowed")
 
 
@@ -221,42 +228,31 @@ def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
     for name in settings:
         if name not in known:
             raise ConfigError(f"{prefix}{name}: no such setting; {suggest(name, known)}")
+    schema = OmegaConf.structured(cls)
+    for name, value in settings.items():
+        try:
+            schema = OmegaConf.merge(schema, {name: value})
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{prefix}{name}={value}: must be {type_of(cls, name)}") from error
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from error
+        return OmegaConf.to_object(schema)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
-def suggest(name: str, known: list[str]) -> str:
-    """Words that lead from a mistyped name to the right one."""
-    close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
+def type_of(cls: type, name: str) -> str:
+    """The type of a dataclass's field, in a person's words."""
+    kind = get_type_hints(cls)[name]
+    text = kind.__name__ if inspect.isclass(kind) and not get_args(kind) else str(kind)
+    for code, words in {"None": "null", "float": "a number", "int": "a whole number", "str": "text"}.items():
+        text = re.sub(rf"\b{code}\b", words, text)
+    return text.replace(" | ", " or ")
 
 
-def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` if Lightning's Trainer takes them all, else ConfigError."""
-    accepted = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"} - RESERVED_TRAINER_KEYS
-    for name in settings:
-        if name in RESERVED_TRAINER_KEYS:
-            raise ConfigError(f"trainer.{name}: is decided by vitkd; leave it out")
-        if name not in accepted:
-            raise ConfigError(f"trainer.{name}: no such setting; {suggest(name, sorted(accepted))}")
-    epochs = settings.get("max_epochs")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ConfigError(f"trainer.max_epochs={epochs}: must be a whole number of at least 1")
-    try:
-        L.Trainer(**settings, logger=False, enable_checkpointing=False)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(
-            f"trainer: {' '.join(str(error).split())}; trainer=auto fits this machine"
-        ) from error
-    return settings
-
-
-def check_seed(key: str, seed: int) -> None:
+def check_seed(seed: int) -> None:
     """ConfigError unless PyTorch takes `seed`."""
     if not 0 <= seed < 2**32:
-        raise ConfigError(f"{key}={seed}: must be a whole number from 0 to {2**32 - 1}")
+        raise ConfigError(f"seed={seed}: must be a whole number from 0 to {2**32 - 1}")
 
 
 def _teacher(node: dict[str, Any]) -> Teacher:

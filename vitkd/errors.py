@@ -1,5 +1,8 @@
 """The one exception for what a person can mend."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class ConfigError(ValueError):
     """A mistake in a setting, a path or a file.
@@ -7,3 +10,9 @@ class ConfigError(ValueError):
     Its message is one line: the value found, what is allowed, the fix. The entry points print that line
     and nothing else; it lives here, free of Hydra, so that data and models can raise it in a notebook too.
     """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Words that lead from a mistyped name to the right one."""
+    close = get_close_matches(name, known := sorted(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"

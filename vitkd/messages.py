@@ -24,6 +24,8 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
         )
     if missing := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text):
         return _no_such_option(missing[1], missing[2], text)
+    if present := re.search(r"An item is already at '([^']+)'", text):
+        return f"{present[1]}: is there already; set it without the plus"
     if unknown := re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", text):
         return _no_such_key(unknown[1], config_name, arguments)
     plain = re.sub(r"\s*See https\S+ for details|\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text)

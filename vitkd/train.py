@@ -1,6 +1,7 @@
 """Train a student, alone or beside a teacher: `python -m vitkd.train granularity=block loss=kl alpha=0.5`."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,31 @@ from vitkd.runs.folder import RunFolder
 from vitkd.runs.pictures import AttentionPictures
 from vitkd.runs.provenance import provenance
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
-from vitkd.runs.training import build_trainer, fit, log_hyperparameters
+from vitkd.runs.training import build_trainer, check_trainer, fit, log_hyperparameters
 
 log = logging.getLogger("vitkd")
 
 finished: list[Job] = []
 
 
-@entry_point("train", epilogue=lambda: print_jobs(finished))
+@entry_point("train", prologue=finished.clear, epilogue=lambda: print_jobs(finished))
 def main(composed: DictConfig) -> float:
-    """Run one job and return the accuracy that a sweeper may maximise: the best on validation."""
+    """Run one job and return the accuracy that a sweeper may maximise: the best on validation, if any."""
     start_logging()
     config = parse(composed)
+    check_trainer(config.trainer)
     warn_of_ignored_settings(config.method)
-    given = given_teacher(config.teacher.checkpoint, config.dataset)
+    given = given_teacher(config.teacher.checkpoint, config.dataset) if config.method.needs_teacher else None
     config.method.check(config.student, given.config if given else config.teacher.model, config)
     announce(config, given)
+    data = load_data(config)
     teacher = (given or obtain_teacher(config)) if config.method.needs_teacher else None
     folder = RunFolder.claim(run_path(config))
-    metrics = train(config, teacher, folder)
+    metrics = train(config, teacher, data, folder)
     print_results(metrics, folder, config.paths.outputs)
     finished.append(Job(overridden(), metrics, folder))
-    return float(metrics["val/acc_best"] or metrics["test/acc_last"])
+    best = metrics["val/acc_best"]
+    return math.nan if best is None else float(best)
 
 
 def announce(config: Config, given: ViT | None) -> None:
@@ -58,13 +62,18 @@ def obtain_teacher(config: Config) -> ViT:
     """The stored teacher of this configuration, trained now if no run has needed it before."""
     own = teacher_run(config)
     store = Path(config.paths.outputs, "teachers", config.dataset.name, fingerprint(own.resolved))
-    return stored_teacher(store, lambda folder: train(own, None, folder))
+    return stored_teacher(store, lambda folder: train(own, None, load_data(own), folder))
 
 
-def train(config: Config, teacher: ViT | None, folder: RunFolder) -> dict[str, Any]:
-    """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds."""
+def load_data(config: Config) -> ImageDataModule:
+    """The configuration's data set, read before anything is written, should it turn out to be damaged."""
     data = ImageDataModule(config.dataset, config.paths.data, config.seed)
     data.setup()
+    return data
+
+
+def train(config: Config, teacher: ViT | None, data: ImageDataModule, folder: RunFolder) -> dict[str, Any]:
+    """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds."""
     with folder.running(config.resolved):
         torch.manual_seed(config.seed)
         student = config.student.build()

@@ -56,9 +56,7 @@ def test_the_middle_is_kept(make: Make, photos: Path, size: tuple, box: tuple) -
 def test_grey_images(make: Make, photos: Path) -> None:
     dataset = make("image_folder", root=str(photos), image_size=12, channels=1, mean=[0.5], std=[0.25])
     assert dataset.load(photos)["train"].read_all().shape == (54, 1, 12, 12)
-    with pytest.raises(
-        ConfigError, match=r"dataset.mean=\[0.485, 0.456, 0.406\] must be one value a channel"
-    ):
+    with pytest.raises(ConfigError, match=r"^mean=\[0.485, 0.456, 0.406\] must be one value a channel"):
         make("image_folder", root=str(photos), channels=1)
 
 

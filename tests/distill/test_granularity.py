@@ -89,7 +89,5 @@ def test_more_student_heads_than_teacher_heads_fit_only_head_granularity(kind):
 
 
 def test_an_unknown_head_map_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ConfigError, match=r"^granularity\.head_map=nearest: [^\n]*index, group_mean, hungarian"
-    ):
+    with pytest.raises(ConfigError, match=r"^head_map=nearest: [^\n]*index, group_mean, hungarian"):
         Block(head_map="nearest")

@@ -121,5 +121,5 @@ def test_pytorchs_own_functions():
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(kind, setting, value):
-    with pytest.raises(ConfigError, match=rf"^loss\.{setting}={value}: [^\n]+$"):
+    with pytest.raises(ConfigError, match=rf"^{setting}={value}: [^\n]+$"):
         kind(**{setting: value})

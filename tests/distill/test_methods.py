@@ -127,5 +127,5 @@ def test_what_granularity_refuses_is_found_before_anything_is_built(tiny, studen
 
 
 def test_an_unknown_resize_is_refused():
-    with pytest.raises(ConfigError, match=r"^method\.resize=nearest: choose bilinear or null$"):
+    with pytest.raises(ConfigError, match=r"^resize=nearest: choose bilinear or null$"):
         AttentionDistillation(resize="nearest")

@@ -51,7 +51,7 @@ def test_impossible_optimisers_are_refused_in_one_line(setting, value):
     with pytest.raises(ConfigError) as caught:
         AdamW(**{setting: value})
 
-    assert str(caught.value).startswith(f"optimizer.{setting}={value}: ")
+    assert str(caught.value).startswith(f"{setting}={value}: ")
     assert "\n" not in str(caught.value)
 
 
@@ -91,5 +91,5 @@ def test_past_the_end_the_rate_stays():
     ("setting", "value"), [("warmup", -0.1), ("warmup", 1.1), ("final", 2.0), ("final", math.nan)]
 )
 def test_impossible_schedules_are_refused_in_one_line(setting, value):
-    with pytest.raises(ConfigError, match=rf"^schedule\.{setting}={value}: [^\n]+$"):
+    with pytest.raises(ConfigError, match=rf"^{setting}={value}: [^\n]+$"):
         WarmupCosine(**{setting: value})

@@ -1,5 +1,6 @@
 """What every data set says about itself."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from vitkd.errors import ConfigError
 
 
 @dataclass(kw_only=True)
-class Dataset:
+class Dataset(ABC):
     """A data set's facts and loading settings; each class is also the schema of its files in conf/dataset.
 
     Args:
@@ -77,6 +78,7 @@ class Dataset:
         """
         return len(self.load(root)["test"].class_names)
 
+    @abstractmethod
     def load(self, root: Path) -> dict[str, Split | FileSplit]:
         """The splits "train" and "test", official or fixed.
 
@@ -86,11 +88,10 @@ class Dataset:
         Raises:
             ConfigError: as `inspect`.
         """
-        raise NotImplementedError
 
     def _require(self, setting: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ConfigError(f"dataset.{setting}={getattr(self, setting)!r} must be {allowed}")
+            raise ConfigError(f"{setting}={getattr(self, setting)!r} must be {allowed}")
 
     def _checked(self, split: Split) -> Split:
         """The split, once it is known to be of the shape and the class count that are set here."""

@@ -3,6 +3,7 @@
 Each class is its own configuration schema and yields `BlockPair`s; nothing downstream knows which one it was.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ class Shape(Protocol):
 
 
 @dataclass
-class Granularity:
+class Granularity(ABC):
     """The student maps that learn, and the teacher maps they learn from."""
 
     blocks: list[int] | None = None
@@ -34,9 +35,9 @@ class Granularity:
         ours, theirs = self.heads_of(student, teacher)
         return [BlockPair(s, t, ours, theirs) for s, t in self.block_pairs(student, teacher)]
 
+    @abstractmethod
     def heads_of(self, student: Shape, teacher: Shape) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """The student heads of each chosen block, and for each of them its teacher heads."""
-        raise NotImplementedError
 
     def default_blocks(self, depth: int) -> list[int]:
         """The student blocks where none are named: the last, which the class token reads."""
@@ -92,7 +93,7 @@ class Block(Granularity):
 
     def __post_init__(self) -> None:
         if self.head_map not in HEAD_MAPS:
-            raise ConfigError(f"granularity.head_map={self.head_map}: choose one of {', '.join(HEAD_MAPS)}")
+            raise ConfigError(f"head_map={self.head_map}: choose one of {', '.join(HEAD_MAPS)}")
 
     def heads_of(self, student: Shape, teacher: Shape) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         return tuple(range(student.num_heads)), map_heads(self.head_map, student.num_heads, teacher.num_heads)

@@ -9,6 +9,7 @@ Student scores [*S, B, P, N, N]; target [B, P, N, N]; result [*S, P]. The last a
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ MASKED = -1e30
 
 
 @dataclass
-class AttentionLoss:
+class AttentionLoss(ABC):
     """A mean over batch and queries (and keys, for scores); never `batchmean`."""
 
     reduction: str = "mean"
@@ -29,23 +30,23 @@ class AttentionLoss:
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
-            raise ConfigError(f"loss.reduction={self.reduction}: choose mean or sum")
+            raise ConfigError(f"reduction={self.reduction}: choose mean or sum")
 
+    @abstractmethod
     def target(self, teacher_scores: Tensor) -> Tensor:
         """The teacher's maps as this loss compares them, in at least float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def average(self, targets: Tensor, dim: int) -> Tensor:
         """Several teacher maps' targets along `dim` as one target."""
-        raise NotImplementedError
 
+    @abstractmethod
     def resize(self, target: Tensor, matrix: Tensor) -> Tensor:
         """The target on another token grid; `matrix` [N', N] interpolates tokens, its rows sum to 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __call__(self, student_scores: Tensor, target: Tensor, allowed: Tensor | None = None) -> Tensor:
         """One value per student map [*S, P]; `allowed` [N, N] marks the entries that count (None: all)."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -58,7 +59,7 @@ class MSE(AttentionLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.center not in ("none", "row"):
-            raise ConfigError(f"loss.center={self.center}: choose none or row")
+            raise ConfigError(f"center={self.center}: choose none or row")
 
     def target(self, teacher_scores: Tensor) -> Tensor:
         return at_least_float32(teacher_scores)
@@ -92,7 +93,7 @@ class DistributionLoss(AttentionLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"loss.temperature={self.temperature}: must be a finite number above 0")
+            raise ConfigError(f"temperature={self.temperature}: must be a finite number above 0")
 
     def target(self, teacher_scores: Tensor) -> Tensor:
         return (at_least_float32(teacher_scores) / self.temperature).log_softmax(-1)
@@ -114,9 +115,9 @@ class DistributionLoss(AttentionLoss):
             target = target.masked_fill(~allowed, MASKED).log_softmax(-1)
         return self.rows(scores.log_softmax(-1), target).mean((-3, -1))
 
+    @abstractmethod
     def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """One value a query [*S, B, P, N] from student log q and teacher log p [*S, B, P, N, N]."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The ways to train a student: what each needs, and the LightningModule it trains with."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -30,19 +31,20 @@ class Plan(Protocol):
 
 
 @dataclass
-class Method:
+class Method(ABC):
     """Builds the module that trains the student."""
 
     needs_teacher: ClassVar[bool]
     ignores: ClassVar[tuple[str, ...]] = ()
     """Settings without effect under this method: naming one on the command line earns a warning."""
 
+    @abstractmethod
     def check(self, student: ViTConfig, teacher: ViTConfig, plan: Plan) -> None:
         """Raise ConfigError if the student cannot learn from the teacher this way."""
 
+    @abstractmethod
     def module(self, student: ViT, teacher: ViT | None, plan: Plan, calibrate: Calibration) -> ClassifyModule:
         """The module to fit; `calibrate` gives a batch of training images [B, C, H, W]."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -51,6 +53,9 @@ class NoDistillation(Method):
 
     needs_teacher = False
     ignores = ("alpha", "granularity", "loss", "teacher")
+
+    def check(self, student: ViTConfig, teacher: ViTConfig, plan: Plan) -> None:
+        """Every student can learn labels."""
 
     def module(self, student: ViT, teacher: ViT | None, plan: Plan, calibrate: Calibration) -> ClassifyModule:
         return ClassifyModule(student, plan.optimizer, plan.schedule)
@@ -66,7 +71,7 @@ class AttentionDistillation(Method):
 
     def __post_init__(self) -> None:
         if self.resize not in (None, "bilinear"):
-            raise ConfigError(f"method.resize={self.resize}: choose bilinear or null")
+            raise ConfigError(f"resize={self.resize}: choose bilinear or null")
 
     def check(self, student: ViTConfig, teacher: ViTConfig, plan: Plan) -> None:
         plan.granularity.pairs(student, teacher)

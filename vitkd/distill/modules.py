@@ -42,7 +42,7 @@ class ClassifyModule(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.train_meter, self.val_meter = Meter(), Meter()
         self.images_trained, self.seconds_trained = 0, 0.0
-        self._window_start, self._last_step = 0.0, 0
+        self._window_start, self._last_step, self._lr = 0.0, 0, 0.0
 
     def terms(self, batch: Batch) -> Terms:
         """The losses of one training batch."""
@@ -62,6 +62,10 @@ class ClassifyModule(L.LightningModule):
         # Validation lies between two epochs and is not training time.
         self._window_start, self._last_step = time.perf_counter(), self.trainer.global_step
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # When the batch has ended, the schedule has moved on to the next step's.
+        self._lr = optimizer.param_groups[0]["lr"]
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         stepped = self.trainer.global_step != self._last_step
         self._last_step = self.trainer.global_step
@@ -71,7 +75,7 @@ class ClassifyModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = self.named(self.val_meter.means(self._sum_over_processes))
         self.val_meter.reset()
-        self.log_dict({f"val/{name}": value for name, value in values.items()})
+        self._write({f"val/{name}": value for name, value in values.items()})
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer.build(p for p in self.parameters() if p.requires_grad)
@@ -103,13 +107,15 @@ class ClassifyModule(L.LightningModule):
         images = self.train_meter.images * self.trainer.world_size
         now = time.perf_counter()
         values["images_per_second"] = images / (now - self._window_start)
-        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["lr"] = self._lr
         self.images_trained += images
         self.seconds_trained += now - self._window_start
         self.train_meter.reset()
         self._window_start = now
+        self._write({f"train/{name}": value for name, value in values.items()})
+
+    def _write(self, curves: dict[str, float]) -> None:
         # Not self.log: four of its calls a step cost 2 ms, and these values are means already.
-        curves = {f"train/{name}": value for name, value in values.items()}
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in curves.items()})
         for logger in self.loggers:
             logger.log_metrics(curves, step=self.trainer.global_step)

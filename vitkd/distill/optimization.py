@@ -1,6 +1,7 @@
 """Optimiser and learning-rate schedule; each class is its own configuration schema."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -21,13 +22,13 @@ class AdamW:
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
-            raise ConfigError(f"optimizer.lr={self.lr}: must be a finite number above 0")
+            raise ConfigError(f"lr={self.lr}: must be a finite number above 0")
         if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"optimizer.weight_decay={self.weight_decay}: must be 0 or more")
+            raise ConfigError(f"weight_decay={self.weight_decay}: must be 0 or more")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas={self.betas}: give two numbers in [0, 1)")
-        if not self.eps > 0:
-            raise ConfigError(f"optimizer.eps={self.eps}: must be above 0")
+            raise ConfigError(f"betas={self.betas}: give two numbers in [0, 1)")
+        if not 0 < self.eps < math.inf:
+            raise ConfigError(f"eps={self.eps}: must be a finite number above 0")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
         """The optimiser of `parameters`."""
@@ -40,12 +41,12 @@ class AdamW:
 
 
 @dataclass
-class Schedule:
+class Schedule(ABC):
     """How the learning rate changes over a run."""
 
+    @abstractmethod
     def factor(self, step: int, total_steps: int) -> float:
         """What multiplies the learning rate at optimiser step `step`, counted from 0, of `total_steps`."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -68,7 +69,7 @@ class WarmupCosine(Schedule):
     def __post_init__(self) -> None:
         for name in ("warmup", "final"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"schedule.{name}={getattr(self, name)}: must lie in [0, 1]")
+                raise ConfigError(f"{name}={getattr(self, name)}: must lie in [0, 1]")
 
     def factor(self, step: int, total_steps: int) -> float:
         warmup_steps = round(self.warmup * total_steps)

@@ -48,7 +48,7 @@ class RunFolder:
             except FileExistsError:
                 number += 1
             except OSError as error:
-                raise ConfigError(f"{candidate}: cannot make the run folder ({error.strerror})") from error
+                raise ConfigError(f"{candidate}: no folder can be made there ({error.strerror})") from error
 
     @classmethod
     def existing(cls, path: Path) -> Self:
@@ -84,9 +84,11 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """The run's resolved configuration; ConfigError if it cannot be read."""
         try:
-            config: dict[str, Any] = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"{self.config}: cannot be read as a run's configuration") from error
+        if not isinstance(config, dict) or not isinstance(config.get("paths"), dict):
+            raise ConfigError(f"{self.config}: cannot be read as a run's configuration, it is cut or foreign")
         return config
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -96,9 +98,11 @@ class RunFolder:
     def read_metrics(self) -> dict[str, Any]:
         """The metrics of a finished run; ConfigError if it has none."""
         try:
-            metrics: dict[str, Any] = json.loads(self.metrics.read_text(encoding="utf-8"))
+            metrics = json.loads(self.metrics.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.metrics}: cannot be read; has the run finished?") from error
+        if not isinstance(metrics, dict):
+            raise ConfigError(f"{self.metrics}: cannot be read as a run's metrics, it is foreign")
         return metrics
 
     def _set_status(self, state: str, **more: str) -> None:

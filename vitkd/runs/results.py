@@ -1,6 +1,7 @@
 """A finished run's figures and files: written once by `train`, computed again by `evaluate`."""
 
 import json
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -49,9 +50,9 @@ def write_predictions(folder: RunFolder, predictions: Mapping[str, Tensor]) -> N
 def read_teacher_predictions(folder: RunFolder) -> Tensor | None:
     """The teacher's class for every test image, or None for a run without a teacher."""
     try:
-        with np.load(folder.predictions, allow_pickle=False) as predictions:
+        with folder.predictions.open("rb") as file, np.load(file, allow_pickle=False) as predictions:
             return torch.from_numpy(predictions["teacher"]).long() if "teacher" in predictions else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{folder.predictions}: cannot be read; has the run finished?") from error
 
 

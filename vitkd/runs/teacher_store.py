@@ -63,7 +63,10 @@ def stored_teacher(store: Path, train: Callable[[RunFolder], object]) -> ViT:
     A lock keeps parallel runs from training it twice. The folder gets its name only when it is complete, so
     an interrupted training never passes for a teacher.
     """
-    store.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{store.parent}: no folder can be made there ({error.strerror})") from error
     with FileLock(store.with_name(f"{store.name}.lock")):
         if not store.exists():
             log.info("no teacher yet: training it first, once; later runs reuse it")

@@ -1,15 +1,19 @@
 """Fitting one module in one run folder: the same for a teacher and for a student."""
 
+import inspect
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import ClassifyModule
+from vitkd.errors import ConfigError, suggest
 from vitkd.models import ViT
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.console import EpochLines, ProgressBar, is_terminal
@@ -24,6 +28,15 @@ CHARTS = {
     "alpha": {"gradient norms": ["Multiline", ["train/gradient_norm_task", "train/gradient_norm_transfer"]]},
 }
 """TensorBoard's custom scalar page: what belongs together on one chart."""
+
+
+# What Lightning's Trainer takes but vitkd decides.
+DECIDED = {
+    *("logger", "callbacks", "plugins", "profiler", "default_root_dir", "log_every_n_steps", "barebones"),
+    *("enable_checkpointing", "enable_model_summary", "enable_progress_bar", "use_distributed_sampler"),
+    *("fast_dev_run", "overfit_batches", "max_time", "max_steps", "min_steps", "min_epochs"),
+}
+COUNTS = ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
 
 
 class Settings(Protocol):
@@ -74,6 +87,32 @@ class KeepLastAndBest(Callback):
         vars(self).update(state_dict)
 
 
+def check_trainer(settings: dict[str, Any]) -> None:
+    """ConfigError unless Lightning's Trainer, and this project's use of it, take all of `settings`."""
+    accepted = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"} - DECIDED
+    for name, value in settings.items():
+        if name in DECIDED:
+            raise ConfigError(f"trainer.{name}: is decided by vitkd; leave it out")
+        if name not in accepted:
+            raise ConfigError(f"trainer.{name}: no such setting; {suggest(name, accepted)}")
+        if name in COUNTS and not (type(value) is int and value >= 1):
+            raise ConfigError(f"trainer.{name}={value}: must be a whole number of at least 1")
+    batches, clip = settings.get("limit_train_batches"), settings.get("gradient_clip_val")
+    if batches is not None and not batches > 0:
+        raise ConfigError(f"trainer.limit_train_batches={batches}: must be above 0, or null for all")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ConfigError(f"trainer.gradient_clip_val={clip}: must be a finite number above 0, or null")
+    try:
+        L.Trainer(**settings, logger=False, enable_checkpointing=False)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"trainer: {one_line(error)}; trainer=auto fits this machine") from error
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without line breaks."""
+    return " ".join(str(error).split())
+
+
 def build_trainer(folder: RunFolder, settings: Settings, callbacks: list[Callback]) -> L.Trainer:
     """Lightning's Trainer with this project's loggers and habits."""
     tensorboard = Curves(folder.path, name="", version="", default_hp_metric=False)
@@ -99,7 +138,10 @@ def build_trainer(folder: RunFolder, settings: Settings, callbacks: list[Callbac
 def fit(trainer: L.Trainer, module: ClassifyModule, data: ImageDataModule, folder: RunFolder) -> Fitted:
     """Train `module` and read the last and the best epoch back from `folder`."""
     start = time.perf_counter()
-    trainer.fit(module, data)
+    try:
+        trainer.fit(module, data)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {one_line(error)}") from error
     wall_seconds = time.perf_counter() - start
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     (keeper,) = (callback for callback in callbacks if isinstance(callback, KeepLastAndBest))
