@@ -25,7 +25,7 @@ BRIEFLY = [
 # A command, and what its line says; FILES is the folder that `files` fills.
 TRAIN = [
     # names
-    ("loss=kll", "loss=kll", "did you mean kl?", "ce, js, kl, mse, reverse_kl"),
+    ("loss=kll", "loss=kll", "did you mean kl?", "choose one of ce, "),
     ("granularity=banana", "granularity=banana", "block, encoder, head"),
     ("experiment=block_kl", "experiment=block_kl", "did you mean report/block_kl?"),
     ("dataset=cifar1000", "did you mean cifar100?"),
@@ -42,8 +42,10 @@ TRAIN = [
     ("dataset.root=photos", "dataset.root", "dataset=image_folder"),
     ("alpha=[", "alpha=[", "KEY=VALUE"),
     ("alpha", "alpha", "KEY=VALUE"),
+    ("--alpha=0.5", "--alpha=0.5", "without dashes"),
+    ("lr=0.1", "lr", "did you mean optimizer.lr?"),
     ("=0.5", "=0.5", "KEY=VALUE"),
-    ("alpha=0.1,0.2", "alpha=0.1,0.2", "--multirun"),
+    ("alpha=0.1,0.2", "alpha=0.1,0.2", "-m"),
     ("alpha=${nowhere}", "alpha", "nowhere"),
     ("~loss", "loss"),
     # types
@@ -82,6 +84,7 @@ TRAIN = [
     ("trainer.gradient_clip_val=nan", "trainer.gradient_clip_val=nan"),
     ("+trainer.fast_dev_run=true", "trainer.fast_dev_run"),
     ("+trainer.enable_checkpointing=true", "trainer.enable_checkpointing", "decided by vitkd"),
+    ("trainer.devices=2 trainer.strategy=ddp trainer.accelerator=cpu", "trainer.devices", "use 1"),
     ("+trainer.nonsense=1", "trainer.nonsense", "max_epochs"),
     ("+trainer.logger=true", "trainer.logger", "decided by vitkd"),
     # which attention maps
@@ -137,7 +140,7 @@ DAMAGE = [
     ("checkpoints/last.ckpt", "noise", "damaged"),
     ("checkpoints/last.ckpt", "half", "damaged"),
     ("checkpoints/last.ckpt", "bomb", "code"),
-    ("checkpoints/best.ckpt", "empty", "damaged"),
+    ("student.safetensors", "empty", "cannot be read"),
     ("metrics.json", "missing", "has the run finished?"),
     ("metrics.json", "half", "has the run finished?"),
     ("metrics.json", "a list", "cannot be read"),

@@ -46,7 +46,11 @@ def choice(path: Path) -> str:
 def settings_of(path: Path) -> dict[str, Any]:
     """What an option file sets, without the choices it makes of others."""
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    settings.pop("defaults", None)
+    for base in settings.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            name = base.partition("@")[0]
+            file = CONF_DIR / name[1:] if name.startswith("/") else path.parent / name
+            settings = settings_of(file.with_suffix(".yaml")) | settings
     return settings
 
 

@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "distill": {"errors", "models", "data"},
     "stacked": {"errors", "models", "data", "distill"},
     "runs": {"errors", "models", "data", "distill", "stacked", "explain"},
-    "config": {"errors", "models", "data", "distill"},
+    "schema": {"errors"},
+    "config": {"errors", "models", "data", "distill", "schema"},
     "messages": {"errors", "config"},
     "cli": {"errors", "config", "messages", "distill"},
 }
-HYDRA_AT_HOME = {"config", "cli", "messages"}
+HYDRA_AT_HOME = {"config", "schema", "cli", "messages"}
 MAY_PRINT = {"cli", "runs/console"}
 
 

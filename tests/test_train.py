@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vitkd.models import load_model
 from vitkd.runs.checkpoints import load_from_checkpoint
+from vitkd.runs.seeding import DROPOUT, ORDER, WEIGHTS, seed_of
 
 TINY = [
     "trainer.max_epochs=1",
@@ -295,10 +296,22 @@ class TestTeacher:
 
 
 class TestRepetition:
+    def test_teacher_and_student_of_one_seed_share_no_numbers(self, run, outputs):
+        """Else a student starts as a part of its teacher, and is easier to teach by that alone."""
+        seeds = {
+            seed_of(seed, stream, model)
+            for seed in (0, 1)
+            for stream in (WEIGHTS, ORDER, DROPOUT)
+            for model in ("teacher", "student")
+        }
+
+        assert len(seeds) == 12
+        assert all(0 <= seed < 2**32 for seed in seeds)
+
     def test_the_same_command_gives_another_folder_and_the_same_student(self, run, outputs):
         outputs.train("teacher.max_epochs=1", "seed=5", "student.dropout=0.1")
         outputs.train("teacher.max_epochs=1", "seed=5", "student.dropout=0.1")
-        first, second = sorted(path for path in (outputs.path / "digits").iterdir() if "seed=5" in path.name)
+        first, second = sorted(path for path in (outputs.path / "digits").iterdir() if "seed-5" in path.name)
 
         assert second.name == f"{first.name}-2"
         assert are_equal(student_of(first), student_of(second))
@@ -334,6 +347,29 @@ class TestVariants:
         assert metrics["teacher/test_acc"] is metrics["teacher/parameters"] is None
         assert "test/teacher_agreement" not in metrics
         assert not (folder / "attention.png").exists()
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            ["trainer.precision=bf16-true"],
+            ["trainer.precision=64-true"],
+            ["trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0"],
+            ["trainer.deterministic=true", "trainer.accumulate_grad_batches=2"],
+        ],
+    )
+    def test_what_lightning_offers_passes_through(self, settings, fresh):
+        folder = fresh.run("offered", "teacher.max_epochs=1", *settings)
+
+        assert status_of(folder)["state"] == "done"
+        assert all(tensor.dtype == torch.float32 for tensor in load_model(folder).state_dict().values())
+
+    def test_an_epoch_without_validation_does_not_borrow_anothers(self, fresh):
+        every_second = ["trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2"]
+        folder = fresh.run("seldom", "method=none", *every_second)
+
+        metrics = metrics_of(folder)
+        assert metrics["val/acc_last"] is None
+        assert metrics["best_epoch"] == 2
 
     def test_a_setting_without_effect_earns_a_warning(self, fresh):
         ended = fresh.train("method=none", "alpha=0.3", "granularity.head_map=hungarian", "seed=1")
@@ -434,8 +470,10 @@ class TestEvaluate:
         metrics = metrics_of(run)
         (tmp_path / "changed" / "metrics.json").write_text(json.dumps(metrics | {"test/acc_best": 0.123}))
 
-        figures = self.figures(command("evaluate", f"run={tmp_path / 'changed'}").out)
+        ended = command("evaluate", f"run={tmp_path / 'changed'}")
 
+        assert ended.code == 1
+        figures = self.figures(ended.out)
         assert figures["test/acc_best"] == (repr(metrics["test/acc_best"]), "0.123", "differs")
 
     def test_a_run_of_another_machine(self, run, command, tmp_path):

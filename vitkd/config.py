@@ -1,27 +1,24 @@
 """The typed configuration: what Hydra composed, checked as a whole before anything is loaded or written.
 
 Every group's option names a class by `_target_`. That class, a dataclass, *is* the option's schema: its
-fields are the keys and types, its `__post_init__` the ranges. So a new option is one class and one YAML.
+fields are the keys and types, its `__post_init__` the ranges. So a new option is one class and one YAML;
+`schema` does the checking.
 """
 
-import importlib
-import inspect
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from vitkd.data import Dataset
 from vitkd.distill.granularity import Granularity
 from vitkd.distill.losses import AttentionLoss
 from vitkd.distill.methods import Method, NoDistillation
 from vitkd.distill.optimization import AdamW, Schedule
-from vitkd.errors import ConfigError, suggest
+from vitkd.errors import ConfigError
 from vitkd.models import ViTConfig
+from vitkd.schema import build, instantiate
 
 PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package, in a checkout beside it.
@@ -137,7 +134,7 @@ def parse(composed: DictConfig) -> Config:
     Raises ConfigError, with one line, for the first thing that is wrong.
     """
     composed = composed.copy()
-    for group in GROUPS:
+    for group in (*GROUPS, "paths"):
         if composed.get(group) is None:
             raise ConfigError(f"{group}: is missing, and nothing can do without it")
     dataset = build("dataset", composed.dataset, Dataset)
@@ -165,88 +162,22 @@ def parse(composed: DictConfig) -> Config:
 
 
 def record_whereabouts(plain: dict[str, Any]) -> None:
-    """Make the paths of data absolute, so that the run can be measured again from any folder."""
+    """Make the paths of what is read absolute, so that the record is true in any folder."""
     plain["paths"]["data"] = str(Path(plain["paths"]["data"]).resolve())
-    if plain["dataset"].get("root"):
-        plain["dataset"]["root"] = str(Path(plain["dataset"]["root"]).resolve())
+    for group, key in (("dataset", "root"), ("teacher", "checkpoint")):
+        if plain[group].get(key):
+            plain[group][key] = str(Path(plain[group][key]).resolve())
 
 
 def teacher_run(config: Config) -> Config:
     """The run that trains the teacher: the same job without distillation, with the teacher as its student."""
-    teacher, node = config.teacher, config.resolved["teacher"]
-    trainer = config.trainer | {"max_epochs": teacher.max_epochs}
-    resolved = config.resolved | {
-        "student": {key: value for key, value in node.items() if key not in TEACHER_KEYS},
-        "method": {"_target_": f"{NoDistillation.__module__}.{NoDistillation.__name__}"},
-        "optimizer": node["optimizer"],
-        "schedule": node["schedule"],
-        "trainer": trainer,
-        "seed": teacher.seed,
-    }
-    return replace(
-        config,
-        student=teacher.model,
-        method=NoDistillation(),
-        optimizer=teacher.optimizer,
-        schedule=teacher.schedule,
-        trainer=trainer,
-        seed=teacher.seed,
-        resolved=resolved,
-    )
-
-
-def build(key: str, node: Mapping[str, Any], base: type) -> Any:
-    """The object that a group's node describes, an instance of `base`.
-
-    Raises ConfigError if `_target_` is not a class of vitkd's of that kind, or a setting does not fit it.
-    """
-    settings = {str(name): node[name] for name in node if name != "_target_"}
-    return instantiate(key, allowed_class(key, str(node.get("_target_")), base), settings)
-
-
-def allowed_class(key: str, target: str, base: type) -> type:
-    """The subclass of `base` that `target` names.
-
-    Only vitkd's own modules are ever imported, so a configuration file cannot name code to run.
-    """
-    module, _, name = target.rpartition(".")
-    if module.split(".")[0] == "vitkd":
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            found = None
-        is_kind = inspect.isclass(found) and issubclass(found, base) and not inspect.isabstract(found)
-        if is_kind and found.__module__.startswith("vitkd."):
-            return cast(type, found)
-    raise ConfigError(f"{key}._target_={target}: only vitkd's own {base.__name__} classes are allowed")
-
-
-def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
-    """An instance of the dataclass `cls`, every setting checked against its field's name and type."""
-    prefix = f"{key}." if key else ""
-    known = [f.name for f in fields(cls)]
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"{prefix}{name}: no such setting; {suggest(name, known)}")
-    schema = OmegaConf.structured(cls)
-    for name, value in settings.items():
-        try:
-            schema = OmegaConf.merge(schema, {name: value})
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{prefix}{name}={value}: must be {type_of(cls, name)}") from error
-    try:
-        return OmegaConf.to_object(schema)
-    except ConfigError as error:
-        raise ConfigError(f"{prefix}{error}") from error
-
-
-def type_of(cls: type, name: str) -> str:
-    """The type of a dataclass's field, in a person's words."""
-    kind = get_type_hints(cls)[name]
-    text = kind.__name__ if inspect.isclass(kind) and not get_args(kind) else str(kind)
-    for code, words in {"None": "null", "float": "a number", "int": "a whole number", "str": "text"}.items():
-        text = re.sub(rf"\b{code}\b", words, text)
-    return text.replace(" | ", " or ")
+    node = config.resolved["teacher"]
+    model = {key: value for key, value in node.items() if key not in TEACHER_KEYS}
+    none = {"_target_": f"{NoDistillation.__module__}.{NoDistillation.__name__}"}
+    trainer = config.trainer | {"max_epochs": node["max_epochs"]}
+    own = {"student": model, "method": none, "trainer": trainer}
+    own |= {key: node[key] for key in ("optimizer", "schedule", "seed")}
+    return parse(OmegaConf.create(config.resolved | own))
 
 
 def check_seed(seed: int) -> None:
@@ -257,10 +188,11 @@ def check_seed(seed: int) -> None:
 
 def _teacher(node: dict[str, Any]) -> Teacher:
     """Split the group's node into the model's settings and the teacher's own."""
-    own = instantiate("teacher", TeacherSource, {f.name: node[f.name] for f in fields(TeacherSource)})
+    own_keys = [f.name for f in fields(TeacherSource) if f.name in node]
+    own = instantiate("teacher", TeacherSource, {key: node[key] for key in own_keys})
     return Teacher(
         **vars(own),
         model=build("teacher", {k: v for k, v in node.items() if k not in TEACHER_KEYS}, ViTConfig),
-        optimizer=build("teacher.optimizer", node["optimizer"], AdamW),
-        schedule=build("teacher.schedule", node["schedule"], Schedule),
+        optimizer=build("teacher.optimizer", node.get("optimizer", {}), AdamW),
+        schedule=build("teacher.schedule", node.get("schedule", {}), Schedule),
     )

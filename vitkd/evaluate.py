@@ -1,5 +1,7 @@
 """Measure a finished run again, from its folder alone: `python -m vitkd.evaluate run=outputs/…`."""
 
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import lightning as L
@@ -7,33 +9,40 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from vitkd.cli import entry_point
+from vitkd.cli import run_command
 from vitkd.config import parse
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
+from vitkd.models import load_model
 from vitkd.runs import results
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.console import print_comparison, start_logging
 from vitkd.runs.folder import RunFolder
 
 
-@entry_point("evaluate")
-def main(composed: DictConfig) -> None:
-    """Compute the test figures again and print them beside those that the run wrote."""
+def main() -> None:
+    """Measure the run of the command line."""
+    run_command("evaluate", evaluate_run)
+
+
+def evaluate_run(composed: DictConfig) -> None:
+    """Compute the test figures again beside those that the run wrote; exit code 1 if one differs."""
     start_logging()
     folder = RunFolder.existing(Path(str(composed.run)))
     reported = folder.read_metrics()
     settings = folder.read_config()
     settings["paths"]["data"] = composed.paths.data or settings["paths"]["data"]
+    if composed.root is not None:
+        settings["dataset"]["root"] = composed.root
     config = parse(OmegaConf.create(settings))
     last, _ = load_from_checkpoint(folder.last)
-    had_validation = reported.get("val/acc_best") is not None
-    best = load_from_checkpoint(folder.best)[0] if had_validation else last
+    best = load_model(folder.student)
     teacher = results.read_teacher_predictions(folder)
-    data = ImageDataModule(config.dataset, config.paths.data, config.seed)
     device = device_of(composed.accelerator)
-    test, _ = results.measure(last, best, data.loader("test", device), device, teacher)
-    print_comparison(reported, test)
+    with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
+        test, _ = results.measure(last, best, data.loader("test", device), device, teacher)
+    if not print_comparison(reported, test):
+        sys.exit(1)
 
 
 def device_of(accelerator: str) -> torch.device:

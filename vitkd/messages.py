@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitkd.config import CONF_DIR
 
@@ -18,19 +18,27 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
     """What is wrong and what would be right, on one line."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        problem = error.message.splitlines()[0]
-        return (
-            f"{error.override}: cannot be understood ({problem}); write KEY=VALUE, in quotes if it has spaces"
-        )
+        return _not_understood(str(error.override), str(error.message))
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: is needed; write {error.full_key}=VALUE"
     if missing := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text):
         return _no_such_option(missing[1], missing[2], text)
     if present := re.search(r"An item is already at '([^']+)'", text):
         return f"{present[1]}: is there already; set it without the plus"
+    if several := re.search(r"Ambiguous value for argument '(.+?)'\s", text):
+        return f"{several[1]}: is several values; add -m to run a job for each, or write a list as [a,b]"
     if unknown := re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", text):
         return _no_such_key(unknown[1], config_name, arguments)
-    plain = re.sub(r"\s*See https\S+ for details|\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text)
+    plain = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text)
     place = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) and error.full_key else ""
     return place + " ".join(plain.split()) or type(error).__name__
+
+
+def _not_understood(override: str, message: str) -> str:
+    if "=" not in override:
+        return f"{override}: does not say what it sets; write KEY=VALUE"
+    problem = message.splitlines()[0]
+    return f"{override}: cannot be understood ({problem}); write KEY=VALUE, odd values as 'KEY=\"VALUE\"'"
 
 
 def _no_such_option(group: str, option: str, text: str) -> str:
@@ -55,9 +63,8 @@ def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
             f"{key}: is a setting of {' or '.join(f'{group}={owner}' for owner in owners)}; choose that too"
         )
     known = list(_keys(_composed(config_name, arguments)))
-    close = get_close_matches(key, known, n=1) or [
-        k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]
-    ]
+    same_ending = sorted((k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]), key=len)
+    close = get_close_matches(key, known, n=1) or same_ending
     hint = f"did you mean {close[0]}?" if close else "`--help` lists them all"
     return f"{key}: no such setting; {hint}"
 

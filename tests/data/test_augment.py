@@ -103,6 +103,11 @@ def test_no_torch_generator_is_touched(pixels: Tensor) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_nothing_is_drawn_where_nothing_varies(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitkd.data.augment.random_bits", None)
+    assert Augment().vary(pixels, torch.arange(40), key_of(0, 0)) is pixels
+
+
 def test_flip_and_crop_draws_are_independent() -> None:
     streams = uniform(random_bits(key_of(0, 0), torch.arange(10_000), 5)).double()
     assert (torch.corrcoef(streams) - torch.eye(5)).abs().max() < 0.045

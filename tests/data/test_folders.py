@@ -65,6 +65,48 @@ def test_reading_some_equals_reading_all(make: Make, photos: Path) -> None:
     assert torch.equal(split.read([5, 0, 50]), split.read_all()[[5, 0, 50]])
 
 
+@pytest.mark.parametrize("setting", [{"workers": -1}, {"resident_limit_gib": -0.5}])
+def test_bad_settings(setting: dict, make: Make) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(ConfigError, match=f"^{name}={value} must be 0 or more"):
+        make("image_folder", **setting)
+
+
+def test_contents_tell_one_folder_from_another(make: Make, photos: Path, tmp_path: Path) -> None:
+    dataset = make("image_folder", root=str(photos))
+    before = dataset.contents(tmp_path)
+    assert len(before) == 12
+    (photos / "a" / "notes.txt").write_text("no image")
+    (photos / "a" / "30.png").touch()
+    assert make("image_folder", root=str(photos), batch_size=3).contents(tmp_path) == before
+    photos.rename(tmp_path / "elsewhere")
+    moved = make("image_folder", root=str(tmp_path / "elsewhere"))
+    assert moved.contents(tmp_path) == before
+    seen = {before}
+    one = tmp_path / "elsewhere" / "a" / "30.png"
+    one.write_bytes(one.read_bytes() + b"one more")
+    seen.add(moved.contents(tmp_path))
+    one.rename(one.with_name("renamed.png"))
+    seen.add(moved.contents(tmp_path))
+    one.with_name("renamed.png").rename(tmp_path / "elsewhere" / "b" / "renamed.png")
+    seen.add(moved.contents(tmp_path))
+    (tmp_path / "elsewhere" / "b" / "renamed.png").unlink()
+    seen.add(moved.contents(tmp_path))
+    assert len(seen) == 5
+
+
+def test_contents_count_the_test_folder(make: Make, photos: Path, tmp_path: Path) -> None:
+    root = tmp_path / "own"
+    (root / "test" / "b").mkdir(parents=True)
+    photos.rename(root / "train")
+    file = root / "test" / "b" / "one.png"
+    Image.new("RGB", (9, 9)).save(file)
+    dataset = make("image_folder", root=str(root))
+    before = dataset.contents(tmp_path)
+    file.write_bytes(file.read_bytes() + b"one more")
+    assert dataset.contents(tmp_path) != before
+
+
 def test_unreadable_image_is_named(make: Make, photos: Path) -> None:
     whole = (photos / "b" / "1.jpg").read_bytes()
     dataset = make("image_folder", root=str(photos))

@@ -1,6 +1,8 @@
 """Loaders: the same batches resident or decoded, alone or shared, straight through or resumed."""
 
+import multiprocessing
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import lightning as L
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from vitkd.data import Augment, Batch, Dataset, ImageDataModule, Loader
+from vitkd.data.split import FileSplit
 from vitkd.errors import ConfigError
 
 Make = Callable[..., Dataset]
@@ -51,7 +54,7 @@ def test_evaluation_is_plain_and_the_same_each_epoch(digits: ImageDataModule) ->
     loader = digits.loader("test")
     first = epoch_of(loader)
     assert_same(first, epoch_of(loader, 7))
-    pixels = torch.cat([batch.image for batch in first]) * 0.3759 + 0.3053
+    pixels = torch.cat([batch.image for batch in first]) * digits.dataset.std[0] + digits.dataset.mean[0]
     torch.testing.assert_close(pixels, digits._splits["test"].read_all() / 255)
 
 
@@ -108,9 +111,8 @@ def test_decoded_batches_equal_resident_ones(
     assert_same(epoch_of(train, 1), epoch_of(resident.loader("train"), 1))
     assert_same(epoch_of(val), epoch_of(resident.loader("val")))
     assert torch.equal(before, torch.get_rng_state())
-    processes = train.pixels._loader._iterator._workers if workers else []
     decoded.teardown("fit")
-    assert not any(process.is_alive() for process in processes)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -126,6 +128,60 @@ def test_a_worker_names_the_unreadable_image(workers: int, make: Make, photos: P
     module.teardown("fit")
 
 
+def test_closing_ends_all_workers(make: Make, photos: Path) -> None:
+    dataset = make("image_folder", root=str(photos), image_size=16, resident_limit_gib=0.0, workers=2)
+    with closing(ImageDataModule(dataset, photos, seed=0)) as module:
+        val, test = module.loader("val"), module.loader("test")
+        assert_same(epoch_of(val), epoch_of(val, 1))
+        module.teardown("fit")
+        epoch_of(val)  # starts new ones
+        next(iter(test))
+        assert len(multiprocessing.active_children()) == 4
+    assert not multiprocessing.active_children()
+    module.close()
+
+
+def test_a_corrupt_image_is_found_by_setup(make: Make, photos: Path) -> None:
+    settings = {"root": str(photos), "image_size": 16}
+    (photos / "b" / "1.jpg").write_bytes(b"no image")
+    module = ImageDataModule(make("image_folder", **settings), photos, seed=0)
+    for _ in range(2):  # nor does a second try find it in order
+        with pytest.raises(ConfigError, match=r"b/1.jpg cannot be read as an image"):
+            module.setup()
+    ImageDataModule(make("image_folder", resident_limit_gib=0.0, **settings), photos, seed=0).setup()
+
+
+def test_images_are_decoded_once_for_all_devices(
+    make: Make, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ImageDataModule(make("image_folder", root=str(photos), image_size=16), photos, seed=0)
+    module.setup()
+    monkeypatch.setattr("vitkd.data.split.FileSplit._decode", None)
+    cpu, meta = (module.loader("test", device).pixels.images for device in ("cpu", "meta"))
+    assert cpu is module.loader("test", "cpu").pixels.images is module._images["test"]
+    assert meta.shape == cpu.shape
+
+
+@pytest.mark.parametrize("limit", [8.0, 0.0])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_first_images(
+    split: str, limit: float, make: Make, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"root": str(photos), "image_size": 16, "batch_size": 4, "eval_batch_size": 4}
+    settings |= {"augment": Augment(crop_padding=2, flip=True), "workers": 2, "resident_limit_gib": limit}
+    module = ImageDataModule(make("image_folder", **settings), photos, seed=1)
+    whole = Batch(*map(torch.cat, zip(*epoch_of(module.loader(split)), strict=True)))
+    module.close()
+    read: list[int] = []
+    unspied = FileSplit.read
+    monkeypatch.setattr(FileSplit, "read", lambda split, at: read.extend(at) or unspied(split, at))
+    first = module.first(split, 5)
+    assert_same([first], [Batch(*(part[:5] for part in whole))])
+    assert read == ([] if limit else first.index.tolist())
+    assert not multiprocessing.active_children()
+    assert len(module.first(split, 1000).label) == len(module._indices[split])
+
+
 def test_no_validation(make: Make, tmp_path: Path) -> None:
     module = ImageDataModule(make("digits", val_fraction=0.0), tmp_path, 0)
     assert module.val_dataloader() == []
@@ -135,8 +191,9 @@ def test_no_validation(make: Make, tmp_path: Path) -> None:
 def test_setup_loads_once(digits: ImageDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
     digits.setup("fit")
     monkeypatch.setattr(type(digits.dataset), "load", None)
+    monkeypatch.setattr(type(digits.dataset), "inspect", None)
+    digits.prepare_data()
     digits.setup("test")
-    assert digits.num_classes == 10
     assert digits.loader("train").pixels is digits.loader("val").pixels
 
 

@@ -36,7 +36,7 @@ def test_the_seed_decides_which() -> None:
 def test_a_file_keeps_its_lot_when_others_come_and_go(tmp_path) -> None:
     def lots(*paths: str) -> list[int]:
         labels = torch.zeros(len(paths), dtype=torch.int64)
-        return FileSplit(labels, ["a"], tmp_path, list(paths), 3, 8).lots(0).tolist()
+        return FileSplit(labels, ["a"], tmp_path, list(paths), 3, 8, 1.0, 0).lots(0).tolist()
 
     assert lots("a/1.png", "a/2.png", "a/3.png")[2] == lots("a/3.png")[0]
     assert lots("a/1.png", "b/1.png")[0] != lots("a/1.png", "b/1.png")[1]

@@ -57,7 +57,7 @@ def test_gradients_end_at_the_chosen_heads_queries_and_keys(tiny, granularity, l
     assert not weight[others].any()
     assert not bias[others].any()
 
-    below = ("patch", "projection", "cls", "positions", *(f"blocks.{i}." for i in range(block)))
+    below = ("tokenizer", "cls", "positions", *(f"blocks.{i}." for i in range(block)))
     for name, gradient in reached.items():
         expected = name.startswith((*below, f"blocks.{block}.attention.norm"))
         assert gradient.any() == expected, name

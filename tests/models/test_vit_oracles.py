@@ -39,7 +39,7 @@ def assert_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def convolution(ours: ViT) -> torch.Tensor:
     """The patch projection as timm and torchvision have it."""
     c = ours.config
-    return ours.patch_projection.weight.unflatten(1, (c.channels, c.patch_size, c.patch_size))
+    return ours.tokenizer.projection.weight.unflatten(1, (c.channels, c.patch_size, c.patch_size))
 
 
 def timm_twin(ours: ViT) -> nn.Module:
@@ -53,7 +53,7 @@ def timm_twin(ours: ViT) -> nn.Module:
         "cls_token": ours.cls_token,
         "pos_embed": ours.positions,
         "patch_embed.proj.weight": convolution(ours),
-        "patch_embed.proj.bias": ours.patch_projection.bias,
+        "patch_embed.proj.bias": ours.tokenizer.projection.bias,
     }
     inner = {
         "attention.norm": "norm1", "attention.qkv": "attn.qkv", "attention.out": "attn.proj",
@@ -79,7 +79,7 @@ def torchvision_twin(ours: ViT) -> nn.Module:
         "class_token": ours.cls_token,
         "encoder.pos_embedding": ours.positions,
         "conv_proj.weight": convolution(ours),
-        "conv_proj.bias": ours.patch_projection.bias,
+        "conv_proj.bias": ours.tokenizer.projection.bias,
     }
     inner = {
         "attention.norm.": "ln_1.", "attention.qkv.": "self_attention.in_proj_",
@@ -111,8 +111,8 @@ def vit_pytorch_twin(ours: ViT) -> nn.Module:
     renamed = {
         "cls_token": ours.cls_token[0],
         "pos_embedding": ours.positions[0],
-        "to_patch_embedding.2.weight": channels_last(ours.patch_projection.weight),
-        "to_patch_embedding.2.bias": ours.patch_projection.bias,
+        "to_patch_embedding.2.weight": channels_last(ours.tokenizer.projection.weight),
+        "to_patch_embedding.2.bias": ours.tokenizer.projection.bias,
     }
     inner = {
         "attention.norm": "0.norm", "attention.out": "0.to_out.0",
@@ -121,8 +121,10 @@ def vit_pytorch_twin(ours: ViT) -> nn.Module:
     for i in range(c.depth):
         renamed[f"transformer.layers.{i}.0.to_qkv.weight"] = ours.blocks[i].attention.qkv.weight
     for kind in ("weight", "bias"):
-        renamed[f"to_patch_embedding.1.{kind}"] = channels_last(ours.get_parameter(f"patch_norm.{kind}"))
-        renamed[f"to_patch_embedding.3.{kind}"] = ours.get_parameter(f"projection_norm.{kind}")
+        renamed[f"to_patch_embedding.1.{kind}"] = channels_last(
+            ours.get_parameter(f"tokenizer.patch_norm.{kind}")
+        )
+        renamed[f"to_patch_embedding.3.{kind}"] = ours.get_parameter(f"tokenizer.projection_norm.{kind}")
         renamed[f"transformer.norm.{kind}"] = ours.get_parameter(f"norm.{kind}")
         renamed[f"mlp_head.{kind}"] = ours.get_parameter(f"head.{kind}")
         for i in range(c.depth):

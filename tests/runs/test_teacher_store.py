@@ -1,108 +1,72 @@
 """A teacher is found again if and only if everything that determines it is the same, and is trained once."""
 
-import copy
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
+from vitkd.config import CONF_DIR, parse, teacher_run
 from vitkd.errors import ConfigError
 from vitkd.models import save_model
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
 
-SETTINGS = {
-    "student": {"_target_": "vitkd.models.ViTConfig", "depth": 4, "dropout": 0.0},
-    "dataset": {
-        "name": "digits",
-        "batch_size": 64,
-        "val_fraction": 0.1,
-        "split_seed": 0,
-        "augment": {"flip": False},
-        "eval_batch_size": 512,
-        "resident_limit_gib": 8.0,
-        "workers": 2,
-        "download": True,
-        "max_epochs": 20,
-    },
-    "optimizer": {"lr": 1e-3},
-    "schedule": {"warmup": 0.1},
-    "trainer": {
-        "max_epochs": 20,
-        "precision": "32-true",
-        "limit_train_batches": None,
-        "accelerator": "auto",
-        "devices": 1,
-        "num_nodes": 1,
-        "strategy": "auto",
-    },
-    "seed": 0,
-    "alpha": 0.5,
-    "loss": {"temperature": 1.0},
-    "paths": {"data": "data", "outputs": "outputs"},
-    "name": None,
-}
 
-
-def changed(key: str, value: object) -> dict:
-    """SETTINGS with a dotted key set to another value."""
-    settings = copy.deepcopy(SETTINGS)
-    *path, last = key.split(".")
-    node = settings
-    for part in path:
-        node = node[part]
-    node[last] = value
-    return settings
+def mark(*settings: str, contents: str | None = None) -> str:
+    """The fingerprint of the teacher that `python -m vitkd.train SETTINGS` would train."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        own = teacher_run(parse(compose("train", [*settings])))
+    return fingerprint(own, contents)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "setting",
     [
-        ("student.depth", 5),
-        ("student.dropout", 0.1),
-        ("dataset.name", "mnist"),
-        ("dataset.batch_size", 32),
-        ("dataset.val_fraction", 0.2),
-        ("dataset.split_seed", 1),
-        ("dataset.augment.flip", True),
-        ("optimizer.lr", 2e-3),
-        ("schedule.warmup", 0.2),
-        ("trainer.max_epochs", 21),
-        ("trainer.precision", "16-mixed"),
-        ("trainer.limit_train_batches", 3),
-        ("seed", 1),
+        "teacher.depth=5",
+        "teacher.dropout=0.1",
+        "teacher.patch_norm=true",
+        "teacher.seed=1",
+        "teacher.max_epochs=21",
+        "teacher.optimizer.lr=0.002",
+        "teacher.schedule.warmup=0.2",
+        "schedule@teacher.schedule=constant",
+        "dataset.batch_size=32",
+        "dataset.val_fraction=0.2",
+        "dataset.split_seed=1",
+        "dataset.augment.flip=true",
+        "trainer.precision=bf16-mixed",
+        "trainer.limit_train_batches=3",
     ],
 )
-def test_what_determines_the_teacher_changes_its_name(key, value):
-    assert fingerprint(changed(key, value)) != fingerprint(SETTINGS)
+def test_what_determines_the_teacher_changes_its_name(setting):
+    assert mark(setting) != mark()
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "setting",
     [
-        ("alpha", 0.1),
-        ("loss.temperature", 2.0),
-        ("paths.data", "elsewhere"),
-        ("paths.outputs", "elsewhere"),
-        ("name", "mine"),
-        ("trainer.accelerator", "gpu"),
-        ("trainer.devices", 8),
-        ("trainer.num_nodes", 2),
-        ("trainer.strategy", "ddp"),
-        ("dataset.eval_batch_size", 64),
-        ("dataset.resident_limit_gib", 1.0),
-        ("dataset.workers", 0),
-        ("dataset.download", False),
-        ("dataset.max_epochs", 3),
+        "alpha=0.1",
+        "seed=3",
+        "loss.temperature=2.0",
+        "optimizer.lr=0.002",
+        "student.depth=1",
+        "granularity=encoder",
+        "teacher.dropout=0",
+        "paths.data=elsewhere",
+        "paths.outputs=elsewhere",
+        "name=mine",
+        "trainer.accelerator=cpu",
+        "dataset.eval_batch_size=64",
     ],
 )
-def test_what_does_not_determine_it_does_not(key, value):
-    assert fingerprint(changed(key, value)) == fingerprint(SETTINGS)
+def test_what_does_not_determine_it_does_not(setting):
+    assert mark(setting) == mark()
 
 
-def test_the_order_of_settings_is_no_matter():
-    assert fingerprint(dict(reversed(SETTINGS.items()))) == fingerprint(SETTINGS)
+def test_other_images_under_the_same_name_make_another_teacher():
+    assert mark(contents="a") != mark(contents="b")
 
 
 @pytest.fixture

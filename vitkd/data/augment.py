@@ -61,15 +61,15 @@ class Augment:
         Returns:
             [B, C, H, W], uint8 or float32, still in 0..255.
         """
+        if not (self.flip or self.crop_padding or self.resized_crop):
+            return pixels
         flip_bits, *crop_bits = random_bits(key, index, 5)
         mirrored = (flip_bits < 0) if self.flip else torch.zeros_like(flip_bits, dtype=torch.bool)
         if self.resized_crop is not None:
             box = draw_box(crop_bits, self.resized_crop, pixels.shape[-2], pixels.shape[-1])
             return crop_resized(pixels, *box, mirrored)
-        if self.crop_padding or self.flip:
-            down, right = (below(bits, 2 * self.crop_padding + 1) for bits in crop_bits[:2])
-            return crop_shifted(pixels, down - self.crop_padding, right - self.crop_padding, mirrored)
-        return pixels
+        down, right = (below(bits, 2 * self.crop_padding + 1) for bits in crop_bits[:2])
+        return crop_shifted(pixels, down - self.crop_padding, right - self.crop_padding, mirrored)
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

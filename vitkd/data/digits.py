@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from vitkd.data.spec import Dataset
-from vitkd.data.split import FileSplit, Split, hold_out
+from vitkd.data.split import Split, hold_out
 
 _TEST_FRACTION = 0.2
 _TEST_SEED = 0
@@ -18,7 +18,7 @@ _TEST_SEED = 0
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits of 8×8 pixels; a fixed, stratified fifth is the test split."""
 
-    def load(self, root: Path) -> dict[str, Split | FileSplit]:
+    def load(self, root: Path) -> dict[str, Split]:
         digits = load_digits()
         # Its pixels count the dark dots of a 4×4 cell, 0 to 16.
         images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))[:, None]

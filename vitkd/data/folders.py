@@ -1,12 +1,14 @@
 """Data sets that are folders of image files, one folder a class."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vitkd.data.spec import Dataset
-from vitkd.data.split import FileSplit, Split, hold_out
+from vitkd.data.split import FileSplit, hold_out
 from vitkd.data.staging import Archive, DownloadError
 from vitkd.errors import ConfigError
 
@@ -29,9 +31,18 @@ class ImageFolder(Dataset):
 
     Args:
         root: the folder.
+        resident_limit_gib: a split that would take more memory than this is decoded batch by batch.
+        workers: processes that do so.
     """
 
     root: str | None = None
+    resident_limit_gib: float = 8.0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for setting in ("resident_limit_gib", "workers"):
+            self._require(setting, getattr(self, setting) >= 0, "0 or more")
 
     def inspect(self, root: Path) -> int:
         folder = self._folder(root)
@@ -45,7 +56,7 @@ class ImageFolder(Dataset):
             )
         return classes
 
-    def load(self, root: Path) -> dict[str, Split | FileSplit]:
+    def load(self, root: Path) -> dict[str, FileSplit]:
         self.inspect(root)
         folder = self._folder(root)
         train = self._scan(_train_folder(folder))
@@ -53,6 +64,12 @@ class ImageFolder(Dataset):
             return {"train": train, "test": self._scan(folder / "test", train.class_names)}
         kept, held = hold_out(train.labels, train.lots(_TEST_SEED), _TEST_FRACTION)
         return {"train": train.subset(kept), "test": train.subset(held)}
+
+    def contents(self, root: Path) -> str:
+        folder, splits = self._folder(root), self.load(root).values()
+        files = [split.folder / path for split in splits for path in split.paths]
+        sizes = sorted((file.relative_to(folder).as_posix(), file.stat().st_size) for file in files)
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:12]
 
     def _folder(self, root: Path) -> Path:
         """Where the images are."""
@@ -73,7 +90,16 @@ class ImageFolder(Dataset):
             files = image_files(place)
             paths += [file.relative_to(folder).as_posix() for file in files]
             labels += [class_names.index(place.name)] * len(files)
-        return FileSplit(torch.tensor(labels), class_names, folder, paths, self.channels, self.image_size)
+        return FileSplit(
+            torch.tensor(labels),
+            class_names,
+            folder,
+            paths,
+            self.channels,
+            self.image_size,
+            self.resident_limit_gib,
+            self.workers,
+        )
 
 
 @dataclass(kw_only=True)
@@ -84,7 +110,10 @@ class TfFlowers(ImageFolder):
 
     Args:
         root: an extracted `flower_photos` elsewhere than below paths.data.
+        download: fetch the data when absent.
     """
+
+    download: bool = True
 
     def _folder(self, root: Path) -> Path:
         if self.root is not None:

@@ -41,7 +41,11 @@ class Pixels:
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """[B, C, H, W] uint8 for each [B] of `indices`."""
-        return (self.images[index] for index in indices)
+        return map(self.read, indices)
+
+    def read(self, index: Tensor) -> Tensor:
+        """[B, C, H, W] uint8 for [B]."""
+        return self.images[index]
 
 
 class DecodedPixels:
@@ -50,13 +54,12 @@ class DecodedPixels:
     The workers start with the first batch and stay for later epochs, until `close`.
 
     Args:
-        split: the files.
-        workers: how many processes; 0 decodes in this one.
+        split: the files, and how many workers; with 0 this process decodes.
         device: where batches go.
     """
 
-    def __init__(self, split: FileSplit, workers: int, device: torch.device) -> None:
-        self.split, self.workers, self.device = split, workers, device
+    def __init__(self, split: FileSplit, device: torch.device) -> None:
+        self.split, self.device = split, device
         self._indices: list[list[int]] = []
         self._loader: DataLoader[Tensor | ConfigError] | None = None
 
@@ -73,9 +76,13 @@ class DecodedPixels:
                 raise pixels
             yield pixels.to(self.device, non_blocking=True)
 
+    def read(self, index: Tensor) -> Tensor:
+        """[B, C, H, W] uint8 for [B], decoded by this process; raises as `batches` does."""
+        return self.split.read(index.tolist()).to(self.device)
+
     def close(self) -> None:
-        """End the workers."""
-        if self._loader is not None and self._loader._iterator is not None and self.workers:
+        """End the workers; the next `batches` would start new ones."""
+        if self._loader is not None and self._loader._iterator is not None and self.split.workers:
             self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
         self._loader = None
 
@@ -88,9 +95,9 @@ class DecodedPixels:
             _WorkerSide(self.split),
             batch_sampler=self._indices,
             collate_fn=_as_it_is,
-            num_workers=self.workers,
-            multiprocessing_context=context if self.workers else None,
-            persistent_workers=self.workers > 0,
+            num_workers=self.split.workers,
+            multiprocessing_context=context if self.split.workers else None,
+            persistent_workers=self.split.workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # it would draw from torch's own otherwise
         )
@@ -153,12 +160,17 @@ class Loader:
         # epoch, and of a resumed one, before it says which epoch that is.
         epoch, start = self.sampler.epoch, self._take_start()
         indices = self.sampler.batches()[start:]
-        key = key_of(self.sampler.seed, epoch, VIEW, device=self.labels.device)
+        key = self._key(epoch)
         for position, (index, pixels) in enumerate(
             zip(indices, self.pixels.batches(indices), strict=True), start + 1
         ):
             self._given = {"epoch": epoch, "position": position}
-            yield self._batch(pixels, index.to(self.labels.device, non_blocking=True), key)
+            yield self._batch(pixels, index, key)
+
+    def first(self, count: int) -> Batch:
+        """The first `count` images of the current epoch over all processes, read without workers."""
+        index = self.sampler.images()[:count]
+        return self._batch(self.pixels.read(index), index, self._key(self.sampler.epoch))
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches were given."""
@@ -172,7 +184,11 @@ class Loader:
         resume, self._resume = self._resume, {"epoch": -1, "position": 0}
         return resume["position"] if resume["epoch"] == self.sampler.epoch else 0
 
+    def _key(self, epoch: int) -> Tensor:
+        return key_of(self.sampler.seed, epoch, VIEW, device=self.labels.device)
+
     def _batch(self, pixels: Tensor, index: Tensor, key: Tensor) -> Batch:
+        index = index.to(self.labels.device, non_blocking=True)
         if self.augment is not None:
             pixels = self.augment.vary(pixels, index, key)
         return Batch(normalise(pixels, self.mean, self.std), self.labels[index], index)

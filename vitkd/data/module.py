@@ -1,5 +1,6 @@
 """A data set as Lightning, or a notebook, takes it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -10,12 +11,14 @@ from vitkd.data.loader import Batch, DecodedPixels, Loader, Pixels
 from vitkd.data.order import EpochOrder
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, Split, hold_out
+from vitkd.errors import ConfigError
 
 
 class ImageDataModule(L.LightningDataModule):
     """Loads a data set once and hands out loaders whose batches lie on the device.
 
     Without a Trainer: `for image, label, index in ImageDataModule(dataset, "data", seed=0).loader("val")`.
+    Where images may be too many for the memory, `contextlib.closing(module)` ends the workers.
 
     Args:
         dataset: which one.
@@ -26,8 +29,9 @@ class ImageDataModule(L.LightningDataModule):
     def __init__(self, dataset: Dataset, root: str | Path, seed: int) -> None:
         super().__init__()
         self.dataset, self.root, self.seed = dataset, Path(root), seed
-        self._splits: dict[str, Split | FileSplit] = {}
+        self._splits: Mapping[str, Split | FileSplit] = {}
         self._indices: dict[str, Tensor] = {}
+        self._images: dict[str, Tensor] = {}
         self._resident: dict[tuple[str, torch.device], Pixels] = {}
         self._decoded: list[DecodedPixels] = []
 
@@ -37,33 +41,37 @@ class ImageDataModule(L.LightningDataModule):
         self.setup()
         return self._splits["train"].class_names
 
-    @property
-    def num_classes(self) -> int:
-        """How many labels there are."""
-        return len(self.class_names)
-
     def prepare_data(self) -> None:
         """Download what is absent; Lightning calls it in one process a node."""
-        self.dataset.inspect(self.root)
+        if not self._splits:
+            self.dataset.inspect(self.root)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data set; the second call does nothing.
+        """Read the data set, with all images that are to lie in memory; the second call does nothing.
 
         Raises:
-            ConfigError: it cannot be had.
+            ConfigError: it cannot be had, or one of those images is damaged.
         """
         if self._splits:
             return
         splits = self.dataset.load(self.root)
         lots = splits["train"].lots(self.dataset.split_seed)
         train, val = hold_out(splits["train"].labels, lots, self.dataset.val_fraction)
+        self._images = {name: split.read_all() for name, split in splits.items() if split.resident}
         self._indices = {"train": train, "val": val, "test": torch.arange(len(splits["test"]))}
+        for name, indices in self._indices.items():
+            if not len(indices) and (name != "val" or self.dataset.val_fraction):
+                raise ConfigError(f"dataset={self.dataset.name}: too few images, its {name} split is empty")
         self._splits = splits
 
+    def close(self) -> None:
+        """End the workers of every loader handed out; a loader that is used again starts new ones."""
+        for decoded in self._decoded:
+            decoded.close()
+
     def teardown(self, stage: str) -> None:
-        """End the workers of every loader handed out."""
-        while self._decoded:
-            self._decoded.pop().close()
+        """As `close`."""
+        self.close()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """The batch as it is: it lies on the device already."""
@@ -121,12 +129,15 @@ class ImageDataModule(L.LightningDataModule):
             augment=self.dataset.augment if training else None,
         )
 
+    def first(self, split: str, count: int) -> Batch:
+        """The first `count` images that `loader` would give in epoch 0, on the CPU; reads no others."""
+        return self.loader(split, "cpu", rank=0, world_size=1).first(count)
+
     def _pixels(self, official: str, device: torch.device) -> Pixels | DecodedPixels:
         split = self._splits[official]
-        limit = self.dataset.resident_limit_gib * 2**30
-        if isinstance(split, FileSplit) and split.pixel_bytes > limit:
-            self._decoded.append(DecodedPixels(split, self.dataset.workers, device))
+        if isinstance(split, FileSplit) and not split.resident:
+            self._decoded.append(DecodedPixels(split, device))
             return self._decoded[-1]
         if (official, device) not in self._resident:
-            self._resident[official, device] = Pixels(split.read_all().to(device))
+            self._resident[official, device] = Pixels(self._images[official].to(device))
         return self._resident[official, device]

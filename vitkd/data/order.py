@@ -57,11 +57,14 @@ class EpochOrder:
 
     def batches(self) -> tuple[Tensor, ...]:
         """This process's batches of the current epoch, each [B] int64."""
-        index = self._permuted() if self.shuffle else self.index
+        index = self.images()
         kept = len(self) * self.world_size * self.batch_size
         index = index[:kept] if self.shuffle else index
         return index.tensor_split(len(self) * self.world_size)[self.rank :: self.world_size]
 
-    def _permuted(self) -> Tensor:
+    def images(self) -> Tensor:
+        """All images of the current epoch as they come, over all processes: [N] int64."""
+        if not self.shuffle:
+            return self.index
         key = key_of(self.seed, self.epoch, ORDER, device=self.index.device)
         return self.index[fold(key, self.index).argsort(stable=True)]

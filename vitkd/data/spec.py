@@ -1,6 +1,7 @@
 """What every data set says about itself."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ class Dataset(ABC):
     """A data set's facts and loading settings; each class is also the schema of its files in conf/dataset.
 
     Args:
-        name: as in `dataset=NAME`.
+        name: as in `dataset=NAME`; folders are named after it.
         num_classes: null where the folder tells.
         channels: 1 (greyscale) or 3 (RGB).
         image_size: height and width in pixels.
@@ -26,9 +27,6 @@ class Dataset(ABC):
         val_fraction: share of the training split kept for validation, 0 for none.
         split_seed: which images those are. It is not the run's seed: a teacher must never have trained on
             what its student is validated with.
-        resident_limit_gib: image files that would take more memory than this are decoded batch by batch.
-        workers: processes that do so.
-        download: fetch the data when absent.
         max_epochs: how long training takes to be worth while, unless the run says otherwise.
     """
 
@@ -44,18 +42,16 @@ class Dataset(ABC):
     eval_batch_size: int = 512
     val_fraction: float = 0.1
     split_seed: int = 0
-    resident_limit_gib: float = 8.0
-    workers: int = 2
-    download: bool = True
     max_epochs: int = 20
 
     def __post_init__(self) -> None:
+        plain = Path(self.name).name == self.name and self.name not in ("", "..")
+        self._require("name", plain, "one folder name, without slashes")
         self._require("num_classes", self.num_classes is None or self.num_classes >= 2, "2 or more")
         self._require("channels", self.channels in (1, 3), "1 (greyscale) or 3 (RGB)")
         for setting in ("image_size", "patch_size", "batch_size", "eval_batch_size", "max_epochs"):
             self._require(setting, getattr(self, setting) >= 1, "1 or more")
-        for setting in ("split_seed", "resident_limit_gib", "workers"):
-            self._require(setting, getattr(self, setting) >= 0, "0 or more")
+        self._require("split_seed", self.split_seed >= 0, "0 or more")
         self._require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1); 0 trains on every image")
         for setting in ("mean", "std"):
             values = len(getattr(self, setting))
@@ -79,7 +75,7 @@ class Dataset(ABC):
         return len(self.load(root)["test"].class_names)
 
     @abstractmethod
-    def load(self, root: Path) -> dict[str, Split | FileSplit]:
+    def load(self, root: Path) -> Mapping[str, Split | FileSplit]:
         """The splits "train" and "test", official or fixed.
 
         Args:
@@ -88,6 +84,17 @@ class Dataset(ABC):
         Raises:
             ConfigError: as `inspect`.
         """
+
+    def contents(self, root: Path) -> str | None:
+        """A short hash of which images these are; None where the name alone says so.
+
+        Args:
+            root: the folder that holds all data sets.
+
+        Raises:
+            ConfigError: as `inspect`.
+        """
+        return None
 
     def _require(self, setting: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def resident(self) -> bool:
+        """True: there is no other way to have them."""
+        return True
+
     def read_all(self) -> Tensor:
         """[N, C, H, W] uint8."""
         return self.images
@@ -54,6 +59,8 @@ class FileSplit:
         paths: N relative paths with forward slashes.
         channels: 1 or 3.
         image_size: height and width in pixels of what is read.
+        resident_limit_gib: the memory that all pixels may take.
+        workers: processes that decode batch by batch if they would take more.
     """
 
     labels: Tensor
@@ -62,14 +69,16 @@ class FileSplit:
     paths: list[str]
     channels: int
     image_size: int
+    resident_limit_gib: float
+    workers: int
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
-    def pixel_bytes(self) -> int:
-        """What all pixels would take in memory."""
-        return len(self) * self.channels * self.image_size**2
+    def resident(self) -> bool:
+        """Whether all pixels may lie in memory."""
+        return len(self) * self.channels * self.image_size**2 <= self.resident_limit_gib * 2**30
 
     def read(self, positions: Sequence[int]) -> Tensor:
         """[len(positions), C, H, W] uint8.
@@ -96,9 +105,7 @@ class FileSplit:
     def subset(self, positions: Tensor) -> "FileSplit":
         """The images at `positions` ([M] int64), in that order, as a split of their own."""
         paths = [self.paths[position] for position in positions.tolist()]
-        return FileSplit(
-            self.labels[positions], self.class_names, self.folder, paths, self.channels, self.image_size
-        )
+        return replace(self, labels=self.labels[positions], paths=paths)
 
     def _decode(self, file: Path) -> Tensor:
         size, mode = (self.image_size, self.image_size), "L" if self.channels == 1 else "RGB"

@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from vitkd.data.spec import Dataset
-from vitkd.data.split import FileSplit, Split
+from vitkd.data.split import Split
 from vitkd.data.staging import publish, staging
 from vitkd.errors import ConfigError
 
@@ -38,9 +38,11 @@ class Torchvision(Dataset):
 
     Args:
         source: its class there: MNIST, FashionMNIST, CIFAR10 or CIFAR100.
+        download: fetch the data when absent.
     """
 
     source: str
+    download: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +52,7 @@ class Torchvision(Dataset):
         self._ensure(root)
         return len(self._read(root, train=False).class_names)
 
-    def load(self, root: Path) -> dict[str, Split | FileSplit]:
+    def load(self, root: Path) -> dict[str, Split]:
         self._ensure(root)
         return {"train": self._read(root, train=True), "test": self._read(root, train=False)}
 

@@ -27,6 +27,11 @@ class Granularity(ABC):
     teacher_blocks: list[int] | None = None
     """The teacher block of each; null maps by depth (`map_block`)."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `match_heads` has yet to settle the pairs on real scores."""
+        return False
+
     def pairs(self, student: Shape, teacher: Shape) -> list[BlockPair]:
         """One `BlockPair` a chosen student block.
 
@@ -94,6 +99,10 @@ class Block(Granularity):
     def __post_init__(self) -> None:
         if self.head_map not in HEAD_MAPS:
             raise ConfigError(f"head_map={self.head_map}: choose one of {', '.join(HEAD_MAPS)}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.head_map == "hungarian"
 
     def heads_of(self, student: Shape, teacher: Shape) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         return tuple(range(student.num_heads)), map_heads(self.head_map, student.num_heads, teacher.num_heads)

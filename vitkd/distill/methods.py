@@ -86,7 +86,7 @@ class AttentionDistillation(Method):
         pairs = plan.granularity.pairs(student.config, teacher.config)
         ours, theirs = student.config.grid, teacher.config.grid
         resize = None if ours == theirs else token_interpolation(theirs, ours)
-        if getattr(plan.granularity, "head_map", None) == "hungarian":
+        if plan.granularity.needs_calibration:
             pairs = match_heads(pairs, *record_both(student, teacher, pairs, calibrate()), plan.loss, resize)
         transfer = AttentionTransfer(pairs, plan.loss, resize)
         return DistillModule(student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule)

@@ -52,8 +52,12 @@ class ClassifyModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.terms(batch)
+        self.observe(terms)
         self.train_meter.add(measures(terms, batch), len(batch.label))
         return terms.total
+
+    def observe(self, terms: Terms) -> None:
+        """Measure what only now and then is worth measuring, before the graph is used up."""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_meter.add(measures(self.terms(batch), batch), len(batch.label))
@@ -78,7 +82,9 @@ class ClassifyModule(L.LightningModule):
         self._write({f"val/{name}": value for name, value in values.items()})
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer.build(p for p in self.parameters() if p.requires_grad)
+        # A fused optimiser unscales mixed-precision gradients itself, too late for clipping them.
+        clips = self.trainer.gradient_clip_val is not None and "mixed" in str(self.trainer.precision)
+        optimizer = self.optimizer.build((p for p in self.parameters() if p.requires_grad), fused=not clips)
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.schedule.factor(step, total_steps)
@@ -154,12 +160,9 @@ class DistillModule(ClassifyModule):
             teacher_scores = self.teacher.scores(batch.image, self.transfer.teacher_blocks)
         return self._distill(batch, teacher_scores)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        terms = self.terms(batch)
+    def observe(self, terms: Terms) -> None:
         if terms.transfer is not None and self.is_logging_step:
             self._gradient_norms = self._measure_gradients(terms.task, terms.transfer)
-        self.train_meter.add(measures(terms, batch), len(batch.label))
-        return terms.total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         teacher = self.teacher(batch.image, record=self.transfer.teacher_blocks)

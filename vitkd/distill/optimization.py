@@ -30,10 +30,10 @@ class AdamW:
         if not 0 < self.eps < math.inf:
             raise ConfigError(f"eps={self.eps}: must be a finite number above 0")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-        """The optimiser of `parameters`."""
+    def build(self, parameters: Iterable[nn.Parameter], fused: bool = True) -> torch.optim.AdamW:
+        """The optimiser of `parameters`, fused where their device allows."""
         parameters = list(parameters)
-        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        fused = fused and all(p.device.type in ("cpu", "cuda") for p in parameters)
         first, second = self.betas
         return torch.optim.AdamW(
             parameters, self.lr, (first, second), self.eps, self.weight_decay, fused=fused or None

@@ -1,4 +1,4 @@
-"""The transfer loss: teacher scores + student scores → one value per student map, and their mean or sum.
+"""The transfer loss: teacher scores + student scores → one value per student map, and their weighted sum.
 
 Shapes: S stacked students (absent for one), B batch, H heads, P student maps of all pairs, N tokens.
 """
@@ -14,10 +14,15 @@ from vitkd.distill.pairing import BlockPair
 
 
 class AttentionTransfer(nn.Module):
-    """Compares the chosen student maps with their teacher maps. It has no parameters."""
+    """Compares the chosen student maps with their teacher maps. It has no parameters.
 
-    resize: Tensor | None
-    """[N, N']: interpolates the teacher's tokens to the student's grid, if they differ"""
+    Args:
+        pairs: what learns from what.
+        loss: what makes two maps alike; its `reduction` sets the maps' weights.
+        resize: [N, N'] interpolates the teacher's tokens to the student's grid, if they differ.
+        allowed: [N, N] is False where a model masks attention.
+    """
+
     allowed: Tensor | None
     """[N, N]: False where a model masks attention; those entries stay out of every mean"""
 
@@ -33,7 +38,10 @@ class AttentionTransfer(nn.Module):
         self.pairs = tuple(pairs)
         self.loss = loss
         self.names = [name for pair in pairs for name in pair.names]
-        self.register_buffer("resize", resize, persistent=False)
+        share = 1 / len(self.names) if loss.reduction == "mean" else 1.0
+        # Not buffers: those would be rounded by trainer.precision=bf16-true.
+        self.weights = torch.full((len(self.names),), share, dtype=torch.float64)
+        self.resize = resize
         self.register_buffer("allowed", allowed, persistent=False)
 
     @property
@@ -52,7 +60,8 @@ class AttentionTransfer(nn.Module):
 
     def total(self, per_map: Tensor) -> Tensor:
         """The transfer loss [*S] of the values [*S, P] that `forward` gave."""
-        return per_map.mean(-1) if self.loss.reduction == "mean" else per_map.sum(-1)
+        self.weights = self.weights.to(per_map)
+        return (per_map * self.weights).sum(-1)
 
     def _compare(
         self, pair: BlockPair, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]
@@ -64,7 +73,8 @@ class AttentionTransfer(nn.Module):
         groups = zip(*pair.teacher_heads, strict=True)
         targets = [self.loss.target(take_heads(teacher_scores, heads)) for heads in groups]
         if self.resize is not None:
-            targets = [self.loss.resize(target, self.resize.to(target.dtype)) for target in targets]
+            self.resize = self.resize.to(targets[0])
+            targets = [self.loss.resize(target, self.resize) for target in targets]
         return targets[0] if len(targets) == 1 else self.loss.average(torch.stack(targets), dim=0)
 
 

@@ -1,7 +1,7 @@
 """Images → `ViTOutput(logits, scores)`."""
 
 from vitkd.models.vit import ViT, ViTConfig, ViTOutput, count_parameters
-from vitkd.models.weights import build_from_header, describe, load_model, save_model
+from vitkd.models.weights import build_from_header, describe, digest, load_model, save_model
 
 __all__ = [
     "ViT",
@@ -10,6 +10,7 @@ __all__ = [
     "build_from_header",
     "count_parameters",
     "describe",
+    "digest",
     "load_model",
     "save_model",
 ]

@@ -42,6 +42,22 @@ class LayerNorm(nn.LayerNorm):
         return torch.addcmul(per_student(self.bias, x), normalised, per_student(self.weight, x))
 
 
+class PatchEmbedding(nn.Module):
+    """Images [*S, B, C, H, W] to patch tokens [*S, B, T − 1, D], by one linear map of each patch's pixels."""
+
+    def __init__(self, channels: int, patch_size: int, dim: int, patch_norm: bool) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        pixels = channels * patch_size**2
+        self.patch_norm = LayerNorm(pixels) if patch_norm else nn.Identity()
+        self.projection = Linear(pixels, dim)
+        self.projection_norm = LayerNorm(dim) if patch_norm else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = F.pixel_unshuffle(images, self.patch_size).flatten(-2).mT
+        return self.projection_norm(self.projection(self.patch_norm(patches)))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) that can return the scores QKᵀ/√head_dim."""
 
@@ -62,7 +78,7 @@ class Attention(nn.Module):
         scores = None
         if record:
             scores = self._scores(q, k)
-            values = F.dropout(scores.softmax(-1), dropout) @ v
+            values = F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
         else:
             # The fused kernels take exactly one batch axis.
             flat_q, flat_k, flat_v = (t.flatten(0, -4) for t in (q, k, v))
@@ -84,7 +100,10 @@ class Attention(nn.Module):
         return split.transpose(-4, -2).unbind(-3)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * self.head_dim**-0.5) @ k.mT
+        # Rounded to bf16, scores of some tens differ by tenths; they are what is compared, so they are exact.
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
+            return (q * self.head_dim**-0.5) @ k.mT
 
 
 class MLP(nn.Module):

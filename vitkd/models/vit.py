@@ -4,6 +4,7 @@ Shapes: S stacked students (absent for one model), B batch, C channels, T tokens
 D embed_dim, K classes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError
-from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear
+from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
 
 
 class ViTOutput(NamedTuple):
@@ -26,12 +27,22 @@ class ViTOutput(NamedTuple):
 
 
 @dataclass
-class ViTConfig:
-    """Everything that determines a ViT's shape."""
+class ModelConfig(ABC):
+    """What every model's configuration says, whatever the architecture."""
 
     image_size: int
     channels: int
     num_classes: int
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A model of this configuration, freshly initialised from PyTorch's global generator."""
+
+
+@dataclass
+class ViTConfig(ModelConfig):
+    """Everything that determines a ViT's shape."""
+
     patch_size: int
     embed_dim: int = 64
     depth: int = 5
@@ -68,7 +79,6 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
     def build(self) -> "ViT":
-        """A ViT of this shape, freshly initialised from PyTorch's global generator."""
         return ViT(self)
 
 
@@ -78,10 +88,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = c = config
-        patch_dim = c.channels * c.patch_size**2
-        self.patch_norm = LayerNorm(patch_dim) if c.patch_norm else nn.Identity()
-        self.patch_projection = Linear(patch_dim, c.embed_dim)
-        self.projection_norm = LayerNorm(c.embed_dim) if c.patch_norm else nn.Identity()
+        self.tokenizer = PatchEmbedding(c.channels, c.patch_size, c.embed_dim, c.patch_norm)
         # N(0, 1), not timm's 0.02: on small images the narrow start costs tens of points after few epochs.
         self.cls_token = nn.Parameter(torch.randn(1, 1, c.embed_dim))
         self.positions = nn.Parameter(torch.randn(1, c.grid**2 + 1, c.embed_dim))
@@ -113,10 +120,9 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [*S, B, C, H, W] to tokens [*S, B, T, D], CLS first, positions added."""
-        patches = F.pixel_unshuffle(images, self.config.patch_size).flatten(-2).mT
-        if self.head.weight.ndim == 3 and patches.ndim == 3:
-            patches = patches.expand(len(self.head.weight), *patches.shape)
-        x = self.projection_norm(self.patch_projection(self.patch_norm(patches)))
+        if self.head.weight.ndim == 3 and images.ndim == 4:
+            images = images.expand(len(self.head.weight), *images.shape)
+        x = self.tokenizer(images)
         cls = self.cls_token.expand(*x.shape[:-2], 1, -1)
         x = torch.cat([cls, x], dim=-2) + self.positions
         return F.dropout(x, self.config.emb_dropout, self.training)

@@ -1,13 +1,15 @@
 """One model in one safetensors file: the weights, and in its header everything needed to build the model."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import nn
 
 from vitkd.errors import ConfigError
 from vitkd.models.vit import ViT, ViTConfig
@@ -19,7 +21,7 @@ def save_model(model: ViT, path: Path, about: Mapping[str, str] | None = None) -
     """Write `model` to `path`; `about` adds plain strings (which epoch, which run) to the header."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(weights, temporary, metadata={**(about or {}), **describe(model)})
+    temporary.write_bytes(save(weights, metadata={**(about or {}), **describe(model)}))
     temporary.replace(path)
 
 
@@ -28,11 +30,14 @@ def describe(model: ViT) -> dict[str, str]:
     return {"config": type(model.config).__name__, "model": json.dumps(asdict(model.config))}
 
 
-def load_model(path: Path) -> ViT:
-    """Read the model in `path`, in eval mode, on the CPU.
+def load_model(path: Path | str) -> ViT:
+    """Read the model in the file or run folder `path`, in eval mode and float32, on the CPU.
 
     Raises ConfigError if the file is absent, damaged or not written by `save_model`.
     """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "student.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -44,7 +49,7 @@ def load_model(path: Path) -> ViT:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ConfigError(f"{path}: its weights do not fit the model that its header describes") from error
-    return model.eval()
+    return model.float().eval()
 
 
 def build_from_header(header: Mapping[str, str], path: Path) -> ViT:
@@ -55,10 +60,18 @@ def build_from_header(header: Mapping[str, str], path: Path) -> ViT:
     try:
         config = CONFIGS[header["config"]]
         settings = json.loads(header["model"])
-        known = {field.name for field in fields(config)}
         with torch.device("meta"):
-            return config(**{name: settings[name] for name in settings if name in known}).build()
+            return config(**settings).build()
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: its header does not describe a vitkd model; give a student.safetensors or a run folder"
         ) from error
+
+
+def digest(model: nn.Module) -> str:
+    """A short hash of a model's weights: equal for equal weights only."""
+    mark = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        mark.update(name.encode())
+        mark.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return mark.hexdigest()[:12]

@@ -39,7 +39,7 @@ def load_from_checkpoint(path: Path) -> tuple[ViT, int]:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ConfigError(f"{path}: its weights do not fit the model that it describes") from error
-    return model.eval(), content["epoch"] + 1
+    return model.float().eval(), content["epoch"] + 1
 
 
 def load_any(path: Path) -> ViT:

@@ -19,9 +19,9 @@ log = logging.getLogger("vitkd")
 EPOCH_COLUMNS = {
     "train/total_loss": "loss {:.4f}",
     "train/transfer_loss": "transfer {:.4f}",
-    "train/acc": "train acc {:.1%}",
-    "val/acc": "val acc {:.1%}",
-    "val/teacher_agreement": "agrees with teacher {:.1%}",
+    "train/acc": "train {:.1%}",
+    "val/acc": "val {:.1%}",
+    "val/teacher_agreement": "agreement {:.1%}",
     "train/images_per_second": "{:,.0f} images/s",
 }
 
@@ -29,6 +29,8 @@ EPOCH_COLUMNS = {
 KNOWN_AND_MEANT = (
     # The data lies on the device already; loader workers would only slow it down.
     ".*does not have many workers.*",
+    # The last batch of an epoch is always logged.
+    ".*smaller than the logging interval.*",
     # The teacher stays in eval mode.
     r".*module\(s\) in eval mode at the start of training.*",
     # metrics.csv lies beside the run's other files.
@@ -106,7 +108,7 @@ def is_terminal() -> bool:
 def describe_model(config: ViTConfig) -> str:
     """A model's shape in a few words."""
     return (
-        f"{config.depth} blocks × {config.num_heads} heads, width {config.embed_dim}, MLP {config.mlp_dim}, "
+        f"{config.depth}×{config.num_heads} blocks×heads, width {config.embed_dim}, MLP {config.mlp_dim}, "
         f"{config.grid}×{config.grid} patches + CLS"
     )
 
@@ -171,10 +173,11 @@ def new_table(*columns: str) -> Table:
     return table
 
 
-def print_comparison(reported: Mapping[str, Any], measured: Mapping[str, float]) -> None:
-    """The figures measured again, each beside the reported one."""
+def print_comparison(reported: Mapping[str, Any], measured: Mapping[str, float]) -> bool:
+    """The figures measured again, each beside the reported one; returns whether all are equal."""
     table = new_table("", "measured now", "reported by the run", "")
     for name, value in measured.items():
         verdict = "equal" if value == reported.get(name) else "differs"
         table.add_row(name, repr(value), repr(reported.get(name)), verdict)
     show(table)
+    return all(value == reported.get(name) for name, value in measured.items())

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -93,7 +94,9 @@ class RunFolder:
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the flat `metrics.json`."""
-        write_atomically(self.metrics, json.dumps(metrics, indent=2) + "\n")
+        # JSON has no NaN.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        write_atomically(self.metrics, json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
     def read_metrics(self) -> dict[str, Any]:
         """The metrics of a finished run; ConfigError if it has none."""

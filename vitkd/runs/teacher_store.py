@@ -3,15 +3,18 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from filelock import FileLock
+from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 
 from vitkd.data import Dataset
+from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.errors import ConfigError
-from vitkd.models import ViT
+from vitkd.models import ViT, ViTConfig
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.folder import RunFolder
 
@@ -20,12 +23,20 @@ log = logging.getLogger("vitkd")
 # Raise it when a change to the code makes teachers trained before it different.
 RECIPE_VERSION = 1
 
-# What determines a trained teacher, less what says only where and how fast.
-DETERMINING = ("student", "dataset", "optimizer", "schedule", "trainer", "seed")
-IMMATERIAL = {
-    "dataset": {"eval_batch_size", "resident_limit_gib", "workers", "download", "max_epochs"},
-    "trainer": {"accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar"},
-}
+# Settings that say where and how fast, not what is learned.
+IMMATERIAL = {"eval_batch_size", "resident_limit_gib", "workers", "download", "max_epochs", "root"}
+IMMATERIAL_TO_TRAINER = {"accelerator", "strategy"}
+
+
+class TeacherRun(Protocol):
+    """The part of the configuration of a teacher's own run that determines the teacher."""
+
+    student: ViTConfig
+    dataset: Dataset
+    optimizer: AdamW
+    schedule: Schedule
+    trainer: dict[str, Any]
+    seed: int
 
 
 def given_teacher(checkpoint: str | None, dataset: Dataset) -> ViT | None:
@@ -46,14 +57,21 @@ def given_teacher(checkpoint: str | None, dataset: Dataset) -> ViT | None:
     return model
 
 
-def fingerprint(settings: Mapping[str, Any]) -> str:
-    """A short hash of everything that determines the model which a run with these settings trains."""
-    facts: dict[str, Any] = {"version": RECIPE_VERSION}
-    for group in DETERMINING:
-        node = settings[group]
-        if isinstance(node, Mapping):
-            node = {name: value for name, value in node.items() if name not in IMMATERIAL.get(group, ())}
-        facts[group] = node
+def fingerprint(run: TeacherRun, contents: str | None) -> str:
+    """A short hash of everything that determines the teacher that `run` trains.
+
+    `contents` stands for the images themselves, where the data set's name does not.
+    """
+    data = {key: value for key, value in asdict(run.dataset).items() if key not in IMMATERIAL}
+    facts = {
+        "version": RECIPE_VERSION,
+        "seed": run.seed,
+        "model": asdict(run.student),
+        "dataset": data | {"contents": contents},
+        "optimizer": [type(run.optimizer).__name__, asdict(run.optimizer)],
+        "schedule": [type(run.schedule).__name__, asdict(run.schedule)],
+        "trainer": {k: v for k, v in run.trainer.items() if k not in IMMATERIAL_TO_TRAINER},
+    }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -67,12 +85,23 @@ def stored_teacher(store: Path, train: Callable[[RunFolder], object]) -> ViT:
         store.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{store.parent}: no folder can be made there ({error.strerror})") from error
-    with FileLock(store.with_name(f"{store.name}.lock")):
+    with acquired(FileLock(store.with_name(f"{store.name}.lock"))):
         if not store.exists():
             log.info("no teacher yet: training it first, once; later runs reuse it")
             folder = RunFolder.claim(store.with_name(f"{store.name}.unfinished"))
             train(folder)
             folder.path.rename(store)
+            for attempt in store.parent.glob(f"{store.name}.unfinished*"):
+                shutil.rmtree(attempt)
         else:
             log.info("teacher: reusing %s", store)
     return load_any(store)
+
+
+def acquired(lock: BaseFileLock) -> AcquireReturnProxy:
+    """The lock, taken; says so if another run has to finish first."""
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        log.info("teacher: another run is training it; waiting")
+        return lock.acquire()

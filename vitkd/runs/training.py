@@ -3,13 +3,13 @@
 import inspect
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import ClassifyModule
@@ -18,17 +18,7 @@ from vitkd.models import ViT
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.console import EpochLines, ProgressBar, is_terminal
 from vitkd.runs.folder import RunFolder
-
-CHARTS = {
-    "losses": {
-        "training": ["Multiline", ["train/task_loss", "train/transfer_loss", "train/total_loss"]],
-        "validation": ["Multiline", ["val/task_loss", "val/transfer_loss", "val/total_loss"]],
-    },
-    "accuracy": {"student": ["Multiline", ["train/acc", "val/acc", "val/teacher_agreement"]]},
-    "alpha": {"gradient norms": ["Multiline", ["train/gradient_norm_task", "train/gradient_norm_transfer"]]},
-}
-"""TensorBoard's custom scalar page: what belongs together on one chart."""
-
+from vitkd.runs.tensorboard import Curves
 
 # What Lightning's Trainer takes but vitkd decides.
 DECIDED = {
@@ -55,13 +45,6 @@ class Fitted(NamedTuple):
     metrics: dict[str, Any]
 
 
-class Curves(TensorBoardLogger):
-    """TensorBoard events in the run folder itself."""
-
-    def save(self) -> None:
-        """Nothing: config.yaml already holds what Lightning would write here a second time."""
-
-
 class KeepLastAndBest(Callback):
     """Saves every epoch's end as last.ckpt and, when validation accuracy rises, as best.ckpt."""
 
@@ -71,13 +54,17 @@ class KeepLastAndBest(Callback):
         self.acc_best: float | None = None
         self.best_epoch: int | None = None
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # An epoch without validation must not pass off the figures of the one before as its own.
+        for name in [name for name in trainer.callback_metrics if name.startswith("val/")]:
+            del trainer.callback_metrics[name]
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         accuracy = trainer.callback_metrics.get("val/acc")
-        if accuracy is not None:
-            self.acc_last = accuracy.item()
-            if self.acc_best is None or self.acc_last > self.acc_best:
-                self.acc_best, self.best_epoch = self.acc_last, trainer.current_epoch + 1
-                trainer.save_checkpoint(self.folder.best)
+        self.acc_last = None if accuracy is None else accuracy.item()
+        if self.acc_last is not None and (self.acc_best is None or self.acc_last > self.acc_best):
+            self.acc_best, self.best_epoch = self.acc_last, trainer.current_epoch + 1
+            trainer.save_checkpoint(self.folder.best)
         trainer.save_checkpoint(self.folder.last)
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,26 +90,27 @@ def check_trainer(settings: dict[str, Any]) -> None:
     if clip is not None and not 0 < clip < math.inf:
         raise ConfigError(f"trainer.gradient_clip_val={clip}: must be a finite number above 0, or null")
     try:
-        L.Trainer(**settings, logger=False, enable_checkpointing=False)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        world_size = L.Trainer(**settings, logger=False, enable_checkpointing=False).world_size
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"trainer: {one_line(error)}; trainer=auto fits this machine") from error
+    if world_size > 1:
+        # The other processes would wait for the teacher's lock, and this one for them.
+        raise ConfigError(f"trainer.devices: {world_size} processes for one run are not supported; use 1")
 
 
 def one_line(error: Exception) -> str:
     """An exception's message without line breaks."""
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()).rstrip(".!")
 
 
 def build_trainer(folder: RunFolder, settings: Settings, callbacks: list[Callback]) -> L.Trainer:
     """Lightning's Trainer with this project's loggers and habits."""
-    tensorboard = Curves(folder.path, name="", version="", default_hp_metric=False)
-    tensorboard.experiment.add_custom_scalars(CHARTS)
     bar = [ProgressBar()] if is_terminal() else []
     return L.Trainer(
         **{
             "num_sanity_val_steps": 0,
             **settings.trainer,
-            "logger": [tensorboard, CSVLogger(folder.path, name="", version="")],
+            "logger": [Curves(folder.path), CSVLogger(folder.path, "", "", flush_logs_every_n_steps=1)],
             "callbacks": [*callbacks, KeepLastAndBest(folder), EpochLines(), *bar],
             "log_every_n_steps": settings.log_every_n_steps,
             "default_root_dir": folder.path,
@@ -142,6 +130,11 @@ def fit(trainer: L.Trainer, module: ClassifyModule, data: ImageDataModule, folde
         trainer.fit(module, data)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {one_line(error)}") from error
+    except SystemExit as error:
+        # Lightning turns an interrupt into an exit with code 1.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
     wall_seconds = time.perf_counter() - start
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     (keeper,) = (callback for callback in callbacks if isinstance(callback, KeepLastAndBest))
@@ -159,34 +152,10 @@ def fit(trainer: L.Trainer, module: ClassifyModule, data: ImageDataModule, folde
     return Fitted(last, best, metrics)
 
 
-def log_hyperparameters(
-    trainer: L.Trainer, settings: Mapping[str, Any], figures: Mapping[str, float]
+def conclude_curves(
+    trainer: L.Trainer, settings: Mapping[str, Any], ignored: Collection[str], figures: Mapping[str, float]
 ) -> None:
-    """Put a finished run on TensorBoard's HParams page."""
-    (tensorboard,) = (logger for logger in trainer.loggers if isinstance(logger, Curves))
-    tensorboard.log_hyperparams(hyperparameters(settings), dict(figures))
-    tensorboard.finalize("success")
-
-
-def hyperparameters(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one run from another, few enough for a table.
-
-    TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
-    """
-    classes = {
-        group: settings[group]["_target_"].rpartition(".")[2] for group in ("granularity", "loss", "method")
-    }
-    numbers = {
-        f"{group}.{name}": value
-        for group in ("optimizer", "student")
-        for name, value in settings[group].items()
-        if isinstance(value, int | float)
-    }
-    return {
-        "alpha": settings["alpha"],
-        "dataset": settings["dataset"]["name"],
-        **classes,
-        "seed": settings["seed"],
-        "trainer.max_epochs": settings["trainer"]["max_epochs"],
-        **numbers,
-    }
+    """Tell TensorBoard what the run was and what came of it."""
+    for logger in trainer.loggers:
+        if isinstance(logger, Curves):
+            logger.conclude(settings, ignored, figures)
