@@ -42,8 +42,9 @@ def test_every_command_is_understood(command):
         parse(composed)
 
 
-def test_there_are_commands_to_test():
+def test_there_are_commands_to_test_and_no_figure_is_missing():
     assert len(COMMANDS) >= 8
+    assert "MEASURED" not in README
 
 
 @pytest.mark.parametrize("target", MAKES)
@@ -64,3 +65,14 @@ def test_the_tree_names_what_is_there():
 def test_every_picture_and_link_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_snippet_runs_on_a_run(command, tmp_path):
+    quick = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", f"paths.outputs={tmp_path}", "name=run"]
+    assert command("train", "method=none", *quick).code == 0
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+    names: dict = {}
+    exec(re.sub(r'"outputs/[^"]+"', repr(str(tmp_path / "digits" / "run")), snippet), names)
+
+    assert names["scores"][1].shape == (2, 4, 17, 17)
