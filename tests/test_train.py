@@ -18,7 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vitkd.models import load_model
 from vitkd.runs.checkpoints import load_from_checkpoint
-from vitkd.runs.seeding import DROPOUT, ORDER, WEIGHTS, seed_of
 
 TINY = [
     "trainer.max_epochs=1",
@@ -296,18 +295,6 @@ class TestTeacher:
 
 
 class TestRepetition:
-    def test_teacher_and_student_of_one_seed_share_no_numbers(self, run, outputs):
-        """Else a student starts as a part of its teacher, and is easier to teach by that alone."""
-        seeds = {
-            seed_of(seed, stream, model)
-            for seed in (0, 1)
-            for stream in (WEIGHTS, ORDER, DROPOUT)
-            for model in ("teacher", "student")
-        }
-
-        assert len(seeds) == 12
-        assert all(0 <= seed < 2**32 for seed in seeds)
-
     def test_the_same_command_gives_another_folder_and_the_same_student(self, run, outputs):
         outputs.train("teacher.max_epochs=1", "seed=5", "student.dropout=0.1")
         outputs.train("teacher.max_epochs=1", "seed=5", "student.dropout=0.1")
