@@ -18,6 +18,7 @@ from vitkd.runs import results
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.console import print_comparison, start_logging
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.training import one_line
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def device_of(accelerator: str) -> torch.device:
     try:
         return L.Trainer(accelerator=accelerator, devices=1, logger=False).strategy.root_device
     except (MisconfigurationException, ValueError) as error:
-        raise ConfigError(f"accelerator={accelerator}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"accelerator={accelerator}: {one_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
+from vitkd.models.layers import at_least_float32
 
 # Stands for −∞ where attention is masked: exp() of it is exactly 0, and 0 times it is not NaN.
 MASKED = -1e30
@@ -156,8 +157,3 @@ class JS(DistributionLoss):
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ p (log p − log q) over the last axis, in nats."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Attention is compared in float32 even where bf16 computed it; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from vitkd.distill.losses import at_least_float32
+from vitkd.models.layers import at_least_float32
 
 
 class Meter:

@@ -18,6 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from vitkd.models.layers import at_least_float32
+
 COLOURS = matplotlib.colormaps["viridis"]
 OPACITY = 0.75
 """of a map over its image, which is paled to half its contrast: the colour bar is read off the map"""
@@ -48,7 +50,7 @@ def cls_attention(scores: Tensor, grid: int, heads: Sequence[int] | None = None)
     if scores.shape[-1] != 1 + grid**2:
         raise ValueError(f"{scores.shape[-1]} tokens are not CLS and {grid}×{grid} patches")
     rows = scores[..., 0, :] if heads is None else scores[..., list(heads), 0, :]
-    weights = rows.to(torch.promote_types(rows.dtype, torch.float32)).softmax(-1).mean(-2)[..., 1:]
+    weights = at_least_float32(rows).softmax(-1).mean(-2)[..., 1:]
     # A class token that looks at itself alone gives an empty map rather than 0/0.
     total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return (weights / total).unflatten(-1, (grid, grid))

@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Attention is compared in float32 even where bf16 computed it; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def per_student(parameter: Tensor, x: Tensor) -> Tensor:
     """Reshape a stacked [S, D] vector to [S, 1, …, 1, D], so that it broadcasts against `x` [S, …, D]."""
     return parameter.reshape(len(parameter), *[1] * (x.ndim - 2), -1)
@@ -102,8 +107,7 @@ class Attention(nn.Module):
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         # Rounded to bf16, scores of some tens differ by tenths; they are what is compared, so they are exact.
         with torch.autocast(q.device.type, enabled=False):
-            q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))
-            return (q * self.head_dim**-0.5) @ k.mT
+            return (at_least_float32(q) * self.head_dim**-0.5) @ at_least_float32(k).mT
 
 
 class MLP(nn.Module):
