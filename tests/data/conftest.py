@@ -1,7 +1,7 @@
 """Data sets as their option files describe them, and real data where VITKD_DATA says it is."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from PIL import Image
 
 import vitkd.data
 from vitkd.data import Augment, Dataset
+
+from .server import Server, serving
 
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
 
@@ -58,3 +60,22 @@ def photos(tmp_path: Path) -> Path:
             place / f"{number}.{'jpg' if number % 2 else 'png'}"
         )
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A web server on this machine, and nothing between it and the test."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Path:
+    """A folder in which nobody may write, root included."""
+    if os.geteuid():
+        (tmp_path / "read only").mkdir(mode=0o555)
+        return tmp_path / "read only"
+    if not Path("/sys/kernel").is_dir():
+        pytest.skip("root may write everywhere here")
+    return Path("/sys/kernel")

@@ -10,6 +10,8 @@ import torch
 from omegaconf import OmegaConf
 
 from vitkd.data import Augment, Dataset, ImageDataModule
+from vitkd.data.staging import filled
+from vitkd.data.torchvision_sets import FOLDERS
 from vitkd.errors import ConfigError
 
 from .conftest import CONF, option_file
@@ -116,14 +118,29 @@ def test_absent_and_not_to_be_downloaded(option: str, make: Make, tmp_path: Path
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", ["mnist", "cifar10"])
+@pytest.mark.parametrize(
+    ("option", "files"),
+    [
+        ("mnist", "amazonaws.com/mnist/t10k-images-idx3-ubyte.gz (md5 9fb629c4189551a2d022fa330f9573f3)"),
+        ("fashion_mnist", "/train-labels-idx1-ubyte.gz (md5 25c81989df183df01b3e8a0aad5dffbe)"),
+        ("cifar10", "kriz/cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a) in "),
+        ("cifar100", "kriz/cifar-100-python.tar.gz (md5 eb9058c3a382ffc7106e4002c42a8d85) in "),
+        ("tf_flowers", "example_images/flower_photos.tgz (sha256 4c54ace7911aaffe13a365c34f650e71dd5bf1be"),
+    ],
+)
 def test_absent_while_offline(
-    option: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    option: str,
+    files: str,
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr("socket.getaddrinfo", _no_network)
     with pytest.raises(ConfigError, match=r"could not be downloaded .*no network here.*by hand") as error:
         make(option).inspect(tmp_path / "deep" / "data")
     assert "\n" not in str(error.value)
+    assert files in str(error.value)
     assert not any(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
 
@@ -146,7 +163,7 @@ def test_damaged_files_are_left_for_the_user(make: Make, tmp_path: Path) -> None
 @pytest.mark.parametrize("option", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_official_files(option: str, make: Make, real_data: Path) -> None:
     dataset = make(option)
-    if not dataset._present(real_data):  # type: ignore[attr-defined]
+    if not filled(real_data / FOLDERS[dataset.source]):  # type: ignore[attr-defined]
         pytest.skip(f"{option} is not in {real_data}")
     splits = dataset.load(real_data)
     train, test = splits["train"], splits["test"]

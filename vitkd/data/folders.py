@@ -9,7 +9,7 @@ import torch
 
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, hold_out
-from vitkd.data.staging import Archive, DownloadError
+from vitkd.data.staging import Archive, DownloadError, filled, unavailable
 from vitkd.errors import ConfigError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -18,6 +18,7 @@ FLOWERS = Archive(
     size=228_813_984,
     sha256="4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c",
     folder="flower_photos",
+    images=3_670,
 )
 _TEST_FRACTION = 0.1
 _TEST_SEED = 0
@@ -121,22 +122,22 @@ class TfFlowers(ImageFolder):
         return root / FLOWERS.folder
 
     def inspect(self, root: Path) -> int:
-        folder = self._folder(root)
-        if self.root is None and not folder.is_dir():
-            self._download(root)
+        if self.root is None:
+            self._ensure(root)
         return super().inspect(root)
 
-    def _download(self, root: Path) -> None:
+    def _ensure(self, root: Path) -> None:
+        """Download what is absent; what is there but incomplete is the user's to remove."""
+        folder = self._folder(root)
         try:
-            if not self.download:
-                raise DownloadError("dataset.download=false")
-            FLOWERS.install(root)
+            if not filled(folder):
+                if not self.download:
+                    raise DownloadError("dataset.download=false")
+                FLOWERS.install(root)
+            if (found := len(image_files(folder))) < FLOWERS.images:
+                raise DownloadError(f"{found:,} of {FLOWERS.images:,} images")
         except DownloadError as error:
-            raise ConfigError(
-                f"dataset {self.name}: {root / FLOWERS.folder} is absent and {FLOWERS.url} was not downloaded"
-                f" ({error}); unpack that file in {root} by hand, or set dataset.root=DIR to its"
-                f" {FLOWERS.folder} or paths.data=DIR to the folder around it"
-            ) from error
+            raise unavailable(self.name, folder, f"{FLOWERS} in {root}", error) from error
 
 
 def class_folders(folder: Path) -> list[Path]:

@@ -34,6 +34,8 @@ class ImageDataModule(L.LightningDataModule):
         self._images: dict[str, Tensor] = {}
         self._resident: dict[tuple[str, torch.device], Pixels] = {}
         self._decoded: list[DecodedPixels] = []
+        self._train_loader: Loader | None = None
+        self._train_state: dict[str, int] | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -78,8 +80,23 @@ class ImageDataModule(L.LightningDataModule):
         return batch
 
     def train_dataloader(self) -> Loader:
-        """Shuffled and varied."""
-        return self.loader("train")
+        """Shuffled and varied; goes on where `load_state_dict` says."""
+        self._train_loader = self.loader("train")
+        if self._train_state is not None:
+            self._train_loader.load_state_dict(self._train_state)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the training loader is.
+
+        Lightning saves this and the loader's own state, but looks at the loader's only if nobody has asked
+        for the number of steps before.
+        """
+        return self._train_loader.state_dict() if self._train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next training loader go on from `state_dict`."""
+        self._train_state = state_dict
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """In order; an empty list where val_fraction=0."""

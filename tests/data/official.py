@@ -1,0 +1,130 @@
+"""The official data sets as a server gives them, but tiny: the same files, formats and checksums."""
+
+import gzip
+import hashlib
+import io
+import pickle
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+import vitkd.data.folders
+from vitkd.data.staging import Archive
+from vitkd.data.torchvision_sets import FOLDERS
+
+from .server import Server
+
+OPTIONS = {
+    "tf_flowers": "flower_photos",
+    "mnist": FOLDERS["MNIST"],
+    "fashion_mnist": FOLDERS["FashionMNIST"],
+    "cifar10": FOLDERS["CIFAR10"],
+    "cifar100": FOLDERS["CIFAR100"],
+}
+_CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+_RNG = np.random.default_rng(0)
+
+
+@dataclass
+class Official:
+    """What a line must hold of a data set that cannot be had."""
+
+    urls: list[str]
+    hashes: list[str]
+    folder: str
+    """where it belongs, below paths.data"""
+    by_hand: str
+    """where to unpack its files, below paths.data"""
+
+
+def offer(server: Server, option: str, patch: pytest.MonkeyPatch) -> Official:
+    """Have `server` give the data set, and vitkd and torchvision ask it."""
+    if option == "tf_flowers":
+        return _offer_flowers(server, patch)
+    return (_offer_cifar if "cifar" in option else _offer_mnist)(server, _CLASSES[option], patch)
+
+
+def tar_of(files: Mapping[str, bytes]) -> bytes:
+    with tarfile.open(fileobj=(out := io.BytesIO()), mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def archive_of(content: bytes, url: str, images: int = 0) -> Archive:
+    return Archive(url, len(content), hashlib.sha256(content).hexdigest(), "flower_photos", images)
+
+
+def _offer_flowers(server: Server, patch: pytest.MonkeyPatch) -> Official:
+    photos = {}
+    for number, kind in enumerate(["daisy", "dandelion", "roses", "sunflowers", "tulips"] * 20):
+        Image.fromarray(_RNG.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(out := io.BytesIO(), "jpeg")
+        photos[f"flower_photos/{kind}/{number}.jpg"] = out.getvalue()
+    server.files = {"flower_photos.tgz": (content := tar_of(photos))}
+    archive = archive_of(content, f"{server.url}flower_photos.tgz", images=100)
+    patch.setattr(vitkd.data.folders, "FLOWERS", archive)
+    return Official([archive.url], [archive.sha256], "flower_photos", "")
+
+
+def _offer_mnist(server: Server, source: str, patch: pytest.MonkeyPatch) -> Official:
+    server.files = {}
+    for split in ("train", "t10k"):
+        pixels = _RNG.integers(0, 256, (20, 28, 28), dtype=np.uint8).tobytes()
+        images = b"".join(number.to_bytes(4, "big") for number in (2051, 20, 28, 28)) + pixels
+        labels = b"".join(number.to_bytes(4, "big") for number in (2049, 20)) + bytes([*range(10)] * 2)
+        server.files[f"{split}-images-idx3-ubyte.gz"] = gzip.compress(images)
+        server.files[f"{split}-labels-idx1-ubyte.gz"] = gzip.compress(labels)
+    resources = [(name, md5(content)) for name, content in server.files.items()]
+    patch.setattr(getattr(torchvision.datasets, source), "mirrors", [server.url])
+    patch.setattr(getattr(torchvision.datasets, source), "resources", resources)
+    urls = [server.url + name for name in server.files]
+    return Official(urls, [mark for _, mark in resources], FOLDERS[source], FOLDERS[source])
+
+
+def _offer_cifar(server: Server, source: str, patch: pytest.MonkeyPatch) -> Official:
+    official = getattr(torchvision.datasets, source)
+    kinds = 10 if source == "CIFAR10" else 100
+    content = {official.meta["filename"]: {official.meta["key"]: [f"kind {n}" for n in range(kinds)]}}
+    for name, _ in official.train_list + official.test_list:
+        pixels = _RNG.integers(0, 256, (kinds, 3 * 32 * 32), dtype=np.uint8)
+        content[name] = {"data": pixels, "labels" if kinds == 10 else "fine_labels": [*range(kinds)]}
+    publish_cifar(server, source, {name: pickle.dumps(value) for name, value in content.items()}, patch)
+    return Official([official.url], [official.tgz_md5], official.base_folder, "")
+
+
+def publish_cifar(server: Server, source: str, files: Mapping[str, bytes], patch: pytest.MonkeyPatch) -> None:
+    """Have `server` give these files, and torchvision take them for the official ones."""
+    official = getattr(torchvision.datasets, source)
+    content = tar_of({f"{official.base_folder}/{name}": file for name, file in files.items()})
+    server.files = {official.filename: content}
+    patch.setattr(official, "url", server.url + official.filename)
+    patch.setattr(official, "tgz_md5", md5(content))
+    for batches in ("train_list", "test_list"):
+        patch.setattr(official, batches, [[name, md5(files[name])] for name, _ in getattr(official, batches)])
+    patch.setattr(official, "meta", official.meta | {"md5": md5(files[official.meta["filename"]])})
+
+
+def unpack(server: Server, option: str, root: Path) -> Path:
+    """Put the data where it belongs, as a person would; returns the folder."""
+    folder = root / OPTIONS[option]
+    folder.mkdir(parents=True)
+    for name, content in server.files.items():
+        if "mnist" in option:
+            (folder / name.removesuffix(".gz")).write_bytes(gzip.decompress(content))
+        else:
+            with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                tar.extractall(root)
+    return folder
