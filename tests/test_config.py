@@ -27,7 +27,7 @@ from vitkd.runs.training import check_trainer
 
 OPTIONS = sorted(path for path in CONF_DIR.rglob("*.yaml") if path.parent != CONF_DIR)
 # Their keys are not fields of one class: settings of the root, of Hydra and of Lightning's Trainer.
-PATCHES = {"experiment", "sweep", "hydra/help"}
+PATCHES = {"experiment", "sweep", "hydra/help", "hydra/launcher"}
 CLASSLESS = PATCHES | {"trainer"}
 
 

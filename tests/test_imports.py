@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "schema": {"errors"},
     "config": {"errors", "models", "data", "distill", "schema"},
     "messages": {"errors", "config"},
-    "cli": {"errors", "config", "messages", "distill"},
+    "jobs": {"errors", "runs"},
+    "cli": {"errors", "config", "messages", "distill", "jobs", "runs"},
 }
-HYDRA_AT_HOME = {"config", "schema", "cli", "messages"}
+HYDRA_AT_HOME = {"config", "schema", "cli", "messages", "jobs"}
 MAY_PRINT = {"cli", "runs/console"}
 
 

@@ -7,24 +7,27 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from vitkd.config import CONF_DIR, LONGEST_NAME, Config
 from vitkd.distill.methods import Method
-from vitkd.errors import ConfigError
-from vitkd.messages import explain
+from vitkd.errors import ConfigError, RunError
+from vitkd.jobs import Job, Sweep, as_typed, is_multirun, overridden, recorded
+from vitkd.messages import explain, explain_foreign
+from vitkd.runs.console import print_jobs
+from vitkd.runs.isolation import isolated
+from vitkd.runs.processes import is_first, rank
+from vitkd.runs.signals import TERMINATED, exit_on_termination
 
 log = logging.getLogger("vitkd")
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 HYDRA_OPTIONS = {
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
     *("--info", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
@@ -33,34 +36,67 @@ HYDRA_OPTIONS = {
 # They stand elsewhere in the path, or do not change what is computed.
 NOT_NAMED = {
     *("name", "sweep", "experiment", "paths.data", "paths.outputs", "log_every_n_steps"),
-    *("pictures_every_n_epochs", "trainer", "trainer.accelerator"),
+    *("pictures_every_n_epochs", "checkpoint_minutes", "resume", "sweep.rerun"),
+    *("trainer", "trainer.accelerator"),
 }
 
 
-def run_command(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None]) -> None:
     """Compose what the command line asks for and run `task` on it, once or, with -m, once a job.
 
-    A `ConfigError`, or anything that Hydra finds wrong, is printed as one line and ends with exit code 2.
+    A `ConfigError`, or anything that Hydra finds wrong, is printed as one line and ends with exit code 2, a
+    `RunError` with 1. In a multirun it ends only its own job; the command then exits with 1.
     """
 
-    def job(composed: DictConfig) -> Any:
+    arguments = sys.argv[1:]
+
+    def one_line(error: Exception) -> str:
+        return explain(error, config_name, arguments)
+
+    def job(composed: DictConfig) -> float | None:
+        with isolated():
+            exit_on_termination()
+            if not is_multirun():
+                return alone(composed)
+            with recorded(one_line, say) as record:
+                return task(composed, record)
+            return None  # a sweeper that searches takes it for a trial that failed
+
+    def alone(composed: DictConfig) -> float | None:
         try:
-            return task(composed)
+            return task(composed, Job(0, overridden()))
+        # Hydra would print more than the line.
         except (OmegaConfBaseException, ConfigError) as error:
-            # In a multirun the other jobs go on; alone, Hydra would print more than the line.
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise
-            fail(explain(error, config_name, sys.argv[1:]))
+            fail(one_line(error))
+        except RunError as error:
+            fail(one_line(error), code=FAILED)
 
     # Otherwise Hydra prints what is wrong itself, on many lines, and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    Sweep.current = None
     try:
-        check_arguments(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+        with isolated():
+            exit_on_termination()
+            check_arguments(arguments)
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
-        fail(explain(error, config_name, sys.argv[1:]))
+        fail(one_line(error))
+    except (RuntimeError, ValueError) as error:
+        if (line := explain_foreign(error)) is None:
+            raise
+        fail(line, code=FAILED)
     except KeyboardInterrupt:
         fail("stopped by the keyboard", code=INTERRUPTED)
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            say("stopped by SIGTERM")
+        raise
+    finally:
+        jobs: list[Job] = Sweep.current.jobs() if Sweep.current else []
+        if is_first():
+            print_jobs(jobs)
+    if any(job.state == "failed" for job in jobs):
+        sys.exit(FAILED)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -73,16 +109,28 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{argument}: no such option; settings go without dashes, as KEY=VALUE")
 
 
+def say(message: str) -> None:
+    """Tell of an error in one line on stderr."""
+    process = "" if is_first() else f" (process {rank()})"
+    print(f"error{process}: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
     """End the program with one line on stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    say(message)
     sys.exit(code)
 
 
-def overridden() -> dict[str, str]:
-    """What this job's command line set, as text: {"alpha": "0.5", "loss": "kl"}."""
-    parsed = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    return {o.get_key_element().lstrip("+~"): o.get_value_element_as_str() for o in parsed}
+def same_job() -> list[str]:
+    """The command line that runs this very job, alone."""
+    if not is_multirun():
+        return [sys.executable, "-m", "vitkd.train", *sys.argv[1:]]
+    return [sys.executable, "-m", "vitkd.train", *as_typed(HydraConfig.get()), "hydra.mode=RUN"]
+
+
+def goes_on(config: Config) -> bool:
+    """Whether a job leaves alone what is done and goes on with what was cut off."""
+    return config.resume == "auto" or (is_multirun() and config.sweep.rerun == "missing")
 
 
 def run_path(config: Config) -> Path:

@@ -49,6 +49,18 @@ class Paths:
 
 
 @dataclass
+class SweepSettings:
+    """How a multirun treats jobs that an earlier one has run."""
+
+    rerun: str
+    """`missing` runs what is not done yet, and goes on with what was cut off; `all` runs every job anew."""
+
+    def __post_init__(self) -> None:
+        if self.rerun not in ("missing", "all"):
+            raise ConfigError(f"sweep.rerun={self.rerun}: choose missing or all")
+
+
+@dataclass
 class TeacherSource:
     """What a teacher is besides its shape, optimiser and schedule."""
 
@@ -89,6 +101,13 @@ class Root:
     log_every_n_steps: int
     pictures_every_n_epochs: int
     """How often attention pictures go to TensorBoard; 0 is never."""
+    checkpoint_minutes: float
+    """A checkpoint is written when so much time has passed since the last, besides every epoch's end."""
+    resume: str | None
+    """`auto` goes on with a run of the same configuration that was cut off; null begins anew, beside it."""
+    ema_decay: float | None
+    """Validate and keep the exponential moving average of the student's weights; null keeps the weights."""
+    sweep: SweepSettings
     paths: Paths
 
     def __post_init__(self) -> None:
@@ -104,6 +123,12 @@ class Root:
             raise ConfigError(
                 f"pictures_every_n_epochs={self.pictures_every_n_epochs}: must be 0 (never) or more"
             )
+        if not self.checkpoint_minutes >= 0:
+            raise ConfigError(f"checkpoint_minutes={self.checkpoint_minutes}: must be 0 (every step) or more")
+        if self.resume not in (None, "auto"):
+            raise ConfigError(f"resume={self.resume}: choose auto or null")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay}: must lie between 0 and 1, or be null")
         if self.name is not None and (Path(self.name).name != self.name or self.name in ("", ".", "..")):
             raise ConfigError(f"name={self.name}: must be one folder name, without slashes")
         if self.name is not None and len(self.name.encode()) > LONGEST_NAME:
@@ -175,7 +200,7 @@ def teacher_run(config: Config) -> Config:
     model = {key: value for key, value in node.items() if key not in TEACHER_KEYS}
     none = {"_target_": f"{NoDistillation.__module__}.{NoDistillation.__name__}"}
     trainer = config.trainer | {"max_epochs": node["max_epochs"]}
-    own = {"student": model, "method": none, "trainer": trainer}
+    own = {"student": model, "method": none, "trainer": trainer, "ema_decay": None}
     own |= {key: node[key] for key in ("optimizer", "schedule", "seed")}
     return parse(OmegaConf.create(config.resolved | own))
 

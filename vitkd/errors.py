@@ -1,4 +1,4 @@
-"""The one exception for what a person can mend."""
+"""The exceptions for what a person can mend, each told in one line."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,6 +9,13 @@ class ConfigError(ValueError):
 
     Its message is one line: the value found, what is allowed, the fix. The entry points print that line
     and nothing else; it lives here, free of Hydra, so that data and models can raise it in a notebook too.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: a full disk, a loss that is not finite.
+
+    Its message is one line, as a `ConfigError`'s is; every checkpoint written before is good.
     """
 
 

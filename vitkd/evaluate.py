@@ -13,6 +13,7 @@ from vitkd.cli import run_command
 from vitkd.config import parse
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
+from vitkd.jobs import Job
 from vitkd.models import load_model
 from vitkd.runs import results
 from vitkd.runs.checkpoints import load_from_checkpoint
@@ -26,7 +27,7 @@ def main() -> None:
     run_command("evaluate", evaluate_run)
 
 
-def evaluate_run(composed: DictConfig) -> None:
+def evaluate_run(composed: DictConfig, job: Job) -> None:
     """Compute the test figures again beside those that the run wrote; exit code 1 if one differs."""
     start_logging()
     folder = RunFolder.existing(Path(str(composed.run)))

@@ -13,6 +13,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitkd.config import CONF_DIR
 
+# Hydra finds these by itself once they are installed.
+PLUGINS = {
+    *("hydra/launcher=joblib", "hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm"),
+    "hydra/sweeper=optuna",
+}
+
 
 def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     """What is wrong and what would be right, on one line."""
@@ -21,7 +27,7 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
         return _not_understood(str(error.override), str(error.message))
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: is needed; write {error.full_key}=VALUE"
-    if missing := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text):
+    if missing := re.search(r"Could not (?:find|load) '((?:hydra/)?[^'/]+)/([^']+)'", text):
         return _no_such_option(missing[1], missing[2], text)
     if present := re.search(r"An item is already at '([^']+)'", text):
         return f"{present[1]}: is there already; set it without the plus"
@@ -34,6 +40,16 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
     return place + " ".join(plain.split()) or type(error).__name__
 
 
+def explain_foreign(error: Exception) -> str | None:
+    """One line for what a launcher or sweeper trips over, or None if it is nothing a person can mend."""
+    text = str(error)
+    if "Could not detect" in text and "srun" in text:
+        return "hydra/launcher=slurm: there is no SLURM on this machine; choose hydra/launcher=local"
+    if "No trials are completed" in text:
+        return "no trial of the search has succeeded; run one of them alone to see why"
+    return None
+
+
 def _not_understood(override: str, message: str) -> str:
     if "=" not in override:
         return f"{override}: does not say what it sets; write KEY=VALUE"
@@ -42,6 +58,8 @@ def _not_understood(override: str, message: str) -> str:
 
 
 def _no_such_option(group: str, option: str, text: str) -> str:
+    if f"{group}={option}" in PLUGINS:
+        return f"{group}={option}: is a plugin that is not installed; pip install 'vitkd[sweep]'"
     listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
     folder = CONF_DIR / group
     ours = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]

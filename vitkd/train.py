@@ -1,58 +1,94 @@
 """Train a student, alone or beside a teacher: `python -m vitkd.train granularity=block loss=kl alpha=0.5`."""
 
 import logging
-import math
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
 
-from vitkd.cli import overridden, run_command, run_path, warn_of_ignored_settings
+from vitkd.cli import goes_on, run_command, run_path, same_job, warn_of_ignored_settings
 from vitkd.config import Config, parse, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import DistillModule
+from vitkd.jobs import Job, figures_of
 from vitkd.models import ViT, count_parameters, digest, save_model
 from vitkd.runs import results
-from vitkd.runs.console import Job, describe_model, percent, print_jobs, print_results, start_logging
+from vitkd.runs.console import describe_model, percent, print_results, start_logging
 from vitkd.runs.evaluation import Evaluation, evaluate
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.pictures import AttentionPictures
+from vitkd.runs.processes import agree, is_first, joined, rank, wait_for_all
 from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, WEIGHTS, seed_generators, seed_of
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
-from vitkd.runs.training import build_trainer, check_trainer, conclude_curves, fit
+from vitkd.runs.training import Fitted, check_trainer, conclude_curves, fit
 
 log = logging.getLogger("vitkd")
 
 
 def main() -> None:
     """Run the job, or all jobs, of the command line."""
-    jobs: list[Job] = []
-    try:
-        run_command("train", lambda composed: run_job(composed, jobs))
-    finally:
-        print_jobs(jobs)
+    run_command("train", run_job)
 
 
-def run_job(composed: DictConfig, jobs: list[Job]) -> float:
-    """Run one job and return the accuracy that a sweeper may maximise: the best on validation, if any."""
+def run_job(composed: DictConfig, job: Job) -> float | None:
+    """Run one job and return what a sweeper may maximise: the best accuracy on validation, if any."""
     start_logging()
     config = parse(composed)
-    check_trainer(config.trainer)
+    machine = check_trainer(config.trainer)
     warn_of_ignored_settings(config.method)
     given = given_teacher(config.teacher.checkpoint, config.dataset) if config.method.needs_teacher else None
     config.method.check(config.student, given.config if given else config.teacher.model, config)
-    announce(config, given)
-    with closing(load_data(config)) as data:
-        teacher = (given or obtain_teacher(config)) if config.method.needs_teacher else None
-        folder = RunFolder.claim(run_path(config))
-        metrics = train(config, teacher, data, folder)
+    with joined(machine.processes, machine.hosts, same_job()):
+        path = run_path(config)
+        earlier = agree(lambda: earlier_run(path, config))
+        if earlier and earlier.state in ("running", "done"):
+            return leave_alone(earlier, job)
+        announce(config, given)
+        with closing(load_data(config)) as data:
+            teacher = (given or obtain_teacher(config)) if config.method.needs_teacher else None
+            folder = RunFolder(agree(lambda: earlier.path if earlier else RunFolder.claim(path).path))
+            job.folder = str(folder.path)
+            metrics = train(config, teacher, data, folder)
+    if not is_first():
+        return None
     print_results(metrics, folder, config.paths.outputs)
-    jobs.append(Job(overridden(), metrics, folder))
-    best = metrics["val/acc_best"]
-    return math.nan if best is None else float(best)
+    return conclude(job, metrics)
+
+
+class Earlier(NamedTuple):
+    """A run of the same configuration."""
+
+    path: Path
+    state: str
+
+
+def earlier_run(path: Path, config: Config) -> Earlier | None:
+    """The run to leave alone or to go on with, if the job is to look for one and there is one."""
+    found = RunFolder.latest(path, config.resolved) if goes_on(config) else None
+    return Earlier(found.path, found.state) if found else None
+
+
+def leave_alone(earlier: Earlier, job: Job) -> float | None:
+    """Go by what an earlier run of the same configuration found, or let it finish."""
+    job.folder = str(earlier.path)
+    if earlier.state == "running":
+        job.state = "running elsewhere"
+        log.info("%s: another process is at work there; left alone", earlier.path)
+        return None
+    job.state = "done before"
+    log.info("%s: done before; resume=null sweep.rerun=all does it again", earlier.path)
+    return conclude(job, RunFolder(earlier.path).read_metrics())
+
+
+def conclude(job: Job, metrics: Mapping[str, Any]) -> float | None:
+    """Put a run's figures on its job's record, and return the best accuracy on validation."""
+    job.figures = figures_of(metrics)
+    best: float | None = metrics["val/acc_best"]
+    return best
 
 
 def announce(config: Config, given: ViT | None) -> None:
@@ -71,7 +107,7 @@ def obtain_teacher(config: Config) -> ViT:
     own = teacher_run(config)
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
-    return stored_teacher(store, lambda folder: train_teacher(own, folder))
+    return stored_teacher(store, own.resolved, lambda folder: train_teacher(own, folder))
 
 
 def train_teacher(own: Config, folder: RunFolder) -> None:
@@ -88,51 +124,77 @@ def load_data(config: Config) -> ImageDataModule:
 
 
 def train(config: Config, teacher: ViT | None, data: ImageDataModule, folder: RunFolder) -> dict[str, Any]:
-    """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds."""
+    """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds.
+
+    If an earlier attempt in `folder` was cut off, training goes on from where that was saved. Of several
+    processes the first alone measures and writes; the others return nothing.
+    """
     with folder.running(config.resolved):
-        torch.use_deterministic_algorithms(False)  # Lightning switches it on for a job, and never off.
         seed_generators(config.seed, WEIGHTS, config.student)
         student = config.student.build()
         module = config.method.module(student, teacher, config, lambda: data.first("train", 64).image)
-        trainer = build_trainer(folder, config, [pictures(config, data, folder)] if teacher else [])
-        device = trainer.strategy.root_device
-        teacher_test = measure_teacher(teacher, data, device)
-        about_teacher = {
-            "teacher/test_acc": teacher_test and teacher_test.accuracy,
-            "teacher/parameters": teacher and count_parameters(teacher),
-            "teacher/weights": teacher and digest(teacher),
-        }
-        if isinstance(module, DistillModule):
+        device = check_trainer(config.trainer).device
+        teacher_test = measure_teacher(teacher, data, device) if teacher and is_first() else None
+        # Now: training may change the precision of its weights.
+        about_teacher = describe_teacher(teacher, teacher_test)
+        drawing = pictures(config, data, folder) if teacher else None
+        if isinstance(module, DistillModule) and is_first():
             results.write_pairs(folder, module.transfer.pairs)
         # Training draws the same random numbers whatever it took to get here.
-        seed_generators(config.seed, DROPOUT, config.student)
-        fitted = fit(trainer, module, data, folder)
-        known = teacher_test and teacher_test.predictions
-        test, predictions = results.measure(
-            fitted.last, fitted.best, data.loader("test", device), device, known
-        )
-        save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"])})
-        results.write_predictions(folder, predictions)
-        metrics = {
-            **test,
-            **fitted.metrics,
-            **about_teacher,
-            "student/parameters": count_parameters(student),
-            "seed": config.seed,
-            **provenance(device),
-        }
-        folder.write_metrics(metrics)
-        conclude_curves(trainer, config.resolved, config.method.ignores, test)
+        seed_generators(config.seed, DROPOUT, config.student, process=rank())
+        fitted = fit(module, data, folder, config, [drawing] if drawing else [])
+        metrics = {}
+        if is_first():
+            if drawing and not folder.pictures.exists():
+                # The run was cut off between its last step and here.
+                drawing.on_train_end(fitted.trainer, module)
+            metrics = measure(config, fitted, about_teacher, teacher_test, data, device, folder)
+        wait_for_all()
     return metrics
 
 
-def measure_teacher(teacher: ViT | None, data: ImageDataModule, device: torch.device) -> Evaluation | None:
+def measure(
+    config: Config,
+    fitted: Fitted,
+    teacher: Mapping[str, Any],
+    teacher_test: Evaluation | None,
+    data: ImageDataModule,
+    device: torch.device,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """Measure a trained student on the test split, once, and leave everything in its folder."""
+    known = teacher_test and teacher_test.predictions
+    batches = data.loader("test", device, rank=0, world_size=1)
+    test, predictions = results.measure(fitted.last, fitted.best, batches, device, known)
+    save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"])})
+    results.write_predictions(folder, predictions)
+    metrics = {
+        **test,
+        **fitted.metrics,
+        **teacher,
+        "student/parameters": count_parameters(fitted.last),
+        "seed": config.seed,
+        **provenance(device),
+    }
+    folder.write_metrics(metrics)
+    conclude_curves(fitted.trainer, config.resolved, config.method.ignores, test)
+    return metrics
+
+
+def measure_teacher(teacher: ViT, data: ImageDataModule, device: torch.device) -> Evaluation:
     """Say how good the teacher is before anybody learns from it."""
-    if teacher is None:
-        return None
-    test = evaluate(teacher, data.loader("test", device), device)
+    test = evaluate(teacher, data.loader("test", device, rank=0, world_size=1), device)
     log.info("teacher: %s on the test split", percent(test.accuracy))
     return test
+
+
+def describe_teacher(teacher: ViT | None, test: Evaluation | None) -> dict[str, Any]:
+    """What a student's metrics say of its teacher."""
+    return {
+        "teacher/test_acc": test and test.accuracy,
+        "teacher/parameters": teacher and count_parameters(teacher),
+        "teacher/weights": teacher and digest(teacher),
+    }
 
 
 def pictures(config: Config, data: ImageDataModule, folder: RunFolder) -> AttentionPictures:

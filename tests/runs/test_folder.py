@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vitkd.errors import ConfigError
-from vitkd.runs.folder import RunFolder, write_atomically
+from vitkd.runs.files import write_atomically
+from vitkd.runs.folder import RunFolder
 
 
 def state_of(folder: RunFolder) -> dict[str, str]:

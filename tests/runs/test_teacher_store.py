@@ -85,7 +85,7 @@ def train(tiny):
 def test_a_teacher_is_trained_once(train, tmp_path):
     store = tmp_path / "teachers" / "digits" / "abc"
 
-    first, second = stored_teacher(store, train), stored_teacher(store, train)
+    first, second = stored_teacher(store, {}, train), stored_teacher(store, {}, train)
 
     assert len(train.folders) == 1
     assert first.config == second.config
@@ -94,7 +94,7 @@ def test_a_teacher_is_trained_once(train, tmp_path):
 
 def test_a_teacher_is_trained_once_by_many_at_once(train, tmp_path):
     store = tmp_path / "abc"
-    threads = [threading.Thread(target=stored_teacher, args=(store, train)) for _ in range(4)]
+    threads = [threading.Thread(target=stored_teacher, args=(store, {}, train)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -106,7 +106,7 @@ def test_a_teacher_is_trained_once_by_many_at_once(train, tmp_path):
 def test_it_has_its_name_only_when_it_is_complete(train, tmp_path):
     store = tmp_path / "abc"
 
-    stored_teacher(store, lambda folder: (train(folder), not store.exists() or pytest.fail("too early")))
+    stored_teacher(store, {}, lambda folder: (train(folder), not store.exists() or pytest.fail("too early")))
 
     assert (store / "student.safetensors").is_file()
     assert train.folders[0] != store
@@ -120,20 +120,20 @@ def test_an_interrupted_training_never_passes_for_a_teacher(train, tmp_path):
 
     store = tmp_path / "abc"
     with pytest.raises(KeyboardInterrupt):
-        stored_teacher(store, interrupted)
+        stored_teacher(store, {}, interrupted)
     assert not store.exists()
 
-    stored_teacher(store, train)
+    stored_teacher(store, {}, train)
     assert len(train.folders) == 2
 
 
 def test_a_damaged_teacher_is_one_clear_line(train, tmp_path):
     store = tmp_path / "abc"
-    stored_teacher(store, train)
+    stored_teacher(store, {}, train)
     (store / "student.safetensors").write_bytes(b"damaged")
 
     with pytest.raises(ConfigError, match="abc"):
-        stored_teacher(store, train)
+        stored_teacher(store, {}, train)
 
 
 class Digits:

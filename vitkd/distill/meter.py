@@ -1,6 +1,7 @@
 """Means that stay on the device until somebody reads them."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,15 @@ class Meter:
         for name, mean in means.items():
             value = at_least_float32(mean.detach()) * images
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything taken in, as plain data and tensors."""
+        return {"images": self.images, "sums": dict(self._sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
+        """Go on from `state`."""
+        self.images = state["images"]
+        self._sums = {name: tensor.to(device) for name, tensor in state["sums"].items()}
 
     def means(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, list[float]]:
         """Per name the means so far, flattened; empty if nothing was added.

@@ -4,6 +4,7 @@ Shapes: B batch, K classes, P distilled student maps.
 """
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import lightning as L
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
+from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.meter import Meter
 from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.distill.transfer import AttentionTransfer
@@ -32,6 +34,11 @@ class Terms(NamedTuple):
     per_map: Tensor | None = None
     """[P]: `transfer` before weighing"""
 
+    def named_losses(self) -> dict[str, Tensor]:
+        """The terms of `total`, as a person calls them."""
+        losses = {"class loss": self.task}
+        return losses if self.transfer is None else losses | {"attention loss": self.transfer}
+
 
 class ClassifyModule(L.LightningModule):
     """Trains one model on labels: a teacher, or a student by itself."""
@@ -41,8 +48,10 @@ class ClassifyModule(L.LightningModule):
         self.model = model
         self.optimizer, self.schedule = optimizer, schedule
         self.train_meter, self.val_meter = Meter(), Meter()
+        self.guard = FiniteGuard()
         self.images_trained, self.seconds_trained = 0, 0.0
-        self._window_start, self._last_step, self._lr = 0.0, 0, 0.0
+        self._window_start, self._window_seconds = 0.0, 0.0
+        self._latest: dict[str, float] = {}
 
     def terms(self, batch: Batch) -> Terms:
         """The losses of one training batch."""
@@ -52,6 +61,7 @@ class ClassifyModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.terms(batch)
+        self.guard.watch(terms.named_losses(), batch.index)
         self.observe(terms)
         self.train_meter.add(measures(terms, batch), len(batch.label))
         return terms.total
@@ -64,21 +74,30 @@ class ClassifyModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # Validation lies between two epochs and is not training time.
-        self._window_start, self._last_step = time.perf_counter(), self.trainer.global_step
+        self._window_start, self._window_seconds = time.perf_counter(), 0.0
+
+    def on_train_start(self) -> None:
+        self._window_start = time.perf_counter()
+        self.trainer.callback_metrics.update(tensors(self._latest))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # When the batch has ended, the schedule has moved on to the next step's.
-        self._lr = optimizer.param_groups[0]["lr"]
+        # Gradients that overflow are everyday under 16-mixed; its scaler leaves those steps out by itself.
+        looked_at = [] if self.trainer.precision == "16-mixed" else self.model.parameters()
+        if not self.guard.hold_back(optimizer, looked_at):
+            self.guard.check(self.trainer.global_step + 1, self.trainer.current_epoch + 1)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        stepped = self.trainer.global_step != self._last_step
-        self._last_step = self.trainer.global_step
-        if stepped and (self.is_logging_step or self.trainer.is_last_batch):
-            self._log_window()
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # The first hook after an optimiser step; a checkpoint at the step's end holds what this leaves.
+        if self.is_logging_step or self.trainer.is_last_batch:
+            self.check_finite()
+            self._log_window(lr=scheduler.get_last_lr()[0])
+        scheduler.step()
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_meter.reset()
 
     def on_validation_epoch_end(self) -> None:
         values = self.named(self.val_meter.means(self._sum_over_processes))
-        self.val_meter.reset()
         self._write({f"val/{name}": value for name, value in values.items()})
 
     def configure_optimizers(self) -> Any:
@@ -91,8 +110,27 @@ class ClassifyModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def check_finite(self) -> None:
+        """RunError if a loss or gradient so far was not finite; the weights are those before that step."""
+        self.guard.check(self.trainer.global_step, self.trainer.current_epoch + 1)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_finite()
         checkpoint["model"] = describe(self.model)
+        checkpoint["curves"] = {
+            "window": self.train_meter.state_dict(),
+            "window_seconds": self._window_seconds + time.perf_counter() - self._window_start,
+            "images_trained": self.images_trained,
+            "seconds_trained": self.seconds_trained,
+            "latest": {name: value.item() for name, value in self.trainer.callback_metrics.items()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        curves = checkpoint["curves"]
+        self.train_meter.load_state_dict(curves["window"], self.device)
+        self._window_seconds = curves["window_seconds"]
+        self.images_trained, self.seconds_trained = curves["images_trained"], curves["seconds_trained"]
+        self._latest = curves["latest"]
 
     @property
     def is_logging_step(self) -> bool:
@@ -108,21 +146,21 @@ class ClassifyModule(L.LightningModule):
         """The training curves' values since the last window."""
         return self.named(self.train_meter.means(self._sum_over_processes))
 
-    def _log_window(self) -> None:
+    def _log_window(self, lr: float) -> None:
         values = self.window_values()
         images = self.train_meter.images * self.trainer.world_size
         now = time.perf_counter()
-        values["images_per_second"] = images / (now - self._window_start)
-        values["lr"] = self._lr
+        seconds = self._window_seconds + now - self._window_start
         self.images_trained += images
-        self.seconds_trained += now - self._window_start
+        self.seconds_trained += seconds
         self.train_meter.reset()
-        self._window_start = now
+        self._window_start, self._window_seconds = now, 0.0
+        values |= {"images_per_second": images / seconds, "lr": lr}
         self._write({f"train/{name}": value for name, value in values.items()})
 
     def _write(self, curves: dict[str, float]) -> None:
         # Not self.log: four of its calls a step cost 2 ms, and these values are means already.
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in curves.items()})
+        self.trainer.callback_metrics.update(tensors(curves))
         for logger in self.loggers:
             logger.log_metrics(curves, step=self.trainer.global_step)
 
@@ -147,10 +185,21 @@ class DistillModule(ClassifyModule):
         schedule: Schedule,
     ) -> None:
         super().__init__(model, optimizer, schedule)
-        self.teacher = teacher.requires_grad_(False).eval()
+        # In a tuple PyTorch does not see it: it goes where the module goes, but is no part of what is
+        # trained, averaged, saved or shared among processes.
+        self._teacher = (teacher.requires_grad_(False).eval(),)
         self.transfer = transfer
         self.alpha = alpha
         self._gradient_norms: dict[str, Tensor] = {}
+
+    @property
+    def teacher(self) -> ViT:
+        """Frozen and in eval mode."""
+        return self._teacher[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def terms(self, batch: Batch) -> Terms:
         if self.alpha == 1:
@@ -170,20 +219,14 @@ class DistillModule(ClassifyModule):
         agreement = (terms.logits.argmax(-1) == teacher.logits.argmax(-1)).float().mean()
         self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
 
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("teacher.")}
+        checkpoint["curves"]["gradient_norms"] = dict(self._gradient_norms)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The teacher is not saved with its students; everything else must be there.
-        teacher = {f"teacher.{name}": tensor for name, tensor in self.teacher.state_dict().items()}
-        checkpoint["state_dict"] = teacher | checkpoint["state_dict"]
+        super().on_load_checkpoint(checkpoint)
+        norms = checkpoint["curves"]["gradient_norms"]
+        self._gradient_norms = {name: norm.to(self.device) for name, norm in norms.items()}
 
     def named(self, means: dict[str, list[float]]) -> dict[str, float]:
         per_map = means.get("map_loss")
@@ -216,6 +259,11 @@ class DistillModule(ClassifyModule):
         if self.alpha > 0:
             norms["gradient_ratio"] = (1 - self.alpha) * transfer_norm / (self.alpha * task_norm)
         return norms
+
+
+def tensors(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """Each value as a tensor, as Lightning's callbacks expect metrics."""
+    return {name: torch.tensor(value) for name, value in values.items()}
 
 
 def measures(terms: Terms, batch: Batch) -> dict[str, Tensor]:

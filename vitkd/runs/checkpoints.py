@@ -1,32 +1,125 @@
-"""Reading models back from a run's files; nothing is ever unpickled."""
+"""Checkpoints that survive a crash, a full disk and a flipped bit; nothing is ever unpickled.
 
+A checkpoint is written beside its place, forced to the disk and renamed, and the one before it is kept. The
+folder's SHA256SUMS (in sha256sum's own format) is written before the renames, so at every instant some file
+holds a whole checkpoint and its digest is listed, under whichever name.
+"""
+
+import hashlib
+import io
+import logging
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, RunError
 from vitkd.models import ViT, build_from_header, load_model
+from vitkd.runs.files import force_to_disk, write_atomically
+
+log = logging.getLogger("vitkd")
+
+SUMS = "SHA256SUMS"
+
+
+class DurableCheckpointIO(CheckpointIO):
+    """How Lightning's Trainer writes and reads checkpoints here."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        write_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint that `path` replaced is kept."""
+    return path.with_name(f"previous-{path.name}")
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Put `content` at `path`, keeping what was there as `previous(path)`.
+
+    Raises RunError if the disk does not take it; then `path` is as it was.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getbuffer()
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            force_to_disk(file)
+        sums = _read_sums(path.parent)
+        if path.name in sums:
+            sums[previous(path).name] = sums[path.name]
+        _write_sums(path.parent, {**sums, path.name: hashlib.sha256(data).hexdigest()})
+        if path.exists():
+            path.replace(previous(path))
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}); the checkpoint before it is kept: make room, then"
+            " the same command with resume=auto goes on from there"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint's content, on the CPU.
+    """A checkpoint's content, on the CPU.
 
     Raises ConfigError if it is absent, damaged, or holds anything but plain data and tensors.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file")
     try:
+        data = path.read_bytes()
+        sums = _read_sums(path.parent)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    if path.name in sums and hashlib.sha256(data).hexdigest() not in sums.values():
+        raise ConfigError(f"{path}: is damaged, its sha256 is not in {SUMS} beside it")
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # Foreign bytes make the unpickler raise almost anything.
     except Exception as error:
         raise ConfigError(f"{path}: refused, it is damaged or holds code instead of plain weights") from error
     if not isinstance(content, dict) or not {"model", "state_dict", "epoch"} <= content.keys():
         raise ConfigError(f"{path}: is not a checkpoint of vitkd's")
     return content
+
+
+def newest_good(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint at `path`, else the one that it replaced, else None.
+
+    One that is damaged is told of and put aside, so that it never takes the place of a good one.
+    """
+    for candidate in (path, previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            return candidate, read_checkpoint(candidate)
+        except ConfigError as error:
+            aside = candidate.replace(candidate.with_name(f"{candidate.name}.damaged"))
+            log.warning("warning: %s; it is now %s", error, aside.name)
+    return None
 
 
 def load_from_checkpoint(path: Path) -> tuple[ViT, int]:
@@ -49,3 +142,16 @@ def load_any(path: Path) -> ViT:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give a run folder, a .safetensors or a .ckpt file")
     return load_model(path) if path.suffix == ".safetensors" else load_from_checkpoint(path)[0]
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """Each file's digest; none where there is no list, or a foreign one."""
+    sums = folder / SUMS
+    if not sums.is_file():
+        return {}
+    lines = (line.split(maxsplit=1) for line in sums.read_text(errors="replace").splitlines())
+    return {line[1].strip(): line[0] for line in lines if len(line) == 2}
+
+
+def _write_sums(folder: Path, sums: dict[str, str]) -> None:
+    write_atomically(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))

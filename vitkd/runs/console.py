@@ -4,7 +4,8 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Protocol
 
 import lightning as L
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from vitkd.models import ViTConfig
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.processes import is_first
 
 log = logging.getLogger("vitkd")
 
@@ -40,13 +42,15 @@ KNOWN_AND_MEANT = (
 )
 
 
-class Job(NamedTuple):
-    """A finished job of a sweep."""
+class Job(Protocol):
+    """What a sweep's closing table tells of each of its jobs."""
 
-    settings: Mapping[str, str]
-    """what the command line set"""
-    metrics: Mapping[str, Any]
-    folder: RunFolder
+    number: int
+    settings: dict[str, str]
+    state: str
+    folder: str | None
+    error: str | None
+    figures: dict[str, float | None]
 
 
 class EpochLines(L.Callback):
@@ -92,7 +96,7 @@ class ConsoleLines(logging.Handler):
 def start_logging() -> None:
     """Send the log's lines to the console, and quieten what Lightning says about itself."""
     if not log.handlers:
-        log.addHandler(ConsoleLines())
+        log.addHandler(ConsoleLines() if is_first() else logging.NullHandler())
     log.setLevel(logging.INFO)
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -142,20 +146,21 @@ def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: str) -
 
 
 def print_jobs(jobs: Sequence[Job]) -> None:
-    """All jobs of a sweep beside each other; nothing for a single job, which has had its own table."""
-    if len(jobs) < 2:
+    """All jobs of a sweep beside each other, those that failed or never ran as well; nothing for no jobs."""
+    if not jobs or all(job.state == "not run" for job in jobs):
         return
-    table = new_table("job", "teacher", "val best", "test best", "test last")
+    table = new_table("job", "state", "teacher", "val best", "test best", "test last", "folder")
     for job in jobs:
-        told = {
-            key: value
-            for key, value in job.settings.items()
-            if any(value != j.settings.get(key) for j in jobs)
-        }
-        name = " ".join(f"{key}={value}" for key, value in told.items()) or job.folder.path.name
+        settings = job.settings.items()
+        told = {key: value for key, value in settings if any(value != j.settings.get(key) for j in jobs)}
+        name = " ".join(f"{key}={value}" for key, value in (told or job.settings).items())
         figures = ("teacher/test_acc", "val/acc_best", "test/acc_best", "test/acc_last")
-        table.add_row(name, *(percent(job.metrics[figure]) for figure in figures))
-    show("", table, "", *dict.fromkeys(f"runs      {job.folder.path.parent}" for job in jobs))
+        place = Path(job.folder).name if job.folder else ""
+        accuracies = (percent(job.figures.get(figure)) for figure in figures)
+        table.add_row(f"{job.number} {name}", job.state, *accuracies, place)
+    parents = dict.fromkeys(str(Path(job.folder).parent) for job in jobs if job.folder)
+    errors = [f"job {job.number} failed: {job.error}" for job in jobs if job.error]
+    show("", table, "", *(f"folders   {parent}" for parent in parents), *errors)
 
 
 def show(*parts: Table | str) -> None:

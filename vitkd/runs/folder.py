@@ -1,20 +1,27 @@
-"""What a run leaves on disk, and the promise that a half-written file never looks like a whole one."""
+"""What a run leaves on disk: one folder, one run at a time in it, and its state for all to read."""
 
 import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from filelock import FileLock, Timeout
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, RunError
+from vitkd.runs.files import NO_ROOM, write_atomically
+from vitkd.runs.processes import is_first
 
 log = logging.getLogger("vitkd")
+
+# Settings that say where files lie and how often to look, and leave every figure as it is.
+IMMATERIAL = {"paths", "name", "resume", "sweep", "checkpoint_minutes", "pictures_every_n_epochs"}
 
 
 class RunFolder:
@@ -25,6 +32,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.status = path / "status.json"
         self.metrics = path / "metrics.json"
+        self.csv = path / "metrics.csv"
         self.log = path / "run.log"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
@@ -33,6 +41,7 @@ class RunFolder:
         self.predictions = path / "test_predictions.npz"
         self.pictures = path / "attention.png"
         self.pairs = path / "pairs.json"
+        self._lock = FileLock(path / ".lock", timeout=0)
 
     @classmethod
     def claim(cls, path: Path) -> Self:
@@ -40,16 +49,33 @@ class RunFolder:
 
         `mkdir` decides, so two runs started in the same instant never share one.
         """
-        number = 1
-        while True:
-            candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        for candidate in numbered(path):
             try:
                 candidate.mkdir(parents=True)
                 return cls(candidate)
             except FileExistsError:
-                number += 1
+                continue
             except OSError as error:
                 raise ConfigError(f"{candidate}: no folder can be made there ({error.strerror})") from error
+        raise AssertionError("numbers never end")
+
+    @classmethod
+    def latest(cls, path: Path, config: Mapping[str, Any]) -> Self | None:
+        """The newest of the folders at `path`, `path`-2, … that holds a run of just this configuration."""
+        found, other = None, None
+        for candidate in numbered(path):
+            if not candidate.is_dir():
+                break
+            folder = cls(candidate)
+            if not folder.config.is_file():
+                continue
+            if (difference := first_difference(folder.read_config(), config)) is None:
+                found = folder
+            else:
+                other = f"{candidate} has another {difference}"
+        if found is None and other is not None:
+            log.info("%s: starting anew, in a folder beside it", other)
+        return found
 
     @classmethod
     def existing(cls, path: Path) -> Self:
@@ -59,22 +85,65 @@ class RunFolder:
             raise ConfigError(f"run={path}: not a run folder (it has no config.yaml)")
         return folder
 
+    @property
+    def state(self) -> str:
+        """`running`, `done`, `failed` or `stopped`, which a run that was killed is too."""
+        try:
+            written = str(json.loads(self.status.read_text(encoding="utf-8"))["state"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "running" if self.is_locked else "stopped"
+        return "stopped" if written == "running" and not self.is_locked else written
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether a process, perhaps this one, is at work in this folder."""
+        if self._lock.is_locked:
+            return True
+        try:
+            with FileLock(self._lock.lock_file, timeout=0):
+                return False
+        except Timeout:
+            return True
+
     @contextmanager
     def running(self, config: Mapping[str, Any]) -> Iterator[Self]:
-        """Keep `status.json` and `run.log` while the body runs: running, then done, failed or stopped."""
+        """Keep `status.json` and `run.log` while the body runs: running, then done, failed or stopped.
+
+        Of a run's processes only the first writes. Raises ConfigError if another run is at work here,
+        RunError if the disk takes no more.
+        """
+        if not is_first():
+            yield self
+            return
+        try:
+            with self._lock, self._told(config):
+                yield self
+        except Timeout as error:
+            raise ConfigError(f"{self.path}: another process is at work there; let it finish") from error
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise RunError(
+                f"{error.filename or self.path}: cannot be written ({error.strerror}); make room, then the"
+                " same command with resume=auto goes on"
+            ) from error
+
+    @contextmanager
+    def _told(self, config: Mapping[str, Any]) -> Iterator[None]:
         write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         handler = logging.FileHandler(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
         self._set_status("running")
         try:
-            yield self
+            yield
         except (KeyboardInterrupt, SystemExit):
-            # Lightning turns an interrupt into an exit.
             self._set_status("stopped")
             raise
         except BaseException as error:
-            self._set_status("failed", error=f"{type(error).__name__}: {error}")
+            # Where the disk is full this cannot be written either; the first error is what counts.
+            with suppress(OSError):
+                self._set_status("failed", error=f"{type(error).__name__}: {error}")
             raise
         else:
             self._set_status("done")
@@ -118,14 +187,22 @@ class RunFolder:
         write_atomically(self.status, json.dumps(status, indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the whole new one, whatever happens."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def numbered(path: Path) -> Iterator[Path]:
+    """`path`, `path`-2, `path`-3, …"""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The first setting in which two configurations differ such that figures may, as `group.key`, or None."""
+    for key in [*one, *(key for key in other if key not in one)]:
+        if not prefix and key in IMMATERIAL:
+            continue
+        mine, theirs = one.get(key), other.get(key)
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            if (found := first_difference(mine, theirs, f"{prefix}{key}.")) is not None:
+                return found
+        elif mine != theirs:
+            return f"{prefix}{key}"
+    return None

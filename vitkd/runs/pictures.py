@@ -66,6 +66,12 @@ class AttentionPictures(Callback):
         if self.path is not None:
             save(figure, self.path)
 
+    def state_dict(self) -> dict[str, int]:
+        return {"logged_step": self._logged_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._logged_step = state_dict["logged_step"]
+
     def draw(self, module: DistillModule, when: str) -> Figure:
         """The panel of the last distilled pair; `when` opens its caption."""
         pair = module.transfer.pairs[-1]

@@ -15,7 +15,8 @@ from vitkd.distill.pairing import BlockPair
 from vitkd.errors import ConfigError
 from vitkd.models import ViT
 from vitkd.runs.evaluation import evaluate
-from vitkd.runs.folder import RunFolder, write_atomically
+from vitkd.runs.files import write_atomically
+from vitkd.runs.folder import RunFolder
 
 
 def measure(

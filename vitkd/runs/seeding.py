@@ -19,6 +19,6 @@ def seed_of(seed: int, stream: int, model: object) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def seed_generators(seed: int, stream: int, model: object) -> None:
-    """Start PyTorch's generators at `seed_of`."""
-    torch.manual_seed(seed_of(seed, stream, model))
+def seed_generators(seed: int, stream: int, model: object, process: int = 0) -> None:
+    """Start PyTorch's generators at `seed_of`, elsewhere in each of a run's processes."""
+    torch.manual_seed(seed_of(seed, stream, model) + process)

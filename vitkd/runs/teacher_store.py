@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from vitkd.errors import ConfigError
 from vitkd.models import ViT, ViTConfig
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.processes import agree, is_first
 
 log = logging.getLogger("vitkd")
 
@@ -75,27 +77,40 @@ def fingerprint(run: TeacherRun, contents: str | None) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def stored_teacher(store: Path, train: Callable[[RunFolder], object]) -> ViT:
+def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[RunFolder], object]) -> ViT:
     """The teacher in the folder `store`; if it is not there yet, `train` makes it first.
 
     A lock keeps parallel runs from training it twice. The folder gets its name only when it is complete, so
-    an interrupted training never passes for a teacher.
+    an interrupted training never passes for a teacher; the next run goes on with it, if `settings`, the
+    teacher's own resolved configuration, are still the same.
     """
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{store.parent}: no folder can be made there ({error.strerror})") from error
-    with acquired(FileLock(store.with_name(f"{store.name}.lock"))):
-        if not store.exists():
-            log.info("no teacher yet: training it first, once; later runs reuse it")
-            folder = RunFolder.claim(store.with_name(f"{store.name}.unfinished"))
-            train(folder)
-            folder.path.rename(store)
-            for attempt in store.parent.glob(f"{store.name}.unfinished*"):
-                shutil.rmtree(attempt)
-        else:
+    lock = FileLock(store.with_name(f"{store.name}.lock"))
+    with acquired(lock) if is_first() else nullcontext():
+        if agree(store.exists):
             log.info("teacher: reusing %s", store)
+        else:
+            log.info("no teacher yet: training it first, once; later runs reuse it")
+            folder = RunFolder(agree(lambda: attempt(store, settings)))
+            train(folder)
+            agree(lambda: publish(folder, store))
     return load_any(store)
+
+
+def attempt(store: Path, settings: Mapping[str, Any]) -> Path:
+    """The folder to train in: that of an attempt that was cut off, else a new one."""
+    unfinished = store.with_name(f"{store.name}.unfinished")
+    return (RunFolder.latest(unfinished, settings) or RunFolder.claim(unfinished)).path
+
+
+def publish(folder: RunFolder, store: Path) -> None:
+    """Give a finished teacher's folder its name, and remove all other attempts."""
+    folder.path.rename(store)
+    for other in store.parent.glob(f"{store.name}.unfinished*"):
+        shutil.rmtree(other)
 
 
 def acquired(lock: BaseFileLock) -> AcquireReturnProxy:

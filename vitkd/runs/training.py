@@ -1,24 +1,32 @@
 """Fitting one module in one run folder: the same for a teacher and for a student."""
 
 import inspect
+import logging
 import math
-import time
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import lightning as L
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import ClassifyModule
 from vitkd.errors import ConfigError, suggest
 from vitkd.models import ViT
-from vitkd.runs.checkpoints import load_from_checkpoint
+from vitkd.runs.checkpointing import Checkpointing
+from vitkd.runs.checkpoints import DurableCheckpointIO, load_from_checkpoint, newest_good
 from vitkd.runs.console import EpochLines, ProgressBar, is_terminal
+from vitkd.runs.curves import MetricsFile, TensorBoardCurves
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.tensorboard import Curves
+from vitkd.runs.processes import agree, is_first, wait_for_all
+from vitkd.runs.signals import PostponedSignals
+
+log = logging.getLogger("vitkd")
 
 # What Lightning's Trainer takes but vitkd decides.
 DECIDED = {
@@ -33,49 +41,35 @@ class Settings(Protocol):
     """The part of a run's configuration that fitting reads."""
 
     log_every_n_steps: int
+    checkpoint_minutes: float
+    ema_decay: float | None
     trainer: dict[str, Any]
 
 
-class Fitted(NamedTuple):
-    """What a fit leaves, read back from its checkpoints."""
+class Machine(NamedTuple):
+    """What a run runs on."""
 
+    device: torch.device
+    """this process's"""
+    processes: int
+    hosts: int
+
+
+class Fitted(NamedTuple):
+    """What a fit leaves, the models read back from its checkpoints."""
+
+    trainer: L.Trainer
     last: ViT
     best: ViT
     """of the epoch with the best validation accuracy, the earliest of equals; `last` without validation"""
     metrics: dict[str, Any]
 
 
-class KeepLastAndBest(Callback):
-    """Saves every epoch's end as last.ckpt and, when validation accuracy rises, as best.ckpt."""
+def check_trainer(settings: dict[str, Any]) -> Machine:
+    """What a Trainer with these settings runs on.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self.acc_last: float | None = None
-        self.acc_best: float | None = None
-        self.best_epoch: int | None = None
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # An epoch without validation must not pass off the figures of the one before as its own.
-        for name in [name for name in trainer.callback_metrics if name.startswith("val/")]:
-            del trainer.callback_metrics[name]
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        accuracy = trainer.callback_metrics.get("val/acc")
-        self.acc_last = None if accuracy is None else accuracy.item()
-        if self.acc_last is not None and (self.acc_best is None or self.acc_last > self.acc_best):
-            self.acc_best, self.best_epoch = self.acc_last, trainer.current_epoch + 1
-            trainer.save_checkpoint(self.folder.best)
-        trainer.save_checkpoint(self.folder.last)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"acc_last": self.acc_last, "acc_best": self.acc_best, "best_epoch": self.best_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update(state_dict)
-
-
-def check_trainer(settings: dict[str, Any]) -> None:
-    """ConfigError unless Lightning's Trainer, and this project's use of it, take all of `settings`."""
+    Raises ConfigError unless Lightning's Trainer, and this project's use of it, take all of them.
+    """
     accepted = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"} - DECIDED
     for name, value in settings.items():
         if name in DECIDED:
@@ -90,12 +84,12 @@ def check_trainer(settings: dict[str, Any]) -> None:
     if clip is not None and not 0 < clip < math.inf:
         raise ConfigError(f"trainer.gradient_clip_val={clip}: must be a finite number above 0, or null")
     try:
-        world_size = L.Trainer(**settings, logger=False, enable_checkpointing=False).world_size
+        trial = L.Trainer(**settings, logger=False, enable_checkpointing=False)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"trainer: {one_line(error)}; trainer=auto fits this machine") from error
-    if world_size > 1:
-        # The other processes would wait for the teacher's lock, and this one for them.
-        raise ConfigError(f"trainer.devices: {world_size} processes for one run are not supported; use 1")
+    if isinstance(trial.strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(f"trainer.strategy={settings.get('strategy')}: its processes share one; use ddp")
+    return Machine(trial.strategy.root_device, trial.world_size, trial.num_nodes)
 
 
 def one_line(error: Exception) -> str:
@@ -103,15 +97,76 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".!")
 
 
-def build_trainer(folder: RunFolder, settings: Settings, callbacks: list[Callback]) -> L.Trainer:
-    """Lightning's Trainer with this project's loggers and habits."""
-    bar = [ProgressBar()] if is_terminal() else []
+def fit(
+    module: ClassifyModule,
+    data: ImageDataModule,
+    folder: RunFolder,
+    settings: Settings,
+    callbacks: list[Callback],
+) -> Fitted:
+    """Train `module` in `folder`, from where an earlier attempt there was saved, if there was one.
+
+    Raises:
+        RunError: a loss or gradient is not finite, or the disk is full.
+        ConfigError: a setting of the Trainer does not suit it after all.
+    """
+    checkpoint, start = agree(lambda: where_to_go_on(folder))
+    with PostponedSignals() as signals:
+        checkpointing = Checkpointing(folder, settings.checkpoint_minutes, signals)
+        trainer = build_trainer(folder, settings, [*averaging(settings), *callbacks], checkpointing, start)
+        try:
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {one_line(error)}") from error
+        except SystemExit as error:
+            # Lightning turns an interrupt into an exit with code 1.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error
+            raise
+    if is_first():
+        checkpointing.write_best(module.model)
+    wait_for_all()
+    last, epochs = load_from_checkpoint(folder.last)
+    best = load_from_checkpoint(folder.best)[0] if checkpointing.best else last
+    metrics = {
+        "val/acc_last": checkpointing.acc_last,
+        "val/acc_best": checkpointing.acc_best,
+        "best_epoch": checkpointing.best_epoch or epochs,
+        "epochs": epochs,
+        "steps": trainer.global_step,
+        "wall_seconds": checkpointing.wall_seconds,
+        "images_per_second": module.images_trained / module.seconds_trained,
+    }
+    return Fitted(trainer, last, best, metrics)
+
+
+def where_to_go_on(folder: RunFolder) -> tuple[Path | None, int]:
+    """The checkpoint of an earlier attempt in `folder`, if there is one, and how many steps it holds."""
+    found = newest_good(folder.last)
+    if found is None:
+        return None, 0
+    path, content = found
+    log.info("resuming %s after step %d", folder.path, content["global_step"])
+    return path, content["global_step"]
+
+
+def averaging(settings: Settings) -> list[Callback]:
+    """What keeps an average of the weights for validation and for good, if that is asked for."""
+    return [] if settings.ema_decay is None else [EMAWeightAveraging(decay=settings.ema_decay)]
+
+
+def build_trainer(
+    folder: RunFolder, settings: Settings, callbacks: list[Callback], checkpointing: Checkpointing, start: int
+) -> L.Trainer:
+    """Lightning's Trainer with this project's loggers and habits; the curves go on from step `start`."""
+    bar = [ProgressBar()] if is_terminal() and is_first() else []
     return L.Trainer(
         **{
             "num_sanity_val_steps": 0,
             **settings.trainer,
-            "logger": [Curves(folder.path), CSVLogger(folder.path, "", "", flush_logs_every_n_steps=1)],
-            "callbacks": [*callbacks, KeepLastAndBest(folder), EpochLines(), *bar],
+            "logger": is_first() and [TensorBoardCurves(folder.path, start), MetricsFile(folder.csv, start)],
+            "callbacks": [*callbacks, EpochLines(), *bar, checkpointing],
+            "plugins": [DurableCheckpointIO(), *scheduler()],
             "log_every_n_steps": settings.log_every_n_steps,
             "default_root_dir": folder.path,
             "enable_progress_bar": False,
@@ -123,33 +178,10 @@ def build_trainer(folder: RunFolder, settings: Settings, callbacks: list[Callbac
     )
 
 
-def fit(trainer: L.Trainer, module: ClassifyModule, data: ImageDataModule, folder: RunFolder) -> Fitted:
-    """Train `module` and read the last and the best epoch back from `folder`."""
-    start = time.perf_counter()
-    try:
-        trainer.fit(module, data)
-    except MisconfigurationException as error:
-        raise ConfigError(f"trainer: {one_line(error)}") from error
-    except SystemExit as error:
-        # Lightning turns an interrupt into an exit with code 1.
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
-    wall_seconds = time.perf_counter() - start
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    (keeper,) = (callback for callback in callbacks if isinstance(callback, KeepLastAndBest))
-    last, epochs = load_from_checkpoint(folder.last)
-    best = load_from_checkpoint(folder.best)[0] if keeper.best_epoch is not None else last
-    metrics = {
-        "val/acc_last": keeper.acc_last,
-        "val/acc_best": keeper.acc_best,
-        "best_epoch": keeper.best_epoch or epochs,
-        "epochs": epochs,
-        "steps": trainer.global_step,
-        "wall_seconds": wall_seconds,
-        "images_per_second": module.images_trained / module.seconds_trained,
-    }
-    return Fitted(last, best, metrics)
+def scheduler() -> list[SLURMEnvironment]:
+    """Under SLURM, keeps Lightning from queueing the job again by itself, beside whoever submitted it."""
+    alone = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if alone else []
 
 
 def conclude_curves(
@@ -157,5 +189,5 @@ def conclude_curves(
 ) -> None:
     """Tell TensorBoard what the run was and what came of it."""
     for logger in trainer.loggers:
-        if isinstance(logger, Curves):
+        if isinstance(logger, TensorBoardCurves):
             logger.conclude(settings, ignored, figures)

@@ -1,0 +1,133 @@
+"""The jobs of one command: what each was told, how each ended, and that none stops the others.
+
+In a multirun every job leaves a record in `hydra.sweep.dir`, whichever process it ran in, so that the
+command can tell of all of them at its end, of those that never ran as well.
+"""
+
+import json
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vitkd.errors import ConfigError, RunError
+from vitkd.runs.files import write_atomically
+from vitkd.runs.processes import is_first
+
+FIGURES = ("teacher/test_acc", "val/acc_best", "test/acc_best", "test/acc_last")
+
+
+@dataclass
+class Job:
+    """One job of a multirun."""
+
+    number: int
+    settings: dict[str, str]
+    """What the command line set: {"alpha": "0.5", "loss": "kl"}."""
+    state: str = "not run"
+    """done, done before, failed, stopped, running elsewhere, or not run."""
+    folder: str | None = None
+    error: str | None = None
+    figures: dict[str, float | None] = field(default_factory=dict)
+
+
+class Sweep(Callback):
+    """A multirun; Hydra calls it (`hydra.callbacks`) when one begins."""
+
+    current: ClassVar["Sweep | None"] = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Remember where records go and, where Hydra knows beforehand, which jobs there will be."""
+        self.folder = Path(config.hydra.sweep.dir)
+        self.planned = planned_jobs(config)
+        Sweep.current = self
+
+    def jobs(self) -> list[Job]:
+        """All jobs in order: those on record, and those planned that never ran."""
+        known = {job.number: job for job in self.planned}
+        for record in self.folder.glob("job-*.json"):
+            job = Job(**json.loads(record.read_text(encoding="utf-8")))
+            # The command is over, so the process that wrote this was killed.
+            known[job.number] = replace(job, state="stopped") if job.state == "running" else job
+        return [known[number] for number in sorted(known)]
+
+
+def planned_jobs(config: DictConfig) -> list[Job]:
+    """The jobs of Hydra's own sweeper; other sweepers settle theirs as they go."""
+    if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        return []
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*params, *as_typed(config.hydra)])
+    (batch,) = BasicSweeper.split_arguments(overrides, None)
+    return [Job(number, as_settings(job)) for number, job in enumerate(batch)]
+
+
+def is_multirun() -> bool:
+    """Whether this job is one of several."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def overridden() -> dict[str, str]:
+    """What this job's command line set, as text: {"alpha": "0.5", "loss": "kl"}."""
+    return as_settings(as_typed(HydraConfig.get()))
+
+
+def as_typed(hydra: Any) -> list[str]:
+    """The overrides of a job or sweep, letter by letter: what `${…}` in them means is for the job to say."""
+    return cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
+
+
+def as_settings(overrides: Sequence[str]) -> dict[str, str]:
+    """["alpha=0.5", "+x=1"] as {"alpha": "0.5", "x": "1"}."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {o.get_key_element().lstrip("+~"): o.get_value_element_as_str() for o in parsed}
+
+
+@contextmanager
+def recorded(explain: Callable[[Exception], str], say: Callable[[str], None]) -> Iterator[Job]:
+    """Run a multirun's job in the body, which fills in the record; an error ends the job, not the others.
+
+    Args:
+        explain: gives an error's one line.
+        say: takes that line.
+    """
+    hydra = HydraConfig.get()
+    job = Job(hydra.job.num, overridden(), state="running")
+    record = Path(hydra.sweep.dir, f"job-{job.number}.json")
+
+    def write() -> None:
+        if not is_first():
+            return
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(asdict(job), indent=2) + "\n")
+
+    write()
+    try:
+        yield job
+        job.state = "done" if job.state == "running" else job.state
+    except (KeyboardInterrupt, SystemExit):
+        job.state = "stopped"
+        raise
+    except Exception as error:
+        if not isinstance(error, OmegaConfBaseException | ConfigError | RunError):
+            traceback.print_exc()
+        job.state, job.error = "failed", explain(error)
+        say(f"job {job.number} failed: {job.error}")
+    finally:
+        write()
+
+
+def figures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Those of a run's metrics that its record repeats."""
+    return {name: metrics[name] for name in FIGURES}

@@ -1,0 +1,146 @@
+"""The curves of a run: metrics.csv, and what TensorBoard shows.
+
+Both are written as the run goes on and can be taken up again at any step, so that a run that was killed and
+resumed leaves the same curves as one that was not: no step twice, none missing.
+"""
+
+import csv
+import io
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+
+from vitkd.runs.files import force_to_disk, write_atomically
+
+CHARTS = {
+    "losses": {
+        "training": ["Multiline", ["train/task_loss", "train/transfer_loss", "train/total_loss"]],
+        "validation": ["Multiline", ["val/task_loss", "val/transfer_loss", "val/total_loss"]],
+    },
+    "accuracy": {"student": ["Multiline", ["train/acc", "val/acc", "val/teacher_agreement"]]},
+    "alpha": {"gradient norms": ["Multiline", ["train/gradient_norm_task", "train/gradient_norm_transfer"]]},
+}
+"""TensorBoard's custom scalar page: what belongs together on one chart."""
+
+
+class MetricsFile(Logger):
+    """metrics.csv: one row a step, one column a curve, each row on disk as soon as it is known.
+
+    Args:
+        path: the file.
+        start: the step to go on from; rows after it, of an attempt that was cut off, are dropped.
+    """
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        super().__init__()
+        self.path = path
+        self._columns: list[str] = ["step"]
+        self._row: dict[str, Any] = {}
+        self._row_begins = 0
+        self._take_up(start)
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write the step's row, or add to it if it is the last one."""
+        assert step is not None, "a row has a step"
+        if new := [name for name in metrics if name not in self._columns]:
+            self._widen(new)
+        with self.path.open("r+", newline="", encoding="utf-8") as file:
+            if self._row.get("step") == step:
+                file.seek(self._row_begins)
+                file.truncate()
+            else:
+                self._row, self._row_begins = {"step": step}, file.seek(0, io.SEEK_END)
+            self._row |= metrics
+            csv.DictWriter(file, self._columns).writerow(self._row)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing: config.yaml has them."""
+
+    def save(self) -> None:
+        """Force the rows to disk."""
+        with self.path.open("r+b") as file:
+            force_to_disk(file)
+
+    def _take_up(self, start: int) -> None:
+        rows = [row for row in self._read() if int(row["step"]) <= start] if self.path.exists() else []
+        self._columns += [name for row in rows[:1] for name in row if name != "step"]
+        self._rewrite(rows)
+
+    def _widen(self, names: list[str]) -> None:
+        rows = self._read()
+        self._columns += names
+        self._rewrite(rows)
+
+    def _read(self) -> list[dict[str, Any]]:
+        text = self.path.read_bytes().decode()
+        # What follows the last line break was being written when the process died.
+        return [*csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))]
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(rows[:-1])
+        self._row_begins = len(text.getvalue().encode())
+        writer.writerows(rows[-1:])
+        self._row = {**rows[-1], "step": int(rows[-1]["step"])} if rows else {}
+        write_atomically(self.path, text.getvalue())
+
+
+class TensorBoardCurves(TensorBoardLogger):
+    """TensorBoard events in the run folder itself.
+
+    Args:
+        folder: the run's.
+        start: the step to go on from; TensorBoard discards what an attempt that was cut off wrote after it.
+    """
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        if not start:
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()
+        purge_step = start + 1 if start else None
+        super().__init__(folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
+        self.experiment.add_custom_scalars(CHARTS)
+
+    def save(self) -> None:
+        """Force the events to disk; config.yaml holds what Lightning would write here a second time."""
+        self.experiment.flush()
+
+    def conclude(
+        self, settings: Mapping[str, Any], ignored: Collection[str], figures: Mapping[str, float]
+    ) -> None:
+        """Put the finished run on the HParams page."""
+        self.log_hyperparams(hyperparameters(settings, ignored), dict(figures))
+        self.finalize("success")
+
+
+def hyperparameters(settings: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
+    """What tells one run from another, less what had no effect.
+
+    TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
+    """
+    told: dict[str, Any] = {
+        "dataset": settings["dataset"]["name"],
+        "trainer.max_epochs": settings["trainer"]["max_epochs"],
+    }
+    for key in {"alpha", "seed"} - set(ignored):
+        told[key] = settings[key]
+    for group in {"granularity", "loss", "method", "optimizer", "schedule", "student"} - set(ignored):
+        for name, value in settings[group].items():
+            if name == "_target_":
+                told[group] = value.rpartition(".")[2]
+            else:
+                told[f"{group}.{name}"] = value if isinstance(value, int | float | str) else str(value)
+    return told

@@ -1,0 +1,168 @@
+"""Several processes for one run: who starts them, and how they agree.
+
+They know of each other by the environment variables that torchrun sets. Started by torchrun, on one host or
+on many, they are all there already; started as one plain command, this one starts the others on its host.
+The first process decides and writes; the others follow.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vitkd.errors import ConfigError
+
+log = logging.getLogger("vitkd")
+
+T = TypeVar("T")
+
+# Others may wait as long as the first one waits for a teacher that another run is training.
+PATIENCE = timedelta(days=7)
+GRACE_SECONDS = 10
+_LAUNCHED = "TORCHELASTIC_RUN_ID"
+
+
+def rank() -> int:
+    """The number of this process among those of its run, from 0."""
+    return int(os.environ["RANK"]) if _LAUNCHED in os.environ else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that decides, writes and speaks."""
+    return rank() == 0
+
+
+def agree(decide: Callable[[], T]) -> T:
+    """What `decide` returns in the first process, in all of them; an error that it raises, too."""
+    if not dist.is_initialized():
+        return decide()
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = decide()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    value, raised = box
+    if raised is not None:
+        if not is_first():
+            sys.exit(1)  # the first process tells of it
+        raise raised
+    return cast(T, value)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """[processes, ...]: the tensor [...] of every process, on the CPU."""
+    if not dist.is_initialized():
+        return tensor.cpu()[None]
+    all_of_them = [torch.empty_like(tensor, device="cpu") for _ in range(dist.get_world_size())]
+    dist.all_gather(all_of_them, tensor.cpu())
+    return torch.stack(all_of_them)
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def joined(count: int, hosts: int, command: Sequence[str]) -> Iterator[None]:
+    """Connect the `count` processes of a run while the body runs; one needs no connection.
+
+    Args:
+        count: processes over all hosts.
+        hosts: on each of which torchrun has to be started, if there are several.
+        command: starts one more process like this one.
+
+    Raises:
+        ConfigError: there are not so many processes.
+    """
+    if count == 1:
+        yield
+        return
+    if hosts > 1 and _LAUNCHED not in os.environ:
+        raise ConfigError(
+            f"trainer.num_nodes={hosts}: on every host start torchrun --nnodes={hosts}"
+            f" --nproc-per-node={count // hosts} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
+            " -m vitkd.train with the same settings"
+        )
+    with nullcontext() if _LAUNCHED in os.environ else _companions(count, command):
+        if (found := int(os.environ["WORLD_SIZE"])) != count:
+            raise ConfigError(
+                f"trainer.devices and num_nodes ask for {count} processes, torchrun has started {found};"
+                " make them equal"
+            )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            yield
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _companions(count: int, command: Sequence[str]) -> Iterator[None]:
+    """Start the other processes, tell them and this one who is who, and see to their end."""
+    store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
+    group = {
+        _LAUNCHED: "vitkd",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already, for all of them
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    before = dict(os.environ)
+    others = []
+    try:
+        for rank in range(1, count):
+            os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
+            others.append(subprocess.Popen([*command]))
+        os.environ.update(RANK="0", LOCAL_RANK="0")
+        ended = threading.Event()
+        watch = threading.Thread(target=_watch, args=(others, ended), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watch.join()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for other in others:
+            _see_off(other)
+
+
+def _watch(others: Sequence[subprocess.Popen[bytes]], ended: threading.Event) -> None:
+    """End this process should another one fail: what it waits for may never come."""
+    while not ended.wait(1):
+        if failed := [other for other in others if other.poll()]:
+            # Most often the connection breaks, and the main thread can tell the tale itself.
+            if not ended.wait(GRACE_SECONDS):
+                log.error("error: a process of this run ended with code %d", failed[0].returncode)
+                os._exit(1)
+            return
+
+
+def _see_off(other: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a process, and bring it about if it does not come."""
+    for bring_about in (other.terminate, other.kill):
+        try:
+            other.wait(GRACE_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            bring_about()
+    other.wait()

@@ -1,0 +1,75 @@
+"""Signals that wait until a run's state is safe on disk."""
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+TERMINATED = 128 + signal.SIGTERM
+# Ctrl-C; a scheduler's request to end; what SLURM and submitit send ahead of a time limit.
+POSTPONED = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
+
+
+def exit_on_termination() -> None:
+    """Make SIGTERM an orderly exit with code 143, unless something else looks after it already."""
+    if _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    sys.exit(TERMINATED)
+
+
+class PostponedSignals:
+    """While entered, a signal with a handler waits until `deliver`; the second one does not."""
+
+    def __init__(self) -> None:
+        self.waiting: list[int] = []
+        self._handlers: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        if _in_main_thread():
+            exit_on_termination()
+            self._handlers = {
+                number: handler for number in POSTPONED if callable(handler := signal.getsignal(number))
+            }
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.deliver()
+
+    def install(self) -> None:
+        """Take the signals over (again, where something else has done so in the meantime)."""
+        for number in self._handlers:
+            signal.signal(number, self._note)
+
+    def deliver(self) -> None:
+        """Let every waiting signal have its effect; one that is survived may be sent again."""
+        while self.waiting:
+            number = self.waiting.pop(0)
+            self._handle(number, None)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number in self.waiting:
+            self._handle(number, frame)
+            return
+        self.waiting.append(number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        handler = self._handlers[number]
+        assert callable(handler)
+        handler(number, frame)
+
+
+def _in_main_thread() -> bool:
+    # Elsewhere Python neither delivers signals nor lets handlers be set.
+    return threading.current_thread() is threading.main_thread()
