@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -92,10 +93,12 @@ def fresh_process(*argv: str) -> Iterator[None]:
     # They write to where stdout was when they were made.
     logging.getLogger("vitkd").handlers.clear()
     GlobalHydra.instance().clear()
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         with mock.patch.dict(os.environ), mock.patch.object(sys, "argv", [*argv]):
             yield
     finally:
+        signal.signal(signal.SIGTERM, on_termination)
         GlobalHydra.instance().clear()
         for logger, level, propagate, handlers in before:
             logger.setLevel(level)

@@ -43,17 +43,23 @@ class Strike(NamedTuple):
     after: bool = False
 
 
-def start(arguments: list[str], folder: Path, *strikes: Strike, command: str = "train") -> Any:
+def start(
+    arguments: list[str],
+    folder: Path,
+    *strikes: Strike,
+    command: str = "train",
+    environment: dict[str, str] | None = None,
+) -> Any:
     """Start `python -m vitkd.COMMAND ARGUMENTS` with `folder` as working folder; returns the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    process = SERVER.Process(target=_run, args=(command, arguments, folder, strikes))
+    process = SERVER.Process(target=_run, args=(command, arguments, folder, strikes, environment or {}))
     process.start()
     return process
 
 
-def run(arguments: list[str], folder: Path, *strikes: Strike, command: str = "train") -> Ended:
+def run(arguments: list[str], folder: Path, *strikes: Strike, **more: Any) -> Ended:
     """As `start`, and wait for its end."""
-    return end(start(arguments, folder, *strikes, command=command), folder)
+    return end(start(arguments, folder, *strikes, **more), folder)
 
 
 def end(process: Any, folder: Path) -> Ended:
@@ -64,8 +70,15 @@ def end(process: Any, folder: Path) -> Ended:
     return Ended(process.exitcode, (folder / f"{name}.out").read_text(), (folder / f"{name}.err").read_text())
 
 
-def _run(command: str, arguments: list[str], folder: Path, strikes: tuple[Strike, ...]) -> None:
+def _run(
+    command: str,
+    arguments: list[str],
+    folder: Path,
+    strikes: tuple[Strike, ...],
+    environment: dict[str, str],
+) -> None:
     os.chdir(folder)
+    os.environ.update(environment)
     sys.argv = [f"vitkd.{command}", *arguments]
     import torch
 
@@ -76,8 +89,10 @@ def _run(command: str, arguments: list[str], folder: Path, strikes: tuple[Strike
     with ExitStack() as streams:
         for kind, redirect in (("out", redirect_stdout), ("err", redirect_stderr)):
             # Line by line: a killed process flushes nothing.
-            file = streams.enter_context(Path(f"{name}.{kind}").open("w", buffering=1))
+            file = streams.enter_context(Path(f"{name}.{kind}").open("a", buffering=1))
             streams.enter_context(redirect(file))
+            # What it starts itself, and Python on its way out, print there too.
+            os.dup2(file.fileno(), {"out": 1, "err": 2}[kind])
         import_module(f"vitkd.{command}").main()
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "config": {"errors", "models", "data", "distill", "schema"},
     "messages": {"errors", "config"},
     "jobs": {"errors", "runs"},
-    "cli": {"errors", "config", "messages", "distill", "jobs", "runs"},
+    "cli": {"errors", "config", "messages", "distill", "jobs", "runs", "schema"},
 }
 HYDRA_AT_HOME = {"config", "schema", "cli", "messages", "jobs"}
 MAY_PRINT = {"cli", "runs/console"}

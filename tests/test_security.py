@@ -278,3 +278,37 @@ def test_a_finished_runs_config_names_no_code(group, hostile, finished, command,
     config[group] = hostile("os.mkdir")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     is_refused(command("evaluate", f"run={run}"), f"{group}._target_=os.mkdir")
+
+
+# Hydra's own node names code as well: what it instantiates, and what logging does.
+HYDRA_NODES = {
+    "callback": {"callbacks": {"mine": {"_target_": "pathlib.Path.touch", "self": "went_off"}}},
+    "launcher": {"launcher": {"_target_": "os.mkdir"}},
+    "sweeper": {"sweeper": {"_target_": "os.mkdir"}},
+    "hidden callback": {"callbacks": {"mine": {"_target_": "${oc.env:HOSTILE,pathlib.Path.touch}"}}},
+    "log handler": {"job_logging": {"handlers": {"x": {"()": "os.mkdir", "path": "went_off"}}}},
+    "log handler's class": {"hydra_logging": {"handlers": {"x": {"class": "os.mkdir", "path": "went_off"}}}},
+    "log stream": {"hydra_logging": {"handlers": {"console": {"stream": "ext://os.environ"}}}},
+}
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["one job", "multirun"])
+@pytest.mark.parametrize("name", HYDRA_NODES)
+def test_hydras_own_node_names_no_code(name, multirun, command, tmp_path):
+    experiments = tmp_path / "conf" / "experiment"
+    experiments.mkdir(parents=True)
+    text = yaml.safe_dump({"hydra": HYDRA_NODES[name]})
+    (experiments / "given.yaml").write_text(f"# @package _global_\n{text}")
+
+    ended = command("train", "--config-dir", str(experiments.parent), *multirun, "experiment=given", *BRIEFLY)
+
+    is_refused(ended, "hydra.", "allowed" if "stream" not in name else "choose")
+
+
+def test_somebody_elses_yaml_makes_no_python_objects(command, tmp_path):
+    experiments = tmp_path / "conf" / "experiment"
+    experiments.mkdir(parents=True)
+    text = "# @package _global_\nname: !!python/object/apply:os.mkdir [went_off]\n"
+    (experiments / "given.yaml").write_text(text)
+
+    is_refused(command("train", "--config-dir", str(experiments.parent), "experiment=given"), "given.yaml")

@@ -5,15 +5,18 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from vitkd.config import CONF_DIR, LONGEST_NAME, Config
 from vitkd.distill.methods import Method
@@ -24,6 +27,7 @@ from vitkd.runs.console import print_jobs
 from vitkd.runs.isolation import isolated
 from vitkd.runs.processes import is_first, rank
 from vitkd.runs.signals import TERMINATED, exit_on_termination
+from vitkd.schema import refuse_foreign_code
 
 log = logging.getLogger("vitkd")
 
@@ -55,7 +59,6 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
 
     def job(composed: DictConfig) -> float | None:
         with isolated():
-            exit_on_termination()
             if not is_multirun():
                 return alone(composed)
             with recorded(one_line, say) as record:
@@ -73,13 +76,15 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
 
     # Otherwise Hydra prints what is wrong itself, on many lines, and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    # Read once a process, so it has to be there before the first job, should any ask for determinism.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     Sweep.current = None
     try:
-        with isolated():
-            exit_on_termination()
+        exit_on_termination()
+        with checked_by(refuse_foreign_code):
             check_arguments(arguments)
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
-    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+    except (HydraException, OmegaConfBaseException, ConfigError, YAMLError) as error:
         fail(one_line(error))
     except (RuntimeError, ValueError) as error:
         if (line := explain_foreign(error)) is None:
@@ -97,6 +102,23 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
             print_jobs(jobs)
     if any(job.state == "failed" for job in jobs):
         sys.exit(FAILED)
+
+
+@contextmanager
+def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
+    """Have `check` look at Hydra's own node whenever one is composed, before Hydra acts on it."""
+    compose = ConfigLoaderImpl.load_configuration
+
+    def composed_and_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        config = compose(self, *args, **kwargs)
+        check(config.hydra)
+        return config
+
+    setattr(ConfigLoaderImpl, compose.__name__, composed_and_checked)
+    try:
+        yield
+    finally:
+        setattr(ConfigLoaderImpl, compose.__name__, compose)
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

@@ -188,10 +188,11 @@ def parse(composed: DictConfig) -> Config:
 
 def record_whereabouts(plain: dict[str, Any]) -> None:
     """Make the paths of what is read absolute, so that the record is true in any folder."""
-    plain["paths"]["data"] = str(Path(plain["paths"]["data"]).resolve())
-    for group, key in (("dataset", "root"), ("teacher", "checkpoint")):
-        if plain[group].get(key):
-            plain[group][key] = str(Path(plain[group][key]).resolve())
+    for group, key in (("paths", "data"), ("dataset", "root"), ("teacher", "checkpoint")):
+        if (place := plain[group].get(key)) is not None:
+            if not isinstance(place, str):
+                raise ConfigError(f"{group}.{key}={place}: must be text, the path of a file or folder")
+            plain[group][key] = str(Path(place).resolve())
 
 
 def teacher_run(config: Config) -> Config:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -68,7 +69,9 @@ def planned_jobs(config: DictConfig) -> list[Job]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*params, *as_typed(config.hydra)])
+    # `glob` looks at the options that there are.
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    overrides = parser.parse_overrides([*params, *as_typed(config.hydra)])
     (batch,) = BasicSweeper.split_arguments(overrides, None)
     return [Job(number, as_settings(job)) for number, job in enumerate(batch)]
 

@@ -3,14 +3,21 @@
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, cast, get_args, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitkd.errors import ConfigError, suggest
+
+# What Hydra's own node may name: a sweep's record, launchers, sweepers and their samplers, log handlers.
+ALLOWED_TO_HYDRA = (
+    *("vitkd.jobs.Sweep", "hydra._internal.core_plugins.", "hydra_plugins."),
+    *("optuna.samplers.", "logging.", "colorlog."),
+)
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 def build(key: str, node: Mapping[str, Any], base: type) -> Any:
@@ -67,3 +74,28 @@ def type_of(cls: type, name: str) -> str:
     for code, words in {"None": "null", "float": "a number", "int": "a whole number", "str": "text"}.items():
         text = re.sub(rf"\b{code}\b", words, text)
     return text.replace(" | ", " or ")
+
+
+def refuse_foreign_code(hydra: DictConfig) -> None:
+    """ConfigError if Hydra's own node names code to run that is neither ours, Hydra's nor its plugins'.
+
+    Hydra instantiates its launcher, sweeper and callbacks, and logging its handlers, by names that any file
+    in a `--config-dir` may set.
+    """
+    for key, value in _leaves(OmegaConf.to_container(hydra, resolve=False), "hydra"):
+        setting = key.rpartition(".")[2]
+        logs = "_logging." in key
+        names_code = setting == "_target_" or (logs and setting in ("class", "()"))
+        if names_code and not str(value).startswith(ALLOWED_TO_HYDRA):
+            raise ConfigError(f"{key}={value}: only vitkd's own code and Hydra's plugins are allowed")
+        if logs and str(value).startswith(("ext://", "cfg://")) and value not in STREAMS:
+            raise ConfigError(f"{key}={value}: choose {' or '.join(STREAMS)}")
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, value in items:
+        if isinstance(value, dict | list):
+            yield from _leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value

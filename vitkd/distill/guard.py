@@ -69,7 +69,7 @@ class FiniteGuard:
             RunError: it is not; names the first such step, its terms and its images.
         """
         seen, steps = self._seen, self._steps
-        self._seen, self._steps = [], 0
+        self._seen, self._steps, self._bad = [], 0, None
         if not seen:
             return
         values = iter(torch.cat([batch.values for batch in seen]).tolist())

@@ -20,8 +20,9 @@ CONFIGS = {config.__name__: config for config in (ViTConfig,)}
 def save_model(model: ViT, path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write `model` to `path`; `about` adds plain strings (which epoch, which run) to the header."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    header = {**(about or {}), **describe(model), "digest": digest(model)}
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(save(weights, metadata={**(about or {}), **describe(model)}))
+    temporary.write_bytes(save(weights, metadata=header))
     temporary.replace(path)
 
 
@@ -49,6 +50,8 @@ def load_model(path: Path | str) -> ViT:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ConfigError(f"{path}: its weights do not fit the model that its header describes") from error
+    if header.get("digest", expected := digest(model)) != expected:
+        raise ConfigError(f"{path}: is damaged, its weights are not those that were written")
     return model.float().eval()
 
 
@@ -73,5 +76,5 @@ def digest(model: nn.Module) -> str:
     mark = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         mark.update(name.encode())
-        mark.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        mark.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return mark.hexdigest()[:12]

@@ -139,11 +139,13 @@ class Checkpointing(Callback):
         if improved and trainer.is_global_zero:
             self.write_best(trainer.lightning_module.model)  # type: ignore[arg-type]
         self._saved = time.perf_counter()
-        stops = self._anywhere(trainer, bool(self.signals.waiting))
-        if stops and trainer.is_global_zero:
+        if not self._anywhere(trainer, bool(self.signals.waiting)):
+            # One that arrives from here on waits for the next save: all processes have to stop together.
+            return
+        if trainer.is_global_zero:
             names = " ".join(Signals(number).name for number in self.signals.waiting)
             log.info("%s: saved at step %d; resume=auto goes on from there", names, trainer.global_step)
-        if stops and not self.signals.waiting:
+        if not self.signals.waiting:
             # Another process of this run was told to end.
             sys.exit(TERMINATED)
         self.signals.deliver()
@@ -179,8 +181,10 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
     """Put this process's generators into the state that `random_state` found there."""
-    torch.set_rng_state(states["cpu"][rank()])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"][rank()], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"][rank()])
+    # Clones: PyTorch reads past the end of a row that does not lie at its storage's beginning.
+    own = {name: state[rank()].clone() for name, state in states.items()}
+    torch.set_rng_state(own["cpu"])
+    if device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], device)
+    elif device.type == "mps" and "mps" in own:
+        torch.mps.set_rng_state(own["mps"])

@@ -64,11 +64,14 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         with temporary.open("wb") as file:
             file.write(data)
             force_to_disk(file)
-        sums = _read_sums(path.parent)
-        if path.name in sums:
-            sums[previous(path).name] = sums[path.name]
+        listed, old = _read_sums(path.parent), _sha256(path)
+        sums = {name: digest for name, digest in listed.items() if path.with_name(name).exists()}
+        # Looked at, not looked up: what a write that was cut off has listed may never have come here.
+        kept = old if path.name not in listed or old in listed.values() else None
+        if kept:
+            sums[previous(path).name] = kept
         _write_sums(path.parent, {**sums, path.name: hashlib.sha256(data).hexdigest()})
-        if path.exists():
+        if kept:
             path.replace(previous(path))
         temporary.replace(path)
     except OSError as error:
@@ -142,6 +145,15 @@ def load_any(path: Path) -> ViT:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give a run folder, a .safetensors or a .ckpt file")
     return load_model(path) if path.suffix == ".safetensors" else load_from_checkpoint(path)[0]
+
+
+def _sha256(path: Path) -> str | None:
+    """A file's digest; None if it is absent or unreadable."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _read_sums(folder: Path) -> dict[str, str]:

@@ -58,11 +58,11 @@ class MetricsFile(Logger):
         with self.path.open("r+", newline="", encoding="utf-8") as file:
             if self._row.get("step") == step:
                 file.seek(self._row_begins)
-                file.truncate()
             else:
                 self._row, self._row_begins = {"step": step}, file.seek(0, io.SEEK_END)
             self._row |= metrics
             csv.DictWriter(file, self._columns).writerow(self._row)
+            file.truncate()
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: config.yaml has them."""
@@ -83,9 +83,10 @@ class MetricsFile(Logger):
         self._rewrite(rows)
 
     def _read(self) -> list[dict[str, Any]]:
-        text = self.path.read_bytes().decode()
+        written = self.path.read_bytes()
         # What follows the last line break was being written when the process died.
-        return [*csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))]
+        whole = written[: written.rfind(b"\n") + 1].decode()
+        return [*csv.DictReader(io.StringIO(whole, newline=""))]
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")

@@ -23,6 +23,9 @@ log = logging.getLogger("vitkd")
 # Settings that say where files lie and how often to look, and leave every figure as it is.
 IMMATERIAL = {"paths", "name", "resume", "sweep", "checkpoint_minutes", "pictures_every_n_epochs"}
 
+# For as long at most another process holds a lock that only looks whether it is free.
+LOOK_SECONDS = 1
+
 
 class RunFolder:
     """One run's folder and the names of the files in it."""
@@ -88,11 +91,19 @@ class RunFolder:
     @property
     def state(self) -> str:
         """`running`, `done`, `failed` or `stopped`, which a run that was killed is too."""
+        written = self._written_state()
+        if written != "running":
+            return written
+        if self.is_locked:
+            return "running"
+        # It may have ended well between the two looks.
+        return "stopped" if (written := self._written_state()) == "running" else written
+
+    def _written_state(self) -> str:
         try:
-            written = str(json.loads(self.status.read_text(encoding="utf-8"))["state"])
+            return str(json.loads(self.status.read_text(encoding="utf-8"))["state"])
         except (OSError, ValueError, KeyError, TypeError):
-            return "running" if self.is_locked else "stopped"
-        return "stopped" if written == "running" and not self.is_locked else written
+            return "running"
 
     @property
     def is_locked(self) -> bool:
@@ -116,7 +127,7 @@ class RunFolder:
             yield self
             return
         try:
-            with self._lock, self._told(config):
+            with self._lock.acquire(timeout=LOOK_SECONDS), self._told(config):
                 yield self
         except Timeout as error:
             raise ConfigError(f"{self.path}: another process is at work there; let it finish") from error
@@ -131,25 +142,25 @@ class RunFolder:
     @contextmanager
     def _told(self, config: Mapping[str, Any]) -> Iterator[None]:
         write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler = LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
-        self._set_status("running")
         try:
+            self._set_status("running")
             yield
-        except (KeyboardInterrupt, SystemExit):
-            self._set_status("stopped")
-            raise
+            self._set_status("done")
         except BaseException as error:
             # Where the disk is full this cannot be written either; the first error is what counts.
             with suppress(OSError):
-                self._set_status("failed", error=f"{type(error).__name__}: {error}")
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    self._set_status("stopped")
+                else:
+                    self._set_status("failed", error=f"{type(error).__name__}: {error}")
             raise
-        else:
-            self._set_status("done")
         finally:
             log.removeHandler(handler)
-            handler.close()
+            with suppress(OSError):
+                handler.close()
 
     def read_config(self) -> dict[str, Any]:
         """The run's resolved configuration; ConfigError if it cannot be read."""
@@ -185,6 +196,13 @@ class RunFolder:
             **more,
         }
         write_atomically(self.status, json.dumps(status, indent=2) + "\n")
+
+
+class LogFile(logging.FileHandler):
+    """Leaves out what a full disk does not take: whoever needs the disk next tells of it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Nothing; logging would print a traceback a line."""
 
 
 def numbered(path: Path) -> Iterator[Path]:

@@ -22,7 +22,7 @@ def isolated() -> Iterator[None]:
     process stays as the first job had it; so cuBLAS reads CUBLAS_WORKSPACE_CONFIG.
     """
     with warnings.catch_warnings(), ExitStack() as stack:
-        stack.callback(free_cuda_memory)
+        stack.callback(free_memory)
         for owner, name in FLAGS:
             stack.callback(setattr, owner, name, getattr(owner, name))
         for read, write in SETTINGS:
@@ -52,11 +52,11 @@ def set_signal_handlers(handlers: Mapping[int, Any]) -> None:
             signal.signal(number, handler)
 
 
-def free_cuda_memory() -> None:
-    """Let the next job, and other processes, have what this one held on the GPU."""
+def free_memory() -> None:
+    """Give up what the job held: images, models, a GPU's memory."""
+    # A Trainer, its module and its data hold each other: left to themselves, those of several jobs pile up.
+    gc.collect()
     if torch.cuda.is_initialized():
-        # A Trainer and its parts hold each other: nothing else would free them soon.
-        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -8,7 +8,6 @@ The first process decides and writes; the others follow.
 import logging
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, RunError
 
 log = logging.getLogger("vitkd")
 
@@ -45,18 +44,19 @@ def agree(decide: Callable[[], T]) -> T:
     """What `decide` returns in the first process, in all of them; an error that it raises, too."""
     if not dist.is_initialized():
         return decide()
-    box: list[Any] = [None, None]
+    box: list[Any] = [None, False]
+    raised = None
     if is_first():
         try:
             box[0] = decide()
         except Exception as error:
-            box[1] = error
+            raised, box[1] = error, True
     dist.broadcast_object_list(box, src=0)
-    value, raised = box
+    value, has_failed = box
     if raised is not None:
-        if not is_first():
-            sys.exit(1)  # the first process tells of it
         raise raised
+    if has_failed:
+        raise RunError("the first process tells what is wrong")
     return cast(T, value)
 
 
@@ -86,9 +86,18 @@ def joined(count: int, hosts: int, command: Sequence[str]) -> Iterator[None]:
 
     Raises:
         ConfigError: there are not so many processes.
+        RunError: another one has ended.
     """
+    if _LAUNCHED in os.environ and (found := int(os.environ["WORLD_SIZE"])) != count:
+        raise ConfigError(
+            f"trainer.devices and num_nodes ask for {count} process(es), torchrun has started {found};"
+            " make them equal"
+        )
     if count == 1:
         yield
+        if dist.is_initialized():
+            # Lightning makes a group of one for strategy=ddp, and would leave it to the next job.
+            dist.destroy_process_group()
         return
     if hosts > 1 and _LAUNCHED not in os.environ:
         raise ConfigError(
@@ -97,16 +106,18 @@ def joined(count: int, hosts: int, command: Sequence[str]) -> Iterator[None]:
             " -m vitkd.train with the same settings"
         )
     with nullcontext() if _LAUNCHED in os.environ else _companions(count, command):
-        if (found := int(os.environ["WORLD_SIZE"])) != count:
-            raise ConfigError(
-                f"trainer.devices and num_nodes ask for {count} processes, torchrun has started {found};"
-                " make them equal"
-            )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
         try:
             yield
             dist.barrier()
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            raise RunError(
+                "the connection to another process of this run is lost; if that one tells of no error, it was"
+                " killed: the same command with resume=auto goes on from the last checkpoint"
+            ) from error
         finally:
             dist.destroy_process_group()
 

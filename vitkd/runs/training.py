@@ -89,7 +89,8 @@ def check_trainer(settings: dict[str, Any]) -> Machine:
         raise ConfigError(f"trainer: {one_line(error)}; trainer=auto fits this machine") from error
     if isinstance(trial.strategy.launcher, _MultiProcessingLauncher):
         raise ConfigError(f"trainer.strategy={settings.get('strategy')}: its processes share one; use ddp")
-    return Machine(trial.strategy.root_device, trial.world_size, trial.num_nodes)
+    # Not its world size: under torchrun that is what torchrun says.
+    return Machine(trial.strategy.root_device, trial.num_devices * trial.num_nodes, trial.num_nodes)
 
 
 def one_line(error: Exception) -> str:
