@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "cli": {"errors", "config", "messages", "distill", "jobs", "runs", "schema"},
 }
 HYDRA_AT_HOME = {"config", "schema", "cli", "messages", "jobs"}
-MAY_PRINT = {"cli", "runs/console"}
+MAY_PRINT = {"cli", "runs/console", "runs/processes"}
 
 
 def module_of(file: Path) -> str:

@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, flags=re.DOTALL)
 LINES = [line.strip() for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [line for line in LINES if line.startswith("python -m vitkd.")]
+IN_TABLES = re.findall(r"`(?:OMP_NUM_THREADS=1 )?(python -m vitkd\.[^`]*)`", README)
+COMMANDS = [line for line in LINES if line.startswith("python -m vitkd.")] + IN_TABLES
+PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 MAKES = [line.split("#")[0].split()[1] for line in LINES if line.startswith("make ")]
 
 
@@ -40,6 +42,15 @@ def test_every_command_is_understood(command):
 
     if name == "train" and composed.dataset.name == "digits":
         parse(composed)
+
+
+@pytest.mark.parametrize("test", sorted(set(re.findall(r"`(tests/[^`]+)`", PROMISES))))
+def test_every_promise_has_its_test(test):
+    """As `file`, `file::test` or `file::class::test`."""
+    file, *names = test.split("::")
+    source = (ROOT / file).read_text(encoding="utf-8")
+    for name in names:
+        assert re.search(rf"^\s*(def|class) {name}\b", source, flags=re.MULTILINE), name
 
 
 def test_there_are_commands_to_test_and_no_figure_is_missing():

@@ -145,9 +145,13 @@ def fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
 
 def same_job() -> list[str]:
     """The command line that runs this very job, alone."""
+    own = [sys.executable, "-m", "vitkd.train"]
     if not is_multirun():
-        return [sys.executable, "-m", "vitkd.train", *sys.argv[1:]]
-    return [sys.executable, "-m", "vitkd.train", *as_typed(HydraConfig.get()), "hydra.mode=RUN"]
+        return [*own, *sys.argv[1:]]
+    hydra = HydraConfig.get()
+    given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    places = [argument for place in given for argument in ("--config-dir", place)]
+    return [*own, *places, *as_typed(hydra), "hydra.mode=RUN"]
 
 
 def goes_on(config: Config) -> bool:

@@ -123,9 +123,10 @@ def recorded(explain: Callable[[Exception], str], say: Callable[[str], None]) ->
         job.state = "stopped"
         raise
     except Exception as error:
+        job.state, job.error = "failed", explain(error)
         if not isinstance(error, OmegaConfBaseException | ConfigError | RunError):
             traceback.print_exc()
-        job.state, job.error = "failed", explain(error)
+            job.error = f"{type(error).__name__}: {job.error}"
         say(f"job {job.number} failed: {job.error}")
     finally:
         write()

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
@@ -345,3 +346,67 @@ def test_a_run_without_validation_data(student, run):
 
     assert "train/task_loss" in logged
     assert not any(name.startswith("val/") for name in logged)
+
+
+def names_of(module: torch.nn.Module) -> set[str]:
+    return {*dict(module.named_parameters()), *dict(module.named_buffers()), *module.state_dict()}
+
+
+def test_the_teacher_is_no_part_of_what_is_trained_or_saved(student, teacher):
+    module = distill(student, teacher, alpha=0.5)
+    alone = ClassifyModule(student, AdamW(), Constant())
+
+    assert names_of(module) == names_of(alone)
+    assert not {id(p) for p in module.parameters()} & {id(p) for p in teacher.parameters()}
+    assert teacher not in [*module.modules()]
+    module.zero_grad()
+    module.requires_grad_(True)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda m: m.to(torch.float64), lambda m: m.bfloat16(), lambda m: m.to("meta")],
+    ids=["to", "cast", "device"],
+)
+def test_the_teacher_goes_where_the_student_goes(move, student, teacher):
+    module = distill(student, teacher, alpha=0.5)
+
+    assert move(module) is module
+
+    (kind,) = {(p.dtype, p.device) for p in [*module.parameters(), *module.teacher.parameters()]}
+    assert kind != (torch.float32, torch.device("cpu"))
+    assert module.teacher is teacher
+
+
+def test_a_copy_has_a_teacher_of_its_own_that_knows_as_much(student, teacher):
+    module = distill(student, teacher, alpha=0.5)
+    (batch,) = Batches(6)
+
+    twin = deepcopy(module).eval()
+
+    assert twin.teacher is not teacher
+    assert not any(p.requires_grad for p in twin.teacher.parameters())
+    assert torch.equal(twin.terms(batch).total, module.eval().terms(batch).total)
+    twin.double()
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_an_average_is_of_the_students_weights_alone(student, teacher, run, alpha):
+    """Validated and kept; worked out step by step."""
+    train, watch, decay = Batches(6, 6, 6), Watch(), 0.75
+    average = EMAWeightAveraging(decay=decay)
+    module, before = distill(student, teacher, alpha), deepcopy(teacher.state_dict())
+
+    run(module, train, Batches(5), callbacks=[watch, average])
+
+    expected, *later = watch.weights
+    for weights in later:
+        expected = decay * expected + (1 - decay) * weights
+    kept = torch.nn.utils.parameters_to_vector(module.model.parameters())
+    torch.testing.assert_close(kept, expected)
+    assert not torch.equal(kept, watch.weights[-1])
+    assert {*dict(average._average_model.module.named_parameters())} == {*dict(module.named_parameters())}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not any(p.requires_grad for p in module.teacher.parameters())

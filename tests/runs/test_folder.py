@@ -1,15 +1,24 @@
-"""Run folders are never shared, and a file is never seen half written."""
+"""Run folders are never shared, a file is never seen half written, and what was cut off is found again."""
 
+import errno
 import json
 import logging
+import os
+import subprocess
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from filelock import FileLock
 
-from vitkd.errors import ConfigError
+from tests.crashes import SERVER
+from vitkd.errors import ConfigError, RunError
 from vitkd.runs.files import write_atomically
-from vitkd.runs.folder import RunFolder
+from vitkd.runs.folder import IMMATERIAL, RunFolder, first_difference
 
 
 def state_of(folder: RunFolder) -> dict[str, str]:
@@ -135,3 +144,334 @@ def test_what_is_no_run_folder_is_told(name, tmp_path):
 
     with pytest.raises(ConfigError, match=f"{name}: not a run folder"):
         RunFolder.existing(Path(tmp_path / name))
+
+
+CONFIG = {"paths": {"data": "data", "outputs": "outputs"}, "name": None, "alpha": 0.5, "loss": {"t": 1.0}}
+
+
+def left(path: Path, config: Mapping[str, Any] | str | None) -> Path:
+    """The folder that a run of this configuration has left at `path`."""
+    path.mkdir(parents=True)
+    if config is not None:
+        text = config if isinstance(config, str) else yaml.safe_dump(dict(config), sort_keys=False)
+        (path / "config.yaml").write_text(text, encoding="utf-8")
+    return path
+
+
+def latest(path: Path, **changes: Any) -> Path | None:
+    found = RunFolder.latest(path, {**CONFIG, **changes})
+    return found.path if found else None
+
+
+def test_where_no_run_was_none_is_found(tmp_path):
+    assert latest(tmp_path / "run") is None
+
+
+def test_of_several_runs_of_a_configuration_the_newest_is_found(tmp_path):
+    for name in ("run", "run-2", "run-3"):
+        left(tmp_path / name, CONFIG)
+
+    assert latest(tmp_path / "run") == tmp_path / "run-3"
+
+
+def test_runs_of_another_configuration_are_passed_over(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vitkd"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    left(tmp_path / "run", CONFIG)
+    left(tmp_path / "run-2", CONFIG | {"alpha": 0.9})
+
+    assert latest(tmp_path / "run") == tmp_path / "run"
+    assert latest(tmp_path / "run", alpha=0.9) == tmp_path / "run-2"
+    assert not caplog.messages
+    assert latest(tmp_path / "run", alpha=0.1) is None
+    (told,) = caplog.messages
+    assert "run-2 has another alpha: starting anew" in told
+
+
+def test_a_folder_that_a_run_did_not_come_to_fill_is_passed_over(tmp_path):
+    """It was killed between making the folder and writing its configuration."""
+    left(tmp_path / "run", None)
+    left(tmp_path / "run-2", CONFIG)
+    left(tmp_path / "run-3", None)
+
+    assert latest(tmp_path / "run") == tmp_path / "run-2"
+
+
+def test_a_run_of_a_longer_name_is_no_run_of_this_one(tmp_path):
+    left(tmp_path / "run-2", CONFIG)
+    left(tmp_path / "run-more", CONFIG)
+
+    assert latest(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a: [", "- 1", "alpha: 0.5", "\0", "a: !!python/object:os.system {}"], ids=repr
+)
+def test_a_configuration_that_is_cut_or_foreign_is_one_line(text, tmp_path):
+    left(tmp_path / "run", text)
+
+    with pytest.raises(ConfigError, match=r"run.config\.yaml: cannot be read") as raised:
+        latest(tmp_path / "run")
+    assert "\n" not in str(raised.value)
+
+
+def test_what_leaves_every_figure_as_it_is_is_no_difference():
+    other = CONFIG | {key: {"else": 1} for key in IMMATERIAL}
+
+    assert first_difference(CONFIG, other) is None
+    assert first_difference(other, CONFIG) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"alpha": 0.25}, "alpha"),
+        ({"alpha": "0.5"}, "alpha"),
+        ({"loss": {"t": 2.0}}, "loss.t"),
+        ({"loss": {"t": 1.0, "name": "x"}}, "loss.name"),
+        ({"loss": {}}, "loss.t"),
+        ({"loss": None}, "loss"),
+        ({"new": 1}, "new"),
+        ({"new": {"paths": 1}}, "new"),
+        ({"loss": {"t": 1.0, "seed": [1, 2]}}, "loss.seed"),
+    ],
+    ids=repr,
+)
+def test_what_may_change_a_figure_is_named(change, name):
+    assert first_difference(CONFIG, CONFIG | change) == name
+    assert first_difference(CONFIG | change, CONFIG) == name
+
+
+def test_a_setting_that_is_new_and_off_is_no_difference():
+    """So that runs of an earlier version can be gone on with."""
+    assert first_difference(CONFIG, CONFIG | {"new": None}) is None
+
+
+def test_a_setting_of_a_group_is_material_whatever_it_is_called():
+    assert first_difference({"dataset": {"name": "a"}}, {"dataset": {"name": "b"}}) == "dataset.name"
+
+
+def test_a_configuration_comes_back_from_disk_without_a_difference(tmp_path):
+    config = CONFIG | {
+        "tiny": 1e-5, "huge": 1e22, "text": "1e-3", "yes": "yes", "null": "null", "date": "2024-01-01",
+        "é": ["é", "\U0001f600", "a: b", "", " "], "none": None, "inf": float("inf"), "long": "x" * 500,
+        "int": 2**70, "float": 0.1 + 0.2, "octal": "0o17", "colon": "12:30:00", "lines": "a\nb\r\n",
+    }  # fmt: skip
+    folder = RunFolder.claim(tmp_path / "run")
+
+    with folder.running(config):
+        pass
+
+    assert folder.read_config() == config
+    assert first_difference(folder.read_config(), config) is None
+
+
+def run_until_told(path: Path, starter: Any) -> None:
+    with RunFolder(path).running(CONFIG):
+        starter.send("at work")
+        with suppress(EOFError):
+            starter.recv()
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Iterator[Callable[[], Any]]:
+    """Starts another process's run in tmp_path / "run", and returns that process."""
+    started = []
+
+    def start() -> Any:
+        ours, theirs = SERVER.Pipe()
+        process = SERVER.Process(target=run_until_told, args=(tmp_path / "run", theirs))
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+        assert ours.poll(60)
+        ours.recv()
+        return process
+
+    yield start
+    for process, pipe in started:
+        pipe.close()
+        process.join(60)
+
+
+def test_where_another_process_is_at_work_nobody_else_may_be(elsewhere, tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+    elsewhere()
+    before = {path: path.read_bytes() for path in folder.path.iterdir() if path.name != ".lock"}
+
+    assert folder.is_locked
+    assert folder.state == "running"
+    with pytest.raises(ConfigError, match="run: another process is at work there"), folder.running({}):
+        pytest.fail("two at work in one folder")
+
+    assert {path: path.read_bytes() for path in folder.path.iterdir() if path.name != ".lock"} == before
+
+
+def test_a_killed_run_is_stopped_and_its_folder_free(elsewhere, tmp_path):
+    """Whatever process has its number now: status.json names this one's own."""
+    folder = RunFolder.claim(tmp_path / "run")
+    process = elsewhere()
+    process.kill()
+    process.join()
+    status = state_of(folder)
+    assert status["state"] == "running"
+    assert status["pid"] == process.pid
+    folder.status.write_text(json.dumps(status | {"pid": os.getpid()}))
+
+    assert not folder.is_locked
+    assert folder.state == "stopped"
+    with folder.running(CONFIG):
+        assert folder.state == "running"
+    assert folder.state == "done"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '"running"', '{"state": 1', "{}", '{"pid": 3}', "\xff\xfe"], ids=repr
+)
+def test_a_status_that_cannot_be_read_is_that_of_a_run_that_was_cut_off(text, elsewhere, tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+    folder.status.write_bytes(text.encode("latin-1"))
+
+    assert folder.state == "stopped"
+
+
+def test_a_status_that_cannot_be_read_while_a_process_is_at_work_is_running(elsewhere, tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+    elsewhere()
+
+    for text in ("", "{", "[]"):
+        folder.status.write_text(text)
+        assert folder.state == "running"
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "stopped"])
+def test_looking_at_a_run_that_has_ended_leaves_no_trace(state, tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+    folder.status.write_text(json.dumps({"state": state}))
+
+    assert folder.state == state
+    assert [*folder.path.iterdir()] == [folder.status]
+
+
+def test_a_lock_is_no_hindrance_to_its_own_process(tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+    assert not folder.is_locked
+
+    with folder.running(CONFIG):
+        assert folder.is_locked
+        assert RunFolder(folder.path).is_locked
+
+    assert not folder.is_locked
+    with folder.running(CONFIG):
+        pass
+
+
+def test_a_lock_file_that_was_left_locks_nothing(tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+    (folder.path / ".lock").write_text("12345")
+
+    with folder.running(CONFIG):
+        assert folder.is_locked
+
+
+def listening() -> list[logging.Handler]:
+    return [*logging.getLogger("vitkd").handlers]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("nth", [1, 2, 3], ids=["config.yaml", "status.json", "status.json at the end"])
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(nth, number, tmp_path, monkeypatch):
+    folder, handlers = RunFolder.claim(tmp_path / "run"), listening()
+    calls = 0
+
+    def full(path: Path, content: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= nth:
+            raise OSError(number, os.strerror(number), str(path))
+        write_atomically(path, content)
+
+    monkeypatch.setattr("vitkd.runs.folder.write_atomically", full)
+
+    with pytest.raises(RunError, match=r"make room.*resume=auto") as raised, folder.running(CONFIG):
+        pass
+
+    assert f"cannot be written ({os.strerror(number)})" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert listening() == handlers
+    assert not folder.is_locked
+    assert folder.state == "stopped"
+
+
+def test_another_error_of_the_disk_is_not_taken_for_a_full_one(tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+
+    with pytest.raises(FileNotFoundError), folder.running(CONFIG):
+        (tmp_path / "nowhere").read_text()
+
+    assert folder.state == "failed"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, RunError])
+def test_what_ended_a_run_is_told_even_where_its_state_cannot_be_written(end, tmp_path, monkeypatch):
+    folder = RunFolder.claim(tmp_path / "run")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run() -> None:
+        with folder.running(CONFIG):
+            monkeypatch.setattr("vitkd.runs.folder.write_atomically", full)
+            raise end("this")
+
+    with pytest.raises(end, match="this"):
+        run()
+
+    assert folder.state == "stopped"
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "vitkd-test", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only the superuser can mount a small disk")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_file_system_that_fills_up_during_a_run_is_one_line(small_disk, capsys):
+    folder = RunFolder.claim(small_disk / "run")
+    log = logging.getLogger("vitkd")
+
+    def run() -> None:
+        with folder.running(CONFIG):
+            with suppress(OSError):
+                (small_disk / "full").write_bytes(bytes(100_000))
+            for _ in range(40):
+                log.warning("a line for run.log, which may take it or not: %s", "x" * 100)
+            folder.write_metrics({"acc": 0.5})
+
+    with pytest.raises(RunError, match="No space left on device"):
+        run()
+
+    assert "Traceback" not in capsys.readouterr().err
+    assert folder.state in ("stopped", "failed")
+    assert not folder.metrics.exists()
+
+
+def test_looking_whether_a_run_is_at_work_keeps_none_from_starting(tmp_path):
+    """Whoever looks holds the lock for an instant, as several jobs of a sweep may do."""
+    folder = RunFolder.claim(tmp_path / "run")
+    look = FileLock(folder.path / ".lock", thread_local=False)
+    look.acquire()
+    end = threading.Timer(0.1, look.release)
+    end.start()
+
+    with folder.running(CONFIG):
+        pass
+
+    end.join()
+    assert folder.state == "done"

@@ -1,6 +1,8 @@
 """Batches on the device, from pixels that lie there or from files that workers decode."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -97,6 +99,7 @@ class DecodedPixels:
             collate_fn=_as_it_is,
             num_workers=self.split.workers,
             multiprocessing_context=context if self.split.workers else None,
+            worker_init_fn=_end_with_parent,
             persistent_workers=self.split.workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # it would draw from torch's own otherwise
@@ -118,6 +121,18 @@ class _WorkerSide(torch.utils.data.Dataset[Tensor]):
 
 def _as_it_is(pixels: Any) -> Any:
     return pixels
+
+
+def _end_with_parent(number: int) -> None:
+    """See to it that this worker outlives its run by no means; PyTorch watches the fork server instead."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker calls this"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Loader:

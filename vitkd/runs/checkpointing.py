@@ -1,6 +1,7 @@
 """When a run is saved, and all that has to be saved so that it goes on bit for bit."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -72,14 +73,14 @@ class Checkpointing(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Gradients that wait for more batches are not saved. The last step of an epoch is followed by a save
-        # that holds its validation too.
-        has_stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if has_stepped and not trainer.is_last_batch and self._is_due(trainer):
+        # A run that goes on from a step does not validate after it.
+        if has_stepped(trainer) and not is_validation_next(trainer) and self._is_due(trainer):
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if not trainer.sanity_checking and self._anywhere(trainer, bool(self.signals.waiting)):
+        if trainer.sanity_checking or not has_stepped(trainer):
+            return
+        if self._anywhere(trainer, bool(self.signals.waiting)):
             with training_weights(trainer):
                 self._save(trainer)
 
@@ -149,6 +150,19 @@ class Checkpointing(Callback):
             # Another process of this run was told to end.
             sys.exit(TERMINATED)
         self.signals.deliver()
+
+
+def has_stepped(trainer: L.Trainer) -> bool:
+    """Whether no gradients wait for more batches; those are not saved."""
+    batches = trainer.fit_loop.epoch_loop.batch_idx + 1
+    return trainer.is_last_batch or batches % trainer.accumulate_grad_batches == 0
+
+
+def is_validation_next(trainer: L.Trainer) -> bool:
+    """Whether this training batch is one after which Lightning looks whether to validate."""
+    loop = trainer.fit_loop.epoch_loop
+    batches = 1 + (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx)
+    return trainer.is_last_batch or batches % (trainer.val_check_batch or math.inf) == 0
 
 
 @contextmanager

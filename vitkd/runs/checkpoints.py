@@ -18,7 +18,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from vitkd.errors import ConfigError, RunError
 from vitkd.models import ViT, build_from_header, load_model
-from vitkd.runs.files import force_to_disk, write_atomically
+from vitkd.runs.files import NO_ROOM, force_names_to_disk, force_to_disk, write_atomically
 
 log = logging.getLogger("vitkd")
 
@@ -74,10 +74,12 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         if kept:
             path.replace(previous(path))
         temporary.replace(path)
+        force_names_to_disk(path.parent)
     except OSError as error:
+        remedy = "make room" if error.errno in NO_ROOM else "put that right"
         raise RunError(
-            f"{path}: cannot be written ({error.strerror}); the checkpoint before it is kept: make room, then"
-            " the same command with resume=auto goes on from there"
+            f"{path}: cannot be written ({error.strerror}); what was saved before is good: {remedy}, and the same"
+            " command with resume=auto goes on from there"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -120,6 +122,9 @@ def newest_good(path: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return candidate, read_checkpoint(candidate)
         except ConfigError as error:
+            digest = _sha256(candidate)
+            if digest is None or digest in _read_sums(path.parent).values():
+                raise  # it is whole: what is wrong lies elsewhere, and may pass
             aside = candidate.replace(candidate.with_name(f"{candidate.name}.damaged"))
             log.warning("warning: %s; it is now %s", error, aside.name)
     return None

@@ -3,12 +3,12 @@
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -149,14 +149,15 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     """All jobs of a sweep beside each other, those that failed or never ran as well; nothing for no jobs."""
     if not jobs or all(job.state == "not run" for job in jobs):
         return
-    table = new_table("job", "state", "teacher", "val best", "test best", "test last", "folder")
+    figures = ("teacher", "val best", "test best", "test last")
+    table = new_table("job", "state", *figures, "folder", text=("state", "folder"))
     for job in jobs:
         settings = job.settings.items()
         told = {key: value for key, value in settings if any(value != j.settings.get(key) for j in jobs)}
         name = " ".join(f"{key}={value}" for key, value in (told or job.settings).items())
-        figures = ("teacher/test_acc", "val/acc_best", "test/acc_best", "test/acc_last")
         place = Path(job.folder).name if job.folder else ""
-        accuracies = (percent(job.figures.get(figure)) for figure in figures)
+        keys = ("teacher/test_acc", "val/acc_best", "test/acc_best", "test/acc_last")
+        accuracies = (percent(job.figures.get(key)) for key in keys)
         table.add_row(f"{job.number} {name}", job.state, *accuracies, place)
     parents = dict.fromkeys(str(Path(job.folder).parent) for job in jobs if job.folder)
     errors = [f"job {job.number} failed: {job.error}" for job in jobs if job.error]
@@ -170,11 +171,12 @@ def show(*parts: Table | str) -> None:
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def new_table(*columns: str) -> Table:
-    """A table without lines; its first column holds text, the others figures."""
+def new_table(first: str, *columns: str, text: Collection[str] = ()) -> Table:
+    """A table without lines; its first column and those of `text` hold text, the others figures."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for column in (first, *columns):
+        justify: JustifyMethod = "left" if column == first or column in text else "right"
+        table.add_column(column, justify=justify, overflow="fold")
     return table
 
 

@@ -116,7 +116,7 @@ class TensorBoardCurves(TensorBoardLogger):
         self.experiment.add_custom_scalars(CHARTS)
 
     def save(self) -> None:
-        """Force the events to disk; config.yaml holds what Lightning would write here a second time."""
+        """Write the events out; config.yaml holds what Lightning would write here a second time."""
         self.experiment.flush()
 
     def conclude(

@@ -21,6 +21,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def force_names_to_disk(folder: Path) -> None:
+    """Wait until the names in `folder` would outlive a power cut, where that can be asked for."""
+    if hasattr(os, "O_DIRECTORY"):
+        number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
 def force_to_disk(file: IO[Any]) -> None:
     """Wait until what was written to `file` would outlive a power cut."""
     file.flush()

@@ -8,7 +8,9 @@ The first process decides and writes; the others follow.
 import logging
 import os
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -24,10 +26,13 @@ log = logging.getLogger("vitkd")
 
 T = TypeVar("T")
 
-# Others may wait as long as the first one waits for a teacher that another run is training.
+# The others wait for the first one's decisions as long as that waits for a teacher that another run trains,
+# or measures by itself. In training, PyTorch's own limits hold.
 PATIENCE = timedelta(days=7)
 GRACE_SECONDS = 10
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
+_OURS = "vitkd"
+_patient: Any = None
 
 
 def rank() -> int:
@@ -51,7 +56,7 @@ def agree(decide: Callable[[], T]) -> T:
             box[0] = decide()
         except Exception as error:
             raised, box[1] = error, True
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_patient)
     value, has_failed = box
     if raised is not None:
         raise raised
@@ -65,14 +70,14 @@ def gather(tensor: Tensor) -> Tensor:
     if not dist.is_initialized():
         return tensor.cpu()[None]
     all_of_them = [torch.empty_like(tensor, device="cpu") for _ in range(dist.get_world_size())]
-    dist.all_gather(all_of_them, tensor.cpu())
+    dist.all_gather(all_of_them, tensor.cpu(), group=_patient)
     return torch.stack(all_of_them)
 
 
 def wait_for_all() -> None:
     """Return when all processes have come here."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(_patient)
 
 
 @contextmanager
@@ -94,10 +99,12 @@ def joined(count: int, hosts: int, command: Sequence[str]) -> Iterator[None]:
             " make them equal"
         )
     if count == 1:
-        yield
-        if dist.is_initialized():
-            # Lightning makes a group of one for strategy=ddp, and would leave it to the next job.
-            dist.destroy_process_group()
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                # Lightning makes a group of one for strategy=ddp, and would leave it to the next job.
+                dist.destroy_process_group()
         return
     if hosts > 1 and _LAUNCHED not in os.environ:
         raise ConfigError(
@@ -105,21 +112,31 @@ def joined(count: int, hosts: int, command: Sequence[str]) -> Iterator[None]:
             f" --nproc-per-node={count // hosts} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
             " -m vitkd.train with the same settings"
         )
-    with nullcontext() if _LAUNCHED in os.environ else _companions(count, command):
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
-        try:
-            yield
-            dist.barrier()
-        except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-                raise
-            raise RunError(
-                "the connection to another process of this run is lost; if that one tells of no error, it was"
-                " killed: the same command with resume=auto goes on from the last checkpoint"
-            ) from error
-        finally:
-            dist.destroy_process_group()
+    if os.environ.get(_LAUNCHED) == _OURS:
+        _end_with_parent()
+    with nullcontext() if _LAUNCHED in os.environ else _companions(count, command), _connected():
+        yield
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Meet the other processes, and part from them in order."""
+    global _patient
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield
+        wait_for_all()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RunError(
+            "the connection to another process of this run is lost; if that one tells of no error, it was"
+            " killed: the same command with resume=auto goes on from the last checkpoint"
+        ) from error
+    finally:
+        _patient = None
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -127,7 +144,7 @@ def _companions(count: int, command: Sequence[str]) -> Iterator[None]:
     """Start the other processes, tell them and this one who is who, and see to their end."""
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
     group = {
-        _LAUNCHED: "vitkd",
+        _LAUNCHED: _OURS,
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already, for all of them
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
@@ -138,18 +155,12 @@ def _companions(count: int, command: Sequence[str]) -> Iterator[None]:
     before = dict(os.environ)
     others = []
     try:
-        for rank in range(1, count):
-            os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
+        for number in range(1, count):
+            os.environ.update(group, RANK=str(number), LOCAL_RANK=str(number))
             others.append(subprocess.Popen([*command]))
         os.environ.update(RANK="0", LOCAL_RANK="0")
-        ended = threading.Event()
-        watch = threading.Thread(target=_watch, args=(others, ended), daemon=True)
-        watch.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            watch.join()
+        threading.Thread(target=_watch, args=(others,), daemon=True).start()
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -157,15 +168,28 @@ def _companions(count: int, command: Sequence[str]) -> Iterator[None]:
             _see_off(other)
 
 
-def _watch(others: Sequence[subprocess.Popen[bytes]], ended: threading.Event) -> None:
-    """End this process should another one fail: what it waits for may never come."""
-    while not ended.wait(1):
+def _watch(others: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End this process should another one fail before all have met: nothing else would wake it.
+
+    Later the connection breaks, and this process tells the tale itself.
+    """
+    while not dist.is_initialized():
         if failed := [other for other in others if other.poll()]:
-            # Most often the connection breaks, and the main thread can tell the tale itself.
-            if not ended.wait(GRACE_SECONDS):
-                log.error("error: a process of this run ended with code %d", failed[0].returncode)
-                os._exit(1)
-            return
+            print(f"error: a process of this run ended with code {failed[0].returncode}", file=sys.stderr)
+            os._exit(1)
+        time.sleep(0.2)
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that started it does, whatever it may be waiting for."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _see_off(other: subprocess.Popen[bytes]) -> None:
