@@ -6,6 +6,8 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 ARGS =
+# Two at a time, each with one thread: threads that are crowded out of a core slow small models down tenfold.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Two makes at once take turns, where flock is to be had.
 LOCK = $(if $(shell command -v flock),flock $(VENV)/.lock)
@@ -44,10 +46,10 @@ type: $(STAMP) ## mypy
 	$(BIN)/mypy
 
 test: $(STAMP) ## the fast tests: make test ARGS="-k losses"
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP) ## every test, slow ones and those that need a GPU included
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 clean: ## remove caches and build products; outputs/, data/ and .venv stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -78,8 +78,8 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     except OSError as error:
         remedy = "make room" if error.errno in NO_ROOM else "put that right"
         raise RunError(
-            f"{path}: cannot be written ({error.strerror}); what was saved before is good: {remedy}, and the same"
-            " command with resume=auto goes on from there"
+            f"{path}: cannot be written ({error.strerror}); what was saved before is good: {remedy}, and the"
+            " same command with resume=auto goes on from there"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
