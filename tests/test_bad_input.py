@@ -90,6 +90,7 @@ TRAIN = [
     ("resume=always", "resume=always", "auto or null"),
     ("ema_decay=1", "ema_decay", "between 0 and 1"),
     ("sweep.rerun=failed", "sweep.rerun=failed", "missing or all"),
+    ("+trainer.val_check_interval=0.5", "trainer.val_check_interval", "decided by vitkd"),
     ("+trainer.nonsense=1", "trainer.nonsense", "max_epochs"),
     ("+trainer.logger=true", "trainer.logger", "decided by vitkd"),
     # which attention maps

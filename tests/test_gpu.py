@@ -1,11 +1,19 @@
 """What must hold on a CUDA device: the same views, the same scores, a whole run."""
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests import crashes
+from tests.crashes import Strike
 from vitkd.data.hashing import key_of, random_bits
+from vitkd.distill.guard import FiniteGuard
+from vitkd.distill.modules import DistillModule
+from vitkd.errors import RunError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,3 +51,67 @@ def test_a_whole_run(command, tmp_path, precision):
     metrics = json.loads((tmp_path / "digits" / "run" / "metrics.json").read_text())
     assert metrics["test/acc_last"] > 0.15
     assert metrics["hardware/device"] == torch.cuda.get_device_name()
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path):
+    settings = ["trainer=gpu", "trainer.deterministic=true", "trainer.max_epochs=3", "teacher.max_epochs=1"]
+    settings += ["+trainer.limit_train_batches=10", "student.dropout=0.1", "name=run", "resume=auto"]
+    step = "vitkd.distill.modules:DistillModule.training_step"
+
+    def student(folder: Path) -> dict[str, torch.Tensor]:
+        return load_file(folder / "outputs" / "digits" / "run" / "student.safetensors")
+
+    assert crashes.run(settings, tmp_path / "whole").code == 0
+    killed = crashes.run([*settings, "checkpoint_minutes=0"], tmp_path / "killed", Strike(step, 15))
+    assert killed.code == -signal.SIGKILL
+    assert crashes.run(settings, tmp_path / "killed").code == 0
+
+    whole, resumed = student(tmp_path / "whole"), student(tmp_path / "killed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_bad_step_is_held_back_without_waiting_for_the_device():
+    weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    optimizer, guard = torch.optim.AdamW([weight], fused=True), FiniteGuard()
+    images = torch.arange(2, device="cuda")
+
+    def take(gradient: torch.Tensor) -> None:
+        guard.watch({"class loss": gradient.sum()}, images)
+        weight.grad = gradient
+        assert guard.hold_back(optimizer, [weight])
+        optimizer.step()
+
+    good, bad = torch.ones(3, device="cuda"), torch.full((3,), torch.nan, device="cuda")
+    take(good.clone())
+    before = weight.detach().clone()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        take(bad)
+        take(good)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert torch.equal(weight, before)
+    with pytest.raises(RunError, match="step 2 "):
+        guard.check(step=3, epoch=1)
+
+
+def test_steps_between_two_windows_never_wait_for_the_device(command, tmp_path, monkeypatch):
+    step = DistillModule.training_step
+    steps = []
+
+    def watched(self: DistillModule, batch, batch_idx):
+        # The first step of a window measures gradients, its last one is read.
+        torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx % 20 <= 17 else "default")
+        steps.append(batch_idx)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DistillModule, "training_step", watched)
+    settings = ["trainer=gpu", "trainer.max_epochs=1", "teacher.max_epochs=1", "name=run"]
+    try:
+        ended = command("train", f"paths.outputs={tmp_path}", *settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert ended.code == 0, ended.err
+    assert len(steps) > 18

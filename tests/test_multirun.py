@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests import crashes
 from tests.crashes import Strike
-from vitkd.jobs import Sweep, as_settings
+from vitkd.jobs import Job, Sweep, as_settings
 from vitkd.runs.folder import RunFolder
 
 ALONE = [
@@ -466,3 +467,16 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
     assert crashes.end(live, tmp_path).code == 143
     assert folder.state == "stopped"
     assert [path.name for path in folder.path.parent.iterdir()] == ["live"]
+
+
+def test_records_of_an_earlier_sweep_are_none_of_this_one(command, tmp_path):
+    """Where `hydra.sweep.dir` is always the same."""
+    fixed = f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    stale = Job(7, {"seed": "7"}, "failed", error="long ago")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "job-7.json").write_text(json.dumps(asdict(stale)))
+
+    ended = command("train", "-m", *ALONE, f"paths.outputs={tmp_path}", fixed, "seed=0,1")
+
+    assert ended.code == 0, ended.err
+    assert "long ago" not in ended.out

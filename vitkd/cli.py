@@ -24,6 +24,7 @@ from vitkd.errors import ConfigError, RunError
 from vitkd.jobs import Job, Sweep, as_typed, is_multirun, overridden, recorded
 from vitkd.messages import explain, explain_foreign
 from vitkd.runs.console import print_jobs
+from vitkd.runs.files import NO_ROOM
 from vitkd.runs.isolation import isolated
 from vitkd.runs.processes import is_first, rank
 from vitkd.runs.signals import TERMINATED, exit_on_termination
@@ -86,6 +87,13 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, ConfigError, YAMLError) as error:
         fail(one_line(error))
+    except OSError as error:
+        if error.filename is None and error.errno not in NO_ROOM:
+            raise
+        place = error.filename or "the sweep's folder"
+        fail(
+            f"{place}: cannot be written or read ({error.strerror}); name another place or make room", FAILED
+        )
     except (RuntimeError, ValueError) as error:
         if (line := explain_foreign(error)) is None:
             raise

@@ -106,7 +106,8 @@ class Root:
     resume: str | None
     """`auto` goes on with a run of the same configuration that was cut off; null begins anew, beside it."""
     ema_decay: float | None
-    """Validate and keep the exponential moving average of the student's weights; null keeps the weights."""
+    """Validate and keep the exponential moving average of the student's weights; null keeps the weights.
+    The decay starts low and grows to this value."""
     sweep: SweepSettings
     paths: Paths
 

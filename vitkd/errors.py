@@ -19,6 +19,11 @@ class RunError(RuntimeError):
     """
 
 
+def one_line(error: Exception) -> str:
+    """What somebody else's exception says, without line breaks and last full stop; else what it is."""
+    return " ".join(str(error).split()).rstrip(".!") or type(error).__name__
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Words that lead from a mistyped name to the right one."""
     close = get_close_matches(name, known := sorted(known), n=1)

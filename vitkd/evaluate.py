@@ -12,14 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from vitkd.cli import run_command
 from vitkd.config import parse
 from vitkd.data import ImageDataModule
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, one_line
 from vitkd.jobs import Job
 from vitkd.models import load_model
 from vitkd.runs import results
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.console import print_comparison, start_logging
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.training import one_line
 
 
 def main() -> None:

@@ -21,10 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitkd.errors import ConfigError, RunError
+from vitkd.runs.console import JOB_COLUMNS
 from vitkd.runs.files import write_atomically
 from vitkd.runs.processes import is_first
-
-FIGURES = ("teacher/test_acc", "val/acc_best", "test/acc_best", "test/acc_last")
 
 
 @dataclass
@@ -49,6 +48,8 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Remember where records go and, where Hydra knows beforehand, which jobs there will be."""
         self.folder = Path(config.hydra.sweep.dir)
+        for earlier in self.folder.glob("job-*.json"):
+            earlier.unlink()  # of a sweep before this one, where the folder is always the same
         self.planned = planned_jobs(config)
         Sweep.current = self
 
@@ -112,8 +113,11 @@ def recorded(explain: Callable[[Exception], str], say: Callable[[str], None]) ->
     def write() -> None:
         if not is_first():
             return
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps(asdict(job), indent=2) + "\n")
+        try:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(record, json.dumps(asdict(job), indent=2) + "\n")
+        except OSError as error:
+            say(f"{record}: cannot be written ({error.strerror}); the table will lack job {job.number}")
 
     write()
     try:
@@ -134,4 +138,4 @@ def recorded(explain: Callable[[Exception], str], say: Callable[[str], None]) ->
 
 def figures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Those of a run's metrics that its record repeats."""
-    return {name: metrics[name] for name in FIGURES}
+    return {name: metrics[name] for name in JOB_COLUMNS}

@@ -1,6 +1,7 @@
 """A signal waits until the state is safe, the second one does not, and afterwards all is as it was before."""
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -143,10 +144,26 @@ def test_at_the_end_ctrl_c_has_its_effect_too():
         send(INT)
 
 
-def test_an_error_comes_before_what_waits(handled):
-    with contextlib.suppress(ValueError), PostponedSignals():
+def test_an_error_does_not_swallow_what_waits(caplog, monkeypatch):
+    """Else the job would count as failed, and a sweep that was told to end would go on."""
+    monkeypatch.setattr(logging.getLogger("vitkd"), "propagate", True)
+
+    def fail() -> None:
+        with PostponedSignals():
+            send(TERM)
+            raise ValueError("out of luck")
+
+    with pytest.raises(SystemExit) as ended:
+        fail()
+
+    assert ended.value.code == TERMINATED
+    assert "out of luck" in caplog.text, "what went wrong is told all the same"
+
+
+def test_an_end_that_is_under_way_is_not_told_twice(handled):
+    with contextlib.suppress(SystemExit), PostponedSignals():
         send(USR1)
-        raise ValueError
+        raise SystemExit
 
     assert not handled
 

@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, one_line
 
 TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 20
@@ -49,11 +49,6 @@ def unavailable(name: str, target: Path, files: str, reason: object) -> ConfigEr
         f"dataset {name}: {target} is {state} ({reason});{' remove it,' if damaged else ''} go online with"
         f" dataset.download=true, unpack {files} by hand, or set paths.data=DIR to where it is whole"
     )
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, or else what it is."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def install(target: Path, fetch: Callable[[Path], Path]) -> None:

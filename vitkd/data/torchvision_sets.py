@@ -17,7 +17,7 @@ import torchvision
 from vitkd.data import staging
 from vitkd.data.spec import Dataset
 from vitkd.data.split import Split
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, one_line
 
 # Torchvision's class → the folder below paths.data where it keeps its files.
 FOLDERS = {
@@ -97,7 +97,7 @@ class Torchvision(Dataset):
         else:
             parts = (f"{official.mirrors[0]}{name} (md5 {md5})" for name, md5 in official.resources)
             files = f"{', '.join(parts)} in {target}"
-        reason = staging.one_line(error).removesuffix(" You can use download=True to download it")
+        reason = one_line(error).removesuffix(" You can use download=True to download it")
         return staging.unavailable(self.name, target, files, reason)
 
 

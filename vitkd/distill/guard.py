@@ -26,8 +26,9 @@ class FiniteGuard:
     """Looks at every loss and gradient, and waits for the device only where somebody waits anyway.
 
     On CUDA a fused optimiser is handed a flag that makes it leave the weights alone, from the first step on
-    that is not finite until `check` raises. Elsewhere reading a figure costs nothing, and each step is
-    checked before it is taken.
+    that is not finite until `check` raises; under 16-mixed the gradient scaler puts its own flag in that
+    place, which leaves out just the bad step. Elsewhere each step is checked before it is taken: on the CPU
+    that costs nothing, on MPS and with an optimiser that is not fused it waits for the device.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ def _message(terms: Mapping[str, float], images: list[int], step: int, epoch: in
     figures = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     named = ", ".join(map(str, images[:IMAGES_NAMED])) + (", …" if len(images) > IMAGES_NAMED else "")
     return (
-        f"step {step} (epoch {epoch}) is not finite: {figures}, on training images {named}; it was not taken"
-        " and the last checkpoint is good: try a lower optimizer.lr, a longer schedule.warmup or"
+        f"step {step} (epoch {epoch}) is not finite: {figures}, on training images {named}; it was not taken,"
+        " and what was saved before is good: try a lower optimizer.lr, a longer schedule.warmup or"
         " trainer.gradient_clip_val=1"
     )

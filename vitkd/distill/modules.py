@@ -101,14 +101,29 @@ class ClassifyModule(L.LightningModule):
         self._write({f"val/{name}": value for name, value in values.items()})
 
     def configure_optimizers(self) -> Any:
-        # A fused optimiser unscales mixed-precision gradients itself, too late for clipping them.
-        clips = self.trainer.gradient_clip_val is not None and "mixed" in str(self.trainer.precision)
+        # A fused optimiser unscales gradients itself, too late for clipping them.
+        clips = self.trainer.gradient_clip_val is not None and self.trainer.precision == "16-mixed"
         optimizer = self.optimizer.build((p for p in self.parameters() if p.requires_grad), fused=not clips)
         total_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.schedule.factor(step, total_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for a fused optimiser under mixed precision; bf16 has no scaler to heed.
+        if gradient_clip_val is None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def check_finite(self) -> None:
         """RunError if a loss or gradient so far was not finite; the weights are those before that step."""

@@ -195,6 +195,8 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
     """Put this process's generators into the state that `random_state` found there."""
+    if rank() >= len(states["cpu"]):
+        return  # there were fewer processes then; this one goes on as it was seeded
     # Clones: PyTorch reads past the end of a row that does not lie at its storage's beginning.
     own = {name: state[rank()].clone() for name, state in states.items()}
     torch.set_rng_state(own["cpu"])

@@ -26,7 +26,12 @@ EPOCH_COLUMNS = {
     "val/teacher_agreement": "agreement {:.1%}",
     "train/images_per_second": "{:,.0f} images/s",
 }
-
+JOB_COLUMNS = {
+    "teacher/test_acc": "teacher",
+    "val/acc_best": "val best",
+    "test/acc_best": "test best",
+    "test/acc_last": "test last",
+}
 
 KNOWN_AND_MEANT = (
     # The data lies on the device already; loader workers would only slow it down.
@@ -149,15 +154,13 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     """All jobs of a sweep beside each other, those that failed or never ran as well; nothing for no jobs."""
     if not jobs or all(job.state == "not run" for job in jobs):
         return
-    figures = ("teacher", "val best", "test best", "test last")
-    table = new_table("job", "state", *figures, "folder", text=("state", "folder"))
+    table = new_table("job", "state", *JOB_COLUMNS.values(), "folder", text=("state", "folder"))
     for job in jobs:
         settings = job.settings.items()
         told = {key: value for key, value in settings if any(value != j.settings.get(key) for j in jobs)}
         name = " ".join(f"{key}={value}" for key, value in (told or job.settings).items())
         place = Path(job.folder).name if job.folder else ""
-        keys = ("teacher/test_acc", "val/acc_best", "test/acc_best", "test/acc_last")
-        accuracies = (percent(job.figures.get(key)) for key in keys)
+        accuracies = (percent(job.figures.get(key)) for key in JOB_COLUMNS)
         table.add_row(f"{job.number} {name}", job.state, *accuracies, place)
     parents = dict.fromkeys(str(Path(job.folder).parent) for job in jobs if job.folder)
     errors = [f"job {job.number} failed: {job.error}" for job in jobs if job.error]

@@ -75,7 +75,7 @@ class RunFolder:
             if (difference := first_difference(folder.read_config(), config)) is None:
                 found = folder
             else:
-                other = f"{candidate} has another {difference}"
+                other = f"{candidate} has another {difference.removesuffix('._target_')}"
         if found is None and other is not None:
             log.info("%s: starting anew, in a folder beside it", other)
         return found
@@ -141,6 +141,8 @@ class RunFolder:
 
     @contextmanager
     def _told(self, config: Mapping[str, Any]) -> Iterator[None]:
+        for half in self.path.glob(".*.tmp"):
+            half.unlink()  # of an attempt that was killed while it wrote
         write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         handler = LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))

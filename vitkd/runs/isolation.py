@@ -4,7 +4,6 @@ import gc
 import os
 import random
 import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from vitkd.runs.signals import in_main_thread
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def signal_handlers() -> dict[int, Any]:
 
 def set_signal_handlers(handlers: Mapping[int, Any]) -> None:
     """Make each signal do that again, where this thread may say so."""
-    if threading.current_thread() is not threading.main_thread():
+    if not in_main_thread():
         return
     for number, handler in handlers.items():
         # None was not installed from Python, and cannot be.

@@ -127,6 +127,8 @@ def _connected() -> Iterator[None]:
     try:
         yield
         wait_for_all()
+    except RunError:
+        raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

@@ -1,10 +1,13 @@
 """Signals that wait until a run's state is safe on disk."""
 
+import logging
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Self
+
+log = logging.getLogger("vitkd")
 
 TERMINATED = 128 + signal.SIGTERM
 # Ctrl-C; a scheduler's request to end; what SLURM and submitit send ahead of a time limit.
@@ -15,7 +18,7 @@ POSTPONED = [
 
 def exit_on_termination() -> None:
     """Make SIGTERM an orderly exit with code 143, unless something else looks after it already."""
-    if _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _exit)
 
 
@@ -31,7 +34,7 @@ class PostponedSignals:
         self._handlers: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
-        if _in_main_thread():
+        if in_main_thread():
             exit_on_termination()
             self._handlers = {
                 number: handler for number in POSTPONED if callable(handler := signal.getsignal(number))
@@ -44,7 +47,9 @@ class PostponedSignals:
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if kind is None:
+        if self.waiting and isinstance(error, Exception):
+            log.error("error: %s", error)  # being told to end is what the run ends with
+        if kind is None or issubclass(kind, Exception):
             self.deliver()
 
     def install(self) -> None:
@@ -70,6 +75,6 @@ class PostponedSignals:
         handler(number, frame)
 
 
-def _in_main_thread() -> bool:
-    # Elsewhere Python neither delivers signals nor lets handlers be set.
+def in_main_thread() -> bool:
+    """Whether Python delivers signals here and lets handlers be set."""
     return threading.current_thread() is threading.main_thread()

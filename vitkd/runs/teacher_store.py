@@ -96,7 +96,8 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
             log.info("no teacher yet: training it first, once; later runs reuse it")
             folder = RunFolder(agree(lambda: attempt(store, settings)))
             train(folder)
-            agree(lambda: publish(folder, store))
+            agree(lambda: folder.path.rename(store))
+        agree(lambda: remove_attempts(store))
     return load_any(store)
 
 
@@ -106,11 +107,10 @@ def attempt(store: Path, settings: Mapping[str, Any]) -> Path:
     return (RunFolder.latest(unfinished, settings) or RunFolder.claim(unfinished)).path
 
 
-def publish(folder: RunFolder, store: Path) -> None:
-    """Give a finished teacher's folder its name, and remove all other attempts."""
-    folder.path.rename(store)
-    for other in store.parent.glob(f"{store.name}.unfinished*"):
-        shutil.rmtree(other)
+def remove_attempts(store: Path) -> None:
+    """Remove what attempts at a teacher that is there by now have left."""
+    for folder in store.parent.glob(f"{store.name}.unfinished*"):
+        shutil.rmtree(folder)
 
 
 def acquired(lock: BaseFileLock) -> AcquireReturnProxy:

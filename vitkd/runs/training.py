@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,12 +11,13 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import ClassifyModule
-from vitkd.errors import ConfigError, suggest
+from vitkd.errors import ConfigError, one_line, suggest
 from vitkd.models import ViT
 from vitkd.runs.checkpointing import Checkpointing
 from vitkd.runs.checkpoints import DurableCheckpointIO, load_from_checkpoint, newest_good
@@ -32,7 +33,16 @@ log = logging.getLogger("vitkd")
 DECIDED = {
     *("logger", "callbacks", "plugins", "profiler", "default_root_dir", "log_every_n_steps", "barebones"),
     *("enable_checkpointing", "enable_model_summary", "enable_progress_bar", "use_distributed_sampler"),
-    *("fast_dev_run", "overfit_batches", "max_time", "max_steps", "min_steps", "min_epochs"),
+    # Accuracy is read, and the best epoch kept, when an epoch has ended.
+    *(
+        "val_check_interval",
+        "fast_dev_run",
+        "overfit_batches",
+        "max_time",
+        "max_steps",
+        "min_steps",
+        "min_epochs",
+    ),
 }
 COUNTS = ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
 
@@ -93,11 +103,6 @@ def check_trainer(settings: dict[str, Any]) -> Machine:
     return Machine(trial.strategy.root_device, trial.num_devices * trial.num_nodes, trial.num_nodes)
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks."""
-    return " ".join(str(error).split()).rstrip(".!")
-
-
 def fit(
     module: ClassifyModule,
     data: ImageDataModule,
@@ -153,7 +158,21 @@ def where_to_go_on(folder: RunFolder) -> tuple[Path | None, int]:
 
 def averaging(settings: Settings) -> list[Callback]:
     """What keeps an average of the weights for validation and for good, if that is asked for."""
-    return [] if settings.ema_decay is None else [EMAWeightAveraging(decay=settings.ema_decay)]
+    return [] if settings.ema_decay is None else [WeightAveraging(avg_fn=warm_average(settings.ema_decay))]
+
+
+def warm_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """An exponential moving average whose decay grows with the `count` of averaged steps up to `decay`.
+
+    min(decay, (1 + count) / (10 + count)), as TensorFlow's ExponentialMovingAverage: with a constant decay a
+    short run would keep most of its first, random weights.
+    """
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+        kept = ((1 + count) / (10 + count)).clamp(max=decay).to(averaged)
+        return kept * averaged + (1 - kept) * current
+
+    return average
 
 
 def build_trainer(
