@@ -1,5 +1,6 @@
 """From the command line to a checked configuration, and from a person's mistake to one clear line."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -88,12 +89,10 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     except (HydraException, OmegaConfBaseException, ConfigError, YAMLError) as error:
         fail(one_line(error))
     except OSError as error:
-        if error.filename is None and error.errno not in NO_ROOM:
+        if error.errno not in NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM}:
             raise
-        place = error.filename or "the sweep's folder"
-        fail(
-            f"{place}: cannot be written or read ({error.strerror}); name another place or make room", FAILED
-        )
+        place = error.filename or "the outputs' disk"
+        fail(f"{place}: cannot be written ({error.strerror}); make room or set paths.outputs=DIR", FAILED)
     except (RuntimeError, ValueError) as error:
         if (line := explain_foreign(error)) is None:
             raise
