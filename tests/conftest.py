@@ -74,6 +74,16 @@ def command() -> Command:
 
 
 @pytest.fixture(scope="session")
+def finished(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ended well; whoever changes it works on a copy."""
+    outputs = tmp_path_factory.mktemp("finished")
+    briefly = ["trainer.max_epochs=1", "teacher.max_epochs=1", "trainer.limit_train_batches=1"]
+    ended = command("train", *briefly, f"paths.outputs={outputs}", "name=run")
+    assert ended.code == 0, ended.err
+    return outputs / "digits" / "run"
+
+
+@pytest.fixture(scope="session")
 def process() -> Command:
     """As `command`, by a new interpreter; the keyword `cwd` is its working folder."""
 

@@ -215,15 +215,6 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def finished(command, tmp_path_factory) -> Path:
-    """A run's folder, all well."""
-    outputs = tmp_path_factory.mktemp("finished")
-    ended = command("train", *BRIEFLY, f"paths.outputs={outputs}", "name=run")
-    assert ended.code == 0, ended.err
-    return outputs / "digits" / "run"
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """An empty working folder."""

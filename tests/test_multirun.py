@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from tests import crashes
 from tests.crashes import Strike
-from vitkd.jobs import Job, Sweep, as_settings
+from vitkd.jobs import Sweep, as_settings
+from vitkd.runs.console import Job
 from vitkd.runs.folder import RunFolder
 
 ALONE = [

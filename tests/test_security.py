@@ -1,6 +1,5 @@
 """A file that somebody gave you is read as settings and numbers; nothing in it ever runs."""
 
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch
 import yaml
 
 import vitkd.data.spec
+from tests.bombs import Bomb
 from vitkd.data import Dataset, Digits, ImageFolder
 from vitkd.distill.losses import KL, AttentionLoss
 from vitkd.distill.methods import Method
@@ -22,16 +22,6 @@ from vitkd.schema import allowed_class, build
 
 # Should a command not be refused after all, it soon ends.
 BRIEFLY = ["trainer.max_epochs=1", "teacher.max_epochs=1", "trainer.limit_train_batches=1"]
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (self.folder,)
 
 
 @pytest.fixture
@@ -239,15 +229,6 @@ def hidden(bomb: Bomb, kind: str, file: Path) -> Path:
         content = {"model": bomb, "state_dict": {}, "epoch": 0}
         torch.save(content, file, _use_new_zipfile_serialization=kind == "zip")
     return file
-
-
-@pytest.fixture(scope="module")
-def finished(command, tmp_path_factory) -> Path:
-    """A run's folder, all well."""
-    outputs = tmp_path_factory.mktemp("finished")
-    ended = command("train", *BRIEFLY, f"paths.outputs={outputs}", "name=run")
-    assert ended.code == 0, ended.err
-    return outputs / "digits" / "run"
 
 
 def damaged(finished: Path, tmp_path: Path) -> Path:

@@ -22,10 +22,11 @@ from yaml import YAMLError
 from vitkd.config import CONF_DIR, LONGEST_NAME, Config
 from vitkd.distill.methods import Method
 from vitkd.errors import ConfigError, RunError
-from vitkd.jobs import Job, Sweep, as_typed, is_multirun, overridden, recorded
+from vitkd.jobs import Sweep, as_typed, is_multirun, overridden, recorded
 from vitkd.messages import explain, explain_foreign
-from vitkd.runs.console import print_jobs
+from vitkd.runs.console import Job, print_jobs
 from vitkd.runs.files import NO_ROOM
+from vitkd.runs.folder import IMMATERIAL
 from vitkd.runs.isolation import isolated
 from vitkd.runs.processes import is_first, rank
 from vitkd.runs.signals import TERMINATED, exit_on_termination
@@ -39,12 +40,8 @@ HYDRA_OPTIONS = {
     *("--info", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
     "--experimental-rerun",
 }
-# They stand elsewhere in the path, or do not change what is computed.
-NOT_NAMED = {
-    *("name", "sweep", "experiment", "paths.data", "paths.outputs", "log_every_n_steps"),
-    *("pictures_every_n_epochs", "checkpoint_minutes", "resume", "sweep.rerun"),
-    *("trainer", "trainer.accelerator"),
-}
+# Besides what is immaterial: they stand elsewhere in the path, or do not change what is computed.
+NOT_NAMED = {"experiment", "log_every_n_steps", "trainer", "trainer.accelerator"}
 
 
 def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None]) -> None:
@@ -80,12 +77,33 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Read once a process, so it has to be there before the first job, should any ask for determinism.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    exit_on_termination()
+    with summed_up(), ended_by_one_line(one_line), checked_by(refuse_foreign_code):
+        check_arguments(arguments)
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+
+
+@contextmanager
+def summed_up() -> Iterator[None]:
+    """Tell of all jobs of a multirun at the end, however it comes; exit with 1 if one of them failed."""
     Sweep.current = None
+    jobs: list[Job] = []
     try:
-        exit_on_termination()
-        with checked_by(refuse_foreign_code):
-            check_arguments(arguments)
-            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
+        yield
+    finally:
+        if Sweep.current:
+            jobs = Sweep.current.jobs()
+        if is_first():
+            print_jobs(jobs)
+    if any(job.state == "failed" for job in jobs):
+        sys.exit(FAILED)
+
+
+@contextmanager
+def ended_by_one_line(one_line: Callable[[Exception], str]) -> Iterator[None]:
+    """End the program with one line, and the exit code that it stands for, whatever a person can mend."""
+    try:
+        yield
     except (HydraException, OmegaConfBaseException, ConfigError, YAMLError) as error:
         fail(one_line(error))
     except OSError as error:
@@ -103,12 +121,6 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
         if end.code == TERMINATED:
             say("stopped by SIGTERM")
         raise
-    finally:
-        jobs: list[Job] = Sweep.current.jobs() if Sweep.current else []
-        if is_first():
-            print_jobs(jobs)
-    if any(job.state == "failed" for job in jobs):
-        sys.exit(FAILED)
 
 
 @contextmanager
@@ -170,7 +182,12 @@ def run_path(config: Config) -> Path:
     """Where this job's run folder goes: outputs/<experiment or data set>/<its overrides>."""
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     group, in_path = (experiment, "experiment") if experiment else (config.dataset.name, "dataset")
-    told = {key: value for key, value in overridden().items() if key not in NOT_NAMED | {in_path}}
+    unnamed = NOT_NAMED | {in_path}
+    told = {
+        key: value
+        for key, value in overridden().items()
+        if key not in unnamed and key.partition(".")[0] not in IMMATERIAL
+    }
     return Path(config.paths.outputs, group, config.name or folder_name(told))
 
 

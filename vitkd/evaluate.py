@@ -13,11 +13,10 @@ from vitkd.cli import run_command
 from vitkd.config import parse
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
-from vitkd.jobs import Job
 from vitkd.models import load_model
 from vitkd.runs import results
 from vitkd.runs.checkpoints import load_from_checkpoint
-from vitkd.runs.console import print_comparison, start_logging
+from vitkd.runs.console import Job, print_comparison, start_logging
 from vitkd.runs.folder import RunFolder
 
 

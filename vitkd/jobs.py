@@ -8,10 +8,11 @@ import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,23 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vitkd.errors import ConfigError, RunError
-from vitkd.runs.console import JOB_COLUMNS
+from vitkd.runs.console import JOB_COLUMNS, Job
 from vitkd.runs.files import write_atomically
 from vitkd.runs.processes import is_first
-
-
-@dataclass
-class Job:
-    """One job of a multirun."""
-
-    number: int
-    settings: dict[str, str]
-    """What the command line set: {"alpha": "0.5", "loss": "kl"}."""
-    state: str = "not run"
-    """done, done before, failed, stopped, running elsewhere, or not run."""
-    folder: str | None = None
-    error: str | None = None
-    figures: dict[str, float | None] = field(default_factory=dict)
 
 
 class Sweep(Callback):
@@ -67,8 +54,6 @@ def planned_jobs(config: DictConfig) -> list[Job]:
     """The jobs of Hydra's own sweeper; other sweepers settle theirs as they go."""
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return []
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     # `glob` looks at the options that there are.
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())

@@ -13,10 +13,10 @@ from vitkd.cli import goes_on, run_command, run_path, same_job, warn_of_ignored_
 from vitkd.config import Config, parse, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import DistillModule
-from vitkd.jobs import Job, figures_of
+from vitkd.jobs import figures_of
 from vitkd.models import ViT, count_parameters, digest, save_model
 from vitkd.runs import results
-from vitkd.runs.console import describe_model, percent, print_results, start_logging
+from vitkd.runs.console import Job, describe_model, percent, print_results, start_logging
 from vitkd.runs.evaluation import Evaluation, evaluate
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.pictures import AttentionPictures
@@ -49,10 +49,12 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
             return leave_alone(earlier, job)
         announce(config, given)
         with closing(load_data(config)) as data:
-            teacher = (given or obtain_teacher(config)) if config.method.needs_teacher else None
+            teacher = given
+            if teacher is None and config.method.needs_teacher:
+                teacher = obtain_teacher(config, machine.device)
             folder = RunFolder(agree(lambda: earlier.path if earlier else RunFolder.claim(path).path))
             job.folder = str(folder.path)
-            metrics = train(config, teacher, data, folder)
+            metrics = train(config, teacher, data, machine.device, folder)
     if not is_first():
         return None
     print_results(metrics, folder, config.paths.outputs)
@@ -102,18 +104,18 @@ def announce(config: Config, given: ViT | None) -> None:
     log.info("student: %s", describe_model(config.student))
 
 
-def obtain_teacher(config: Config) -> ViT:
+def obtain_teacher(config: Config, device: torch.device) -> ViT:
     """The stored teacher of this configuration, trained now if no run has needed it before."""
     own = teacher_run(config)
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
-    return stored_teacher(store, own.resolved, lambda folder: train_teacher(own, folder))
+    return stored_teacher(store, own.resolved, lambda folder: train_teacher(own, device, folder))
 
 
-def train_teacher(own: Config, folder: RunFolder) -> None:
+def train_teacher(own: Config, device: torch.device, folder: RunFolder) -> None:
     """Train a teacher in `folder`, by a run of its own."""
     with closing(load_data(own)) as data:
-        train(own, None, data, folder)
+        train(own, None, data, device, folder)
 
 
 def load_data(config: Config) -> ImageDataModule:
@@ -123,7 +125,9 @@ def load_data(config: Config) -> ImageDataModule:
     return data
 
 
-def train(config: Config, teacher: ViT | None, data: ImageDataModule, folder: RunFolder) -> dict[str, Any]:
+def train(
+    config: Config, teacher: ViT | None, data: ImageDataModule, device: torch.device, folder: RunFolder
+) -> dict[str, Any]:
     """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds.
 
     If an earlier attempt in `folder` was cut off, training goes on from where that was saved. Of several
@@ -133,7 +137,6 @@ def train(config: Config, teacher: ViT | None, data: ImageDataModule, folder: Ru
         seed_generators(config.seed, WEIGHTS, config.student)
         student = config.student.build()
         module = config.method.module(student, teacher, config, lambda: data.first("train", 64).image)
-        device = check_trainer(config.trainer).device
         teacher_test = measure_teacher(teacher, data, device) if teacher and is_first() else None
         # Now: training may change the precision of its weights.
         about_teacher = describe_teacher(teacher, teacher_test)

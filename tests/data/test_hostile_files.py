@@ -1,6 +1,5 @@
 """CIFAR's files are pickles: none is read unless its checksum is the official one."""
 
-import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torchvision
 
+from tests.bombs import Bomb
 from vitkd.data import Dataset
 from vitkd.errors import ConfigError
 
@@ -17,16 +17,6 @@ from .official import offer, publish_cifar, tar_of, unpack
 from .server import Server
 
 Make = Callable[..., Dataset]
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (self.folder,)
 
 
 @pytest.fixture

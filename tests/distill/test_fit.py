@@ -23,8 +23,6 @@ from vitkd.models import ViT, build_from_header
 pytestmark = [
     # Lightning 2.6 asks for a tree's leaves in a way that newer PyTorch deprecates.
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    # A frozen teacher in eval mode is what is wanted; Lightning cannot know.
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
 ]
 # Lightning remarks on a missing validation loader; a run may go without.
 without_validation = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

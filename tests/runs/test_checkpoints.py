@@ -11,7 +11,7 @@ import resource
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -463,20 +463,8 @@ def test_a_full_disk_is_one_line_and_the_old_one_stays(last):
     check_sums(last.parent)
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 300 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "vitkd-test", str(place)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only the superuser can mount a small disk")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_file_system_that_fills_up_keeps_the_old_one(small_disk):
-    path = small_disk / "last.ckpt"
+    path = small_disk(300) / "last.ckpt"
     write_checkpoint(path, content(1, size=30_000))
 
     # Two of them fit, and three do not.

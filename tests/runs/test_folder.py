@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -430,26 +429,15 @@ def test_what_ended_a_run_is_told_even_where_its_state_cannot_be_written(end, tm
     assert folder.state == "stopped"
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "vitkd-test", str(place)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only the superuser can mount a small disk")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_file_system_that_fills_up_during_a_run_is_one_line(small_disk, capsys):
-    folder = RunFolder.claim(small_disk / "run")
+    disk = small_disk(64)
+    folder = RunFolder.claim(disk / "run")
     log = logging.getLogger("vitkd")
 
     def run() -> None:
         with folder.running(CONFIG):
             with suppress(OSError):
-                (small_disk / "full").write_bytes(bytes(100_000))
+                (disk / "full").write_bytes(bytes(100_000))
             for _ in range(40):
                 log.warning("a line for run.log, which may take it or not: %s", "x" * 100)
             folder.write_metrics({"acc": 0.5})

@@ -23,7 +23,6 @@ pytestmark = [
     # Lightning 2.6 asks torch in a way that torch 2.15 has deprecated.
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
     # The frozen teacher is meant to be.
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
 ]
 
 TAG = "attention/block1_from_2"

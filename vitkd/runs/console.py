@@ -4,8 +4,9 @@ import logging
 import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 from rich.console import Console, JustifyMethod
@@ -38,24 +39,24 @@ KNOWN_AND_MEANT = (
     ".*does not have many workers.*",
     # The last batch of an epoch is always logged.
     ".*smaller than the logging interval.*",
-    # The teacher stays in eval mode.
-    r".*module\(s\) in eval mode at the start of training.*",
-    # metrics.csv lies beside the run's other files.
-    ".*Experiment logs directory .* exists and is not empty.*",
     # Lightning 2.6 under a newer PyTorch.
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
 )
 
 
-class Job(Protocol):
-    """What a sweep's closing table tells of each of its jobs."""
+@dataclass
+class Job:
+    """What a sweep's record and its closing table tell of one of its jobs."""
 
     number: int
     settings: dict[str, str]
-    state: str
-    folder: str | None
-    error: str | None
-    figures: dict[str, float | None]
+    """What the command line set: {"alpha": "0.5", "loss": "kl"}."""
+    state: str = "not run"
+    """done, done before, failed, stopped, running elsewhere, or not run."""
+    folder: str | None = None
+    error: str | None = None
+    figures: dict[str, float | None] = field(default_factory=dict)
+    """By the names of JOB_COLUMNS."""
 
 
 class EpochLines(L.Callback):

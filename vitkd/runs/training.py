@@ -33,16 +33,9 @@ log = logging.getLogger("vitkd")
 DECIDED = {
     *("logger", "callbacks", "plugins", "profiler", "default_root_dir", "log_every_n_steps", "barebones"),
     *("enable_checkpointing", "enable_model_summary", "enable_progress_bar", "use_distributed_sampler"),
+    *("fast_dev_run", "overfit_batches", "max_time", "max_steps", "min_steps", "min_epochs"),
     # Accuracy is read, and the best epoch kept, when an epoch has ended.
-    *(
-        "val_check_interval",
-        "fast_dev_run",
-        "overfit_batches",
-        "max_time",
-        "max_steps",
-        "min_steps",
-        "min_epochs",
-    ),
+    "val_check_interval",
 }
 COUNTS = ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
 
@@ -129,7 +122,8 @@ def fit(
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from error
             raise
-    if is_first():
+    if start and is_first():
+        # The attempt that was cut off may have left an older one.
         checkpointing.write_best(module.model)
     wait_for_all()
     last, epochs = load_from_checkpoint(folder.last)
