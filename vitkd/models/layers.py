@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd.models.dropout import Dropout
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Attention is compared in float32 even where bf16 computed it; float64 stays."""
@@ -68,7 +70,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, dropout: float, qkv_bias: bool) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.dropout = num_heads, head_dim, dropout
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.dropout = Dropout(dropout)
         self.norm = LayerNorm(dim)
         self.qkv = Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
         self.out = Linear(num_heads * head_dim, dim)
@@ -79,17 +82,22 @@ class Attention(nn.Module):
         Only a recorded block pays for its T×T matrix; the others use PyTorch's fused attention.
         """
         q, k, v = self._heads(self.qkv(self.norm(x)), 3)
-        dropout = self.dropout if self.training else 0.0
-        scores = None
-        if record:
-            scores = self._scores(q, k)
-            values = F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
+        scores = self._scores(q, k) if record else None
+        if scores is not None:
+            values = self._attend(scores, v)
+        elif self.dropout.rate and self.dropout.streams is not None:
+            # The fused kernels draw from PyTorch's own generator.
+            values = self._attend(self._scores(q, k), v)
         else:
-            # The fused kernels take exactly one batch axis.
+            # They take exactly one batch axis.
             flat_q, flat_k, flat_v = (t.flatten(0, -4) for t in (q, k, v))
-            fused = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, dropout_p=dropout)
+            fused = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, dropout_p=self.dropout.rate)
             values = fused.view_as(v)
-        return F.dropout(self.out(values.transpose(-3, -2).flatten(-2)), dropout), scores
+        return self.dropout(self.out(values.transpose(-3, -2).flatten(-2))), scores
+
+    def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
+        """The values [*S, B, H, T, head_dim] averaged as the scores [*S, B, H, T, T] say."""
+        return self.dropout(scores.softmax(-1)).to(v.dtype) @ v
 
     def scores(self, x: Tensor) -> Tensor:
         """The scores [*S, B, H, T, T] alone: no values, no output projection."""
@@ -115,14 +123,13 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
         self.norm = LayerNorm(dim)
         self.expand = Linear(dim, hidden)
         self.contract = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(F.gelu(self.expand(self.norm(x))), self.dropout, self.training)
-        return F.dropout(self.contract(hidden), self.dropout, self.training)
+        return self.dropout(self.contract(self.dropout(F.gelu(self.expand(self.norm(x))))))
 
 
 class Block(nn.Module):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError
+from vitkd.models.dropout import Dropout
 from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
 
 
@@ -88,6 +88,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = c = config
+        self.dropout = Dropout(c.emb_dropout)
         self.tokenizer = PatchEmbedding(c.channels, c.patch_size, c.embed_dim, c.patch_norm)
         # N(0, 1), not timm's 0.02: on small images the narrow start costs tens of points after few epochs.
         self.cls_token = nn.Parameter(torch.randn(1, 1, c.embed_dim))
@@ -125,7 +126,7 @@ class ViT(nn.Module):
         x = self.tokenizer(images)
         cls = self.cls_token.expand(*x.shape[:-2], 1, -1)
         x = torch.cat([cls, x], dim=-2) + self.positions
-        return F.dropout(x, self.config.emb_dropout, self.training)
+        return self.dropout(x)
 
     def _encode(
         self, images: Tensor, depth: int, record: Collection[int]
