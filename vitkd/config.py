@@ -95,6 +95,8 @@ class Root:
     alpha: float
     """Weight of the *class* loss: alpha·L_class + (1 − alpha)·L_att. 1 is the student alone. DeiT's and
     vit-pytorch's alpha weigh the other term."""
+    label_smoothing: float
+    """What the student's labels share among all classes (Szegedy et al. 2016); 0 for none."""
     seed: int
     name: str | None
     """The run folder's name; null makes one from the overrides."""
@@ -117,6 +119,8 @@ class Root:
                 f"alpha={self.alpha}: must lie in [0, 1]; it weighs the class loss "
                 "(1 is labels alone, 0 attention alone)"
             )
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
         check_seed(self.seed)
         if self.log_every_n_steps < 1:
             raise ConfigError(f"log_every_n_steps={self.log_every_n_steps}: must be at least 1")
@@ -202,7 +206,7 @@ def teacher_run(config: Config) -> Config:
     model = {key: value for key, value in node.items() if key not in TEACHER_KEYS}
     none = {"_target_": f"{NoDistillation.__module__}.{NoDistillation.__name__}"}
     trainer = config.trainer | {"max_epochs": node["max_epochs"]}
-    own = {"student": model, "method": none, "trainer": trainer, "ema_decay": None}
+    own = {"student": model, "method": none, "trainer": trainer, "ema_decay": None, "label_smoothing": 0.0}
     own |= {key: node[key] for key in ("optimizer", "schedule", "seed")}
     return parse(OmegaConf.create(config.resolved | own))
 

@@ -169,8 +169,8 @@ def test_of_many_images_the_first_are_named():
         guard.check(1, 1)
 
 
-def test_the_first_bad_step_of_several_is_named():
-    steps = Steps()
+def test_the_first_bad_step_of_several_is_named(on_device):
+    steps = on_device
     for loss in (1.0, 1.0, math.inf, math.nan):
         steps.take(loss)
 
@@ -181,6 +181,7 @@ def test_the_first_bad_step_of_several_is_named():
 def test_of_accumulated_batches_the_bad_one_is_named():
     steps = Steps()
     steps.take(batches=3)
+    steps.guard.check(step=1, epoch=1)
     steps.guard.watch(losses(1.0), torch.tensor([1, 2]))
     steps.guard.watch(losses(math.nan), torch.tensor([3, 4]))
     steps.guard.watch(losses(1.0), torch.tensor([5, 6]))

@@ -16,6 +16,7 @@ from vitkd.errors import ConfigError
 
 def plan(**changes: object) -> SimpleNamespace:
     settings = {
+        "label_smoothing": 0.0,
         "granularity": Block(),
         "loss": MSE(),
         "alpha": 0.5,

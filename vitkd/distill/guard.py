@@ -1,6 +1,8 @@
-"""A step that is not finite never reaches the weights."""
+"""A step that is not finite never reaches the weights.
 
-import math
+Shapes: S stacked students (absent for one model), B batch, n losses.
+"""
+
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -17,9 +19,9 @@ class _Seen(NamedTuple):
 
     names: tuple[str, ...]
     values: Tensor
+    """[*S, n]"""
     images: Tensor
-    steps: int
-    """optimiser steps since the last check"""
+    """[B], or [S, B] where students see images of their own"""
 
 
 class FiniteGuard:
@@ -33,13 +35,15 @@ class FiniteGuard:
 
     def __init__(self) -> None:
         self._seen: list[_Seen] = []
-        self._steps = 0
-        self._bad: Tensor | None = None
+        # What follows lies on the device and keeps its place in memory, so that a CUDA graph can go on with it.
+        self._steps: Tensor | None = None
+        self._first_bad: dict[tuple[str, ...], Tensor] = {}
+        self._flag: Tensor | None = None
 
     def watch(self, losses: Mapping[str, Tensor], index: Tensor) -> None:
-        """Note a batch's losses; `index` [B] says which images it holds."""
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        self._seen.append(_Seen(tuple(losses), values, index, self._steps))
+        """Note a batch's losses [*S]; `index` [B] or [S, B] says which images it holds."""
+        values = torch.stack([loss.detach().float() for loss in losses.values()], dim=-1)
+        self._seen.append(_Seen(tuple(losses), values, index))
 
     def hold_back(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter] = ()) -> bool:
         """Note the gradients of `parameters`, and keep `optimizer` from taking a step that is not finite.
@@ -49,42 +53,86 @@ class FiniteGuard:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)
-            self._seen.append(_Seen(("gradient norm",), norm[None], self._seen[-1].images, self._steps))
-        self._steps += 1
+            self._seen.append(_Seen(("gradient norm",), norm[None], self._seen[-1].images))
         can_hold = bool(optimizer.defaults.get("fused")) and self._seen[-1].values.is_cuda
         if can_hold:
-            values = torch.cat([seen.values for seen in self._seen if seen.steps == self._steps - 1])
-            bad = ~values.isfinite().all()
-            self._bad = bad if self._bad is None else self._bad | bad
-            optimizer.found_inf = self._bad.float()  # type: ignore[attr-defined]
+            bad = self.end_step()
+            self._flag = torch.zeros_like(bad, dtype=torch.float32) if self._flag is None else self._flag
+            optimizer.found_inf = self._flag.copy_(bad)  # type: ignore[attr-defined]
         return can_hold
 
-    def check(self, step: int, epoch: int) -> None:
-        """Forget what was noted if all of it is finite.
+    def end_step(self) -> Tensor:
+        """Fold what was noted since the last step into the first bad batches; whether there is any, [*S]."""
+        values = self._seen[0].values
+        if self._steps is None:
+            self._steps = torch.zeros((), dtype=torch.int64, device=values.device)
+        for seen in self._seen:
+            self._keep_first_bad(seen, self._steps)
+        self._steps += 1
+        self._seen = []
+        return torch.stack([table[..., 0] > 0 for table in self._first_bad.values()]).any(0)
+
+    def found(self, step: int, epoch: int) -> list[str | None]:
+        """What is not finite of each student, in one line that names the step, its terms and its images.
 
         Args:
             step: number (from 1) of the last step noted.
             epoch: from 1.
 
-        Raises:
-            RunError: it is not; names the first such step, its terms and its images.
+        All of it is forgotten then.
         """
-        seen, steps = self._seen, self._steps
-        self._seen, self._steps, self._bad = [], 0, None
-        if not seen:
+        if self._seen:
+            self.end_step()
+        if self._steps is None:
+            return [None]
+        tables = {names: table.reshape(-1, table.shape[-1]).tolist() for names, table in self._first_bad.items()}
+        before = step - int(self._steps)
+        students = len(next(iter(tables.values())))
+        messages = [_first_message(tables, student, before, epoch) for student in range(students)]
+        self._steps.zero_()
+        for table in self._first_bad.values():
+            table.zero_()
+        return messages
+
+    def check(self, step: int, epoch: int) -> None:
+        """RunError if anything that was noted is not finite; arguments as for `found`."""
+        if self._is_fine():
             return
-        values = iter(torch.cat([batch.values for batch in seen]).tolist())
-        for batch in seen:
-            terms = {name: next(values) for name in batch.names}
-            if not all(map(math.isfinite, terms.values())):
-                raise RunError(_message(terms, batch.images.tolist(), step - steps + batch.steps + 1, epoch))
+        for message in self.found(step, epoch):
+            if message is not None:
+                raise RunError(message)
+
+    def _is_fine(self) -> bool:
+        """Whether all that was noted is finite, where that is known without the tables; forgets it then."""
+        if self._steps is None and self._seen:
+            if torch.cat([seen.values.flatten() for seen in self._seen]).isfinite().all():
+                self._seen = []
+        return self._steps is None and not self._seen
+
+    def _keep_first_bad(self, seen: _Seen, step: Tensor) -> None:
+        """A row a student: whether there was a bad batch, at which step, its figures and images."""
+        students = seen.values.shape[:-1]
+        bad = ~seen.values.isfinite().all(-1, keepdim=True)
+        row = torch.cat(
+            [bad, step.expand(*students, 1), seen.values, seen.images.expand(*students, -1)], dim=-1
+        ).float()
+        table = self._first_bad.setdefault(seen.names, torch.zeros_like(row))
+        table.copy_(torch.where(bad & (table[..., :1] == 0), row, table))
 
 
-def _message(terms: Mapping[str, float], images: list[int], step: int, epoch: int) -> str:
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-    named = ", ".join(map(str, images[:IMAGES_NAMED])) + (", …" if len(images) > IMAGES_NAMED else "")
+def _first_message(
+    tables: Mapping[tuple[str, ...], list[list[float]]], student: int, before: int, epoch: int
+) -> str | None:
+    """The line about one student's first bad batch, if it has one."""
+    rows = [(names, table[student]) for names, table in tables.items() if table[student][0]]
+    if not rows:
+        return None
+    names, (_, step, *figures) = min(rows, key=lambda row: row[1][1])
+    values, images = figures[: len(names)], figures[len(names) :]
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+    named = ", ".join(f"{image:.0f}" for image in images[:IMAGES_NAMED])
     return (
-        f"step {step} (epoch {epoch}) is not finite: {figures}, on training images {named}; it was not taken,"
-        " and what was saved before is good: try a lower optimizer.lr, a longer schedule.warmup or"
-        " trainer.gradient_clip_val=1"
+        f"step {before + step + 1:.0f} (epoch {epoch}) is not finite: {terms}, on training images {named}"
+        f"{', …' if len(images) > IMAGES_NAMED else ''}; it was not taken, and what was saved before is good:"
+        " try a lower optimizer.lr, a longer schedule.warmup or trainer.gradient_clip_val=1"
     )

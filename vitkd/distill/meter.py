@@ -10,26 +10,42 @@ from vitkd.models.layers import at_least_float32
 
 
 class Meter:
-    """Sums of per-image values over batches; reading costs one host sync, adding none."""
+    """Sums of per-image values over batches; reading costs one host sync, adding none.
+
+    The sums keep their place in memory, so that a CUDA graph can go on with them.
+    """
 
     def __init__(self) -> None:
-        self.reset()
+        self.images = 0
+        self._sums: dict[str, Tensor] = {}
+        self._stale: set[str] = set()
 
     def reset(self) -> None:
         """Forget everything."""
         self.images = 0
-        self._sums: dict[str, Tensor] = {}
+        self._stale = set(self._sums)
+        for total in self._sums.values():
+            total.zero_()
 
     def add(self, means: Mapping[str, Tensor], images: int) -> None:
         """Take in one batch of `images` images: per name its mean over them, any shape."""
         self.images += images
+        self._stale -= means.keys()
         for name, mean in means.items():
             value = at_least_float32(mean.detach()) * images
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            if name in self._sums:
+                self._sums[name] += value
+            else:
+                self._sums[name] = value
+
+    def added_again(self, images: int) -> None:
+        """Count one more batch of the last one's kind, whose values a CUDA graph has added."""
+        self.images += images
+        self._stale.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything taken in, as plain data and tensors."""
-        return {"images": self.images, "sums": dict(self._sums)}
+        return {"images": self.images, "sums": self._fresh()}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str = "cpu") -> None:
         """Go on from `state`."""
@@ -41,13 +57,17 @@ class Meter:
 
         `reduce` sums a tensor over processes, so that uneven shares of images still count exactly.
         """
-        if not self._sums:
+        sums_by_name = self._fresh()
+        if not sums_by_name:
             return {}
-        flat = [tensor.flatten() for tensor in self._sums.values()]
+        flat = [tensor.flatten() for tensor in sums_by_name.values()]
         count = torch.full((1,), float(self.images), device=flat[0].device)
         images, *sums = reduce(torch.cat([count, *flat])).tolist()
         values = iter(sums)
         return {
             name: [next(values) / images for _ in tensor]
-            for name, tensor in zip(self._sums, flat, strict=True)
+            for name, tensor in zip(sums_by_name, flat, strict=True)
         }
+
+    def _fresh(self) -> dict[str, Tensor]:
+        return {name: total for name, total in self._sums.items() if name not in self._stale}

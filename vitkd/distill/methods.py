@@ -28,6 +28,7 @@ class Plan(Protocol):
     alpha: float
     optimizer: AdamW
     schedule: Schedule
+    label_smoothing: float
 
 
 @dataclass
@@ -58,7 +59,7 @@ class NoDistillation(Method):
         """Every student can learn labels."""
 
     def module(self, student: ViT, teacher: ViT | None, plan: Plan, calibrate: Calibration) -> ClassifyModule:
-        return ClassifyModule(student, plan.optimizer, plan.schedule)
+        return ClassifyModule(student, plan.optimizer, plan.schedule, plan.label_smoothing)
 
 
 @dataclass
@@ -89,7 +90,9 @@ class AttentionDistillation(Method):
         if plan.granularity.needs_calibration:
             pairs = match_heads(pairs, *record_both(student, teacher, pairs, calibrate()), plan.loss, resize)
         transfer = AttentionTransfer(pairs, plan.loss, resize)
-        return DistillModule(student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule)
+        return DistillModule(
+            student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule, plan.label_smoothing
+        )
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """The LightningModules: a model alone, and a student beside its frozen teacher.
 
-Shapes: B batch, K classes, P distilled student maps.
+Both are written for one student or, by the leading axis that `stacked` adds, for several at once.
+
+Shapes: S stacked students (absent for one), B batch, K classes, P distilled student maps.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import lightning as L
@@ -24,15 +26,15 @@ class Terms(NamedTuple):
     """A batch's logits and losses."""
 
     logits: Tensor
-    """[B, K]"""
+    """[*S, B, K]"""
     task: Tensor
-    """cross-entropy with the labels (equation 2.13)"""
+    """[*S]: cross-entropy with the labels (equation 2.13)"""
     total: Tensor
-    """what is minimised (equation 2.14)"""
+    """[*S]: what is minimised (equation 2.14)"""
     transfer: Tensor | None = None
-    """how far the student's attention is from the teacher's, where that was computed"""
+    """[*S]: how far the student's attention is from the teacher's, where that was computed"""
     per_map: Tensor | None = None
-    """[P]: `transfer` before weighing"""
+    """[*S, P]: `transfer` before weighing"""
 
     def named_losses(self) -> dict[str, Tensor]:
         """The terms of `total`, as a person calls them."""
@@ -43,10 +45,12 @@ class Terms(NamedTuple):
 class ClassifyModule(L.LightningModule):
     """Trains one model on labels: a teacher, or a student by itself."""
 
-    def __init__(self, model: ViT, optimizer: AdamW, schedule: Schedule) -> None:
+    def __init__(
+        self, model: ViT, optimizer: AdamW, schedule: Schedule, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         self.model = model
-        self.optimizer, self.schedule = optimizer, schedule
+        self.optimizer, self.schedule, self.label_smoothing = optimizer, schedule, label_smoothing
         self.train_meter, self.val_meter = Meter(), Meter()
         self.guard = FiniteGuard()
         self.images_trained, self.seconds_trained = 0, 0.0
@@ -56,21 +60,26 @@ class ClassifyModule(L.LightningModule):
     def terms(self, batch: Batch) -> Terms:
         """The losses of one training batch."""
         logits = self.model(batch.image).logits
-        task = F.cross_entropy(logits, batch.label)
+        task = self.task_loss(logits, batch.label)
         return Terms(logits, task, total=task)
+
+    def task_loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy with the labels [B], smoothed in training (Szegedy et al. 2016)."""
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits, label, label_smoothing=smoothing)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         terms = self.terms(batch)
         self.guard.watch(terms.named_losses(), batch.index)
         self.observe(terms)
-        self.train_meter.add(measures(terms, batch), len(batch.label))
-        return terms.total
+        self.train_meter.add(measures(terms, batch), batch.label.shape[-1])
+        return terms.total.sum()
 
     def observe(self, terms: Terms) -> None:
         """Measure what only now and then is worth measuring, before the graph is used up."""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_meter.add(measures(self.terms(batch), batch), len(batch.label))
+        self.val_meter.add(measures(self.terms(batch), batch), batch.label.shape[-1])
 
     def on_train_epoch_start(self) -> None:
         # Validation lies between two epochs and is not training time.
@@ -90,15 +99,14 @@ class ClassifyModule(L.LightningModule):
         # The first hook after an optimiser step; a checkpoint at the step's end holds what this leaves.
         if self.is_logging_step or self.trainer.is_last_batch:
             self.check_finite()
-            self._log_window(lr=scheduler.get_last_lr()[0])
+            self._log_window(scheduler.get_last_lr())
         scheduler.step()
 
     def on_validation_epoch_start(self) -> None:
         self.val_meter.reset()
 
     def on_validation_epoch_end(self) -> None:
-        values = self.named(self.val_meter.means(self._sum_over_processes))
-        self._write({f"val/{name}": value for name, value in values.items()})
+        self._write("val", self.curves(self.val_meter.means(self._sum_over_processes)))
 
     def configure_optimizers(self) -> Any:
         # A fused optimiser unscales gradients itself, too late for clipping them.
@@ -137,7 +145,7 @@ class ClassifyModule(L.LightningModule):
             "window_seconds": self._window_seconds + time.perf_counter() - self._window_start,
             "images_trained": self.images_trained,
             "seconds_trained": self.seconds_trained,
-            "latest": {name: value.item() for name, value in self.trainer.callback_metrics.items()},
+            "latest": {name: value.tolist() for name, value in self.trainer.callback_metrics.items()},
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -153,16 +161,16 @@ class ClassifyModule(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return self.trainer.global_step % every == 0
 
-    def named(self, means: dict[str, list[float]]) -> dict[str, float]:
-        """Each curve's name and value; a measure of several entries becomes several curves."""
-        return {name: value for name, (value,) in means.items()}
+    def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
+        """Each curve's name and value, of each student; several entries of a measure are several curves."""
+        return [{name: value for name, (value,) in means.items()}]
 
-    def window_values(self) -> dict[str, float]:
-        """The training curves' values since the last window."""
-        return self.named(self.train_meter.means(self._sum_over_processes))
+    def window_curves(self) -> list[dict[str, float]]:
+        """The training curves' values since the last window, of each student."""
+        return self.curves(self.train_meter.means(self._sum_over_processes))
 
-    def _log_window(self, lr: float) -> None:
-        values = self.window_values()
+    def _log_window(self, lr: Sequence[float]) -> None:
+        curves = self.window_curves()
         images = self.train_meter.images * self.trainer.world_size
         now = time.perf_counter()
         seconds = self._window_seconds + now - self._window_start
@@ -170,14 +178,23 @@ class ClassifyModule(L.LightningModule):
         self.seconds_trained += seconds
         self.train_meter.reset()
         self._window_start, self._window_seconds = now, 0.0
-        values |= {"images_per_second": images / seconds, "lr": lr}
-        self._write({f"train/{name}": value for name, value in values.items()})
+        for values, rate in zip(curves, lr, strict=True):
+            values |= {"images_per_second": images / seconds, "lr": rate}
+        self._write("train", curves)
 
-    def _write(self, curves: dict[str, float]) -> None:
+    def _write(self, phase: str, curves: list[dict[str, float]]) -> None:
+        """Hand each student's values to the loggers that are its own."""
         # Not self.log: four of its calls a step cost 2 ms, and these values are means already.
-        self.trainer.callback_metrics.update(tensors(curves))
-        for logger in self.loggers:
-            logger.log_metrics(curves, step=self.trainer.global_step)
+        curves = [{f"{phase}/{name}": value for name, value in values.items()} for values in curves]
+        self.trainer.callback_metrics.update(tensors(self.summary(curves)))
+        share = len(self.loggers) // len(curves)
+        for student, values in enumerate(curves):
+            for logger in self.loggers[student * share : (student + 1) * share]:
+                logger.log_metrics(values, step=self.trainer.global_step)
+
+    def summary(self, curves: list[dict[str, float]]) -> Mapping[str, float | list[float]]:
+        """What callbacks see of the students' curves."""
+        return curves[0]
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(sums, reduce_op="sum") if self.trainer.world_size > 1 else sums
@@ -198,8 +215,9 @@ class DistillModule(ClassifyModule):
         alpha: float,
         optimizer: AdamW,
         schedule: Schedule,
+        label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(model, optimizer, schedule)
+        super().__init__(model, optimizer, schedule, label_smoothing)
         # In a tuple PyTorch does not see it: it goes where the module goes, but is no part of what is
         # trained, averaged, saved or shared among processes.
         self._teacher = (teacher.requires_grad_(False).eval(),)
@@ -231,7 +249,7 @@ class DistillModule(ClassifyModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         teacher = self.teacher(batch.image, record=self.transfer.teacher_blocks)
         terms = self._distill(batch, teacher.scores)
-        agreement = (terms.logits.argmax(-1) == teacher.logits.argmax(-1)).float().mean()
+        agreement = share_equal(terms.logits.argmax(-1), teacher.logits.argmax(-1))
         self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -243,20 +261,21 @@ class DistillModule(ClassifyModule):
         norms = checkpoint["curves"]["gradient_norms"]
         self._gradient_norms = {name: norm.to(self.device) for name, norm in norms.items()}
 
-    def named(self, means: dict[str, list[float]]) -> dict[str, float]:
+    def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
         per_map = means.get("map_loss")
-        curves = super().named({name: values for name, values in means.items() if name != "map_loss"})
+        (curves,) = super().curves({name: values for name, values in means.items() if name != "map_loss"})
         if per_map is not None:
             curves |= {f"map_loss/{n}": value for n, value in zip(self.transfer.names, per_map, strict=True)}
-        return curves
+        return [curves]
 
-    def window_values(self) -> dict[str, float]:
+    def window_curves(self) -> list[dict[str, float]]:
         norms, self._gradient_norms = self._gradient_norms, {}
-        return super().window_values() | {name: norm.item() for name, norm in norms.items()}
+        (curves,) = super().window_curves()
+        return [curves | {name: norm.item() for name, norm in norms.items()}]
 
     def _distill(self, batch: Batch, teacher_scores: dict[int, Tensor]) -> Terms:
         output = self.model(batch.image, record=self.transfer.student_blocks)
-        task = F.cross_entropy(output.logits, batch.label)
+        task = self.task_loss(output.logits, batch.label)
         per_map = self.transfer(output.scores, teacher_scores)
         transfer = self.transfer.total(per_map)
         total = self.alpha * task + (1 - self.alpha) * transfer
@@ -276,7 +295,7 @@ class DistillModule(ClassifyModule):
         return norms
 
 
-def tensors(values: Mapping[str, float]) -> dict[str, Tensor]:
+def tensors(values: Mapping[str, float | list[float]]) -> dict[str, Tensor]:
     """Each value as a tensor, as Lightning's callbacks expect metrics."""
     return {name: torch.tensor(value) for name, value in values.items()}
 
@@ -286,11 +305,16 @@ def measures(terms: Terms, batch: Batch) -> dict[str, Tensor]:
     values = {
         "task_loss": terms.task,
         "total_loss": terms.total,
-        "acc": (terms.logits.argmax(-1) == batch.label).float().mean(),
+        "acc": share_equal(terms.logits.argmax(-1), batch.label),
     }
     if terms.transfer is not None and terms.per_map is not None:
         values |= {"transfer_loss": terms.transfer, "map_loss": terms.per_map}
     return values
+
+
+def share_equal(predicted: Tensor, true: Tensor) -> Tensor:
+    """The share [*S] of classes [*S, B] that are equal."""
+    return (predicted == true).float().mean(-1)
 
 
 def gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
