@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vitkd.distill.teacher_cache import TeacherCaching
 from vitkd.models import load_model
 from vitkd.runs.checkpoints import load_from_checkpoint
 
@@ -116,6 +117,8 @@ class TestRunFolder:
         assert metrics["student/parameters"] == sum(weight.numel() for weight in student_of(run).values())
         assert metrics["images_per_second"] > 0
         assert {"versions/torch", "versions/lightning", "hardware/device"} <= metrics.keys()
+        assert metrics["precision/trainer"] == "32-true"
+        assert metrics["precision/float32_matmul"] == "highest"
 
     def test_config_is_resolved(self, run):
         text = (run / "config.yaml").read_text()
@@ -349,6 +352,30 @@ class TestVariants:
 
         assert status_of(folder)["state"] == "done"
         assert all(tensor.dtype == torch.float32 for tensor in load_model(folder).state_dict().values())
+
+    def test_the_precision_of_matrix_products_is_set_recorded_and_put_back(self, outputs):
+        before = torch.get_float32_matmul_precision()
+
+        folder = outputs.run("high", "method=none", "matmul_precision=high")
+
+        assert metrics_of(folder)["precision/float32_matmul"] == "high"
+        assert torch.get_float32_matmul_precision() == before == "highest"
+
+    def test_a_teacher_asked_once_gives_the_student_of_one_asked_each_time(self, outputs, monkeypatch):
+        fills, fill = [], TeacherCaching._fill
+        monkeypatch.setattr(TeacherCaching, "_fill", lambda *given: fills.append(given[3]) or fill(*given))
+        long = ["trainer.max_epochs=3", "trainer.limit_train_batches=10", "teacher.max_epochs=1"]
+
+        auto = outputs.run("auto", *long)
+        asked_once, fills[:] = [*fills], []
+        off = outputs.run("off", *long, "teacher.cache=off")
+
+        assert asked_once == ["train", "val"]
+        assert not fills
+        for name, weight in student_of(off).items():
+            torch.testing.assert_close(student_of(auto)[name], weight, rtol=1e-4, atol=1e-5)
+        ours, theirs = metrics_of(auto), metrics_of(off)
+        assert ours["val/acc_last"] == theirs["val/acc_last"]
 
     def test_an_epoch_without_validation_does_not_borrow_anothers(self, fresh):
         every_second = ["trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2"]

@@ -73,6 +73,8 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
         except RunError as error:
             fail(one_line(error), code=FAILED)
 
+    # For a launcher that runs jobs together.
+    vars(job).update(command=config_name, explain=one_line)
     # Otherwise Hydra prints what is wrong itself, on many lines, and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     # Read once a process, so it has to be there before the first job, should any ask for determinism.

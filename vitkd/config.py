@@ -5,6 +5,7 @@ fields are the keys and types, its `__post_init__` the ranges. So a new option i
 `schema` does the checking.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -68,11 +69,22 @@ class TeacherSource:
     """A run folder, .safetensors or .ckpt file; null takes the teacher from the store, trained at need."""
     seed: int
     max_epochs: int
+    cache: str
+    """`auto` asks the teacher once for what it says of images that always look the same; `off` every time."""
+    cache_gib: float
+    """What those answers may take of the device's memory."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
         if self.max_epochs < 1:
             raise ConfigError(f"max_epochs={self.max_epochs}: must be at least 1")
+        if self.cache == "False":
+            # A file's bare `off` is YAML's word for false.
+            self.cache = "off"
+        if self.cache not in ("auto", "off"):
+            raise ConfigError(f"cache={self.cache}: choose auto or off")
+        if not 0 < self.cache_gib < math.inf:
+            raise ConfigError(f"cache_gib={self.cache_gib}: must be above 0; cache=off keeps nothing")
 
 
 @dataclass
@@ -110,6 +122,11 @@ class Root:
     ema_decay: float | None
     """Validate and keep the exponential moving average of the student's weights; null keeps the weights.
     The decay starts low and grows to this value."""
+    matmul_precision: str
+    """Of products of float32 matrices: `highest` is float32; `high` and `medium` may round the factors, on
+    NVIDIA GPUs to TF32."""
+    compile: bool
+    """Compile the losses of a training step, models included (torch.compile)."""
     sweep: SweepSettings
     paths: Paths
 
@@ -134,6 +151,8 @@ class Root:
             raise ConfigError(f"resume={self.resume}: choose auto or null")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(f"ema_decay={self.ema_decay}: must lie between 0 and 1, or be null")
+        if self.matmul_precision not in ("highest", "high", "medium"):
+            raise ConfigError(f"matmul_precision={self.matmul_precision}: choose highest, high or medium")
         if self.name is not None and (Path(self.name).name != self.name or self.name in ("", ".", "..")):
             raise ConfigError(f"name={self.name}: must be one folder name, without slashes")
         if self.name is not None and len(self.name.encode()) > LONGEST_NAME:

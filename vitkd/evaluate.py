@@ -35,6 +35,7 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     if composed.root is not None:
         settings["dataset"]["root"] = composed.root
     config = parse(OmegaConf.create(settings))
+    torch.set_float32_matmul_precision(config.matmul_precision)
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
     teacher = results.read_teacher_predictions(folder)

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vitkd.errors import ConfigError, RunError
@@ -84,6 +84,20 @@ def as_settings(overrides: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
+def as_job(composed: DictConfig) -> Iterator[DictConfig]:
+    """What the job's own task would be given, while Hydra's node is as it would be then."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(composed)
+    own = composed.copy()
+    with open_dict(own):
+        del own["hydra"]
+    try:
+        yield own
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+@contextmanager
 def recorded(explain: Callable[[Exception], str], say: Callable[[str], None]) -> Iterator[Job]:
     """Run a multirun's job in the body, which fills in the record; an error ends the job, not the others.
 
@@ -91,34 +105,52 @@ def recorded(explain: Callable[[Exception], str], say: Callable[[str], None]) ->
         explain: gives an error's one line.
         say: takes that line.
     """
-    hydra = HydraConfig.get()
-    job = Job(hydra.job.num, overridden(), state="running")
-    record = Path(hydra.sweep.dir, f"job-{job.number}.json")
+    job = Job(HydraConfig.get().job.num, overridden(), state="running")
+    folder = Path(HydraConfig.get().sweep.dir)
+    with all_recorded([job], folder, explain, say):
+        yield job
+        job.state = "done" if job.state == "running" else job.state
+
+
+@contextmanager
+def all_recorded(
+    jobs: Sequence[Job], folder: Path, explain: Callable[[Exception], str], say: Callable[[str], None]
+) -> Iterator[None]:
+    """As `recorded`, for jobs that run together: what ends the body ends all that are still running."""
 
     def write() -> None:
-        if not is_first():
-            return
-        try:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(record, json.dumps(asdict(job), indent=2) + "\n")
-        except OSError as error:
-            say(f"{record}: cannot be written ({error.strerror}); the table will lack job {job.number}")
+        for job in jobs if is_first() else ():
+            record = folder / f"job-{job.number}.json"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(record, json.dumps(asdict(job), indent=2) + "\n")
+            except OSError as error:
+                say(f"{record}: cannot be written ({error.strerror}); the table will lack job {job.number}")
 
     write()
     try:
-        yield job
-        job.state = "done" if job.state == "running" else job.state
+        yield
     except (KeyboardInterrupt, SystemExit):
-        job.state = "stopped"
+        end(jobs, "stopped")
         raise
     except Exception as error:
-        job.state, job.error = "failed", explain(error)
+        line = explain(error)
         if not isinstance(error, OmegaConfBaseException | ConfigError | RunError):
             traceback.print_exc()
-            job.error = f"{type(error).__name__}: {job.error}"
-        say(f"job {job.number} failed: {job.error}")
+            line = f"{type(error).__name__}: {line}"
+        for job in end(jobs, "failed"):
+            job.error = line
+            say(f"job {job.number} failed: {line}")
     finally:
         write()
+
+
+def end(jobs: Sequence[Job], state: str) -> list[Job]:
+    """Those of `jobs` that were still running; from now on they are `state`."""
+    running = [job for job in jobs if job.state == "running"]
+    for job in running:
+        job.state = state
+    return running
 
 
 def figures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:

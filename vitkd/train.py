@@ -13,9 +13,11 @@ from vitkd.cli import goes_on, run_command, run_path, same_job, warn_of_ignored_
 from vitkd.config import Config, parse, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import DistillModule
+from vitkd.distill.teacher_cache import TeacherCaching
 from vitkd.jobs import figures_of
 from vitkd.models import ViT, count_parameters, digest, save_model
 from vitkd.runs import results
+from vitkd.runs.compilation import check_compiler, compile_training
 from vitkd.runs.console import Job, describe_model, percent, print_results, start_logging
 from vitkd.runs.evaluation import Evaluation, evaluate
 from vitkd.runs.folder import RunFolder
@@ -39,6 +41,9 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     start_logging()
     config = parse(composed)
     machine = check_trainer(config.trainer)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    if config.compile:
+        check_compiler(machine.device)
     warn_of_ignored_settings(config.method)
     given = given_teacher(config.teacher.checkpoint, config.dataset) if config.method.needs_teacher else None
     config.method.check(config.student, given.config if given else config.teacher.model, config)
@@ -145,7 +150,10 @@ def train(
             results.write_pairs(folder, module.transfer.pairs)
         # Training draws the same random numbers whatever it took to get here.
         seed_generators(config.seed, DROPOUT, config.student, process=rank())
-        fitted = fit(module, data, folder, config, [drawing] if drawing else [])
+        if config.compile:
+            compile_training(module)
+        callbacks = [callback for callback in (drawing, caching(config, data)) if callback]
+        fitted = fit(module, data, folder, config, callbacks)
         metrics = {}
         if is_first():
             if drawing and not folder.pictures.exists():
@@ -177,10 +185,11 @@ def measure(
         **teacher,
         "student/parameters": count_parameters(fitted.last),
         "seed": config.seed,
+        "precision/trainer": fitted.trainer.precision,
         **provenance(device),
     }
     folder.write_metrics(metrics)
-    conclude_curves(fitted.trainer, config.resolved, config.method.ignores, test)
+    conclude_curves(fitted.loggers, config.resolved, config.method.ignores, test)
     return metrics
 
 
@@ -212,6 +221,12 @@ def pictures(config: Config, data: ImageDataModule, folder: RunFolder) -> Attent
         every_n_epochs=config.pictures_every_n_epochs,
         path=folder.pictures,
     )
+
+
+def caching(config: Config, data: ImageDataModule) -> TeacherCaching | None:
+    """The callback that asks the teacher once for what it would be asked in every epoch."""
+    wanted = config.method.needs_teacher and config.teacher.cache == "auto"
+    return TeacherCaching(data, config.teacher.cache_gib) if wanted else None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -63,6 +64,44 @@ def test_epochs_differ_and_come_again(digits: ImageDataModule) -> None:
     first, second = epoch_of(loader, 0), epoch_of(loader, 1)
     assert not torch.equal(first[0].index, second[0].index)
     assert_same(first, epoch_of(digits.loader("train"), 0))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_fixed_views_are_what_the_loaders_give(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    module = ImageDataModule(make("digits", augment=Augment(), eval_batch_size=50), tmp_path, seed=3)
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device="cpu"), global_rank=0, world_size=world_size
+    )
+    monkeypatch.setattr(module, "trainer", trainer)
+    for split, count in (("train", 1295), ("val", -(-143 // world_size))):
+        views = module.fixed_views(split)
+        assert views is not None
+        seen = [(int(i), image) for batch in views for image, _, i in zip(*batch, strict=True)]
+        fixed = dict(seen)
+        assert len(seen) == len(fixed) == count
+        met = {int(i): image for batch in module.loader(split) for image, _, i in zip(*batch, strict=True)}
+        assert met.keys() <= fixed.keys()
+        assert all(torch.equal(image, fixed[i]) for i, image in met.items())
+
+
+def test_views_are_not_fixed_where_they_vary_or_there_are_none(digits: ImageDataModule, make: Make) -> None:
+    assert digits.fixed_views("train") is None
+    assert digits.fixed_views("val") is not None
+    whole = ImageDataModule(make("digits", val_fraction=0, augment=Augment()), digits.root, seed=3)
+    assert whole.fixed_views("train") is not None
+    assert whole.fixed_views("val") is None
+
+
+def test_images_decoded_for_every_batch_have_no_fixed_views(make: Make, photos: Path) -> None:
+    settings = {"root": str(photos), "image_size": 16, "augment": Augment(), "workers": 0}
+    resident = ImageDataModule(make("image_folder", **settings), photos, seed=1)
+    decoded = ImageDataModule(make("image_folder", resident_limit_gib=0.0, **settings), photos, seed=1)
+
+    for split in ("train", "val"):
+        assert resident.fixed_views(split) is not None
+        assert decoded.fixed_views(split) is None
 
 
 def test_an_image_looks_the_same_in_any_batch(make: Make, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def mark(*settings: str, contents: str | None = None) -> str:
         "dataset.augment.flip=true",
         "trainer.precision=bf16-mixed",
         "trainer.limit_train_batches=3",
+        "matmul_precision=high",
     ],
 )
 def test_what_determines_the_teacher_changes_its_name(setting):
@@ -59,6 +60,10 @@ def test_what_determines_the_teacher_changes_its_name(setting):
         "name=mine",
         "trainer.accelerator=cpu",
         "dataset.eval_batch_size=64",
+        "teacher.cache=off",
+        "teacher.cache_gib=0.5",
+        "matmul_precision=highest",
+        "compile=true",
     ],
 )
 def test_what_does_not_determine_it_does_not(setting):

@@ -50,6 +50,11 @@ class Augment:
                 " set crop_padding=0 or resized_crop=null"
             )
 
+    @property
+    def varies(self) -> bool:
+        """Whether an image may look different from epoch to epoch."""
+        return bool(self.flip or self.crop_padding or self.resized_crop)
+
     def vary(self, pixels: Tensor, index: Tensor, key: Tensor) -> Tensor:
         """A random view of each image, a pure function of (key, index).
 
@@ -61,7 +66,7 @@ class Augment:
         Returns:
             [B, C, H, W], uint8 or float32, still in 0..255.
         """
-        if not (self.flip or self.crop_padding or self.resized_crop):
+        if not self.varies:
             return pixels
         flip_bits, *crop_bits = random_bits(key, index, 5)
         mirrored = (flip_bits < 0) if self.flip else torch.zeros_like(flip_bits, dtype=torch.bool)

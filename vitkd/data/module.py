@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import lightning as L
 import torch
@@ -12,6 +13,19 @@ from vitkd.data.order import EpochOrder
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, Split, hold_out
 from vitkd.errors import ConfigError
+
+
+class Positioned(Protocol):
+    """A loader that can be left at any batch and go on from there."""
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were given."""
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches that `state` counts."""
+
+
+Resumable = TypeVar("Resumable", bound=Positioned)
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -34,7 +48,7 @@ class ImageDataModule(L.LightningDataModule):
         self._images: dict[str, Tensor] = {}
         self._resident: dict[tuple[str, torch.device], Pixels] = {}
         self._decoded: list[DecodedPixels] = []
-        self._train_loader: Loader | None = None
+        self._train_loader: Positioned | None = None
         self._train_state: dict[str, int] | None = None
 
     @property
@@ -81,10 +95,14 @@ class ImageDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Shuffled and varied; goes on where `load_state_dict` says."""
-        self._train_loader = self.loader("train")
+        return self.resumable(self.loader("train"))
+
+    def resumable(self, loader: Resumable) -> Resumable:
+        """The training loader `loader`, at the place where `load_state_dict` says."""
+        self._train_loader = loader
         if self._train_state is not None:
-            self._train_loader.load_state_dict(self._train_state)
-        return self._train_loader
+            loader.load_state_dict(self._train_state)
+        return loader
 
     def state_dict(self) -> dict[str, int]:
         """How far the training loader is.
@@ -114,6 +132,7 @@ class ImageDataModule(L.LightningDataModule):
         *,
         rank: int | None = None,
         world_size: int | None = None,
+        seed: int | None = None,
     ) -> Loader:
         """A loader of "train", "val" or "test".
 
@@ -121,6 +140,7 @@ class ImageDataModule(L.LightningDataModule):
             split: "train" is shuffled and varied, and drops what does not fill a batch.
             device: where batches lie; by default the Trainer's, or the CPU.
             rank, world_size: this process among how many; by default the Trainer's, or 0 of 1.
+            seed: of order and views; by default this module's.
         """
         self.setup()
         trainer, training = self.trainer, split == "train"
@@ -132,7 +152,7 @@ class ImageDataModule(L.LightningDataModule):
         order = EpochOrder(
             self._indices[split].to(order_device),
             self.dataset.batch_size if training else self.dataset.eval_batch_size,
-            seed=self.seed,
+            seed=self.seed if seed is None else seed,
             shuffle=training,
             rank=(trainer.global_rank if trainer else 0) if rank is None else rank,
             world_size=(trainer.world_size if trainer else 1) if world_size is None else world_size,
@@ -146,9 +166,30 @@ class ImageDataModule(L.LightningDataModule):
             augment=self.dataset.augment if training else None,
         )
 
-    def first(self, split: str, count: int) -> Batch:
+    def fixed_views(self, split: str) -> Loader | None:
+        """What this process may meet of "train" or "val", once and in order, `eval_batch_size` at a time.
+
+        None where an image does not look the same in every epoch, or has to be decoded for every batch.
+        """
+        self.setup()
+        varied = split == "train" and self.dataset.augment.varies
+        if varied or not self._splits["train"].resident or not len(self._indices[split]):
+            return None
+        loader = self.loader(split)
+        if split == "train":
+            # Over the epochs, each process meets every training image.
+            loader.sampler = EpochOrder(loader.sampler.index, self.dataset.eval_batch_size)
+        return loader
+
+    def first(self, split: str, count: int, seed: int | None = None) -> Batch:
         """The first `count` images that `loader` would give in epoch 0, on the CPU; reads no others."""
-        return self.loader(split, "cpu", rank=0, world_size=1).first(count)
+        return self.loader(split, "cpu", rank=0, world_size=1, seed=seed).first(count)
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all images lie in memory, with no need of workers that decode them."""
+        self.setup()
+        return all(split.resident for split in self._splits.values())
 
     def _pixels(self, official: str, device: torch.device) -> Pixels | DecodedPixels:
         split = self._splits[official]

@@ -35,7 +35,7 @@ class FiniteGuard:
 
     def __init__(self) -> None:
         self._seen: list[_Seen] = []
-        # What follows lies on the device and keeps its place in memory, so that a CUDA graph can go on with it.
+        # On the device, and always at the same place in memory, so that a CUDA graph can go on with it.
         self._steps: Tensor | None = None
         self._first_bad: dict[tuple[str, ...], Tensor] = {}
         self._flag: Tensor | None = None
@@ -85,7 +85,7 @@ class FiniteGuard:
             self.end_step()
         if self._steps is None:
             return [None]
-        tables = {names: table.reshape(-1, table.shape[-1]).tolist() for names, table in self._first_bad.items()}
+        tables = {n: table.reshape(-1, table.shape[-1]).tolist() for n, table in self._first_bad.items()}
         before = step - int(self._steps)
         students = len(next(iter(tables.values())))
         messages = [_first_message(tables, student, before, epoch) for student in range(students)]
@@ -104,10 +104,11 @@ class FiniteGuard:
 
     def _is_fine(self) -> bool:
         """Whether all that was noted is finite, where that is known without the tables; forgets it then."""
-        if self._steps is None and self._seen:
-            if torch.cat([seen.values.flatten() for seen in self._seen]).isfinite().all():
-                self._seen = []
-        return self._steps is None and not self._seen
+        if self._steps is not None:
+            return False
+        if self._seen and torch.cat([seen.values.flatten() for seen in self._seen]).isfinite().all():
+            self._seen = []
+        return not self._seen
 
     def _keep_first_bad(self, seen: _Seen, step: Tensor) -> None:
         """A row a student: whether there was a bad batch, at which step, its figures and images."""

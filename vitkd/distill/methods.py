@@ -89,7 +89,8 @@ class AttentionDistillation(Method):
         resize = None if ours == theirs else token_interpolation(theirs, ours)
         if plan.granularity.needs_calibration:
             pairs = match_heads(pairs, *record_both(student, teacher, pairs, calibrate()), plan.loss, resize)
-        transfer = AttentionTransfer(pairs, plan.loss, resize)
+        tokens = max(student.config.tokens, teacher.config.tokens)
+        transfer = AttentionTransfer(pairs, plan.loss, resize, tokens=tokens)
         return DistillModule(
             student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule, plan.label_smoothing
         )

@@ -18,8 +18,10 @@ from vitkd.data import Batch
 from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.meter import Meter
 from vitkd.distill.optimization import AdamW, Schedule
+from vitkd.distill.teacher_cache import Answer, TeacherCache
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.models import ViT, describe
+from vitkd.models.layers import Scores
 
 
 class Terms(NamedTuple):
@@ -69,11 +71,15 @@ class ClassifyModule(L.LightningModule):
         return F.cross_entropy(logits, label, label_smoothing=smoothing)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        terms = self.terms(batch)
-        self.guard.watch(terms.named_losses(), batch.index)
+        terms, seen = self.terms(batch), self.as_seen(batch)
+        self.guard.watch(terms.named_losses(), seen.index)
         self.observe(terms)
-        self.train_meter.add(measures(terms, batch), batch.label.shape[-1])
+        self.train_meter.add(measures(terms, seen), seen.label.shape[-1])
         return terms.total.sum()
+
+    def as_seen(self, batch: Batch) -> Batch:
+        """A training batch with the labels and indices [*S, B] as each student sees them."""
+        return batch
 
     def observe(self, terms: Terms) -> None:
         """Measure what only now and then is worth measuring, before the graph is used up."""
@@ -223,6 +229,8 @@ class DistillModule(ClassifyModule):
         self._teacher = (teacher.requires_grad_(False).eval(),)
         self.transfer = transfer
         self.alpha = alpha
+        self.cached: dict[str, TeacherCache] = {}
+        """by split, the answers that the teacher has given already"""
         self._gradient_norms: dict[str, Tensor] = {}
 
     @property
@@ -231,25 +239,44 @@ class DistillModule(ClassifyModule):
         return self._teacher[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # They lie on the old device, in the old precision.
+        self.cached.clear()
         self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def teacher_blocks(self, split: str) -> list[int]:
+        """The blocks whose scores "train" or "val" needs; none where the teacher is not asked."""
+        return [] if split == "train" and self.alpha == 1 else self.transfer.teacher_blocks
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor, split: str) -> Answer:
+        """Run the teacher on `images`; its classes are asked for in validation alone."""
+        blocks, factors = self.transfer.teacher_blocks, self.transfer.streams
+        if split == "train":
+            return Answer(self.teacher.scores(images, blocks, factors))
+        output = self.teacher(images, blocks, factors)
+        return Answer(output.scores, output.logits.argmax(-1))
+
+    def answer(self, batch: Batch, split: str) -> Answer:
+        """What the teacher says of the batch's images, given now or before."""
+        cache = self.cached.get(split)
+        return self.ask_teacher(batch.image, split) if cache is None else cache.answer(batch.index)
 
     def terms(self, batch: Batch) -> Terms:
         if self.alpha == 1:
             # Recording attention would draw its dropout in another order than the student alone does.
             return super().terms(batch)
-        with torch.no_grad():
-            teacher_scores = self.teacher.scores(batch.image, self.transfer.teacher_blocks)
-        return self._distill(batch, teacher_scores)
+        return self._distill(batch, self.answer(batch, "train").scores)
 
     def observe(self, terms: Terms) -> None:
         if terms.transfer is not None and self.is_logging_step:
             self._gradient_norms = self._measure_gradients(terms.task, terms.transfer)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        teacher = self.teacher(batch.image, record=self.transfer.teacher_blocks)
-        terms = self._distill(batch, teacher.scores)
-        agreement = share_equal(terms.logits.argmax(-1), teacher.logits.argmax(-1))
+        scores, predicted = self.answer(batch, "val")
+        assert predicted is not None
+        terms = self._distill(batch, scores)
+        agreement = share_equal(terms.logits.argmax(-1), predicted)
         self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -273,8 +300,8 @@ class DistillModule(ClassifyModule):
         (curves,) = super().window_curves()
         return [curves | {name: norm.item() for name, norm in norms.items()}]
 
-    def _distill(self, batch: Batch, teacher_scores: dict[int, Tensor]) -> Terms:
-        output = self.model(batch.image, record=self.transfer.student_blocks)
+    def _distill(self, batch: Batch, teacher_scores: Mapping[int, Scores]) -> Terms:
+        output = self.model(batch.image, self.transfer.student_blocks, self.transfer.streams)
         task = self.task_loss(output.logits, batch.label)
         per_map = self.transfer(output.scores, teacher_scores)
         transfer = self.transfer.total(per_map)

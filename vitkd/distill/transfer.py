@@ -1,5 +1,8 @@
 """The transfer loss: teacher scores + student scores → one value per student map, and their weighted sum.
 
+Scores are given as tensors, or, beyond `STREAM_ABOVE` tokens, as their factors, which are multiplied out only
+for a few images at a time (`streaming`).
+
 Shapes: S stacked students (absent for one), B batch, H heads, P student maps of all pairs, N tokens.
 """
 
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 
 from vitkd.distill.losses import AttentionLoss
 from vitkd.distill.pairing import BlockPair
+from vitkd.distill.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
+from vitkd.models.layers import Factors, Scores
 
 
 class AttentionTransfer(nn.Module):
@@ -21,6 +26,7 @@ class AttentionTransfer(nn.Module):
         loss: what makes two maps alike; its `reduction` sets the maps' weights.
         resize: [N, N'] interpolates the teacher's tokens to the student's grid, if they differ.
         allowed: [N, N] is False where a model masks attention.
+        tokens: the larger of N and N', where it is known.
     """
 
     allowed: Tensor | None
@@ -32,6 +38,7 @@ class AttentionTransfer(nn.Module):
         loss: AttentionLoss,
         resize: Tensor | None = None,
         allowed: Tensor | None = None,
+        tokens: int = 0,
     ) -> None:
         super().__init__()
         assert pairs
@@ -42,6 +49,8 @@ class AttentionTransfer(nn.Module):
         # Not buffers: those would be rounded by trainer.precision=bf16-true.
         self.weights = torch.full((len(self.names),), share, dtype=torch.float64)
         self.resize = resize
+        self.streams = tokens > STREAM_ABOVE
+        """Whether the models had better record just their scores' factors."""
         self.register_buffer("allowed", allowed, persistent=False)
 
     @property
@@ -52,39 +61,66 @@ class AttentionTransfer(nn.Module):
     def teacher_blocks(self) -> list[int]:
         return sorted({pair.teacher_block for pair in self.pairs})
 
-    def forward(self, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]) -> Tensor:
-        """One value per student map [*S, P] from scores [*S, B, H, N, N] and [B, H', N', N'] per block."""
-        device = student[self.pairs[0].student_block].device.type
-        with torch.autocast(device, enabled=False):
-            return torch.cat([self._compare(pair, student, teacher) for pair in self.pairs], dim=-1)
+    def forward(self, student: Mapping[int, Scores], teacher: Mapping[int, Scores]) -> Tensor:
+        """One value per student map [*S, P] from scores [*S, B, H, N, N] and [B, H', N', N'] per block.
+
+        Of factors, the teacher's are constants: it is frozen.
+        """
+        values = [
+            self._compare(pair, student[pair.student_block], teacher[pair.teacher_block])
+            for pair in self.pairs
+        ]
+        return torch.cat(values, dim=-1)
 
     def total(self, per_map: Tensor) -> Tensor:
         """The transfer loss [*S] of the values [*S, P] that `forward` gave."""
         self.weights = self.weights.to(per_map)
         return (per_map * self.weights).sum(-1)
 
-    def _compare(
-        self, pair: BlockPair, student: Mapping[int, Tensor], teacher: Mapping[int, Tensor]
-    ) -> Tensor:
-        scores = take_heads(student[pair.student_block], pair.student_heads)
-        return self.loss(scores, self._target(pair, teacher[pair.teacher_block]), self.allowed)
+    def _compare(self, pair: BlockPair, student: Scores, teacher: Scores) -> Tensor:
+        """One value per map of `pair` [*S, P]."""
+        ours = take_heads(student, pair.student_heads)
+        theirs = [take_heads(teacher, heads) for heads in zip(*pair.teacher_heads, strict=True)]
+        if isinstance(ours, Tensor):
+            return self._loss(ours, theirs)
+        chunk = images_at_a_time([ours, *(maps for maps in theirs if isinstance(maps, Factors))])
+        return streamed(ours, lambda s, images: self._loss(s, [part(t, images) for t in theirs]), chunk)
 
-    def _target(self, pair: BlockPair, teacher_scores: Tensor) -> Tensor:
-        groups = zip(*pair.teacher_heads, strict=True)
-        targets = [self.loss.target(take_heads(teacher_scores, heads)) for heads in groups]
-        if self.resize is not None:
-            self.resize = self.resize.to(targets[0])
-            targets = [self.loss.resize(target, self.resize) for target in targets]
-        return targets[0] if len(targets) == 1 else self.loss.average(torch.stack(targets), dim=0)
+    def _loss(self, student_scores: Tensor, teacher: Sequence[Scores]) -> Tensor:
+        """One value per map [*S, P] of [*S, B, P, N, N]; the mean of several teacher maps is one target."""
+        with torch.autocast(student_scores.device.type, enabled=False):
+            targets = [self._target(scores) for scores in teacher]
+            target = targets[0] if len(targets) == 1 else self.loss.average(torch.stack(targets), dim=0)
+            return self.loss(student_scores, target, self.allowed)
+
+    def _target(self, teacher: Scores) -> Tensor:
+        target = self.loss.target(teacher.scores() if isinstance(teacher, Factors) else teacher)
+        if self.resize is None:
+            return target
+        self.resize = self.resize.to(target)
+        return self.loss.resize(target, self.resize)
 
 
-def take_heads(scores: Tensor, heads: Sequence[int]) -> Tensor:
+def take_heads(scores: Scores, heads: Sequence[int]) -> Scores:
     """The maps of `heads` out of [..., H, N, N]; a run of neighbours is a view, without copy or scatter."""
+    if isinstance(scores, Factors):
+        return Factors(*(_take(factor, heads) for factor in scores))
+    return _take(scores, heads)
+
+
+def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
     first, count = heads[0], len(heads)
     if list(heads) == list(range(first, first + count)):
-        return scores.narrow(-3, first, count)
+        return x.narrow(-3, first, count)
     # Not an index tensor: its gradient is a scatter, and on a GPU it would be copied over at every step.
-    return torch.cat([scores.narrow(-3, head, 1) for head in heads], dim=-3)
+    return torch.cat([x.narrow(-3, head, 1) for head in heads], dim=-3)
+
+
+def part(scores: Scores, images: slice) -> Scores:
+    """The scores of some images of the batch; a view."""
+    if isinstance(scores, Factors):
+        return Factors(*(of_images(factor, images) for factor in scores))
+    return of_images(scores, images)
 
 
 def token_interpolation(from_grid: int, to_grid: int) -> Tensor:

@@ -6,6 +6,8 @@ students at once (`Linear` becomes one batched matmul, the rest broadcasts). Not
 Shapes: S stacked students (absent for one model), B batch, T tokens, H heads, D embed_dim.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +18,29 @@ from vitkd.models.dropout import Dropout
 def at_least_float32(x: Tensor) -> Tensor:
     """Attention is compared in float32 even where bf16 computed it; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Factors(NamedTuple):
+    """What the scores QKᵀ/√head_dim are made of: T·head_dim numbers a head each, where the scores are T·T."""
+
+    q: Tensor
+    """[*S, B, H, T, head_dim], as the model computed it, not yet scaled"""
+    k: Tensor
+    """[*S, B, H, T, head_dim]"""
+
+    def scores(self) -> Tensor:
+        """QKᵀ/√head_dim [*S, B, H, T, T], in at least float32."""
+        # Rounded to bf16, scores of some tens differ by tenths; they are what is compared, so they are exact.
+        with torch.autocast(self.q.device.type, enabled=False):
+            return (at_least_float32(self.q) * self.q.shape[-1] ** -0.5) @ at_least_float32(self.k).mT
+
+    def without_values(self) -> "Factors":
+        """Copies, unless a backward pass keeps the tensor that Q and K share with V anyway."""
+        return self if self.q.requires_grad else Factors(self.q.contiguous(), self.k.contiguous())
+
+
+Scores = Tensor | Factors
+"""Attention scores before the softmax, as a tensor [*S, B, H, T, T] or as their factors."""
 
 
 def per_student(parameter: Tensor, x: Tensor) -> Tensor:
@@ -76,46 +101,44 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
         self.out = Linear(num_heads * head_dim, dim)
 
-    def forward(self, x: Tensor, record: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, record: bool, factors: bool = False) -> tuple[Tensor, Scores | None]:
         """Map tokens [*S, B, T, D] to tokens, and to scores [*S, B, H, T, T] if they are to be recorded.
 
-        Only a recorded block pays for its T×T matrix; the others use PyTorch's fused attention.
+        Only a recorded block pays for its T×T matrix; the others, and those of which just the factors are to
+        be recorded, use PyTorch's fused attention, which draws dropout's mask in another order.
         """
         q, k, v = self._heads(self.qkv(self.norm(x)), 3)
-        scores = self._scores(q, k) if record else None
-        if scores is not None:
-            values = self._attend(scores, v)
+        recorded: Scores | None = None
+        if record:
+            recorded = Factors(q, k).without_values() if factors else Factors(q, k).scores()
+        if isinstance(recorded, Tensor):
+            values = self._attend(recorded, v)
         elif self.dropout.rate and self.dropout.streams is not None:
             # The fused kernels draw from PyTorch's own generator.
-            values = self._attend(self._scores(q, k), v)
+            values = self._attend(Factors(q, k).scores(), v)
         else:
             # They take exactly one batch axis.
             flat_q, flat_k, flat_v = (t.flatten(0, -4) for t in (q, k, v))
             fused = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, dropout_p=self.dropout.rate)
             values = fused.view_as(v)
-        return self.dropout(self.out(values.transpose(-3, -2).flatten(-2))), scores
+        return self.dropout(self.out(values.transpose(-3, -2).flatten(-2))), recorded
 
     def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
         """The values [*S, B, H, T, head_dim] averaged as the scores [*S, B, H, T, T] say."""
         return self.dropout(scores.softmax(-1)).to(v.dtype) @ v
 
-    def scores(self, x: Tensor) -> Tensor:
-        """The scores [*S, B, H, T, T] alone: no values, no output projection."""
+    def factors(self, x: Tensor) -> Factors:
+        """The scores' factors alone: no values, no output projection."""
         inner = self.num_heads * self.head_dim
         weight = self.qkv.weight[..., : 2 * inner, :]
         bias = None if self.qkv.bias is None else self.qkv.bias[..., : 2 * inner]
         q, k = self._heads(project(self.norm(x), weight, bias), 2)
-        return self._scores(q, k)
+        return Factors(q, k)
 
     def _heads(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
         """Split [*S, B, T, count·H·head_dim] into `count` tensors [*S, B, H, T, head_dim]."""
         split = projected.unflatten(-1, (count, self.num_heads, self.head_dim))
         return split.transpose(-4, -2).unbind(-3)
-
-    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        # Rounded to bf16, scores of some tens differ by tenths; they are what is compared, so they are exact.
-        with torch.autocast(q.device.type, enabled=False):
-            return (at_least_float32(q) * self.head_dim**-0.5) @ at_least_float32(k).mT
 
 
 class MLP(nn.Module):
@@ -140,8 +163,8 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp = mlp
 
-    def forward(self, x: Tensor, record: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Map tokens [*S, B, T, D] to tokens and, if `record`, the block's scores [*S, B, H, T, T]."""
-        attended, scores = self.attention(x, record)
+    def forward(self, x: Tensor, record: bool = False, factors: bool = False) -> tuple[Tensor, Scores | None]:
+        """Map tokens [*S, B, T, D] to tokens and, if `record`, the block's scores or just their `factors`."""
+        attended, scores = self.attention(x, record, factors)
         x = x + attended
         return x + self.mlp(x), scores

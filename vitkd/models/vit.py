@@ -5,16 +5,16 @@ D embed_dim, K classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError
 from vitkd.models.dropout import Dropout
-from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
+from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding, Scores
 
 
 class ViTOutput(NamedTuple):
@@ -22,8 +22,8 @@ class ViTOutput(NamedTuple):
 
     logits: Tensor
     """[*S, B, K]"""
-    scores: dict[int, Tensor]
-    """block → pre-softmax scores [*S, B, H, T, T], for exactly the blocks asked for"""
+    scores: Mapping[int, Scores]
+    """block → pre-softmax scores [*S, B, H, T, T], or their factors, for exactly the blocks asked for"""
 
 
 @dataclass
@@ -78,6 +78,11 @@ class ViTConfig(ModelConfig):
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
+    @property
+    def tokens(self) -> int:
+        """The class token and the patches: the attention's T."""
+        return 1 + self.grid**2
+
     def build(self) -> "ViT":
         return ViT(self)
 
@@ -92,7 +97,7 @@ class ViT(nn.Module):
         self.tokenizer = PatchEmbedding(c.channels, c.patch_size, c.embed_dim, c.patch_norm)
         # N(0, 1), not timm's 0.02: on small images the narrow start costs tens of points after few epochs.
         self.cls_token = nn.Parameter(torch.randn(1, 1, c.embed_dim))
-        self.positions = nn.Parameter(torch.randn(1, c.grid**2 + 1, c.embed_dim))
+        self.positions = nn.Parameter(torch.randn(1, c.tokens, c.embed_dim))
         self.blocks = nn.ModuleList(
             Block(
                 Attention(c.embed_dim, c.num_heads, c.head_dim, c.dropout, c.qkv_bias),
@@ -103,21 +108,29 @@ class ViT(nn.Module):
         self.norm = LayerNorm(c.embed_dim)
         self.head = Linear(c.embed_dim, c.num_classes)
 
-    def forward(self, images: Tensor, record: Collection[int] = ()) -> ViTOutput:
-        """Classify images [B, C, H, W] (or [S, B, C, H, W]) and record the scores of `record`'s blocks."""
-        x, scores = self._encode(images, len(self.blocks), record)
+    def forward(self, images: Tensor, record: Collection[int] = (), factors: bool = False) -> ViTOutput:
+        """Classify images [B, C, H, W] (or [S, B, C, H, W]) and record the scores of `record`'s blocks.
+
+        With `factors` only Q and K are recorded, and no block makes its T×T matrix.
+        """
+        x, scores = self._encode(images, len(self.blocks), record, factors)
         return ViTOutput(self.head(self.norm(x[..., 0, :])), scores)
 
-    def scores(self, images: Tensor, blocks: Collection[int]) -> dict[int, Tensor]:
-        """The pre-softmax scores [*S, B, H, T, T] of `blocks`, at the least cost.
+    @overload
+    def scores(self, images: Tensor, blocks: Collection[int]) -> dict[int, Tensor]: ...
+    @overload
+    def scores(self, images: Tensor, blocks: Collection[int], factors: bool) -> Mapping[int, Scores]: ...
+    def scores(self, images: Tensor, blocks: Collection[int], factors: bool = False) -> Mapping[int, Scores]:
+        """The pre-softmax scores [*S, B, H, T, T] of `blocks`, or just their `factors`, at the least cost.
 
         Stops after QKᵀ of the last block asked for: no values, MLP or head there and nothing above it.
         """
         last = max(blocks)
-        x, scores = self._encode(images, last, blocks)
+        x, scores = self._encode(images, last, blocks, factors)
         block = self.blocks[last]
         assert isinstance(block, Block)
-        return scores | {last: block.attention.scores(x)}
+        of_last = block.attention.factors(x)
+        return scores | {last: of_last if factors else of_last.scores()}
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [*S, B, C, H, W] to tokens [*S, B, T, D], CLS first, positions added."""
@@ -129,13 +142,13 @@ class ViT(nn.Module):
         return self.dropout(x)
 
     def _encode(
-        self, images: Tensor, depth: int, record: Collection[int]
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+        self, images: Tensor, depth: int, record: Collection[int], factors: bool
+    ) -> tuple[Tensor, dict[int, Scores]]:
         """Tokens [*S, B, T, D] after the first `depth` blocks, and the scores of those to record."""
         assert all(0 <= block < len(self.blocks) for block in record), f"no such block among {list(record)}"
-        x, recorded = self.embed(images), {}
+        x, recorded = self.embed(images), dict[int, Scores]()
         for i, block in enumerate(self.blocks[:depth]):
-            x, scores = block(x, record=i in record)
+            x, scores = block(x, i in record, factors)
             if scores is not None:
                 recorded[i] = scores
         return x, recorded

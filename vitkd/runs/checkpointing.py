@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from vitkd.models import ViT, describe
 from vitkd.runs.checkpoints import write_checkpoint
-from vitkd.runs.folder import RunFolder
 from vitkd.runs.processes import gather, rank
 from vitkd.runs.signals import TERMINATED, PostponedSignals
 
@@ -25,6 +25,13 @@ log = logging.getLogger("vitkd")
 # What Lightning's validation loop counts when it is about to see its first batch: resumed from such a count,
 # it validates from the front.
 NO_BATCH_YET = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+class Destination(Protocol):
+    """Where checkpoints go: a run folder, say."""
+
+    last: Path
+    best: Path
 
 
 class Checkpointing(Callback):
@@ -39,7 +46,7 @@ class Checkpointing(Callback):
         signals: what waits for a checkpoint.
     """
 
-    def __init__(self, folder: RunFolder, minutes: float, signals: PostponedSignals) -> None:
+    def __init__(self, folder: Destination, minutes: float, signals: PostponedSignals) -> None:
         self.folder, self.seconds, self.signals = folder, 60 * minutes, signals
         self.acc_last: float | None = None
         self.acc_best: float | None = None

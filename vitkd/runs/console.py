@@ -68,6 +68,17 @@ class EpochLines(L.Callback):
         log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, "  ".join(parts))
 
 
+class StackLines(L.Callback):
+    """One plain line an epoch about the students of a stack: of every figure the median."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        medians = {name: values.nanmedian().item() for name, values in trainer.callback_metrics.items()}
+        parts = [text.format(medians[name]) for name, text in EPOCH_COLUMNS.items() if name in medians]
+        students = len(next(iter(trainer.callback_metrics.values())))
+        told = f"median of {students}: {'  '.join(parts)}"
+        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, told)
+
+
 class ProgressBar(L.Callback):
     """One bar for the whole training, below the epochs' lines; gone when it ends."""
 

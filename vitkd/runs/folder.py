@@ -44,6 +44,7 @@ class RunFolder:
         self.predictions = path / "test_predictions.npz"
         self.pictures = path / "attention.png"
         self.pairs = path / "pairs.json"
+        self.stack = path / "stack.json"
         self._lock = FileLock(path / ".lock", timeout=0)
 
     @classmethod

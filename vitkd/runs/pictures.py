@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -54,15 +54,21 @@ class AttentionPictures(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if trainer.is_global_zero and self.every_n_epochs and epoch % self.every_n_epochs == 0:
-            self._log(trainer, distilling(pl_module), self.draw(distilling(pl_module), f"epoch {epoch}"))
+            module = distilling(pl_module)
+            self._log(module, trainer.loggers, self.draw(module, f"epoch {epoch}"), trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        is_logged = not self.every_n_epochs or self._logged_step == trainer.global_step
-        if not trainer.is_global_zero or (is_logged and self.path is None):
+        if trainer.is_global_zero:
+            self.conclude(distilling(pl_module), trainer.loggers, trainer.current_epoch, trainer.global_step)
+
+    def conclude(self, module: DistillModule, loggers: Sequence[Logger], epoch: int, step: int) -> None:
+        """Draw the trained `module`, for TensorBoard and as a file."""
+        is_logged = not self.every_n_epochs or self._logged_step == step
+        if is_logged and self.path is None:
             return
-        figure = self.draw(distilling(pl_module), f"epoch {trainer.current_epoch}")
+        figure = self.draw(module, f"epoch {epoch}")
         if not is_logged:
-            self._log(trainer, distilling(pl_module), figure)
+            self._log(module, loggers, figure, step)
         if self.path is not None:
             save(figure, self.path)
 
@@ -89,14 +95,14 @@ class AttentionPictures(Callback):
             caption=f"{when} · mean over the distilled heads",
         )
 
-    def _log(self, trainer: Trainer, module: DistillModule, figure: Figure) -> None:
+    def _log(self, module: DistillModule, loggers: Sequence[Logger], figure: Figure, step: int) -> None:
         pair = module.transfer.pairs[-1]
         tag = f"attention/block{pair.student_block}_from_{pair.teacher_block}"
-        for logger in trainer.loggers:
+        for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
                 # Not add_figure: it imports pyplot, which looks for a display.
-                logger.experiment.add_image(tag, rendered(figure), trainer.global_step, dataformats="HWC")
-        self._logged_step = trainer.global_step
+                logger.experiment.add_image(tag, rendered(figure), step, dataformats="HWC")
+        self._logged_step = step
 
 
 def distilling(module: LightningModule) -> DistillModule:

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the configuration: versions, code state, hardware."""
+"""What a figure depends on besides the configuration: versions, code state, precision, hardware."""
 
 import os
 import platform
@@ -19,6 +19,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "versions/python": platform.python_version(),
         **{f"versions/{name}": version(name) for name in ("torch", "lightning", "hydra-core")},
         **git_state(Path(vitkd.__file__).parent),
+        "precision/float32_matmul": torch.get_float32_matmul_precision(),
         "hardware/device": device_name(device),
         "hardware/cpu_count": os.cpu_count(),
         "hardware/threads": torch.get_num_threads(),

@@ -38,6 +38,7 @@ class TeacherRun(Protocol):
     optimizer: AdamW
     schedule: Schedule
     trainer: dict[str, Any]
+    matmul_precision: str
     seed: int
 
 
@@ -74,6 +75,9 @@ def fingerprint(run: TeacherRun, contents: str | None) -> str:
         "schedule": [type(run.schedule).__name__, asdict(run.schedule)],
         "trainer": {k: v for k, v in run.trainer.items() if k not in IMMATERIAL_TO_TRAINER},
     }
+    if run.matmul_precision != "highest":
+        # Otherwise left out: the teachers trained before there was a choice keep their name.
+        facts["matmul_precision"] = run.matmul_precision
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
@@ -62,6 +63,7 @@ class Fitted(NamedTuple):
     """What a fit leaves, the models read back from its checkpoints."""
 
     trainer: L.Trainer
+    loggers: list[Logger]
     last: ViT
     best: ViT
     """of the epoch with the best validation accuracy, the earliest of equals; `last` without validation"""
@@ -101,7 +103,7 @@ def fit(
     data: ImageDataModule,
     folder: RunFolder,
     settings: Settings,
-    callbacks: list[Callback],
+    callbacks: Sequence[Callback],
 ) -> Fitted:
     """Train `module` in `folder`, from where an earlier attempt there was saved, if there was one.
 
@@ -109,19 +111,16 @@ def fit(
         RunError: a loss or gradient is not finite, or the disk is full.
         ConfigError: a setting of the Trainer does not suit it after all.
     """
-    checkpoint, start = agree(lambda: where_to_go_on(folder))
+    checkpoint, start = agree(lambda: where_to_go_on(folder.last))
     with PostponedSignals() as signals:
         checkpointing = Checkpointing(folder, settings.checkpoint_minutes, signals)
-        trainer = build_trainer(folder, settings, [*averaging(settings), *callbacks], checkpointing, start)
-        try:
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        except MisconfigurationException as error:
-            raise ConfigError(f"trainer: {one_line(error)}") from error
-        except SystemExit as error:
-            # Lightning turns an interrupt into an exit with code 1.
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from error
-            raise
+        trainer = build_trainer(
+            folder.path,
+            settings,
+            [*averaging(settings), *callbacks, EpochLines(), *progress_bar(), checkpointing],
+            curves_of(folder, start) if is_first() else [],
+        )
+        run_trainer(trainer, module, data, checkpoint)
     if start and is_first():
         # The attempt that was cut off may have left an older one.
         checkpointing.write_best(module.model)
@@ -137,16 +136,31 @@ def fit(
         "wall_seconds": checkpointing.wall_seconds,
         "images_per_second": module.images_trained / module.seconds_trained,
     }
-    return Fitted(trainer, last, best, metrics)
+    return Fitted(trainer, trainer.loggers, last, best, metrics)
 
 
-def where_to_go_on(folder: RunFolder) -> tuple[Path | None, int]:
-    """The checkpoint of an earlier attempt in `folder`, if there is one, and how many steps it holds."""
-    found = newest_good(folder.last)
+def run_trainer(
+    trainer: L.Trainer, module: ClassifyModule, data: ImageDataModule, start: Path | None
+) -> None:
+    """Train from the checkpoint `start`, or from the beginning; raises as `fit` does."""
+    try:
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {one_line(error)}") from error
+    except SystemExit as error:
+        # Lightning turns an interrupt into an exit with code 1.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def where_to_go_on(last: Path) -> tuple[Path | None, int]:
+    """The checkpoint that an earlier attempt left at `last`, if one did, and how many steps it holds."""
+    found = newest_good(last)
     if found is None:
         return None, 0
     path, content = found
-    log.info("resuming %s after step %d", folder.path, content["global_step"])
+    log.info("resuming %s after step %d", last.parent.parent, content["global_step"])
     return path, content["global_step"]
 
 
@@ -169,20 +183,29 @@ def warm_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return average
 
 
+def curves_of(folder: RunFolder, start: int) -> list[Logger]:
+    """What writes a run's curves, going on from step `start`."""
+    return [TensorBoardCurves(folder.path, start), MetricsFile(folder.csv, start)]
+
+
+def progress_bar() -> list[Callback]:
+    """A bar, where a person watches."""
+    return [ProgressBar()] if is_terminal() and is_first() else []
+
+
 def build_trainer(
-    folder: RunFolder, settings: Settings, callbacks: list[Callback], checkpointing: Checkpointing, start: int
+    root: Path, settings: Settings, callbacks: list[Callback], loggers: list[Logger]
 ) -> L.Trainer:
-    """Lightning's Trainer with this project's loggers and habits; the curves go on from step `start`."""
-    bar = [ProgressBar()] if is_terminal() and is_first() else []
+    """Lightning's Trainer with this project's habits."""
     return L.Trainer(
         **{
             "num_sanity_val_steps": 0,
             **settings.trainer,
-            "logger": is_first() and [TensorBoardCurves(folder.path, start), MetricsFile(folder.csv, start)],
-            "callbacks": [*callbacks, EpochLines(), *bar, checkpointing],
+            "logger": loggers,
+            "callbacks": callbacks,
             "plugins": [DurableCheckpointIO(), *scheduler()],
             "log_every_n_steps": settings.log_every_n_steps,
-            "default_root_dir": folder.path,
+            "default_root_dir": root,
             "enable_progress_bar": False,
             "enable_checkpointing": False,
             "enable_model_summary": False,
@@ -199,9 +222,12 @@ def scheduler() -> list[SLURMEnvironment]:
 
 
 def conclude_curves(
-    trainer: L.Trainer, settings: Mapping[str, Any], ignored: Collection[str], figures: Mapping[str, float]
+    loggers: Iterable[Logger],
+    settings: Mapping[str, Any],
+    ignored: Collection[str],
+    figures: Mapping[str, float],
 ) -> None:
     """Tell TensorBoard what the run was and what came of it."""
-    for logger in trainer.loggers:
+    for logger in loggers:
         if isinstance(logger, TensorBoardCurves):
             logger.conclude(settings, ignored, figures)
