@@ -11,7 +11,7 @@ import vitkd
 
 PACKAGE = Path(vitkd.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "conf" not in path.relative_to(PACKAGE).parts)
-ENTRY_POINTS = {"train", "evaluate", "explain", "report"}
+ENTRY_POINTS = {"train", "train_stacked", "evaluate", "explain", "report"}
 
 # Of vitkd, this room may import only these; entry points may import everything.
 MAY_IMPORT = {

@@ -1,0 +1,72 @@
+"""`hydra/launcher=stacked`: a multirun's jobs trained together, as many as can be.
+
+Hydra looks for launchers in this namespace alone; the work is done by `vitkd.train_stacked`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+
+class StackedLauncher(Launcher):
+    """Hands all jobs to the command at once, and runs those that it leaves one by one.
+
+    Args:
+        max_students: the largest stack; None for no limit.
+    """
+
+    def __init__(self, max_students: int | None = None) -> None:
+        self.max_students = max_students
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `launch`."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; called by Hydra's sweepers, batch by batch."""
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        jobs = [self._compose(overrides, n) for n, overrides in enumerate(job_overrides, initial_job_idx)]
+        results = self._together(jobs)
+        return [
+            finished(job, results[job.hydra.job.num]) if job.hydra.job.num in results else self._alone(job)
+            for job in jobs
+        ]
+
+    def _together(self, jobs: Sequence[DictConfig]) -> dict[int, float | None]:
+        """The results by number of those jobs that could be trained together."""
+        if self.task_function.command != "train":  # type: ignore[attr-defined]
+            return {}
+        # Hydra imports every launcher whenever it starts; this one's needs take seconds.
+        from vitkd.train_stacked import run_together
+
+        return run_together(jobs, self.max_students, self.task_function.explain)  # type: ignore[attr-defined]
+
+    def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
+        job = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(job):
+            job.hydra.job.id = job.hydra.job.num = number
+        return job
+
+    def _alone(self, job: DictConfig) -> JobReturn:
+        result = run_job(
+            task_function=self.task_function,
+            config=job,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+            hydra_context=self.hydra_context,
+        )
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        return result
+
+
+def finished(job: DictConfig, result: float | None) -> JobReturn:
+    """What Hydra's sweepers want to know of a job that ran together with others."""
+    outcome = JobReturn(overrides=list(job.hydra.overrides.task), cfg=job, status=JobStatus.COMPLETED)
+    outcome.return_value = result
+    return outcome

@@ -1,0 +1,86 @@
+"""A stack of students computes what each of them computes alone."""
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+
+from vitkd.data import Batch
+from vitkd.distill.granularity import Block, Encoder, Granularity, Head
+from vitkd.distill.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
+from vitkd.distill.modules import ClassifyModule, DistillModule
+from vitkd.distill.optimization import AdamW, Constant, WarmupCosine
+from vitkd.distill.transfer import AttentionTransfer
+from vitkd.models import ViT
+from vitkd.stacked import StackedModule
+
+EXACT = {"atol": 1e-12, "rtol": 1e-12}
+IMAGES, CLASSES = 6, 5
+
+GRANULARITIES: list[Granularity] = [
+    Head(),
+    Head(heads=[[1, 3], [0, 2]]),
+    Block(head_map="group_mean"),
+    Encoder(),
+]
+LOSSES: list[AttentionLoss] = [
+    MSE(),
+    MSE(center="row"),
+    CE(),
+    KL(temperature=2.0),
+    KL(temperature=0.5),
+    ReverseKL(),
+    JS(reduction="sum"),
+]
+GRID = [*product(GRANULARITIES, LOSSES, (0.0, 0.3)), (Head(), MSE(), 1.0), (Encoder(), KL(), 1.0)]
+
+
+@pytest.fixture
+def teacher(tiny) -> ViT:
+    return tiny(depth=6, num_heads=4).build().double()
+
+
+@pytest.fixture
+def alone(tiny, teacher) -> Callable[..., DistillModule]:
+    """alone(granularity, loss, alpha) is a student that trains by itself."""
+
+    def build(granularity: Granularity, loss: AttentionLoss, alpha: float, **settings: float):
+        student = tiny(num_heads=2).build().double()
+        transfer = AttentionTransfer(granularity.pairs(student.config, teacher.config), loss)
+        return DistillModule(student, teacher, transfer, alpha, AdamW(), Constant(), **settings).train()
+
+    return build
+
+
+def batch(orders: int | None = None) -> Batch:
+    many = [] if orders is None else [orders]
+    return Batch(
+        torch.randn(*many, IMAGES, 3, 8, 8, dtype=torch.float64),
+        torch.randint(CLASSES, (*many, IMAGES)),
+        torch.randint(100, (*many, IMAGES)),
+    )
+
+
+def of_order(batch: Batch, order: int) -> Batch:
+    return Batch(*(part[order] for part in batch))
+
+
+@pytest.mark.parametrize("orders", [None, 3], ids=["one-order", "three-orders"])
+def test_losses_and_gradients_are_those_of_separate_runs(alone, orders):
+    modules = [alone(*cell, label_smoothing=0.1 * (s % 3)) for s, cell in enumerate(GRID)]
+    order = [s % (orders or 1) for s in range(len(GRID))]
+    stacked = StackedModule(modules, order, seeds=range(len(GRID))).train()
+    given = batch(orders)
+
+    together = stacked.terms(given)
+    together.total.sum().backward()
+
+    for s, module in enumerate(modules):
+        expected = module.terms(given if orders is None else of_order(given, order[s]))
+        expected.total.backward()
+        torch.testing.assert_close(together.total[s], expected.total, **EXACT)
+        torch.testing.assert_close(together.logits[s], expected.logits, **EXACT)
+        for name, parameter in module.model.named_parameters():
+            gradient = stacked.model.get_parameter(name).grad[s]
+            torch.testing.assert_close(gradient, parameter.grad, **EXACT)

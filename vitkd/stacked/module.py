@@ -1,0 +1,324 @@
+"""Students that differ in what they learn from, trained in one pass.
+
+Shapes: S stacked students, U data orders among them (students of one seed share one), B batch, K classes,
+H heads, P distilled maps, T tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd.data import Batch
+from vitkd.distill.losses import AttentionLoss, DistributionLoss
+from vitkd.distill.modules import ClassifyModule, DistillModule, Terms, measures, share_equal
+from vitkd.distill.teacher_cache import Answer, TeacherCache
+from vitkd.distill.transfer import AttentionTransfer
+from vitkd.errors import RunError
+from vitkd.models import ViT
+from vitkd.models.dropout import draw_from
+from vitkd.models.layers import Factors, Scores
+from vitkd.stacked.dropout import GeneratorStreams
+from vitkd.stacked.optimization import Pace, StackedAdamW, StackedSchedule
+from vitkd.stacked.students import along, per_student_norm, stack
+
+
+class Cell(NamedTuple):
+    """Neighbours in the stack that compare the same maps by the same loss."""
+
+    start: int
+    stop: int
+    transfer: AttentionTransfer
+    trains: bool
+    """whether that counts in training: not at alpha = 1"""
+
+
+class StackedModule(ClassifyModule):
+    """Trains S students at once; student s becomes what `modules[s]` would have made of it alone.
+
+    What a student learns from is data: its share of the scores goes to its cell's loss, and alpha, label
+    smoothing, learning rate, weight decay and temperature are tensors. Neighbours of equal granularity and
+    loss share a cell, so order `modules` by these.
+
+    Args:
+        modules: how each student would train alone, all beside one teacher or all without.
+        orders: [S], which of a batch's U data orders each student sees.
+        seeds: [S], of each student's dropout.
+    """
+
+    def __init__(
+        self, modules: Sequence[ClassifyModule], orders: Sequence[int], seeds: Sequence[int]
+    ) -> None:
+        first = modules[0]
+        super().__init__(stack([module.model for module in modules]), first.optimizer, first.schedule)
+        self.students = len(modules)
+        self.paces = [Pace(module.optimizer, module.schedule) for module in modules]
+        self.cells = cells_of(modules)
+        self._streams = any(cell.transfer.streams for cell in self.cells)
+        self._most_maps = max((len(cell.transfer.names) for cell in self.cells), default=0)
+        self.streams = GeneratorStreams(seeds)
+        draw_from(self.streams, self.model.modules())
+        # In a tuple, as in DistillModule.
+        self._teachers: tuple[ViT, ...] = (first.teacher,) if isinstance(first, DistillModule) else ()
+        # Not buffers: those would be rounded by trainer.precision=bf16-true.
+        alphas = [module.alpha if isinstance(module, DistillModule) else 1.0 for module in modules]
+        self.alphas = torch.tensor(alphas, dtype=torch.float64)
+        smoothings = [module.label_smoothing for module in modules]
+        self.smoothings = torch.tensor(smoothings, dtype=torch.float64) if any(smoothings) else None
+        self.orders = torch.tensor(orders)
+        self.cached: dict[str, TeacherCache] = {}
+        """by split, the answers that the teacher has given already"""
+        self.failed: dict[int, str] = {}
+        """student → the line that says since when its figures are of no use"""
+        self._norms: dict[str, Tensor] = {}
+
+    @property
+    def active_cells(self) -> list[Cell]:
+        """Those whose maps are compared: in validation all."""
+        return [cell for cell in self.cells if cell.trains or not self.training]
+
+    @property
+    def teacher(self) -> ViT:
+        """Frozen and in eval mode."""
+        return self._teachers[0]
+
+    def teacher_blocks(self, split: str) -> list[int]:
+        """The blocks whose scores "train" or "val" needs; none where the teacher is not asked."""
+        cells = [cell for cell in self.cells if cell.trains or split == "val"]
+        return sorted({block for cell in cells for block in cell.transfer.teacher_blocks})
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor, split: str) -> Answer:
+        """Run the teacher on `images` [*U, B, C, H, W]; its classes are asked for in validation alone."""
+        blocks = self.teacher_blocks(split)
+        if split == "val":
+            output = self.teacher(images, blocks, self._streams)
+            return Answer(output.scores, output.logits.argmax(-1))
+        scores = self.teacher.scores(images.flatten(0, -4), blocks, self._streams)
+        many = images.shape[:-3]
+        return Answer({b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()})
+
+    def answer(self, batch: Batch, split: str) -> Answer:
+        """What the teacher says of the batch's images, given now or before."""
+        cache = self.cached.get(split)
+        return self.ask_teacher(batch.image, split) if cache is None else cache.answer(batch.index)
+
+    def as_seen(self, batch: Batch) -> Batch:
+        if batch.label.ndim == 1:
+            return batch
+        self.orders = self.orders.to(batch.label.device)
+        return batch._replace(label=batch.label[self.orders], index=batch.index[self.orders])
+
+    def terms(self, batch: Batch) -> Terms:
+        """The losses [S] of a batch, [B, …] or [U, B, …]."""
+        scores = self.answer(batch, "train").scores if self.active_cells else {}
+        return self._compare(batch, scores)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if not self._teachers:
+            super().validation_step(batch, batch_idx)
+            return
+        scores, predicted = self.answer(batch, "val")
+        assert predicted is not None
+        terms = self._compare(batch, scores)
+        agreement = share_equal(terms.logits.argmax(-1), predicted)
+        self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
+
+    def task_loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Each student's cross-entropy [S] with the labels [B] or [S, B], smoothed in training."""
+        log_p = logits.log_softmax(-1)
+        hard = -log_p.gather(-1, label.expand(logits.shape[:-1])[..., None]).mean((-2, -1))
+        if self.smoothings is None or not self.training:
+            return hard
+        self.smoothings = self.smoothings.to(hard)
+        return torch.lerp(hard, -log_p.mean((-2, -1)), self.smoothings)
+
+    def observe(self, terms: Terms) -> None:
+        if terms.transfer is not None and self.is_logging_step:
+            parameters = list(self.model.parameters())
+            self._norms = {
+                "gradient_norm_task": gradient_norms(terms.task, parameters),
+                "gradient_norm_transfer": gradient_norms(terms.transfer, parameters),
+            }
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # One student's bad step is no reason to hold the others back.
+        self.guard.end_step()
+
+    def check_finite(self) -> None:
+        """Note which students are not finite any more; RunError if none is left."""
+        messages = self.guard.found(self.trainer.global_step, self.trainer.current_epoch + 1)
+        for student, message in enumerate(messages):
+            if message is not None:
+                self.failed.setdefault(student, message)
+        if len(self.failed) == self.students:
+            raise RunError(next(iter(self.failed.values())))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = StackedAdamW(self.model.parameters(), self.paces)
+        schedule = StackedSchedule(optimizer, self.paces, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val is None or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        # As clip_grad_norm_ does for one model.
+        share = (gradient_clip_val / (per_student_norm(gradients) + 1e-6)).clamp(max=1)
+        for gradient in gradients:
+            gradient.mul_(along(share, gradient))
+
+    def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
+        plain = {name: values for name, values in means.items() if name not in ("map_loss", "transfer_loss")}
+        curves = [{name: values[s] for name, values in plain.items()} for s in range(self.students)]
+        for cell in self.active_cells if "map_loss" in means else ():
+            for student in range(cell.start, cell.stop):
+                curves[student]["transfer_loss"] = means["transfer_loss"][student]
+                own = iter(means["map_loss"][student * self._most_maps :])
+                curves[student] |= {f"map_loss/{name}": next(own) for name in cell.transfer.names}
+        return curves
+
+    def window_curves(self) -> list[dict[str, float]]:
+        norms = {name: values.tolist() for name, values in self._norms.items()}
+        self._norms = {}
+        curves = super().window_curves()
+        for cell in self.active_cells if norms else ():
+            for student in range(cell.start, cell.stop):
+                own = {name: values[student] for name, values in norms.items()}
+                if alpha := self.alphas[student].item():
+                    weighted = (1 - alpha) * own["gradient_norm_transfer"]
+                    own["gradient_ratio"] = weighted / (alpha * own["gradient_norm_task"])
+                curves[student] |= own
+        return curves
+
+    def summary(self, curves: list[dict[str, float]]) -> Mapping[str, list[float]]:
+        common = set.intersection(*(set(values) for values in curves))
+        return {name: [values[name] for values in curves] for name in curves[0] if name in common}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["curves"]["gradient_norms"] = dict(self._norms)
+        checkpoint["failed"] = dict(self.failed)
+        checkpoint["streams"] = self.streams.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        norms = checkpoint["curves"]["gradient_norms"]
+        self._norms = {name: norm.to(self.device) for name, norm in norms.items()}
+        self.failed = dict(checkpoint["failed"])
+        self.streams.load_state_dict(checkpoint["streams"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # They lie on the old device, in the old precision.
+        self.cached.clear()
+        for teacher in self._teachers:
+            teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _compare(self, batch: Batch, teacher_scores: Mapping[int, Scores]) -> Terms:
+        """The losses of all students; the teacher's scores are [B, H, T, T] or [U, B, H, T, T] a block."""
+        seen = self.as_seen(batch)
+        images = batch.image if batch.image.ndim == 4 else batch.image[self.orders]
+        cells = self.active_cells
+        blocks = {block for cell in cells for block in cell.transfer.student_blocks}
+        output = self.model(images, blocks, self._streams)
+        task = self.task_loss(output.logits, seen.label)
+        if not cells:
+            return Terms(output.logits, task, total=task)
+        own = {block: self._shares(found) for block, found in output.scores.items()}
+        of_orders = batch.label.ndim == 2
+        per_map = [self._compare_cell(cell, own, teacher_scores, of_orders) for cell in cells]
+        transfer = self._spread([cell.transfer.total(v) for cell, v in zip(cells, per_map, strict=True)])
+        self.alphas = self.alphas.to(task)
+        total = self.alphas * task + (1 - self.alphas) * transfer
+        padded = [F.pad(values, (0, self._most_maps - values.shape[-1])) for values in per_map]
+        return Terms(output.logits, task, total, transfer, self._spread(padded))
+
+    def _compare_cell(
+        self,
+        cell: Cell,
+        scores: Mapping[int, Mapping[int, Scores]],
+        teacher_scores: Mapping[int, Scores],
+        of_orders: bool,
+    ) -> Tensor:
+        """One value per student map of the cell, [students, P]; `scores` by block and first student."""
+        own = {block: scores[block][cell.start] for block in cell.transfer.student_blocks}
+        theirs = {block: teacher_scores[block] for block in cell.transfer.teacher_blocks}
+        if of_orders:
+            orders = self.orders[cell.start : cell.stop]
+            theirs = {block: changed(found, lambda t: t[orders]) for block, found in theirs.items()}
+        return cell.transfer(own, theirs)
+
+    def _shares(self, scores: Scores) -> dict[int, Scores]:
+        """`scores` [S, …] cut at the cells' ends, by each part's first student."""
+        ends = sorted({0, self.students} | {end for cell in self.cells for end in (cell.start, cell.stop)})
+        sizes = [stop - start for start, stop in pairwise(ends)]
+        # One cut, not a slice a cell: each slice's gradient would be as large as the whole.
+        if isinstance(scores, Tensor):
+            return dict(zip(ends, scores.split(sizes), strict=False))
+        factors = zip(*(factor.split(sizes) for factor in scores), strict=True)
+        return {start: Factors(*parts) for start, parts in zip(ends, factors, strict=False)}
+
+    def _spread(self, of_cells: list[Tensor]) -> Tensor:
+        """The cells' values [students, …] as [S, …], 0 for students outside."""
+        parts, position, rest = [], 0, of_cells[0].shape[1:]
+        for cell, values in zip(self.active_cells, of_cells, strict=True):
+            parts += [values.new_zeros(cell.start - position, *rest), values]
+            position = cell.stop
+        return torch.cat([*parts, of_cells[0].new_zeros(self.students - position, *rest)])
+
+
+def changed(scores: Scores, change: Callable[[Tensor], Tensor]) -> Scores:
+    """Scores, or each of their factors, after `change`."""
+    return change(scores) if isinstance(scores, Tensor) else Factors(*map(change, scores))
+
+
+def cells_of(modules: Sequence[ClassifyModule]) -> list[Cell]:
+    """The cells of students that stand in the order of `modules`."""
+    cells, start = [], 0
+    for _, group in groupby(modules, key=_cell_key):
+        members = list(group)
+        if distilled := [module for module in members if isinstance(module, DistillModule)]:
+            transfer, trains = shared_transfer(distilled), distilled[0].alpha < 1
+            cells.append(Cell(start, start + len(members), transfer, trains))
+        start += len(members)
+    return cells
+
+
+def _cell_key(module: ClassifyModule) -> Any:
+    if not isinstance(module, DistillModule):
+        return None
+    loss = module.transfer.loss
+    settings = {key: value for key, value in asdict(loss).items() if key != "temperature"}
+    return type(loss), settings, module.transfer.pairs, module.alpha < 1
+
+
+def shared_transfer(modules: Sequence[DistillModule]) -> AttentionTransfer:
+    """The comparison that all of `modules` make, with a temperature each where these differ."""
+    transfer = modules[0].transfer
+    losses: list[AttentionLoss] = [module.transfer.loss for module in modules]
+    temperatures = [loss.temperature for loss in losses if isinstance(loss, DistributionLoss)]
+    if len(set(temperatures)) < 2:
+        return transfer
+    loss = copy(losses[0])
+    assert isinstance(loss, DistributionLoss)
+    loss.temperature = torch.tensor(temperatures).reshape(-1, 1, 1, 1, 1)  # type: ignore[assignment]
+    return AttentionTransfer(transfer.pairs, loss, transfer.resize, transfer.allowed)
+
+
+def gradient_norms(losses: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
+    """The 2-norms [S] of d losses[s] / d (student s's parameters); the graph is kept."""
+    # Students share nothing, so the sum's gradient is each one's own.
+    gradients = torch.autograd.grad(losses.sum(), parameters, retain_graph=True, allow_unused=True)
+    return per_student_norm([gradient for gradient in gradients if gradient is not None])
