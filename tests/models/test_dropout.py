@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitkd.models.dropout import Dropout, quick_mask
 from vitkd.models.layers import MLP, Attention
 
 P = 0.25
@@ -92,3 +93,52 @@ def test_eval_mode_repeats_itself_and_train_mode_does_not(tiny, record):
     assert not twice()
     model.eval()
     assert twice()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masks_drop_as_many_as_they_should_and_keep_the_mean(p, dtype):
+    x = torch.ones(1000, 1001, dtype=dtype)
+
+    mask = quick_mask(x, p)
+
+    dropped = (mask == 0).double().mean().item()
+    # Five standard deviations, and what p is rounded by.
+    assert dropped == pytest.approx(p, abs=5 * (p * (1 - p) / 1e6) ** 0.5 + 2**-17)
+    assert mask.dtype == dtype
+    assert mask.shape == x.shape
+    values = mask[mask != 0].double()
+    torch.testing.assert_close(
+        values, torch.full_like(values, 1 / (1 - p)), rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=0
+    )
+
+
+def test_neighbours_that_share_a_draw_are_dropped_independently():
+    dropped = (quick_mask(torch.ones(4_000_000), 0.5) == 0).view(-1, 4).double()
+
+    together = torch.corrcoef(dropped.T)
+
+    torch.testing.assert_close(together, torch.eye(4, dtype=torch.float64), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("values", [1, 3, 8, 1023])
+def test_each_generator_draws_its_part_as_it_does_alone(values):
+    """What is no multiple of the four values of a draw included."""
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+
+    together = quick_mask(torch.ones(3, values), 0.3, generators())
+
+    alone = [quick_mask(torch.ones(1, values), 0.3, [generator]) for generator in generators()]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_gradients_pass_where_values_do():
+    layer = Dropout(P)
+    x = torch.randn(50, 50, requires_grad=True)
+
+    y = layer(x)
+    y.sum().backward()
+
+    torch.testing.assert_close(x.grad * x, y)

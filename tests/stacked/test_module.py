@@ -9,8 +9,8 @@ import torch
 from vitkd.data import Batch
 from vitkd.distill.granularity import Block, Encoder, Granularity, Head
 from vitkd.distill.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
-from vitkd.distill.modules import ClassifyModule, DistillModule
-from vitkd.distill.optimization import AdamW, Constant, WarmupCosine
+from vitkd.distill.modules import DistillModule
+from vitkd.distill.optimization import AdamW, Constant
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.models import ViT
 from vitkd.stacked import StackedModule

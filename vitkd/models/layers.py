@@ -113,11 +113,10 @@ class Attention(nn.Module):
             recorded = Factors(q, k).without_values() if factors else Factors(q, k).scores()
         if isinstance(recorded, Tensor):
             values = self._attend(recorded, v)
-        elif self.dropout.rate and self.dropout.streams is not None:
-            # The fused kernels draw from PyTorch's own generator.
+        elif self.dropout.has_own_masks(q):
             values = self._attend(Factors(q, k).scores(), v)
         else:
-            # They take exactly one batch axis.
+            # The fused kernels take exactly one batch axis.
             flat_q, flat_k, flat_v = (t.flatten(0, -4) for t in (q, k, v))
             fused = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, dropout_p=self.dropout.rate)
             values = fused.view_as(v)

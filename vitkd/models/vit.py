@@ -146,7 +146,8 @@ class ViT(nn.Module):
     ) -> tuple[Tensor, dict[int, Scores]]:
         """Tokens [*S, B, T, D] after the first `depth` blocks, and the scores of those to record."""
         assert all(0 <= block < len(self.blocks) for block in record), f"no such block among {list(record)}"
-        x, recorded = self.embed(images), dict[int, Scores]()
+        x = self.embed(images)
+        recorded: dict[int, Scores] = {}
         for i, block in enumerate(self.blocks[:depth]):
             x, scores = block(x, i in record, factors)
             if scores is not None:

@@ -23,7 +23,7 @@ from vitkd.errors import RunError
 from vitkd.models import ViT
 from vitkd.models.dropout import draw_from
 from vitkd.models.layers import Factors, Scores
-from vitkd.stacked.dropout import GeneratorStreams
+from vitkd.stacked.dropout import streams_on
 from vitkd.stacked.optimization import Pace, StackedAdamW, StackedSchedule
 from vitkd.stacked.students import along, per_student_norm, stack
 
@@ -49,10 +49,15 @@ class StackedModule(ClassifyModule):
         modules: how each student would train alone, all beside one teacher or all without.
         orders: [S], which of a batch's U data orders each student sees.
         seeds: [S], of each student's dropout.
+        device: where training will be.
     """
 
     def __init__(
-        self, modules: Sequence[ClassifyModule], orders: Sequence[int], seeds: Sequence[int]
+        self,
+        modules: Sequence[ClassifyModule],
+        orders: Sequence[int],
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
     ) -> None:
         first = modules[0]
         super().__init__(stack([module.model for module in modules]), first.optimizer, first.schedule)
@@ -61,7 +66,7 @@ class StackedModule(ClassifyModule):
         self.cells = cells_of(modules)
         self._streams = any(cell.transfer.streams for cell in self.cells)
         self._most_maps = max((len(cell.transfer.names) for cell in self.cells), default=0)
-        self.streams = GeneratorStreams(seeds)
+        self.streams = streams_on(torch.device(device), seeds)
         draw_from(self.streams, self.model.modules())
         # In a tuple, as in DistillModule.
         self._teachers: tuple[ViT, ...] = (first.teacher,) if isinstance(first, DistillModule) else ()
@@ -113,6 +118,10 @@ class StackedModule(ClassifyModule):
             return batch
         self.orders = self.orders.to(batch.label.device)
         return batch._replace(label=batch.label[self.orders], index=batch.index[self.orders])
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.streams.next_step()
+        return super().loss(batch)
 
     def terms(self, batch: Batch) -> Terms:
         """The losses [S] of a batch, [B, …] or [U, B, …]."""
