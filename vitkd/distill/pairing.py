@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vitkd.distill.losses import AttentionLoss
@@ -71,6 +70,8 @@ def match_heads(
     Scores are [B, H, N, N] per block, recorded on the same images; `resize` brings the teacher's to the
     student's token grid.
     """
+    from scipy.optimize import linear_sum_assignment  # takes a while, and hardly a run needs it
+
     matched = []
     for pair in pairs:
         target = loss.target(teacher_scores[pair.teacher_block])
