@@ -11,6 +11,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from vitkd.errors import ConfigError
+
 
 class StackedLauncher(Launcher):
     """Hands all jobs to the command at once, and runs those that it leaves one by one.
@@ -27,7 +29,15 @@ class StackedLauncher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; called by Hydra's sweepers, batch by batch."""
+        """Run the jobs; called by Hydra's sweepers, batch by batch.
+
+        Raises ConfigError if `max_students` is no count.
+        """
+        most = self.max_students
+        if most is not None and not (type(most) is int and most >= 1):
+            raise ConfigError(
+                f"hydra.launcher.max_students={most}: must be a whole number of at least 1, or null"
+            )
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """What must hold on a CUDA device: the same views, the same scores, a whole run."""
 
+import csv
 import json
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from vitkd.data.hashing import key_of, random_bits
 from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.modules import DistillModule
 from vitkd.errors import RunError
+from vitkd.stacked.dropout import KeyedStreams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,3 +117,73 @@ def test_steps_between_two_windows_never_wait_for_the_device(command, tmp_path, 
 
     assert ended.code == 0, ended.err
     assert len(steps) > 18
+
+
+TRAINING = ["trainer=gpu", "trainer.max_epochs=3", "teacher.max_epochs=1", "student.dropout=0.1"]
+
+
+def losses_of(run: Path) -> list[float]:
+    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    return [float(row["train/total_loss"]) for row in rows if row["train/total_loss"]]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_replayed_steps_are_those_taken_one_by_one(command, tmp_path, precision):
+    settings = [*TRAINING, f"trainer.precision={precision}", "student.dropout=0", f"paths.outputs={tmp_path}"]
+    for mode in ("auto", "off"):
+        ended = command("train", *settings, f"name={mode}", f"cuda_graph={mode}")
+        assert ended.code == 0, ended.err
+
+    replayed, one_by_one = (losses_of(tmp_path / "digits" / mode) for mode in ("auto", "off"))
+    assert replayed == pytest.approx(one_by_one, rel=1e-3 if precision == "32-true" else 2e-2)
+
+
+def test_steps_are_replayed(command, tmp_path, monkeypatch):
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(1), replay(self))[1])
+
+    ended = command("train", *TRAINING, f"paths.outputs={tmp_path}", "method=none")
+
+    assert ended.code == 0, ended.err
+    assert len(replays) > 30
+
+
+def test_a_stack_ends_as_its_students_alone(command, tmp_path):
+    axes = ["granularity=head,encoder", "loss=mse,kl", "seed=0,1"]
+    settings = ["trainer=gpu", "trainer.max_epochs=3", "teacher.max_epochs=1", "trainer.deterministic=true"]
+    accuracies = {}
+    for launcher in ("basic", "stacked"):
+        outputs = f"paths.outputs={tmp_path / launcher}"
+        ended = command("train", "-m", f"hydra/launcher={launcher}", outputs, *settings, *axes)
+        assert ended.code == 0, ended.err
+        runs = (tmp_path / launcher / "digits").glob("*/metrics.json")
+        accuracies[launcher] = {r.parent.name: json.loads(r.read_text())["test/acc_last"] for r in runs}
+
+    assert len(accuracies["stacked"]) == 8
+    # Within one of the 359 test images.
+    assert accuracies["stacked"] == pytest.approx(accuracies["basic"], abs=1.5 / 359)
+
+
+def test_stacked_students_with_dropout_train(command, tmp_path):
+    settings = [*TRAINING, f"paths.outputs={tmp_path}", "hydra/launcher=stacked", "seed=0,1,2"]
+
+    ended = command("train", "-m", *settings)
+
+    assert ended.code == 0, ended.err
+    assert len(list((tmp_path / "digits").glob("*/student.safetensors"))) == 3
+
+
+def test_a_students_masks_do_not_depend_on_its_stack():
+    x = torch.randn(3, 40, 50, device="cuda", requires_grad=True)
+    together = KeyedStreams([4, 5, 6], x.device)
+    alone = KeyedStreams([5], x.device)
+    together.next_step()
+    alone.next_step()
+
+    y = together.drop(x, 0.3)
+    y.sum().backward()
+
+    assert torch.equal(alone.drop(x[1:2], 0.3)[0], y[1])
+    torch.testing.assert_close(x.grad * x, y)
+    assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "messages": {"errors", "config"},
     "jobs": {"errors", "runs"},
     "cli": {"errors", "config", "messages", "distill", "jobs", "runs", "schema"},
+    "stacking": {"cli", "config", "distill", "jobs", "runs", "stacked", "train"},
 }
-HYDRA_AT_HOME = {"config", "schema", "cli", "messages", "jobs"}
+HYDRA_AT_HOME = {"config", "schema", "cli", "messages", "jobs", "stacking"}
 MAY_PRINT = {"cli", "runs/console", "runs/processes"}
 
 

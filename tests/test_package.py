@@ -53,10 +53,12 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_and_every_option(wheel):
     names = {*zipfile.ZipFile(wheel).namelist()}
     options = {f"vitkd/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vitkd").rglob("*.py")}
+    rooms = (ROOT / "vitkd", ROOT / "hydra_plugins")
+    modules = {str(path.relative_to(ROOT)) for room in rooms for path in room.rglob("*.py")}
 
     assert options | modules <= names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"vitkd"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"vitkd", "hydra_plugins"}
+    assert "hydra_plugins/__init__.py" not in names, "other plugins lie there too"
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -72,6 +74,20 @@ def test_the_commands_run_from_another_folder(installed, tmp_path):
     measured = python(evaluate, "run=outputs/digits/run", cwd=tmp_path, path=installed)
     assert measured.returncode == 0, measured.stderr
     assert "differs" not in measured.stdout
+
+
+def test_the_stacked_launcher_comes_with_it(installed, tmp_path):
+    train = str(installed / "bin" / "vitkd-train")
+    where = "import hydra_plugins.vitkd_stacked_launcher as plugin; print(plugin.__file__)"
+    found = python("-c", where, cwd=tmp_path, path=installed)
+    assert found.stdout.strip() == str(installed / "hydra_plugins" / "vitkd_stacked_launcher.py")
+
+    settings = [setting for setting in TINY if not setting.startswith("name=")]
+    swept = python(train, "-m", "hydra/launcher=stacked", "seed=0,1", *settings, cwd=tmp_path, path=installed)
+
+    assert swept.returncode == 0, swept.stderr
+    assert "jobs 0-1 train as one stack" in swept.stdout
+    assert len([*(tmp_path / "outputs" / "digits").glob("*/student.safetensors")]) == 2
 
 
 def test_its_errors_and_help_are_the_same(installed, tmp_path):

@@ -125,6 +125,8 @@ class Root:
     matmul_precision: str
     """Of products of float32 matrices: `highest` is float32; `high` and `medium` may round the factors, on
     NVIDIA GPUs to TF32."""
+    cuda_graph: str
+    """`auto` replays training steps on a GPU from a CUDA graph, where that can be done; `off` never does."""
     compile: bool
     """Compile the losses of a training step, models included (torch.compile)."""
     sweep: SweepSettings
@@ -147,6 +149,8 @@ class Root:
             )
         if not self.checkpoint_minutes >= 0:
             raise ConfigError(f"checkpoint_minutes={self.checkpoint_minutes}: must be 0 (every step) or more")
+        if self.cuda_graph not in ("auto", "off"):
+            raise ConfigError(f"cuda_graph={self.cuda_graph}: choose auto or off")
         if self.resume not in (None, "auto"):
             raise ConfigError(f"resume={self.resume}: choose auto or null")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -193,7 +197,7 @@ def parse(composed: DictConfig) -> Config:
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     record_whereabouts(plain)
     root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
-    if not dataset.val_fraction:
+    if not dataset.validates:
         plain["trainer"]["limit_val_batches"] = 0
     return Config(
         **{f.name: getattr(root, f.name) for f in fields(Root)},

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 
 from vitkd.cli import goes_on, run_command, run_path, same_job, warn_of_ignored_settings
 from vitkd.config import Config, parse, teacher_run
 from vitkd.data import ImageDataModule
+from vitkd.distill.graph import CudaGraphs
 from vitkd.distill.modules import DistillModule
 from vitkd.distill.teacher_cache import TeacherCaching
 from vitkd.jobs import figures_of
@@ -104,6 +106,8 @@ def announce(config: Config, given: ViT | None) -> None:
     hint = " (embedded; dataset=cifar100 is the report's)" if dataset.name == "digits" else ""
     size = f"{dataset.image_size}×{dataset.image_size}"
     log.info("dataset: %s, %d classes, %s pixels%s", dataset.name, dataset.num_classes, size, hint)
+    if dataset.validate_on == "test":
+        log.warning("warning: the best epoch is chosen on the test images; its accuracy flatters")
     if config.method.needs_teacher:
         log.info("teacher: %s", describe_model(given.config if given else config.teacher.model))
     log.info("student: %s", describe_model(config.student))
@@ -152,7 +156,7 @@ def train(
         seed_generators(config.seed, DROPOUT, config.student, process=rank())
         if config.compile:
             compile_training(module)
-        callbacks = [callback for callback in (drawing, caching(config, data)) if callback]
+        callbacks = [*([drawing] if drawing else []), *hot_path(config, data)]
         fitted = fit(module, data, folder, config, callbacks)
         metrics = {}
         if is_first():
@@ -211,7 +215,7 @@ def describe_teacher(teacher: ViT | None, test: Evaluation | None) -> dict[str, 
 
 def pictures(config: Config, data: ImageDataModule, folder: RunFolder) -> AttentionPictures:
     """The callback that shows where teacher and student look."""
-    batch = data.first("val" if config.dataset.val_fraction else "test", 4)
+    batch = data.first("val" if config.dataset.validates else "test", 4)
     return AttentionPictures(
         batch.image,
         batch.label,
@@ -223,10 +227,14 @@ def pictures(config: Config, data: ImageDataModule, folder: RunFolder) -> Attent
     )
 
 
-def caching(config: Config, data: ImageDataModule) -> TeacherCaching | None:
-    """The callback that asks the teacher once for what it would be asked in every epoch."""
-    wanted = config.method.needs_teacher and config.teacher.cache == "auto"
-    return TeacherCaching(data, config.teacher.cache_gib) if wanted else None
+def hot_path(config: Config, data: ImageDataModule) -> list[Callback]:
+    """What makes training steps faster: a teacher asked once, steps that are replayed."""
+    callbacks: list[Callback] = []
+    if config.method.needs_teacher and config.teacher.cache == "auto":
+        callbacks.append(TeacherCaching(data, config.teacher.cache_gib))
+    if config.cuda_graph == "auto":
+        callbacks.append(CudaGraphs())
+    return callbacks
 
 
 if __name__ == "__main__":

@@ -20,9 +20,15 @@ CONF = Path(__file__).parents[2] / "conf" / "dataset"
 
 def option_file(option: str) -> tuple[type[Dataset], dict[str, Any]]:
     """The class and the fields of conf/dataset/OPTION.yaml; its choice of models is no field."""
-    settings = yaml.safe_load((CONF / f"{option}.yaml").read_text())
-    settings.pop("defaults", None)
+    settings = read_option(option)
     return getattr(vitkd.data, settings.pop("_target_").removeprefix("vitkd.data.")), settings
+
+
+def read_option(option: str) -> dict[str, Any]:
+    """The settings of an option file, on top of those of the option that it builds on."""
+    settings = yaml.safe_load((CONF / f"{option}.yaml").read_text())
+    bases = [base for base in settings.pop("defaults", []) if isinstance(base, str) and base != "_self_"]
+    return {key: value for base in bases for key, value in read_option(base).items()} | settings
 
 
 @pytest.fixture

@@ -24,10 +24,11 @@ def digest(*tensors: torch.Tensor) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
 
-def test_there_are_seven() -> None:
+def test_there_are_eight() -> None:
     assert OPTIONS == [
         "cifar10",
         "cifar100",
+        "cifar100_report_protocol",
         "digits",
         "fashion_mnist",
         "image_folder",

@@ -315,3 +315,15 @@ def test_lightning_sets_the_epoch_and_resumes_at_every_step(make: Make, tmp_path
         resumed = fit(make, tmp_path, tmp_path / f"{step}.ckpt")
         assert resumed.seen == expected[step:]
         assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_validated_on_the_test_images_all_others_train(make: Make, tmp_path: Path) -> None:
+    data = ImageDataModule(make("digits", val_fraction=0, validate_on="test"), tmp_path, seed=0)
+
+    assert_same(epoch_of(data.loader("val")), epoch_of(data.loader("test")))
+    assert len(data.loader("train").sampler.index) == 1438
+
+
+def test_nothing_is_held_out_where_the_test_images_validate(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"val_fraction=0\.1 must be 0 with validate_on=test"):
+        make("digits", validate_on="test")

@@ -176,8 +176,8 @@ def test_takes_the_same_steps_and_compiles_nothing_after_the_first(fit, alpha):
 def test_the_command_trains_as_without(command, tmp_path):
     briefly = ["trainer=cpu", "trainer.max_epochs=2", "teacher.max_epochs=1", "trainer.limit_train_batches=3"]
     weights = []
-    for name in ("true", "false"):
-        ended = command("train", *briefly, f"paths.outputs={tmp_path}", f"name={name}", f"compile={name}")
+    for name, compiles in (("compiled", "true"), ("eager", "false")):
+        ended = command("train", *briefly, f"paths.outputs={tmp_path}", f"name={name}", f"compile={compiles}")
         assert ended.code == 0, ended.err
         weights.append(load_file(tmp_path / "digits" / name / "student.safetensors"))
         torch._dynamo.reset()

@@ -75,8 +75,10 @@ class ImageDataModule(L.LightningDataModule):
         train, val = hold_out(splits["train"].labels, lots, self.dataset.val_fraction)
         self._images = {name: split.read_all() for name, split in splits.items() if split.resident}
         self._indices = {"train": train, "val": val, "test": torch.arange(len(splits["test"]))}
+        if self.dataset.validate_on == "test":
+            self._indices["val"] = self._indices["test"]
         for name, indices in self._indices.items():
-            if not len(indices) and (name != "val" or self.dataset.val_fraction):
+            if not len(indices) and (name != "val" or self.dataset.validates):
                 raise ConfigError(f"dataset={self.dataset.name}: too few images, its {name} split is empty")
         self._splits = splits
 
@@ -117,7 +119,7 @@ class ImageDataModule(L.LightningDataModule):
         self._train_state = state_dict
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """In order; an empty list where val_fraction=0."""
+        """In order; an empty list where there is nothing to validate with."""
         self.setup()
         return self.loader("val") if len(self._indices["val"]) else []
 
@@ -144,7 +146,8 @@ class ImageDataModule(L.LightningDataModule):
         """
         self.setup()
         trainer, training = self.trainer, split == "train"
-        official = "test" if split == "test" else "train"
+        of_test = split == "test" or (split == "val" and self.dataset.validate_on == "test")
+        official = "test" if of_test else "train"
         device = torch.device(device or (trainer.strategy.root_device if trainer else "cpu"))
         pixels = self._pixels(official, device)
         # Workers take plain numbers, and fetching those from the device would wait for it.

@@ -25,6 +25,8 @@ class Dataset(ABC):
         batch_size: training images a step, on each device.
         eval_batch_size: images a step in validation and test, on each device.
         val_fraction: share of the training split kept for validation, 0 for none.
+        validate_on: `held_out` images, or `test`: the test images choose the best epoch then, as some reports
+            have it, and the accuracy at it flatters.
         split_seed: which images those are. It is not the run's seed: a teacher must never have trained on
             what its student is validated with.
         max_epochs: how long training takes to be worth while, unless the run says otherwise.
@@ -41,6 +43,7 @@ class Dataset(ABC):
     batch_size: int = 64
     eval_batch_size: int = 512
     val_fraction: float = 0.1
+    validate_on: str = "held_out"
     split_seed: int = 0
     max_epochs: int = 20
 
@@ -53,6 +56,9 @@ class Dataset(ABC):
             self._require(setting, getattr(self, setting) >= 1, "1 or more")
         self._require("split_seed", self.split_seed >= 0, "0 or more")
         self._require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1); 0 trains on every image")
+        self._require("validate_on", self.validate_on in ("held_out", "test"), "held_out or test")
+        unused = self.validate_on == "test" and self.val_fraction > 0
+        self._require("val_fraction", not unused, "0 with validate_on=test, which holds nothing out")
         for setting in ("mean", "std"):
             values = len(getattr(self, setting))
             self._require(
@@ -63,6 +69,11 @@ class Dataset(ABC):
         self._require(
             "augment", padding < self.image_size, f"a crop_padding below image_size={self.image_size}"
         )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are images to validate with."""
+        return self.val_fraction > 0 or self.validate_on == "test"
 
     def inspect(self, root: Path) -> int:
         """The number of classes; cheap next to `load`, and called before a run leaves anything on disk.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitkd.errors import RunError
 
 IMAGES_NAMED = 16
+ADVICE = "try a lower optimizer.lr, a longer schedule.warmup or trainer.gradient_clip_val=1"
 
 
 class _Seen(NamedTuple):
@@ -31,9 +32,13 @@ class FiniteGuard:
     that is not finite until `check` raises; under 16-mixed the gradient scaler puts its own flag in that
     place, which leaves out just the bad step. Elsewhere each step is checked before it is taken: on the CPU
     that costs nothing, on MPS and with an optimiser that is not fused it waits for the device.
+
+    Args:
+        outcome: what a bad step means, for whoever reads of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outcome: str = "it was not taken, and what was saved before is good") -> None:
+        self.outcome = outcome
         self._seen: list[_Seen] = []
         # On the device, and always at the same place in memory, so that a CUDA graph can go on with it.
         self._steps: Tensor | None = None
@@ -88,7 +93,8 @@ class FiniteGuard:
         tables = {n: table.reshape(-1, table.shape[-1]).tolist() for n, table in self._first_bad.items()}
         before = step - int(self._steps)
         students = len(next(iter(tables.values())))
-        messages = [_first_message(tables, student, before, epoch) for student in range(students)]
+        bad = [_first_message(tables, student, before, epoch) for student in range(students)]
+        messages = [message and f"{message}; {self.outcome}: {ADVICE}" for message in bad]
         self._steps.zero_()
         for table in self._first_bad.values():
             table.zero_()
@@ -124,7 +130,7 @@ class FiniteGuard:
 def _first_message(
     tables: Mapping[tuple[str, ...], list[list[float]]], student: int, before: int, epoch: int
 ) -> str | None:
-    """The line about one student's first bad batch, if it has one."""
+    """What is to be told of one student's first bad batch, if it has one."""
     rows = [(names, table[student]) for names, table in tables.items() if table[student][0]]
     if not rows:
         return None
@@ -134,6 +140,5 @@ def _first_message(
     named = ", ".join(f"{image:.0f}" for image in images[:IMAGES_NAMED])
     return (
         f"step {before + step + 1:.0f} (epoch {epoch}) is not finite: {terms}, on training images {named}"
-        f"{', …' if len(images) > IMAGES_NAMED else ''}; it was not taken, and what was saved before is good:"
-        " try a lower optimizer.lr, a longer schedule.warmup or trainer.gradient_clip_val=1"
+        f"{', …' if len(images) > IMAGES_NAMED else ''}"
     )

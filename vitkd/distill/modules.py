@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
+from vitkd.distill.graph import GraphedStep
 from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.meter import Meter
 from vitkd.distill.optimization import AdamW, Schedule
@@ -55,6 +56,8 @@ class ClassifyModule(L.LightningModule):
         self.optimizer, self.schedule, self.label_smoothing = optimizer, schedule, label_smoothing
         self.train_meter, self.val_meter = Meter(), Meter()
         self.guard = FiniteGuard()
+        self.graph: GraphedStep | None = None
+        self._batch: Batch | None = None
         self.images_trained, self.seconds_trained = 0, 0.0
         self._window_start, self._window_seconds = 0.0, 0.0
         self._latest: dict[str, float] = {}
@@ -70,12 +73,56 @@ class ClassifyModule(L.LightningModule):
         smoothing = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits, label, label_smoothing=smoothing)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        if self.is_graphed_step:
+            # Taken in `optimizer_step`: a backward pass has no business in this method's autocast.
+            self._batch = batch
+            return None
+        return self.loss(batch)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """What is minimised on a training batch; its figures are noted."""
         terms, seen = self.terms(batch), self.as_seen(batch)
         self.guard.watch(terms.named_losses(), seen.index)
         self.observe(terms)
         self.train_meter.add(measures(terms, seen), seen.label.shape[-1])
         return terms.total.sum()
+
+    def whole_step(self, batch: Batch) -> None:
+        """What Lightning makes of `training_step` and an optimiser, as one piece for a CUDA graph."""
+        (optimizer,) = self.trainer.optimizers
+        optimizer.zero_grad()
+        with self.trainer.precision_plugin.train_step_context():
+            loss = self.loss(batch)
+        loss.backward()
+        self.on_before_optimizer_step(optimizer)
+        self.configure_gradient_clipping(
+            optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
+        )
+        optimizer.step()
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        if not self.is_graphed_step:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            return
+        assert self.graph is not None
+        assert optimizer_closure is not None
+        optimizer_closure()
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        if self.graph.take(batch):
+            self.train_meter.added_again(batch.label.shape[-1])
+
+    @property
+    def is_graphed_step(self) -> bool:
+        """Whether this step is taken as one piece; a logged one is not, for its gradients are measured."""
+        return self.graph is not None and not self.is_logging_step
 
     def as_seen(self, batch: Batch) -> Batch:
         """A training batch with the labels and indices [*S, B] as each student sees them."""
@@ -105,7 +152,8 @@ class ClassifyModule(L.LightningModule):
         # The first hook after an optimiser step; a checkpoint at the step's end holds what this leaves.
         if self.is_logging_step or self.trainer.is_last_batch:
             self.check_finite()
-            self._log_window(scheduler.get_last_lr())
+            # On CUDA they are tensors, so that a graph can read them.
+            self._log_window([float(rate) for rate in scheduler.get_last_lr()])
         scheduler.step()
 
     def on_validation_epoch_start(self) -> None:

@@ -31,12 +31,15 @@ class AdamW:
             raise ConfigError(f"eps={self.eps}: must be a finite number above 0")
 
     def build(self, parameters: Iterable[nn.Parameter], fused: bool = True) -> torch.optim.AdamW:
-        """The optimiser of `parameters`, fused where their device allows."""
+        """The optimiser of `parameters`, fused where their device allows, and on CUDA fit for a graph."""
         parameters = list(parameters)
-        fused = fused and all(p.device.type in ("cpu", "cuda") for p in parameters)
-        first, second = self.betas
+        device = parameters[0].device
+        fused = fused and device.type in ("cpu", "cuda")
+        capturable = fused and device.type == "cuda"
+        lr = torch.tensor(self.lr, device=device) if capturable else self.lr
+        betas = (self.betas[0], self.betas[1])
         return torch.optim.AdamW(
-            parameters, self.lr, (first, second), self.eps, self.weight_decay, fused=fused or None
+            parameters, lr, betas, self.eps, self.weight_decay, fused=fused or None, capturable=capturable
         )
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from vitkd.distill.modules import DistillModule
@@ -55,7 +56,8 @@ class AttentionPictures(Callback):
         epoch = trainer.current_epoch + 1
         if trainer.is_global_zero and self.every_n_epochs and epoch % self.every_n_epochs == 0:
             module = distilling(pl_module)
-            self._log(module, trainer.loggers, self.draw(module, f"epoch {epoch}"), trainer.global_step)
+            picture = rendered(self.draw(module, f"epoch {epoch}"))
+            self._log(module, trainer.loggers, picture, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -66,11 +68,11 @@ class AttentionPictures(Callback):
         is_logged = not self.every_n_epochs or self._logged_step == step
         if is_logged and self.path is None:
             return
-        figure = self.draw(module, f"epoch {epoch}")
+        picture = rendered(self.draw(module, f"epoch {epoch}"))
         if not is_logged:
-            self._log(module, loggers, figure, step)
+            self._log(module, loggers, picture, step)
         if self.path is not None:
-            save(figure, self.path)
+            save(picture, self.path)
 
     def state_dict(self) -> dict[str, int]:
         return {"logged_step": self._logged_step}
@@ -95,13 +97,13 @@ class AttentionPictures(Callback):
             caption=f"{when} · mean over the distilled heads",
         )
 
-    def _log(self, module: DistillModule, loggers: Sequence[Logger], figure: Figure, step: int) -> None:
+    def _log(self, module: DistillModule, loggers: Sequence[Logger], picture: np.ndarray, step: int) -> None:
         pair = module.transfer.pairs[-1]
         tag = f"attention/block{pair.student_block}_from_{pair.teacher_block}"
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
                 # Not add_figure: it imports pyplot, which looks for a display.
-                logger.experiment.add_image(tag, rendered(figure), step, dataformats="HWC")
+                logger.experiment.add_image(tag, picture, step, dataformats="HWC")
         self._logged_step = step
 
 
@@ -150,8 +152,8 @@ def rendered(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(picture: np.ndarray, path: Path) -> None:
     """Write a PNG file; a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
+    Image.fromarray(picture).save(temporary, format="png")
     temporary.replace(path)

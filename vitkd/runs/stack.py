@@ -3,11 +3,10 @@
 Shapes: S stacked students.
 """
 
-import logging
-import shutil
+import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from datetime import datetime
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,12 +14,14 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from vitkd.models import ViT, describe
+from vitkd.errors import RunError
+from vitkd.models import describe
 from vitkd.runs.checkpointing import Checkpointing, callbacks_of
-from vitkd.runs.checkpoints import newest_good, write_checkpoint
-from vitkd.runs.console import StackLines
+from vitkd.runs.checkpoints import write_checkpoint
+from vitkd.runs.console import EPOCH_COLUMNS, StackLines
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.signals import PostponedSignals
+from vitkd.runs.stack_folder import StackFolder
 from vitkd.runs.training import (
     Fitted,
     Settings,
@@ -32,33 +33,23 @@ from vitkd.runs.training import (
     where_to_go_on,
 )
 from vitkd.stacked import StackedImages, StackedModule, unstack
-from vitkd.stacked.checkpoint import take_students
 
-log = logging.getLogger("vitkd")
-
-
-class Place(NamedTuple):
-    """Where a student's training is saved while it goes on."""
-
-    stack: Path
-    """the folder of its stack"""
-    student: int
-    """its number there"""
-    students: int
-    """of the stack"""
+# A student's lock, log and TensorBoard events; and what everything else has open.
+FILES_A_STUDENT, OTHER_FILES = 4, 256
 
 
-class StackFolder:
-    """The folder of a stack under way: its checkpoint. What is to stay goes to the students' run folders."""
+def room_for(students: int) -> int:
+    """How many of the students may be stacked at once, as open files go; asks for more files if need be."""
+    if sys.platform == "win32":
+        return students
+    import resource
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.last = path / "checkpoints" / "last.ckpt"
-        self.best = path / "checkpoints" / "best.ckpt"
-
-    def remove(self) -> None:
-        """Its students are done."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OTHER_FILES + FILES_A_STUDENT * students
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(students, (soft - OTHER_FILES) // FILES_A_STUDENT))
 
 
 class StackCheckpointing(Checkpointing):
@@ -131,6 +122,21 @@ def validated_weights(trainer: L.Trainer) -> dict[str, Tensor]:
     return {name: values.detach() for name, values in model.state_dict().items()}
 
 
+class StudentLines(Callback):
+    """One plain line an epoch in each student's own run.log, beside what is logged of the stack."""
+
+    def __init__(self, folders: Sequence[RunFolder]) -> None:
+        self.folders = folders
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {name: values.tolist() for name, values in trainer.callback_metrics.items()}
+        epoch = f"{datetime.now():%Y-%m-%d %H:%M:%S} epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        for student, folder in enumerate(self.folders):
+            parts = [text.format(metrics[n][student]) for n, text in EPOCH_COLUMNS.items() if n in metrics]
+            with folder.log.open("a", encoding="utf-8") as file:
+                file.write(f"{epoch}  {'  '.join(parts)}\n")
+
+
 def fit_stack(
     module: StackedModule,
     data: StackedImages,
@@ -139,61 +145,58 @@ def fit_stack(
     settings: Settings,
     callbacks: Sequence[Callback],
 ) -> list[Fitted | str]:
-    """Train the stack, from where it was saved in `place` if it was, and leave each student's checkpoints.
+    """Train the stack, from where it was saved in `place` if it was.
 
     Returns what each student's own fit would, or the line that says why it failed.
 
     Raises:
-        RunError: no student is finite any more, or the disk is full.
+        RunError: the disk is full.
         ConfigError: a setting of the Trainer does not suit it after all.
     """
     checkpoint, start = where_to_go_on(place.last)
     loggers: list[list[Logger]] = [curves_of(folder, start) for folder in folders]
+    lines = [StackLines(), StudentLines(folders), *progress_bar()]
     with PostponedSignals() as signals:
         checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
         trainer = build_trainer(
             place.path,
             settings,
-            [*averaging(settings), *callbacks, StackLines(), *progress_bar(), checkpointing],
+            [*averaging(settings), *callbacks, *lines, checkpointing],
             [logger for own in loggers for logger in own],
         )
-        run_trainer(trainer, module, data, checkpoint)
+        try:
+            run_trainer(trainer, module, data, checkpoint)
+        except RunError:
+            if len(module.failed) < module.students:
+                raise
     last = validated_weights(trainer)
-    outcomes: list[Fitted | str] = []
-    for student, (folder, own) in enumerate(zip(folders, loggers, strict=True)):
-        if student in module.failed:
-            outcomes.append(module.failed[student])
-        else:
-            outcomes.append(conclude_student(student, folder, own, module, trainer, checkpointing, last))
-    return outcomes
+    return [
+        module.failed[student]
+        if student in module.failed
+        else fitted(student, own, trainer, checkpointing, last)
+        for student, own in enumerate(loggers)
+    ]
 
 
-def conclude_student(
+def fitted(
     student: int,
-    folder: RunFolder,
     loggers: list[Logger],
-    module: StackedModule,
     trainer: L.Trainer,
     checkpointing: StackCheckpointing,
     weights: dict[str, Tensor],
 ) -> Fitted:
-    """Write one student's checkpoints and gather its figures."""
+    """One student's models and figures; `weights` are the stack's after the last step."""
+    module = trainer.lightning_module
+    assert isinstance(module, StackedModule)
     validated = bool(checkpointing.best_epochs)
     last = unstack(module.model, weights, student).eval()
     best = unstack(module.model, checkpointing.best_weights, student).eval() if validated else last
-    epochs = trainer.current_epoch
-    best_epoch = checkpointing.best_epochs[student] if validated else epochs
-    about = {"model": describe(last), "global_step": trainer.global_step}
-    folder.checkpoints.mkdir(exist_ok=True)
-    write_checkpoint(folder.last, {**about, "epoch": epochs - 1, "state_dict": prefixed(last)})
-    if validated:
-        write_checkpoint(folder.best, {**about, "epoch": best_epoch - 1, "state_dict": prefixed(best)})
     accuracies = checkpointing.last_accuracies
     metrics = {
         "val/acc_last": accuracies[student] if accuracies else None,
         "val/acc_best": checkpointing.best_accuracies[student] if validated else None,
-        "best_epoch": best_epoch,
-        "epochs": epochs,
+        "best_epoch": checkpointing.best_epochs[student] if validated else trainer.current_epoch,
+        "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "wall_seconds": checkpointing.wall_seconds,
         "images_per_second": module.images_trained / module.seconds_trained,
@@ -202,18 +205,13 @@ def conclude_student(
     return Fitted(trainer, loggers, last, best, metrics)
 
 
-def prefixed(model: ViT) -> dict[str, Tensor]:
-    """The weights as a LightningModule that holds `model` names them."""
-    return {f"model.{name}": values for name, values in model.state_dict().items()}
-
-
-def carry_over(stack: Path, students: Sequence[int], count: int, to: StackFolder) -> None:
-    """Let some students of a stack that was cut off go on in another."""
-    found = newest_good(StackFolder(stack).last)
-    if found is None:
-        return
-    content = take_students(found[1], students, count)
-    failed = found[1]["failed"]
-    content["failed"] = {new: failed[old] for new, old in enumerate(students) if old in failed}
-    to.last.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(to.last, content)
+def write_checkpoints(folder: RunFolder, student: Fitted) -> None:
+    """Leave a student's checkpoints; there is nothing in them to go on from, since it is done."""
+    epochs = {folder.last: student.metrics["epochs"]}
+    if student.best is not student.last:
+        epochs[folder.best] = student.metrics["best_epoch"]
+    for path, epoch in epochs.items():
+        model = student.last if path == folder.last else student.best
+        weights = {f"model.{name}": values for name, values in model.state_dict().items()}
+        about = {"model": describe(model), "global_step": student.metrics["steps"], "epoch": epoch - 1}
+        write_checkpoint(path, {**about, "state_dict": weights})

@@ -1,7 +1,7 @@
 """Which runs may train as one stack: those that differ in what a stack keeps apart."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -10,11 +10,13 @@ OWN = (
     *(("alpha",), ("seed",), ("label_smoothing",), ("granularity",), ("loss",), ("schedule",)),
     *(("optimizer", "lr"), ("optimizer", "weight_decay")),
 )
+# What a stack takes from its first student. Not `paths`: the images lie there.
+NO_MATTER = ("name", "resume", "sweep", "checkpoint_minutes", "pictures_every_n_epochs")
 
 
-def shared_settings(config: Mapping[str, Any], immaterial: Sequence[str]) -> dict[str, Any]:
+def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What all runs of a stack have in common: the resolved `config` without what each has of its own."""
-    shared = {key: deepcopy(value) for key, value in config.items() if key not in immaterial}
+    shared = {key: deepcopy(value) for key, value in config.items() if key not in NO_MATTER}
     for path in OWN:
         *groups, last = path
         node = shared
@@ -34,8 +36,8 @@ def in_stack_order(config: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def portions(count: int, most: int | None) -> list[range]:
+def portions(count: int, most: int) -> list[range]:
     """`count` students cut into the fewest stacks of at most `most`, of sizes that differ by one at most."""
-    stacks = 1 if most is None else -(-count // most)
+    stacks = -(-count // most)
     bounds = [stack * count // stacks for stack in range(stacks + 1)]
     return [range(bounds[i], bounds[i + 1]) for i in range(stacks)]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
+from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.losses import AttentionLoss, DistributionLoss
 from vitkd.distill.modules import ClassifyModule, DistillModule, Terms, measures, share_equal
 from vitkd.distill.teacher_cache import Answer, TeacherCache
@@ -61,10 +62,11 @@ class StackedModule(ClassifyModule):
     ) -> None:
         first = modules[0]
         super().__init__(stack([module.model for module in modules]), first.optimizer, first.schedule)
+        self.guard = FiniteGuard("this student is given up, the others of its stack go on")
         self.students = len(modules)
         self.paces = [Pace(module.optimizer, module.schedule) for module in modules]
         self.cells = cells_of(modules)
-        self._streams = any(cell.transfer.streams for cell in self.cells)
+        self._records_factors = any(cell.transfer.streams for cell in self.cells)
         self._most_maps = max((len(cell.transfer.names) for cell in self.cells), default=0)
         self.streams = streams_on(torch.device(device), seeds)
         draw_from(self.streams, self.model.modules())
@@ -102,9 +104,9 @@ class StackedModule(ClassifyModule):
         """Run the teacher on `images` [*U, B, C, H, W]; its classes are asked for in validation alone."""
         blocks = self.teacher_blocks(split)
         if split == "val":
-            output = self.teacher(images, blocks, self._streams)
+            output = self.teacher(images, blocks, self._records_factors)
             return Answer(output.scores, output.logits.argmax(-1))
-        scores = self.teacher.scores(images.flatten(0, -4), blocks, self._streams)
+        scores = self.teacher.scores(images.flatten(0, -4), blocks, self._records_factors)
         many = images.shape[:-3]
         return Answer({b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()})
 
@@ -222,6 +224,10 @@ class StackedModule(ClassifyModule):
         checkpoint["streams"] = self.streams.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        sums = checkpoint["curves"]["window"]["sums"]
+        if "map_loss" in sums:
+            # It may come from a larger stack, in which another student had more maps.
+            sums["map_loss"] = sums["map_loss"][:, : self._most_maps].clone()
         super().on_load_checkpoint(checkpoint)
         norms = checkpoint["curves"]["gradient_norms"]
         self._norms = {name: norm.to(self.device) for name, norm in norms.items()}
@@ -241,7 +247,7 @@ class StackedModule(ClassifyModule):
         images = batch.image if batch.image.ndim == 4 else batch.image[self.orders]
         cells = self.active_cells
         blocks = {block for cell in cells for block in cell.transfer.student_blocks}
-        output = self.model(images, blocks, self._streams)
+        output = self.model(images, blocks, self._records_factors)
         task = self.task_loss(output.logits, seen.label)
         if not cells:
             return Terms(output.logits, task, total=task)

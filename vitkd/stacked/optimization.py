@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.stacked.students import along
@@ -42,13 +42,17 @@ class StackedAdamW(torch.optim.AdamW):
         first = settings[0]
         assert all((s.betas, s.eps) == (first.betas, first.eps) for s in settings)
         self.alike = len({repr(pace) for pace in paces}) == 1
+        lr, decay = (first.lr, first.weight_decay) if self.alike else (1.0, 0.0)
+        # On CUDA fit for a graph.
+        capturable = like.device.type == "cuda"
         super().__init__(
             parameters,
-            first.lr if self.alike else 1.0,
+            torch.tensor(lr, device=like.device) if capturable else lr,
             (first.betas[0], first.betas[1]),
             first.eps,
-            first.weight_decay if self.alike else 0.0,
+            decay,
             fused=like.device.type in ("cpu", "cuda") or None,
+            capturable=capturable,
         )
         self.rates = torch.zeros(len(paces), dtype=like.dtype, device=like.device)
         decays = torch.tensor([s.weight_decay for s in settings], dtype=torch.float64)
@@ -113,6 +117,10 @@ class StackedSchedule:
 
     def _set_rates(self) -> None:
         if self.optimizer.alike:
-            self.optimizer.param_groups[0]["lr"] = self.paces[0].rate(self._taken, self.total_steps)
+            group, rate = self.optimizer.param_groups[0], self.paces[0].rate(self._taken, self.total_steps)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         else:
             self.optimizer.rates.copy_(self._table[min(self._taken, self.total_steps)])
