@@ -6,6 +6,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 ARGS =
+NAME = step
 # Two at a time, each with one thread: threads that are crowded out of a core slow small models down tenfold.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -18,7 +19,7 @@ $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or s
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint type test test-all train sweep tensorboard clean
+.PHONY: help install demo lint type test test-all train sweep tensorboard bench evidence clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +38,12 @@ sweep: $(STAMP) ## a grid of runs: make sweep ARGS="loss=mse,ce,kl seed=0,1,2"
 
 tensorboard: $(STAMP) ## watch the runs in outputs/
 	$(BIN)/tensorboard --logdir outputs $(ARGS)
+
+bench: $(STAMP) ## one benchmark: make bench NAME=step ARGS=--quick
+	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+
+evidence: $(STAMP) ## the report's experiment with several seeds on CIFAR-100, for a GPU: make evidence ARGS="--minutes 9"
+	$(BIN)/python -m benchmarks.evidence $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -1,0 +1,75 @@
+"""Floating-point operations of a ViT's matrix products, and what machines can do a second.
+
+A multiplication and an addition are two. Everything else (norms, softmax, GELU, dropout, the optimiser) is
+left out, as is usual for a share of the peak.
+"""
+
+import time
+
+import torch
+
+from vitkd.models import ViTConfig
+
+PEAKS = {
+    "H200": {"float32": 67.0, "tf32": 495.0, "bf16": 989.0},
+    "H100 PCIe": {"float32": 51.0, "tf32": 378.0, "bf16": 756.0},
+    "H100": {"float32": 67.0, "tf32": 495.0, "bf16": 989.0},
+    "A100": {"float32": 19.5, "tf32": 156.0, "bf16": 312.0},
+    "L40S": {"float32": 91.6, "tf32": 183.0, "bf16": 362.0},
+    "L4": {"float32": 30.3, "tf32": 60.0, "bf16": 121.0},
+    "A10": {"float32": 31.2, "tf32": 62.5, "bf16": 125.0},
+    "RTX 4090": {"float32": 82.6, "tf32": 82.6, "bf16": 165.2},
+    "RTX 3090": {"float32": 35.6, "tf32": 35.6, "bf16": 71.0},
+    "V100": {"float32": 15.7},
+    "T4": {"float32": 8.1},
+}
+"""part of the device's name → TFLOP/s of dense products, as the makers state them; the first that fits"""
+SIZE = 2048
+
+
+def forward_flops(model: ViTConfig) -> int:
+    """Of one image's logits."""
+    return _embedding(model) + model.depth * _block(model) + 2 * model.embed_dim * model.num_classes
+
+
+def training_flops(model: ViTConfig) -> int:
+    """Of one image's forward and backward pass; an image needs no gradient, a norm of its pixels does."""
+    return 3 * forward_flops(model) - (0 if model.patch_norm else _embedding(model))
+
+
+def scores_flops(model: ViTConfig, last: int) -> int:
+    """Of one image's attention scores up to block `last`, of which only QKᵀ is computed."""
+    inner, tokens = model.num_heads * model.head_dim, model.tokens
+    queries_and_keys = 2 * tokens * model.embed_dim * 2 * inner
+    return _embedding(model) + last * _block(model) + queries_and_keys + 2 * tokens**2 * inner
+
+
+def _embedding(model: ViTConfig) -> int:
+    pixels = model.channels * model.patch_size**2
+    return 2 * (model.tokens - 1) * pixels * model.embed_dim
+
+
+def _block(model: ViTConfig) -> int:
+    inner, tokens = model.num_heads * model.head_dim, model.tokens
+    projections = 2 * tokens * model.embed_dim * 4 * inner
+    attention = 2 * 2 * tokens**2 * inner
+    return projections + attention + 2 * tokens * model.embed_dim * 2 * model.mlp_dim
+
+
+def known_peak(device_name: str, precision: str) -> float | None:
+    """FLOP/s of a GPU of this name, or None if the table has it not."""
+    for name, rates in PEAKS.items():
+        if name in device_name and precision in rates:
+            return rates[precision] * 1e12
+    return None
+
+
+def measured_peak(device: torch.device, repeats: int = 5, size: int = SIZE) -> float:
+    """FLOP/s of the quickest of some float32 products of two large square matrices."""
+    a = torch.randn(size, size, device=device)
+    quickest = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        quickest = min(quickest, time.perf_counter() - start)
+    return 2 * size**3 / quickest

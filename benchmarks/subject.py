@@ -1,0 +1,94 @@
+"""What is measured: the report's teacher, student and batch, as `dataset=cifar100` configures them.
+
+Shapes: B batch, C channels, H and W pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import hydra
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Settings
+from vitkd.config import CONF_DIR, Config, parse
+from vitkd.data import Batch
+from vitkd.distill.granularity import Granularity
+from vitkd.distill.losses import AttentionLoss
+from vitkd.distill.optimization import AdamW
+from vitkd.distill.transfer import AttentionTransfer
+from vitkd.models import ViT
+
+TINY = [
+    *(
+        f"{model}.{size}"
+        for model in ("teacher", "student")
+        for size in ("embed_dim=8", "head_dim=4", "mlp_dim=8")
+    ),
+    *("teacher.depth=4", "student.depth=2", "dataset.batch_size=4"),
+]
+
+TeacherScores = Callable[[Batch], Mapping[int, Tensor]]
+
+
+def configure(settings: Settings, *overrides: str, dataset: str = "cifar100") -> Config:
+    """The configuration of `python -m vitkd.train dataset=cifar100 …`; no images have to be there."""
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        tiny = TINY if settings.quick else []
+        return parse(hydra.compose("train", [f"dataset={dataset}", *tiny, *overrides]))
+
+
+def random_batch(config: Config, device: torch.device) -> Batch:
+    """A batch of noise, normalised as images are, [B, C, H, W]."""
+    data, size = config.dataset, config.dataset.batch_size
+    images = torch.randn(size, data.channels, data.image_size, data.image_size, device=device)
+    labels = torch.randint(config.student.num_classes, (size,), device=device)
+    return Batch(images, labels, torch.arange(size, device=device))
+
+
+def build_teacher(config: Config, device: torch.device) -> ViT:
+    """The teacher as a student meets it: frozen and in eval mode. Its weights are random."""
+    torch.manual_seed(0)
+    return config.teacher.model.build().to(device).requires_grad_(False).eval()
+
+
+def build_student(config: Config, device: torch.device) -> ViT:
+    """The student, with the same random weights each time."""
+    torch.manual_seed(1)
+    return config.student.build().to(device)
+
+
+def transfer_of(
+    student: ViT, teacher: ViT, granularity: Granularity, loss: AttentionLoss
+) -> AttentionTransfer:
+    """What learns from what, and how it is compared."""
+    return AttentionTransfer(granularity.pairs(student.config, teacher.config), loss)
+
+
+def distilled_loss(
+    student: ViT, transfer: AttentionTransfer, teacher_scores: TeacherScores, batch: Batch, alpha: float
+) -> Tensor:
+    """alpha·L_class + (1 − alpha)·L_att of one batch."""
+    output = student(batch.image, record=transfer.student_blocks)
+    attention = transfer.total(transfer(output.scores, teacher_scores(batch)))
+    return alpha * F.cross_entropy(output.logits, batch.label) + (1 - alpha) * attention
+
+
+def training_step(
+    parameters: Sequence[torch.nn.Parameter], optimizer: AdamW, loss: Callable[[], Tensor]
+) -> Callable[[], None]:
+    """A step that computes `loss`, its gradients, and updates `parameters` by the fused AdamW."""
+    built = optimizer.build(parameters)
+
+    def step() -> None:
+        loss().backward()
+        built.step()
+        built.zero_grad()
+
+    return step
+
+
+@torch.no_grad()
+def recorded(teacher: ViT, blocks: Sequence[int], batch: Batch) -> dict[int, Tensor]:
+    """The teacher's scores of `blocks`, at the least cost."""
+    return teacher.scores(batch.image, blocks)
