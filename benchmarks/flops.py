@@ -4,6 +4,7 @@ A multiplication and an addition are two. Everything else (norms, softmax, GELU,
 left out, as is usual for a share of the peak.
 """
 
+import re
 import time
 
 import torch
@@ -11,11 +12,15 @@ import torch
 from vitkd.models import ViTConfig
 
 PEAKS = {
-    "H200": {"float32": 67.0, "tf32": 495.0, "bf16": 989.0},
+    "B200": {"float32": 75.0, "tf32": 1100.0, "bf16": 2250.0},
+    "H200 NVL": {"float32": 60.0, "tf32": 417.5, "bf16": 835.5},
+    "H200": {"float32": 67.0, "tf32": 494.5, "bf16": 989.5},
     "H100 PCIe": {"float32": 51.0, "tf32": 378.0, "bf16": 756.0},
-    "H100": {"float32": 67.0, "tf32": 495.0, "bf16": 989.0},
+    "H100 NVL": {"float32": 60.0, "tf32": 417.5, "bf16": 835.5},
+    "H100": {"float32": 67.0, "tf32": 494.5, "bf16": 989.5},
     "A100": {"float32": 19.5, "tf32": 156.0, "bf16": 312.0},
     "L40S": {"float32": 91.6, "tf32": 183.0, "bf16": 362.0},
+    "L40": {"float32": 90.5, "tf32": 90.5, "bf16": 181.0},
     "L4": {"float32": 30.3, "tf32": 60.0, "bf16": 121.0},
     "A10": {"float32": 31.2, "tf32": 62.5, "bf16": 125.0},
     "RTX 4090": {"float32": 82.6, "tf32": 82.6, "bf16": 165.2},
@@ -23,7 +28,7 @@ PEAKS = {
     "V100": {"float32": 15.7},
     "T4": {"float32": 8.1},
 }
-"""part of the device's name → TFLOP/s of dense products, as the makers state them; the first that fits"""
+"""words of the device's name → TFLOP/s of dense products, as the makers state them; the first that fits"""
 SIZE = 2048
 
 
@@ -57,9 +62,12 @@ def _block(model: ViTConfig) -> int:
 
 
 def known_peak(device_name: str, precision: str) -> float | None:
-    """FLOP/s of a GPU of this name, or None if the table has it not."""
+    """FLOP/s of a GPU of this name, or None if the table has it not; a slice's is not the card's."""
+    if "MIG" in device_name:
+        return None
     for name, rates in PEAKS.items():
-        if name in device_name and precision in rates:
+        # A100 is also the end of RTX A1000's beginning, and A10 of A10G's.
+        if re.search(rf"\b{name}\b", device_name) and precision in rates:
             return rates[precision] * 1e12
     return None
 

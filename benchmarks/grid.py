@@ -239,7 +239,7 @@ def peak_of(plan: Plan) -> tuple[str, float]:
 
 def precision_of(overrides: Mapping[str, str]) -> str:
     """In what the overrides have matrices multiplied."""
-    if overrides.get("trainer.precision", "").startswith("bf16"):
+    if any(overrides.get(f"{plus}trainer.precision", "").startswith("bf16") for plus in ("", "+", "++")):
         return "bf16"
     return "float32" if overrides.get("matmul_precision", "highest") == "highest" else "tf32"
 

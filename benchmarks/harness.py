@@ -170,11 +170,14 @@ def main(
     rows = measure(settings)
     facts = provenance(settings.device)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table(name, settings, facts, rows))
-    path = arguments.json or RESULTS / f"{name}-{settings.device.type}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(record(name, settings, facts, rows), indent=2, ensure_ascii=False) + "\n", "utf-8"
-    )
+    # A quick look is no figure to keep.
+    if path := arguments.json or (
+        None if settings.quick else RESULTS / f"{name}-{settings.device.type}.json"
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps(record(name, settings, facts, rows), indent=2, ensure_ascii=False) + "\n", "utf-8"
+        )
     return rows
 
 

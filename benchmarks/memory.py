@@ -11,8 +11,8 @@ come and go (`LiveBytes`). That counts what is asked for, without the allocator'
 what a kernel takes and gives back within one call; for whole steps torch.profiler's record of the allocator
 has the same peak.
 
-Dropout is off on the CPU: PyTorch's fused attention has none there, and would make the T×T weights that it
-is to avoid. On CUDA it is the configuration's.
+The blocks' dropout is off on the CPU: PyTorch's fused attention has none there, and would make the T×T
+weights that it is to avoid. On CUDA it is the configuration's.
 """
 
 import weakref

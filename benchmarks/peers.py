@@ -15,6 +15,9 @@ by
   vit-pytorch's Recorder around the teacher, which keeps, clones and detaches the weights of all blocks of a
       whole teacher. Detached, it could train no student, so the student's blocks have a plain forward hook.
 
+Rows marked `no dropout` train without it: vitkd draws its masks faster on a CPU, which is a part of the other
+rows' ratios. On a GPU, ratios are to vitkd's step by CUDA graph, as runs take it.
+
 `logits` has no maps: the tasks that come with these libraries learn from the teacher's logits or features,
 which takes its whole forward; they are set beside vitkd's `last block`.
   timm.task.LogitDistillationTask and FeatureDistillationTask around vitkd's own, faster models (timm's ViT
@@ -42,14 +45,18 @@ from vit_pytorch.vit import ViT as VitPytorch
 from benchmarks import subject
 from benchmarks.harness import Bar, Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
+from benchmarks.step import DRY
 from vitkd.config import Config
 from vitkd.data import Batch
 from vitkd.distill.granularity import Block, Encoder, Granularity
+from vitkd.distill.graph import WARM_UP
 from vitkd.distill.losses import KL, AttentionLoss
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.models import ViT, ViTConfig, count_parameters
 
 NO_SLOWER, TRUNCATED = Bar(1, at_least=True), Bar(1.5, at_least=True)
+ON_GPU = Bar(10, at_least=True)
+GRAPHED = "vitkd, CUDA graph"
 
 Loss = Callable[[], Tensor]
 
@@ -67,35 +74,41 @@ class Arm:
 
 def measure(settings: Settings) -> list[Row]:
     """Time every library's step on every kind of maps, and on logits."""
-    config = subject.configure(settings)
-    batch = subject.random_batch(config, settings.device)
-    teacher = subject.build_teacher(config, settings.device)
-    middle = Block(teacher_blocks=[len(teacher.blocks) // 2 - 1])
     rows = []
-    for name, granularity in {"last block": Block(), "encoder": Encoder(), "middle": middle}.items():
-        bar = TRUNCATED if name == "middle" else NO_SLOWER
-        arms = on_maps(config, teacher, batch, granularity)
-        assert_equal_losses(arms)
-        rows += compare(name, arms, config, settings, bar)
-    arms = {"vitkd": ours(config, teacher, batch, Block()), **on_logits(config, teacher, batch)}
-    return rows + compare("logits", arms, config, settings, NO_SLOWER)
+    for suffix, overrides in {"": (), DRY: ("student.dropout=0", "student.emb_dropout=0")}.items():
+        config = subject.configure(settings, *overrides)
+        batch = subject.random_batch(config, settings.device)
+        teacher = subject.build_teacher(config, settings.device)
+        middle = Block(teacher_blocks=[len(teacher.blocks) // 2 - 1])
+        for name, granularity in {"last block": Block(), "encoder": Encoder(), "middle": middle}.items():
+            bar = TRUNCATED if name == "middle" else NO_SLOWER
+            arms = on_maps(config, teacher, batch, granularity)
+            assert_equal_losses({library: arm for library, arm in arms.items() if library != GRAPHED})
+            rows += compare(name, suffix, arms, config, settings, bar)
+        arms = {**vitkd_arms(config, teacher, batch, Block()), **on_logits(config, teacher, batch)}
+        rows += compare("logits", suffix, arms, config, settings, NO_SLOWER)
+    return rows
 
 
-def compare(name: str, arms: Mapping[str, Arm], config: Config, settings: Settings, bar: Bar) -> list[Row]:
-    """Each arm's milliseconds a step, and its ratio to the first one's."""
+def compare(
+    name: str, suffix: str, arms: Mapping[str, Arm], config: Config, settings: Settings, bar: Bar
+) -> list[Row]:
+    """Each arm's milliseconds a step, and its ratio to vitkd's, as a run takes it on this device."""
     steps = {}
     for library, arm in arms.items():
         arm.student.train()
         parameters = [*arm.student.parameters(), *arm.besides]
-        steps[library] = subject.training_step(parameters, config.optimizer, arm.loss)
-    samples = interleave(steps, settings, repeat=1 if settings.on_cpu else 10)
-    first, *_ = samples
+        steps[library] = subject.training_step(
+            parameters, config.optimizer, arm.loss, graphed=library == GRAPHED
+        )
+    samples = interleave(steps, settings, repeat=1 if settings.on_cpu else 10, warmup=WARM_UP + 1)
+    ours = "vitkd" if settings.on_cpu else GRAPHED
     return [
         row(
-            f"{name}: {library}",
+            f"{name}: {library}{suffix}",
             times,
-            ratio=divided(times, samples[first]),
-            bar=bar if settings.on_cpu and library != first else None,
+            ratio=divided(times, samples[ours]),
+            bar=None if library.startswith("vitkd") else bar if settings.on_cpu else ON_GPU,
         )
         for library, times in samples.items()
     ]
@@ -104,7 +117,7 @@ def compare(name: str, arms: Mapping[str, Arm], config: Config, settings: Settin
 def on_maps(config: Config, teacher: ViT, batch: Batch, granularity: Granularity) -> dict[str, Arm]:
     """The libraries that compare maps, vitkd first."""
     return {
-        "vitkd": ours(config, teacher, batch, granularity),
+        **vitkd_arms(config, teacher, batch, granularity),
         "torchdistill": torchdistill_box(config, teacher, batch, granularity),
         "vit-pytorch Recorder": vit_pytorch_recorder(config, teacher, batch, granularity),
     }
@@ -117,6 +130,12 @@ def on_logits(config: Config, teacher: ViT, batch: Batch) -> dict[str, Arm]:
         "timm features": timm_task(FeatureDistillationTask, config, teacher, batch),
         "vit-pytorch DistillWrapper": vit_pytorch_wrapper(config, teacher, batch),
     }
+
+
+def vitkd_arms(config: Config, teacher: ViT, batch: Batch, granularity: Granularity) -> dict[str, Arm]:
+    """vitkd's step, on a GPU both step by step and, as runs take it, by CUDA graph."""
+    names = ["vitkd"] if batch.image.device.type == "cpu" else ["vitkd", GRAPHED]
+    return {name: ours(config, teacher, batch, granularity) for name in names}
 
 
 def ours(config: Config, teacher: ViT, batch: Batch, granularity: Granularity) -> Arm:

@@ -22,7 +22,7 @@ from benchmarks.harness import main as run
 from benchmarks.step import DRY, GRANULARITIES, LOSSES
 from vitkd.config import Config
 from vitkd.data import Batch
-from vitkd.distill.graph import GraphedStep
+from vitkd.distill.graph import GraphedStep, set_capturable
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.models import ViT
 from vitkd.stacked import StackedModule
@@ -119,7 +119,8 @@ def separate(config: Config, teacher: ViT, count: int, way: Callable[[Step], Ste
     batch = subject.random_batch(config, device_of(teacher))
     modules = students(config, teacher, count)
     steps = [
-        way(partial(train, module, config.optimizer.build(module.model.parameters()))) for module in modules
+        way(partial(train, module, ready(config.optimizer.build(module.model.parameters()), teacher)))
+        for module in modules
     ]
 
     def step_all() -> None:
@@ -137,7 +138,7 @@ def stacked(
     own_order = [student % orders for student in range(count)]
     module = StackedModule(students(config, teacher, count), own_order, range(count), device)
     module.to(device).train()
-    optimizer = StackedAdamW(module.model.parameters(), module.paces)
+    optimizer = ready(StackedAdamW(module.model.parameters(), module.paces), teacher)
     batches = [subject.random_batch(config, device) for _ in range(orders)]
     batch = batches[0] if orders == 1 else Batch(*map(torch.stack, zip(*batches, strict=True)))
     return partial(way(partial(train, module, optimizer)), batch)
@@ -146,8 +147,17 @@ def stacked(
 def train(module: ClassifyModule, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One training step."""
     optimizer.zero_grad()
+    if isinstance(module, StackedModule):
+        module.streams.next_step()
     module.terms(batch).total.sum().backward()
     optimizer.step()
+
+
+def ready(optimizer: torch.optim.Optimizer, teacher: ViT) -> torch.optim.Optimizer:
+    """An optimiser as runs set it up: on a GPU fit for a graph."""
+    device = device_of(teacher)
+    set_capturable(optimizer, device.type == "cuda", device)
+    return optimizer
 
 
 def students(config: Config, teacher: ViT, count: int) -> list[DistillModule]:

@@ -6,7 +6,7 @@ and a student that learns from labels alone, no map recorded or compared.
 
 Rows `head`, `block`, `encoder` learn from the default maps (the last blocks, or all of them). `truncated`
 learns from the middle of the teacher, above which nothing is run; `cached` looks the teacher's scores up
-in a table [N, H, T, T] by image number instead of running it. `student alone` has no teacher at all. What is
+by image number, as runs do where images are not varied. `student alone` has no teacher at all. What is
 marked `no dropout` is set beside a floor without it: on a CPU, dropout is a good part of the student's step.
 """
 
@@ -24,6 +24,7 @@ from vitkd.config import Config
 from vitkd.data import Batch
 from vitkd.distill.granularity import Block, Encoder, Granularity, Head
 from vitkd.distill.losses import CE, KL, MSE, AttentionLoss
+from vitkd.distill.teacher_cache import Answer, TeacherCache
 from vitkd.models import ViT
 
 GRANULARITIES: dict[str, Granularity] = {"head": Head(), "block": Block(), "encoder": Encoder()}
@@ -37,7 +38,7 @@ BARS = {
     "truncated": Bar(0.70),
     "cached": Bar(0.50),
 }
-IMAGES_IN_TABLE = 4096
+BATCHES_IN_CACHE = 64
 
 Step = Callable[[], None]
 
@@ -107,23 +108,24 @@ def distilled(
 
 
 def cached(config: Config, teacher: ViT, batch: Batch) -> Step:
-    """As block kl, the teacher's scores from a table by image number."""
+    """As block kl, the teacher's scores looked up."""
     student = subject.build_student(config, batch.image.device)
     transfer = subject.transfer_of(student, teacher, Block(), KL())
-    tables = score_tables(teacher, transfer.teacher_blocks, batch)
-
-    def scores(batch: Batch) -> dict[int, Tensor]:
-        return {block: table[batch.index] for block, table in tables.items()}
-
-    total = partial(subject.distilled_loss, student, transfer, scores, batch, config.alpha)
+    cache = filled_cache(teacher, transfer.teacher_blocks, batch)
+    total = partial(
+        subject.distilled_loss, student, transfer, lambda b: cache.scores(b.index), batch, config.alpha
+    )
     return subject.training_step([*student.parameters()], config.optimizer, total)
 
 
-def score_tables(teacher: ViT, blocks: Sequence[int], batch: Batch) -> dict[int, Tensor]:
-    """Per block the scores [N, H, T, T] of a data set that holds the batch, repeated."""
-    repeats = IMAGES_IN_TABLE // len(batch.label)
-    recorded = subject.recorded(teacher, blocks, batch)
-    return {block: scores.repeat(repeats, 1, 1, 1) for block, scores in recorded.items()}
+def filled_cache(teacher: ViT, blocks: Sequence[int], batch: Batch) -> TeacherCache:
+    """What the teacher says of a data set that is the batch, again and again."""
+    size = len(batch.label)
+    batches = [batch._replace(index=batch.index + n * size) for n in range(BATCHES_IN_CACHE)]
+    images = torch.cat([each.index for each in batches])
+    return TeacherCache.fill(
+        lambda image: Answer(teacher.scores(image, blocks)), batches, images, size=len(images)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H and W pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import hydra
 import torch
@@ -14,6 +15,7 @@ from benchmarks.harness import Settings
 from vitkd.config import CONF_DIR, Config, parse
 from vitkd.data import Batch
 from vitkd.distill.granularity import Granularity
+from vitkd.distill.graph import GraphedStep, set_capturable
 from vitkd.distill.losses import AttentionLoss
 from vitkd.distill.optimization import AdamW
 from vitkd.distill.transfer import AttentionTransfer
@@ -75,17 +77,29 @@ def distilled_loss(
 
 
 def training_step(
-    parameters: Sequence[torch.nn.Parameter], optimizer: AdamW, loss: Callable[[], Tensor]
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: AdamW,
+    loss: Callable[[], Tensor],
+    graphed: bool = False,
 ) -> Callable[[], None]:
-    """A step that computes `loss`, its gradients, and updates `parameters` by the fused AdamW."""
+    """A step that computes `loss`, its gradients, and updates `parameters` by the fused AdamW.
+
+    Graphed, the first `WARM_UP` + 1 calls are slow, the others replay.
+    """
     built = optimizer.build(parameters)
 
-    def step() -> None:
+    def step(_: object = None) -> None:
+        built.zero_grad()
         loss().backward()
         built.step()
-        built.zero_grad()
 
-    return step
+    if not graphed:
+        return step
+    device = parameters[0].device
+    set_capturable(built, True, device)
+    # The loss has its batch already, always at the same place.
+    nothing = Batch(*(torch.zeros(1, device=device) for _ in Batch._fields))
+    return partial(GraphedStep(step).take, nothing)
 
 
 @torch.no_grad()

@@ -73,6 +73,9 @@ TRAIN = [
     ("dataset.val_fraction=1", "dataset.val_fraction=1", "[0, 1)"),
     ("dataset.num_classes=12", "dataset.num_classes=12", "10"),
     ("method.resize=bicubic", "method.resize=bicubic", "bilinear"),
+    ("method.control=shufled", "method.control=shufled", "shuffled, uniform or null"),
+    ("method=logit method.temperature=0", "method.temperature=0", "above 0"),
+    ("teacher.trained=false teacher.checkpoint=x", "trained=false", "x is trained"),
     # what Lightning's Trainer takes
     ("trainer.max_epochs=0", "trainer.max_epochs=0", "at least 1"),
     ("trainer.precision=12", "trainer", "12", "32-true"),

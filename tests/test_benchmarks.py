@@ -78,10 +78,9 @@ def test_cached_scores_are_the_teachers():
     batch = step.subject.random_batch(config, QUICK.device)
     teacher = step.subject.build_teacher(config, QUICK.device)
 
-    (table,) = step.score_tables(teacher, [1], batch).values()
+    cache = step.filled_cache(teacher, [1], batch)
 
-    assert len(table) == step.IMAGES_IN_TABLE
-    torch.testing.assert_close(table[batch.index], teacher.scores(batch.image, [1])[1])
+    torch.testing.assert_close(cache.scores(batch.index)[1], teacher.scores(batch.image, [1])[1])
 
 
 def test_every_arm_runs_once_a_round_in_changing_order():

@@ -119,7 +119,14 @@ def test_the_operations_are_those_that_pytorch_counts(patch_norm):
 def test_the_peak_is_the_makers_or_measured():
     assert flops.known_peak("NVIDIA H200", "float32") == 67e12
     assert flops.known_peak("NVIDIA H100 PCIe", "tf32") == 378e12
+    assert flops.known_peak("NVIDIA H100 NVL", "bf16") == 835.5e12
+    assert flops.known_peak("NVIDIA H100 80GB HBM3", "bf16") == 989.5e12
+    assert flops.known_peak("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert flops.known_peak("NVIDIA L40S", "bf16") == 362e12
+    assert flops.known_peak("NVIDIA L40", "bf16") == 181e12
+    assert flops.known_peak("NVIDIA A10G", "bf16") is None
+    assert flops.known_peak("NVIDIA RTX A1000", "bf16") is None
+    assert flops.known_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16") is None
     assert flops.known_peak("NVIDIA Nothing", "float32") is None
     assert flops.known_peak("Tesla T4", "bf16") is None
     assert flops.measured_peak(torch.device("cpu"), repeats=1, size=64) > 0

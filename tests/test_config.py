@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from vitkd.config import CONF_DIR, Config, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.distill.granularity import Block, Encoder, Head
+from vitkd.distill.logits import LogitDistillation
 from vitkd.distill.losses import CE, KL, MSE
 from vitkd.distill.methods import AttentionDistillation, NoDistillation
 from vitkd.distill.optimization import AdamW, Constant, WarmupCosine
@@ -167,8 +168,33 @@ EXPERIMENT = {
 }
 
 
+# Each arm changes one thing of the distilled run that the command line describes.
+CONTROL = {
+    "control/attention": {},
+    "control/student_alone": {"method": NoDistillation()},
+    "control/untrained_teacher": {"trained": False},
+    "control/shuffled_maps": {"method": AttentionDistillation(control="shuffled")},
+    "control/uniform_maps": {"method": AttentionDistillation(control="uniform")},
+    "control/logits": {"method": LogitDistillation()},
+}
+
+
 def test_every_experiment_is_told_of():
-    assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == {*EXPERIMENT}
+    assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == {*EXPERIMENT, *CONTROL}
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_a_control_changes_one_thing(name, read):
+    settings = ["granularity=head", "loss=mse", "alpha=0.25", "teacher.max_epochs=7"]
+    expected = {"method": AttentionDistillation(), "trained": True} | CONTROL[name]
+
+    plain, config = read(*settings), read(f"experiment={name}", *settings)
+
+    assert config.method == expected["method"]
+    assert config.teacher.trained == expected["trained"]
+    same = replace(config.teacher, trained=True)
+    assert (config.student, same, config.alpha) == (plain.student, plain.teacher, 0.25)
+    assert (config.granularity, config.loss) == (plain.granularity, plain.loss)
 
 
 @pytest.mark.parametrize("name", EXPERIMENT)
@@ -312,6 +338,7 @@ def launched(monkeypatch) -> list[list[str]]:
     [
         pytest.param("sweep=grid", 108, marks=pytest.mark.slow),
         ("sweep=grid loss=kl seed=0,1", 24),
+        ("sweep=controls", 30),
         ("-m granularity=head,encoder loss=mse,kl alpha=0.015,0.5", 8),
         ("-m experiment=report_mnist student.embed_dim=64,128,256", 3),
     ],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vitkd.data.hashing import key_of, random_bits
 from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.modules import DistillModule
 from vitkd.errors import RunError
+from vitkd.stacked import StackedModule
 from vitkd.stacked.dropout import KeyedStreams
 
 pytestmark = [
@@ -163,6 +165,57 @@ def test_a_stack_ends_as_its_students_alone(command, tmp_path):
     assert len(accuracies["stacked"]) == 8
     # Within one of the 359 test images.
     assert accuracies["stacked"] == pytest.approx(accuracies["basic"], abs=1.5 / 359)
+
+
+def test_a_stack_of_several_temperatures_ends_as_its_students_alone(command, tmp_path):
+    swept = ["loss.temperature=0.7,1.3", "optimizer.lr=0.001,0.003"]
+    settings = ["trainer=gpu", "trainer.max_epochs=3", "teacher.max_epochs=1", "trainer.deterministic=true"]
+    students = {}
+    for launcher in ("basic", "stacked"):
+        outputs = f"paths.outputs={tmp_path / launcher}"
+        ended = command("train", "-m", f"hydra/launcher={launcher}", outputs, *settings, *swept)
+        assert ended.code == 0, ended.err
+        runs = (tmp_path / launcher / "digits").glob("*/metrics.json")
+        students[launcher] = {r.parent.name: json.loads(r.read_text())["test/acc_last"] for r in runs}
+
+    assert "jobs 0-3 train as one stack" in ended.out
+    assert students["stacked"] == pytest.approx(students["basic"], abs=1.5 / 359)
+
+
+def test_a_stack_that_a_gpu_has_saved_goes_on_on_the_cpu_and_back(tmp_path):
+    settings = ["-m", "hydra/launcher=stacked", "seed=0,1", "trainer.max_epochs=2", "method=none"]
+    settings += ["+trainer.limit_train_batches=6", "optimizer.lr=0.00${seed}1", "checkpoint_minutes=0"]
+    step = "vitkd.distill.modules:ClassifyModule.training_step"
+    # trainer=auto takes what there is.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+
+    crashes.run(settings, tmp_path, Strike(step, 10))
+    on_cpu = crashes.run(settings, tmp_path, Strike(step, 2), environment=hidden)
+    back = crashes.run(settings, tmp_path)
+
+    assert on_cpu.code == -signal.SIGKILL
+    assert back.code == 0, back
+    assert "resuming" in on_cpu.out
+    assert "resuming" in back.out
+
+
+def test_a_students_gradients_are_looked_at_in_a_graph(command, tmp_path, monkeypatch):
+    def on_train_start(self: StackedModule) -> None:
+        def spoilt(gradient: torch.Tensor) -> torch.Tensor:
+            second = torch.arange(2, device=gradient.device) == 1
+            return gradient.masked_fill((second & (self.streams.step > 5))[:, None, None], math.inf)
+
+        super(StackedModule, self).on_train_start()
+        self.model.head.weight.register_hook(spoilt)
+
+    monkeypatch.setattr(StackedModule, "on_train_start", on_train_start, raising=False)
+    settings = ["trainer=gpu", "trainer.max_epochs=1", "method=none", f"paths.outputs={tmp_path}"]
+
+    ended = command("train", "-m", "hydra/launcher=stacked", "seed=0,1", "name=run${seed}", *settings)
+
+    assert ended.code == 1
+    assert "job 1 failed: step 6 (epoch 1) is not finite: gradient norm inf" in ended.err
+    assert (tmp_path / "digits" / "run0" / "student.safetensors").exists()
 
 
 def test_stacked_students_with_dropout_train(command, tmp_path):

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vitkd.config import parse, teacher_run
 from vitkd.distill.teacher_cache import TeacherCaching
-from vitkd.models import load_model
+from vitkd.models import digest, load_model
 from vitkd.runs.checkpoints import load_from_checkpoint
+from vitkd.runs.seeding import WEIGHTS, seed_generators
 
 TINY = [
     "trainer.max_epochs=1",
@@ -326,6 +329,40 @@ class TestRepetition:
         ones = [f"granularity={granularity}", "alpha=1", "teacher.max_epochs=1", *settings]
 
         assert are_equal(student_of(alone), student_of(outputs.run(f"alpha1_{granularity}", *ones)))
+
+
+class TestControls:
+    def test_an_untrained_teacher_is_what_training_would_begin_with(self, fresh):
+        folder = fresh.run("untrained", "teacher.trained=false", "teacher.seed=4")
+        config = parse(OmegaConf.create(yaml.safe_load((folder / "config.yaml").read_text())))
+        own = teacher_run(config)
+        seed_generators(own.seed, WEIGHTS, own.student)
+
+        assert not (fresh.path / "teachers").exists()
+        assert metrics_of(folder)["teacher/weights"] == digest(own.student.build())
+
+    @pytest.mark.parametrize("control", ["shuffled", "uniform"])
+    def test_other_maps_give_another_student(self, control, run, outputs):
+        settings = ["teacher.max_epochs=1", f"method.control={control}"]
+
+        assert not are_equal(student_of(run), student_of(outputs.run(f"of_{control}_maps", *settings)))
+
+    def test_logits_are_learned_without_maps(self, run, outputs):
+        folder = outputs.run("logits", "teacher.max_epochs=1", "method=logit")
+
+        assert not are_equal(student_of(run), student_of(folder))
+        assert not (folder / "pairs.json").exists()
+        assert (folder / "attention.png").exists()
+        with (folder / "metrics.csv").open() as file:
+            assert {"val/transfer_loss", "val/teacher_agreement"} <= set(next(csv.reader(file)))
+
+    def test_logits_asked_once_give_the_student_of_logits_asked_each_time(self, outputs):
+        settings = ["teacher.max_epochs=1", "method=logit", "trainer.max_epochs=2"]
+
+        once = outputs.run("logits_once", *settings)
+        each_time = outputs.run("logits_each_time", *settings, "teacher.cache=off")
+
+        assert are_equal(student_of(once), student_of(each_time))
 
 
 class TestVariants:

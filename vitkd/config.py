@@ -69,6 +69,8 @@ class TeacherSource:
     """A run folder, .safetensors or .ckpt file; null takes the teacher from the store, trained at need."""
     seed: int
     max_epochs: int
+    trained: bool
+    """False leaves it with the random weights that training would begin with: a control arm."""
     cache: str
     """`auto` asks the teacher once for what it says of images that always look the same; `off` every time."""
     cache_gib: float
@@ -78,9 +80,9 @@ class TeacherSource:
         check_seed(self.seed)
         if self.max_epochs < 1:
             raise ConfigError(f"max_epochs={self.max_epochs}: must be at least 1")
-        if self.cache == "False":
-            # A file's bare `off` is YAML's word for false.
-            self.cache = "off"
+        if not self.trained and self.checkpoint is not None:
+            raise ConfigError(f"trained=false: {self.checkpoint} is trained; set one of the two")
+        self.cache = unquoted(self.cache)
         if self.cache not in ("auto", "off"):
             raise ConfigError(f"cache={self.cache}: choose auto or off")
         if not 0 < self.cache_gib < math.inf:
@@ -149,6 +151,7 @@ class Root:
             )
         if not self.checkpoint_minutes >= 0:
             raise ConfigError(f"checkpoint_minutes={self.checkpoint_minutes}: must be 0 (every step) or more")
+        self.cuda_graph = unquoted(self.cuda_graph)
         if self.cuda_graph not in ("auto", "off"):
             raise ConfigError(f"cuda_graph={self.cuda_graph}: choose auto or off")
         if self.resume not in (None, "auto"):
@@ -232,6 +235,11 @@ def teacher_run(config: Config) -> Config:
     own = {"student": model, "method": none, "trainer": trainer, "ema_decay": None, "label_smoothing": 0.0}
     own |= {key: node[key] for key in ("optimizer", "schedule", "seed")}
     return parse(OmegaConf.create(config.resolved | own))
+
+
+def unquoted(choice: str) -> str:
+    """A choice as it was meant: a file's bare `off` is YAML's word for false."""
+    return "off" if choice == "False" else choice
 
 
 def check_seed(seed: int) -> None:

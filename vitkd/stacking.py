@@ -16,8 +16,9 @@ from vitkd.jobs import as_job, overridden
 from vitkd.runs.compilation import check_compiler
 from vitkd.runs.console import Job
 from vitkd.runs.folder import IMMATERIAL, RunFolder, first_difference
-from vitkd.runs.stack_folder import Place, leave_place, read_place
+from vitkd.runs.stack_folder import Place, leave_place, read_place, stacks_folder
 from vitkd.runs.training import Machine, check_trainer
+from vitkd.stacked.dropout import has_streams
 from vitkd.stacked.grouping import in_stack_order, portions, shared_settings
 from vitkd.train import earlier_run
 
@@ -67,7 +68,7 @@ def candidate(composed: DictConfig) -> Candidate | None:
     folder = RunFolder(earlier.path) if earlier else None
     if earlier and folder and earlier.state in ("running", "done"):
         if earlier.state == "done":
-            leave_place(folder, stacks_folder(config))
+            leave_place(folder, stacks_folder(config.paths.outputs))
         return None
     found = Candidate(job, composed, config, machine, path, folder, saved_place(config, folder))
     if reason := why_alone(found):
@@ -79,12 +80,15 @@ def candidate(composed: DictConfig) -> Candidate | None:
 def why_alone(found: Candidate) -> str | None:
     """What keeps a job from being stacked with any other, or None."""
     method, precision = found.config.method, str(found.config.trainer.get("precision"))
+    drops = max(found.config.student.dropout, found.config.student.emb_dropout) > 0
     if not isinstance(method, STACKABLE):
         return f"method={type(method).__name__} learns from more than attention"
     if found.machine.processes > 1:
         return f"it spreads over {found.machine.processes} processes"
     if precision in ("16-mixed", "16"):
         return f"under trainer.precision={precision} one student's overflow would hold all others back"
+    if drops and not has_streams(found.machine.device):
+        return f"its dropout masks need Triton on a GPU, and {found.machine.device} has none"
     if found.folder and found.folder.last.exists() and not found.place:
         return "it goes on from a checkpoint of its own"
     return None
@@ -92,13 +96,8 @@ def why_alone(found: Candidate) -> str | None:
 
 def saved_place(config: Config, folder: RunFolder | None) -> Place | None:
     """Where the stack that the run in `folder` was part of is saved, if there is anything saved."""
-    place = read_place(folder, stacks_folder(config)) if folder else None
+    place = read_place(folder, stacks_folder(config.paths.outputs)) if folder else None
     return place if place and place.folder.is_saved else None
-
-
-def stacks_folder(config: Config) -> Path:
-    """Where stacks are saved while they train."""
-    return Path(config.paths.outputs, "stacks")
 
 
 def without_twins(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -123,13 +122,16 @@ def stacks_of(candidates: Sequence[Candidate], most: int) -> list[list[Candidate
         else:
             groups.append((shared, saved, [member]))
     stacks = []
-    for shared, saved, members in groups:
-        if groups[0][0] != shared:
+    for shared, _, members in groups:
+        first = groups[0][2]
+        alike = next(others for settings, _, others in groups if settings == shared)
+        if alike is not members:
+            why = "what was cut off goes on from where it was saved"
+            log.info("%s cannot be stacked with %s: %s", told(members), told(alike), why)
+        elif first is not members:
             difference = first_difference(groups[0][0], shared) or "paths"
             what = difference.removesuffix("._target_")
-            log.info("%s cannot be stacked with %s: another %s", told(members), told(groups[0][2]), what)
-        elif saved != groups[0][1]:
-            log.info("%s cannot be stacked with %s: saved at another step", told(members), told(groups[0][2]))
+            log.info("%s cannot be stacked with %s: another %s", told(members), told(first), what)
         ordered = sorted(members, key=stack_position)
         cuts = portions(len(ordered), most)
         if len(cuts) > 1:

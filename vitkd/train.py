@@ -27,6 +27,7 @@ from vitkd.runs.pictures import AttentionPictures
 from vitkd.runs.processes import agree, is_first, joined, rank, wait_for_all
 from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, WEIGHTS, seed_generators, seed_of
+from vitkd.runs.stack_folder import begin_alone, stacks_folder
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
 from vitkd.runs.training import Fitted, check_trainer, conclude_curves, fit
 
@@ -114,8 +115,15 @@ def announce(config: Config, given: ViT | None) -> None:
 
 
 def obtain_teacher(config: Config, device: torch.device) -> ViT:
-    """The stored teacher of this configuration, trained now if no run has needed it before."""
+    """The stored teacher of this configuration, trained now if no run has needed it before.
+
+    One that is not to be trained is not stored either.
+    """
     own = teacher_run(config)
+    if not config.teacher.trained:
+        log.info("teacher: its weights are random (teacher.trained=false), as a control")
+        seed_generators(own.seed, WEIGHTS, own.student)
+        return own.student.build()
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
     return stored_teacher(store, own.resolved, lambda folder: train_teacher(own, device, folder))
@@ -143,6 +151,8 @@ def train(
     processes the first alone measures and writes; the others return nothing.
     """
     with folder.running(config.resolved):
+        if is_first():
+            begin_alone(folder, stacks_folder(config.paths.outputs))
         seed_generators(config.seed, WEIGHTS, config.student)
         student = config.student.build()
         module = config.method.module(student, teacher, config, lambda: data.first("train", 64).image)
@@ -150,7 +160,7 @@ def train(
         # Now: training may change the precision of its weights.
         about_teacher = describe_teacher(teacher, teacher_test)
         drawing = pictures(config, data, folder) if teacher else None
-        if isinstance(module, DistillModule) and is_first():
+        if isinstance(module, DistillModule) and module.transfer.pairs and is_first():
             results.write_pairs(folder, module.transfer.pairs)
         # Training draws the same random numbers whatever it took to get here.
         seed_generators(config.seed, DROPOUT, config.student, process=rank())

@@ -27,11 +27,11 @@ from vitkd.runs.folder import RunFolder
 from vitkd.runs.isolation import free_memory, isolated
 from vitkd.runs.seeding import DROPOUT, ORDER, WEIGHTS, seed_generators, seed_of
 from vitkd.runs.stack import fit_stack, room_for, write_checkpoints
-from vitkd.runs.stack_folder import StackFolder, carry_over, leave_place, read_place
+from vitkd.runs.stack_folder import StackFolder, carry_over, leave_place, read_place, stacks_folder
 from vitkd.runs.teacher_store import given_teacher
 from vitkd.runs.training import Fitted
 from vitkd.stacked import StackedImages, StackedModule
-from vitkd.stacking import Candidate, candidate, saved_place, stacks_folder, stacks_of, told, without_twins
+from vitkd.stacking import Candidate, candidate, saved_place, stacks_of, told, without_twins
 from vitkd.train import (
     announce,
     conclude,
@@ -50,8 +50,6 @@ class Beside(NamedTuple):
     """What all students of a stack have in common besides their settings."""
 
     data: StackedImages
-    seeds: list[int]
-    """[S], of the order and views of each student's images"""
     device: torch.device
     teacher: ViT | None
     teacher_test: Evaluation | None
@@ -99,8 +97,8 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
         return []
     torch.set_float32_matmul_precision(first.matmul_precision)
     device = members[0].machine.device
-    seeds = [seed_of(member.config.seed, ORDER, member.config.student) for member in members]
-    with closing(StackedImages(first.dataset, first.paths.data, list(dict.fromkeys(seeds)))) as data:
+    seeds = [*dict.fromkeys(order_of(member) for member in members)]
+    with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
         if not data.is_resident:
             log.info(
                 "%s train one by one: workers decode their images, which are too many to keep", told(members)
@@ -109,10 +107,16 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
         warn_and_announce(members, given)
         teacher = given or (obtain_teacher(first, device) if first.method.needs_teacher else None)
         test = measure_teacher(teacher, data, device) if teacher else None
-        try:
-            train_members(members, Beside(data, seeds, device, teacher, test), sweep)
+        # Now: the teacher may have taken long.
+        members = [member for member in members if not is_taken(member)]
+        if not members:
             return []
-        except torch.OutOfMemoryError:
+        try:
+            train_members(members, Beside(data, device, teacher, test), sweep)
+            return []
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return halves(members, device)
 
 
@@ -126,6 +130,16 @@ def suits(member: Candidate, given: ViT | None) -> bool:
     return True
 
 
+def is_taken(member: Candidate) -> bool:
+    """Whether another process has come first; that is told when the member's turn comes."""
+    return member.folder is not None and member.folder.state in ("running", "done")
+
+
+def order_of(member: Candidate) -> int:
+    """The seed of the order and views of the member's images."""
+    return seed_of(member.config.seed, ORDER, member.config.student)
+
+
 def warn_and_announce(members: Sequence[Candidate], given: ViT | None) -> None:
     """Say what was chosen, and which settings have no effect, before anything takes time."""
     for member in members:
@@ -134,15 +148,21 @@ def warn_and_announce(members: Sequence[Candidate], given: ViT | None) -> None:
     announce(members[0].config, given)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory was asked for that there is not; a CPU's allocator has no error of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def halves(members: Sequence[Candidate], device: torch.device) -> list[list[Candidate]]:
-    """The members as two stacks; RunError if there is only one."""
+    """The members that are not done yet as two stacks; RunError if there was only one."""
     if len(members) == 1:
         raise RunError(f"{device}: too little memory even for one student") from None
-    log.info("%s: too little memory on %s for one stack; two of half the size", told(members), device)
-    for member in members:
+    left = [member for member in members if member.job.state == "running"]
+    log.info("%s: too little memory on %s for one stack; two of half the size", told(left), device)
+    for member in left:
         member.place = saved_place(member.config, member.folder)
-    middle = len(members) // 2
-    return [[*members[:middle]], [*members[middle:]]]
+    middle = len(left) // 2
+    return [half for half in (left[:middle], left[middle:]) if half]
 
 
 def train_members(members: Sequence[Candidate], beside: Beside, sweep: str) -> None:
@@ -154,13 +174,13 @@ def train_members(members: Sequence[Candidate], beside: Beside, sweep: str) -> N
         runs = [all_runs.enter_context(ExitStack()) for _ in members]
         for member, run in zip(members, runs, strict=True):
             open_run(member, run)
-        place = settle_place(members, stacks_folder(first) / sweep)
-        modules = [build_module(*each, beside) for each in zip(members, beside.seeds, strict=True)]
+        place = settle_place(members, stacks_folder(first.paths.outputs) / sweep)
+        modules = [build_module(member, beside) for member in members]
         for member, module in zip(members, modules, strict=True):
             if isinstance(module, DistillModule):
                 results.write_pairs(member.run, module.transfer.pairs)
         dropout = [seed_of(member.config.seed, DROPOUT, member.config.student) for member in members]
-        orders = [data.seeds.index(seed) for seed in beside.seeds]
+        orders = [data.seeds.index(order_of(member)) for member in members]
         stacked = StackedModule(modules, orders, dropout, beside.device)
         if first.compile:
             compile_training(stacked)
@@ -175,7 +195,7 @@ def train_members(members: Sequence[Candidate], beside: Beside, sweep: str) -> N
                 finish(member, module, outcome, about_teacher, beside)
                 run.close()
             # Not before: what is cut off until here goes on from the stack.
-            leave_place(member.run, stacks_folder(first))
+            leave_place(member.run, stacks_folder(first.paths.outputs))
 
 
 def open_run(member: Candidate, run: ExitStack) -> None:
@@ -189,6 +209,7 @@ def settle_place(members: Sequence[Candidate], path: Path) -> StackFolder:
     """Where the stack is saved: where its students were before, or a new folder with what they had."""
     before = [read_place(member.run, path.parent) for member in members]
     places = [member.place for member in members if member.place]
+    assert len(places) in (0, len(members)), "a stack goes on as a whole"
     if places and [place.student for place in places] == list(range(places[0].students)):
         return places[0].folder
     folder = StackFolder(RunFolder.claim(path).path)
@@ -200,12 +221,12 @@ def settle_place(members: Sequence[Candidate], path: Path) -> StackFolder:
     return folder
 
 
-def build_module(member: Candidate, seed: int, beside: Beside) -> ClassifyModule:
+def build_module(member: Candidate, beside: Beside) -> ClassifyModule:
     """What the job would train alone, with the same first weights and pairs."""
     config = member.config
     seed_generators(config.seed, WEIGHTS, config.student)
     student = config.student.build()
-    calibration = partial(beside.data.first, "train", 64, seed)
+    calibration = partial(beside.data.first, "train", 64, order_of(member))
     return config.method.module(student, beside.teacher, config, lambda: calibration().image)
 
 
@@ -226,7 +247,7 @@ def finish(
 
 
 def give_up(member: Candidate, run: ExitStack, why: str) -> None:
-    """Let a member's job fail, and none but it."""
+    """Let a member's job fail, and none but it; of its weights nothing is kept."""
     member.job.state, member.job.error = "failed", why
     say(f"job {member.job.number} failed: {why}")
     run.__exit__(RunError, RunError(why), None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.distill.test_fit import Batches, without_validation
 from vitkd.data import Batch
 from vitkd.distill.granularity import Encoder
-from vitkd.distill.graph import WARM_UP, CudaGraphs, GraphedStep, why_not
+from vitkd.distill.graph import WARM_UP, CudaGraphs, GraphedStep, set_capturable, why_not
 from vitkd.distill.losses import KL
 from vitkd.distill.meter import Meter
 from vitkd.distill.modules import DistillModule
@@ -104,9 +104,49 @@ def test_weights_and_curves_are_those_of_steps_taken_one_by_one(module, tmp_path
     assert [step for step, _ in curves.seen] == list(range(1, 22))
     for (_, mine), (_, theirs) in zip(curves.seen, expected.seen, strict=True):
         assert mine == pytest.approx(theirs)
-    # Of 21 steps six begin a window, three warm up and the rest are replays of one capture.
-    (recording,) = played.recordings
-    assert recording.replays == 21 - 6 - WARM_UP
+    # Of 21 steps six begin a window; of either kind three warm up and the rest are replays of one capture.
+    plain, logged = played.recordings
+    assert (plain.replays, logged.replays) == (21 - 6 - WARM_UP, 6 - WARM_UP)
+
+
+def test_a_step_that_cannot_be_captured_is_taken_as_ever_and_the_reason_told(module, tmp_path, caplog):
+    twin, curves, expected = deepcopy(module), Curves(), Curves()
+
+    class Refused(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            def capture(work: Callable[[], None]) -> Recording:
+                # What the host has done by the time that CUDA refuses.
+                pl_module.train_meter.images += 4
+                pl_module.guard.watch({"class loss": torch.tensor(torch.nan)}, torch.arange(4))
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+            pl_module.graph = GraphedStep(pl_module.whole_step, capture, at_once)
+
+    with caplog.at_level("INFO", logger="vitkd"):
+        fit(module, tmp_path, Refused(), curves)
+    fit(twin, tmp_path, expected)
+
+    assert all(map(torch.equal, module.model.parameters(), twin.model.parameters()))
+    assert curves.seen == expected.seen
+    told = [line for line in caplog.messages if "no CUDA graph" in line]
+    assert told == [
+        "no CUDA graph: operation not permitted when stream is capturing; cuda_graph=off leaves it at that"
+    ]
+
+
+def test_settings_of_a_graph_do_not_outlive_it():
+    """A checkpoint's optimiser may have trained by graph, on another device."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamW(lr=0.25).build([weight])
+
+    set_capturable(optimizer, True, weight.device)
+    assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
+    set_capturable(optimizer, False, weight.device)
+
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    torch.testing.assert_close(weight.detach(), torch.full((2,), 1 - 0.25 * 0.01 - 0.25))
 
 
 def test_everything_a_step_reads_or_leaves_keeps_its_place_in_memory(module, tmp_path):
@@ -148,7 +188,7 @@ def test_what_a_graph_was_given_is_its_own():
 
     replays = [step.take(Batch(torch.full((2, 1, 1, 1), float(n)), labels, index)) for n in range(6)]
 
-    assert [value.item() for value in taken] == [0, 2, 4, 6, 8, 10][: len(taken)]
+    assert [value.item() for value in taken] == [0, 2, 4, 6, 8, 10]
     assert replays == [False] * (WARM_UP + 1) + [True] * (5 - WARM_UP)
 
 

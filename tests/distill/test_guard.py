@@ -28,7 +28,7 @@ BAD = pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 
 
 def losses(task: float, attention: float = 1.0) -> dict[str, Tensor]:
-    return {"class loss": torch.tensor(task), "attention loss": torch.tensor(attention)}
+    return {"class loss": torch.tensor(task), "transfer loss": torch.tensor(attention)}
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -143,7 +143,7 @@ def test_an_optimiser_that_heeds_no_flag_has_to_wait_for_a_check(on_device):
 
 
 @BAD
-@pytest.mark.parametrize("term", ["class loss", "attention loss"])
+@pytest.mark.parametrize("term", ["class loss", "transfer loss"])
 def test_the_terms_step_epoch_and_images_are_named(term, bad):
     steps = Steps()
     steps.guard.watch(losses(0.5, 0.25) | {term: torch.tensor(bad)}, torch.tensor([7, 3, 41]))
@@ -153,7 +153,7 @@ def test_the_terms_step_epoch_and_images_are_named(term, bad):
         steps.guard.check(step=12, epoch=4)
 
     message = str(raised.value)
-    other = "attention loss 0.25" if term == "class loss" else "class loss 0.5"
+    other = "transfer loss 0.25" if term == "class loss" else "class loss 0.5"
     assert message.startswith("step 12 (epoch 4) is not finite: ")
     assert f"{term} {bad:.4g}" in message
     assert other in message
@@ -259,7 +259,7 @@ def spoil(what: str, bad: float, number: int, module: DistillModule) -> None:
 
 
 @BAD
-@pytest.mark.parametrize("what", ["class loss", "attention loss", "gradient norm"])
+@pytest.mark.parametrize("what", ["class loss", "transfer loss", "gradient norm"])
 def test_a_fit_ends_before_the_bad_step_and_names_it(what, bad, module, fit):
     """Epochs of 3 batches: number 5 is step 5, of epoch 2."""
     train, watch = Batches(4, 4, 4), Watch()

@@ -105,8 +105,9 @@ def batch_of(*index: int) -> Batch:
 
 
 def tell_number(images: torch.Tensor) -> Answer:
-    """Scores [B, 1, 2, 2] of two blocks and classes that show the image's number."""
-    return Answer({1: images, 4: -images}, images[:, 0, 0, 0].long())
+    """Scores [B, 1, 2, 2] of two blocks and logits whose class is the image's number."""
+    classes = images[:, 0, 0, 0].long()
+    return Answer({1: images, 4: -images}, torch.nn.functional.one_hot(classes, 9).float())
 
 
 @pytest.fixture
@@ -120,22 +121,21 @@ class TestCache:
     def test_each_image_finds_its_own_answer(self, numbers, index):
         index = torch.tensor(index, dtype=torch.long)
 
-        scores, predicted = numbers.answer(index)
+        answer = numbers.answer(index)
+        scores = answer.scores
 
         assert scores.keys() == {1, 4}
         assert scores[1].shape == (*index.shape, 1, 2, 2)
         expected = index.float()[..., None, None, None].expand(scores[1].shape)
         assert torch.equal(scores[1], expected)
         assert torch.equal(scores[4], -expected)
-        assert torch.equal(predicted, index)
+        assert torch.equal(answer.predicted, index)
 
     @pytest.mark.parametrize("image", [0, 8, 9])
     def test_an_image_that_is_not_held_is_an_error(self, numbers, image):
         """Not another image's answer."""
         with pytest.raises(IndexError):
             numbers.scores(torch.tensor([2, image]))
-        with pytest.raises(IndexError):
-            numbers.predictions(torch.tensor([image]))
 
     def test_batches_have_to_hold_all_images(self):
         with pytest.raises(AssertionError, match="2 images for 3 rows"):
@@ -147,7 +147,7 @@ class TestCache:
         cache = TeacherCache.fill(lambda x: Answer(teacher.scores(x, [0])), [batch], torch.arange(2), size=2)
 
         assert not cache.scores(torch.arange(2))[0].requires_grad
-        assert cache.answer(torch.arange(2)).predicted is None
+        assert cache.answer(torch.arange(2)).logits is None
 
     def test_copies_share_it(self, numbers):
         assert deepcopy({"train": numbers})["train"] is numbers
@@ -305,7 +305,7 @@ class TestLimit:
         fit(distill(), data, TeacherCaching(data, ENOUGH), watch)
 
         val = watch.cached["val"]
-        stored = [*val._scores.values(), val._predicted]
+        stored = [*val._scores.values(), val._logits]
         assert sum(tensor.nbytes for tensor in stored) == VAL * size
 
     @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vitkd.models.dropout import Dropout, draw_from
-from vitkd.stacked.dropout import GeneratorStreams
+from vitkd.stacked.dropout import GeneratorStreams, KeyedStreams
 
 P = 0.3
 
@@ -76,3 +76,17 @@ def test_streams_go_on_where_they_were_saved():
     resumed.load_state_dict(state)
 
     assert torch.equal(resumed.drop(x, P), expected)
+
+
+def test_streams_go_on_from_the_step_of_another_device():
+    on_cpu, on_gpu = GeneratorStreams([4, 5]), KeyedStreams([4, 5], torch.device("cpu"))
+    for _ in range(3):
+        on_cpu.next_step()
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    on_gpu.next_step()
+
+    back = GeneratorStreams([4, 5])
+    back.load_state_dict(on_gpu.state_dict())
+
+    assert (int(on_gpu.step), back.step) == (4, 4)
+    assert torch.equal(back.drop(torch.ones(2, 50), P), on_cpu.drop(torch.ones(2, 50), P)), "from their seeds"

@@ -81,6 +81,14 @@ def test_accuracies_after_200_steps(options, teachers, tmp_path, command):
         assert len(pairs) == 1
 
 
+def near(curve: str, mine: str, theirs: str) -> bool:
+    """Whether two values are equal up to rounding, which may move one of 32 images across a border."""
+    if "" in (mine, theirs):
+        return mine == theirs
+    images = 1.5 / 32 if curve.endswith(("acc", "agreement")) else 0.0
+    return float(mine) == pytest.approx(float(theirs), rel=1e-3, abs=max(images, 1e-6))
+
+
 VARIANTS = {
     "one": [
         *("student.dropout=0.1", "student.emb_dropout=0.1", "ema_decay=0.9", "log_every_n_steps=1"),
@@ -108,6 +116,6 @@ def test_weights_however_it_trains(variant, options, teachers, tmp_path, command
         assert [row["step"] for row in mine] == [row["step"] for row in theirs]
         assert mine[0].keys() == theirs[0].keys()
         for row, expected in zip(mine, theirs, strict=True):
-            assert {key for key in row if bool(row[key]) != bool(expected[key])} == set()
+            assert {key for key in row if not near(key, row[key], expected[key])} == set()
         for key in ("val/acc_last", "val/acc_best", "best_epoch", "epochs", "steps"):
             assert read(runs[0] / "metrics.json")[key] == read(runs[1] / "metrics.json")[key]

@@ -3,10 +3,12 @@
 import resource
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,10 +21,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.test_multirun import Sweeps, Told, read, state_of
+from vitkd import train
 from vitkd.config import CONF_DIR
 from vitkd.distill.methods import AttentionDistillation
+from vitkd.errors import RunError
 from vitkd.runs.console import Job
+from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack import room_for
+from vitkd.runs.stack_folder import Place, StackFolder
 from vitkd.runs.training import Machine
 from vitkd.stacked import StackedModule
 from vitkd.stacking import Candidate, stacks_of, why_alone
@@ -74,9 +80,14 @@ def resolved() -> dict[str, Any]:
 
 @pytest.fixture
 def stacked(resolved, monkeypatch) -> Callable[..., tuple[list[list[int]], list[str]]]:
-    """stacked(changes, …) is the jobs of each stack, and what is said; each job has `changes` of its own."""
+    """stacked(changes, …) is the jobs of each stack, and what is said; each job has `changes` of its own.
 
-    def stacks(*jobs: dict[str, Any], most: int = 9) -> tuple[list[list[int]], list[str]]:
+    Those of `saved` were cut off in a stack each.
+    """
+
+    def stacks(
+        *jobs: dict[str, Any], most: int = 9, saved: Collection[int] = ()
+    ) -> tuple[list[list[int]], list[str]]:
         said: list[str] = []
         monkeypatch.setattr("vitkd.stacking.log.info", lambda text, *args: said.append(text % args))
         members = []
@@ -87,7 +98,8 @@ def stacked(resolved, monkeypatch) -> Callable[..., tuple[list[list[int]], list[
                 node = reduce(getitem, groups, settings)
                 node[last] = value
             config = SimpleNamespace(resolved=settings)
-            members.append(SimpleNamespace(job=Job(number, {}), config=config, place=None))
+            place = Place(StackFolder(Path(f"stack-{number}")), 0, 1) if number in saved else None
+            members.append(SimpleNamespace(job=Job(number, {}), config=config, place=place))
         found = stacks_of(cast(Any, members), most)
         return [[member.job.number for member in stack] for stack in found], said
 
@@ -132,6 +144,19 @@ class TestWhatTrainsTogether:
         assert stacks == [[0, 2], [1, 3]]
         assert said == [f"jobs 1, 3 cannot be stacked with jobs 0, 2: another {named or setting}"]
 
+    def test_goes_on_from_one_checkpoint_and_that_is_told_beside_jobs_of_the_same_settings(self, stacked):
+        other = {"student.depth": 7}
+
+        stacks, said = stacked({}, other, {"seed": 1}, other | {"seed": 1}, saved=[2, 3])
+
+        assert stacks == [[0], [1], [2], [3]]
+        reason = "what was cut off goes on from where it was saved"
+        assert said == [
+            "job 1 cannot be stacked with job 0: another student.depth",
+            f"job 2 cannot be stacked with job 0: {reason}",
+            f"job 3 cannot be stacked with job 1: {reason}",
+        ]
+
     @pytest.mark.parametrize(
         ("most", "sizes"),
         [(1, [1] * 5), (2, [1, 2, 2]), (3, [2, 3]), (4, [2, 3]), (5, [5]), (9, [5])],
@@ -148,6 +173,14 @@ class TestWhatTrainsTogether:
         stacks, _ = stacked({"alpha": 1}, {"loss": other}, {}, {"loss": other, "seed": 1}, {"seed": 1})
 
         assert stacks == [[2, 4, 1, 3, 0]]
+
+    def test_puts_temperatures_of_one_loss_and_granularity_beside_each_other(self, stacked):
+        head = {"granularity": {"_target_": "vitkd.distill.granularity.Head"}}
+        warm = {"loss.temperature": 2.0}
+
+        stacks, _ = stacked({}, head, warm, head | warm)
+
+        assert stacks == [[0, 2, 1, 3]]
 
     def test_is_no_more_than_files_may_be_open(self, monkeypatch):
         limits = [1024, 2048]
@@ -187,10 +220,35 @@ class TestWhatRunsAlone:
         ],
     )
     def test_is_what_needs_a_process_to_itself(self, processes, precision, reason):
-        config = SimpleNamespace(method=AttentionDistillation(), trainer={"precision": precision})
-        machine = Machine(torch.device("cpu"), processes, 1)
+        found = self.candidate(torch.device("cpu"), processes, precision, dropout=0.5)
 
-        assert why_alone(cast(Any, SimpleNamespace(config=config, machine=machine, folder=None))) == reason
+        assert why_alone(found) == reason
+
+    @pytest.mark.parametrize("name", ["dropout", "emb_dropout"])
+    @pytest.mark.parametrize(
+        ("device", "triton", "share", "reason"),
+        [
+            *(("cpu", None, 0.1, None), ("cuda:0", "spec", 0.1, None), ("cuda:0", None, 0.0, None)),
+            ("cuda:0", None, 0.1, "its dropout masks need Triton on a GPU, and cuda:0 has none"),
+            ("mps", "spec", 0.1, "its dropout masks need Triton on a GPU, and mps has none"),
+            ("mps", None, 0.0, None),
+        ],
+    )
+    def test_is_what_drops_where_there_is_no_kernel(self, name, device, triton, share, reason, monkeypatch):
+        monkeypatch.setattr("vitkd.stacked.dropout.find_spec", lambda _: triton)
+
+        assert why_alone(self.candidate(torch.device(device), 1, "32-true", **{name: share})) == reason
+
+    @staticmethod
+    def candidate(device: torch.device, processes: int, precision: Any, **student: float) -> Candidate:
+        student = {"dropout": 0.0, "emb_dropout": 0.0} | student
+        config = SimpleNamespace(
+            method=AttentionDistillation(),
+            trainer={"precision": precision},
+            student=SimpleNamespace(**student),
+        )
+        machine = Machine(device, processes, 1)
+        return cast(Any, SimpleNamespace(config=config, machine=machine, folder=None))
 
     def test_is_what_goes_on_from_a_checkpoint_of_its_own(self, plan, finished, sweeps):
         shutil.copytree(finished, sweeps.folder("run0"))
@@ -257,19 +315,53 @@ def test_images_that_workers_decode_train_one_by_one(sweeps, tmp_path):
     assert ended.out.count("warning: alpha has no effect with method=none") == 2
 
 
+def test_what_another_process_has_taken_meanwhile_is_left_to_it(sweeps, monkeypatch):
+    jobs = ["seed=0,1,2", "name=seed${seed}", *ALONE, STACKED]
+    with monkeypatch.context() as patch:
+        patch.setattr("vitkd.train_stacked.fit_stack", fail)
+        assert sweeps.run(*jobs).states == ["failed"] * 3
+    taken = RunFolder(sweeps.folder("seed1"))
+
+    with ExitStack() as other:
+
+        def take(*_: Any) -> None:
+            other.enter_context(taken.running(taken.read_config()))
+
+        # When all has been planned.
+        monkeypatch.setattr("vitkd.train_stacked.announce", take)
+        ended = sweeps.run(*jobs)
+
+    assert (ended.code, ended.states) == (0, ["done", "running elsewhere", "done"]), ended.err
+    assert "jobs 0, 2 train as one stack\n" in ended.out
+    assert f"{sweeps.folder('seed1')}: another process is at work there; left alone\n" in ended.out
+
+
+def fail(*_: Any) -> None:
+    raise RunError("the disk is full")
+
+
+def on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def on_a_cpu() -> None:
+    """Ask for more than there are addresses."""
+    torch.empty(2**50, dtype=torch.uint8)
+
+
 class TestTooLittleMemory:
     @pytest.fixture
-    def failed(self, monkeypatch) -> Callable[[int], list[weakref.ref[StackedModule]]]:
+    def failed(self, monkeypatch) -> Callable[..., list[weakref.ref[StackedModule]]]:
         """failed(n) lets stacks of more than n students run out of memory; gives those that did."""
 
-        def limit(most: int) -> list[weakref.ref[StackedModule]]:
+        def limit(most: int, run_out: Callable[[], Any] = on_a_gpu) -> list[weakref.ref[StackedModule]]:
             stacks: list[weakref.ref[StackedModule]] = []
             original = StackedModule.terms
 
             def terms(self: StackedModule, batch: Any) -> Any:
                 if self.students > most:
                     stacks.append(weakref.ref(self))
-                    raise torch.OutOfMemoryError("CUDA out of memory")
+                    run_out()
                 assert [stack for stack in stacks if stack() is not None] == [], "they hold memory still"
                 return original(self, batch)
 
@@ -278,8 +370,9 @@ class TestTooLittleMemory:
 
         return limit
 
-    def test_halves_stacks_until_they_fit(self, failed, sweeps):
-        stacks = failed(2)
+    @pytest.mark.parametrize("run_out", [on_a_gpu, on_a_cpu])
+    def test_halves_stacks_until_they_fit(self, run_out, failed, sweeps):
+        stacks = failed(2, run_out)
 
         ended = sweeps.run("seed=range(5)", "name=seed${seed}", *ALONE, STACKED)
 
@@ -291,6 +384,34 @@ class TestTooLittleMemory:
         assert {path.name for path in (sweeps.path / "digits").iterdir()} == {f"seed{n}" for n in range(5)}
         students = [read(sweeps.folder(f"seed{n}") / "metrics.json")["stack/students"] for n in range(5)]
         assert students == [2, 2, 1, 2, 2]
+
+    def test_while_students_are_concluded_leaves_the_concluded_ones_alone(
+        self, sweeps, tmp_path, monkeypatch
+    ):
+        jobs = ["seed=range(5)", "name=seed${seed}", *ALONE, STACKED]
+        reference = Sweeps(tmp_path / "reference", sweeps.command)
+        assert reference.run(*jobs).code == 0
+        measured: list[int] = []
+
+        def measure(config: Any, *rest: Any) -> Any:
+            measured.append(config.seed)
+            if len(measured) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return train.measure(config, *rest)
+
+        monkeypatch.setattr("vitkd.train_stacked.measure", measure)
+        ended = sweeps.run(*jobs)
+
+        assert (ended.code, ended.states) == (0, ["done"] * 5), ended.err
+        assert measured == [0, 1, 2, 2, 3, 4]
+        assert "jobs 2-4: too little memory on cpu" in ended.out
+        students = [read(sweeps.folder(f"seed{n}") / "metrics.json")["stack/students"] for n in range(5)]
+        assert students == [5, 5, 1, 2, 2]
+        assert {path.name for path in sweeps.path.iterdir()} == {"digits", "sweeps"}
+        for n in range(5):
+            runs = [outputs.folder(f"seed{n}") for outputs in (sweeps, reference)]
+            mine, theirs = (load_file(run / "student.safetensors") for run in runs)
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
     @pytest.mark.slow
     def test_for_one_student_is_one_line_a_job(self, failed, sweeps):
@@ -328,6 +449,10 @@ class TestAStudentThatIsNotFinite:
             )
             torch.testing.assert_close(mine, theirs)
         assert {path.name for path in sweeps.path.iterdir()} == {"digits", "sweeps"}
+        warning = f"warning: {sweeps.folder('lr1e+30')}: step "
+        assert ended.out.count(warning) == 1
+        assert ended.out.index(warning) < ended.out.index("epoch 2/2"), "at once"
+        assert "nan" not in ended.out.replace("class loss nan", "")
 
     @pytest.mark.slow
     def test_where_none_is_left_each_gets_its_own_line(self, sweeps):

@@ -28,8 +28,8 @@ LOSSES: list[AttentionLoss] = [
     MSE(),
     MSE(center="row"),
     CE(),
-    KL(temperature=2.0),
-    KL(temperature=0.5),
+    KL(temperature=0.7),
+    KL(temperature=1.3),
     ReverseKL(),
     JS(reduction="sum"),
 ]
@@ -51,6 +51,41 @@ def alone(tiny, teacher) -> Callable[..., DistillModule]:
         return DistillModule(student, teacher, transfer, alpha, AdamW(), Constant(), **settings).train()
 
     return build
+
+
+def test_temperatures_go_where_the_scores_are_and_stay_there(alone):
+    modules = [alone(Encoder(), KL(temperature=t), 0.5) for t in (0.7, 1.3)]
+    (cell,) = StackedModule(modules, [0, 0], seeds=[0, 1]).cells
+    elsewhere = torch.ones(2, 1, 1, 3, 3, device="meta")
+
+    assert cell.transfer.loss.softened(elsewhere).shape == elsewhere.shape
+
+    assert cell.transfer.loss.temperature.is_meta
+
+
+def test_students_of_several_temperatures_share_all_else_of_their_comparison(alone):
+    modules = [alone(Encoder(), KL(temperature=t), 0.5) for t in (0.7, 1.3)]
+    for module in modules:
+        pairs, loss = module.transfer.pairs, module.transfer.loss
+        module.transfer = AttentionTransfer(pairs, loss, tokens=1000, control="uniform")
+
+    (cell,) = StackedModule(modules, [0, 0], seeds=[0, 1]).cells
+
+    assert cell.transfer.streams
+    assert cell.transfer.control == "uniform"
+    assert [module.transfer.loss.temperature for module in modules] == [0.7, 1.3], "theirs are as before"
+
+
+def test_settings_are_not_rounded_as_bf16_weights_are(alone):
+    modules = [alone(Encoder(), KL(), alpha, label_smoothing=0.3) for alpha in (0.1, 0.7)]
+    stacked = StackedModule(modules, [0, 0], seeds=[0, 1]).train().to(torch.bfloat16)
+    given = batch()
+
+    terms = stacked.terms(given._replace(image=given.image.bfloat16()))
+
+    expected = torch.tensor([0.1, 0.7]) * terms.task + torch.tensor([0.9, 0.3]) * terms.transfer
+    torch.testing.assert_close(terms.total, expected, rtol=1e-6, atol=0)
+    assert stacked.smoothings.tolist() == pytest.approx([0.3, 0.3], rel=1e-6)
 
 
 def batch(orders: int | None = None) -> Batch:

@@ -21,7 +21,8 @@ from vitkd.runs.stack_folder import StackFolder, leave_place, read_place
 
 pytestmark = pytest.mark.slow
 
-# 2 epochs of 7 steps, in windows of 4; with dropout, a warm-up, two orders and students of 1 map and of 4.
+# 2 epochs of 7 steps, in windows of 4; with dropout, a warm-up, averaged weights, two orders, two learning
+# rates (0.001 and 0.011) and weight decays, and students of 1 map and of 4.
 SETTINGS = [
     *(
         "-m",
@@ -32,6 +33,7 @@ SETTINGS = [
     ),
     *("teacher.max_epochs=1", "teacher.depth=1", "student.depth=1", "dataset.batch_size=16"),
     *("student.dropout=0.1", "schedule.warmup=0.3", "log_every_n_steps=4", "pictures_every_n_epochs=0"),
+    *("ema_decay=0.9", "optimizer.lr=0.0${seed}1", "optimizer.weight_decay=${seed}"),
     *("name=${hydra:runtime.choices.granularity}-${seed}", "checkpoint_minutes=0"),
 ]
 JOBS = ["granularity=head,encoder", "seed=0,1"]
@@ -108,12 +110,13 @@ def assert_run_equals(run: Path, expected: Path) -> None:
 
 
 def test_the_reference_is_worth_comparing_with(reference):
-    (row, *_, last) = rows_of(run_of(reference, "encoder-1"))
-
-    assert [int(row["step"]) for row in rows_of(run_of(reference, "head-0"))] == [4, 7, 8, 12, 14]
-    assert "train/map_loss/s0.h3" in row or any("map_loss" in key for key in row)
-    assert last["val/acc"]
     assert_nothing_happened(reference, reference)
+    for name, maps, rate in (("encoder-0", 4, 0.001), ("encoder-1", 4, 0.011), ("head-1", 1, 0.011)):
+        rows = [*rows_of(run_of(reference, name))]
+        assert [int(row["step"]) for row in rows] == [4, 7, 8, 12, 14]
+        assert len([key for key in rows[0] if key.startswith("train/map_loss/")]) == maps
+        assert max(float(row["train/lr"]) for row in rows) == pytest.approx(rate, rel=0.1)
+        assert [bool(row["val/acc"]) for row in rows] == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize("kill", KILLS)
@@ -171,20 +174,59 @@ def assert_close(run: Path, expected: Path) -> None:
     mine, theirs = ([*rows_of(folder)] for folder in (run, expected))
     for row, other in zip(mine, theirs, strict=True):
         assert row.keys() == other.keys()
-        values = ([float(each[key] or -1) for key in other] for each in (row, other))
-        assert next(values) == pytest.approx(next(values), rel=1e-3), row["step"]
+        for key in other:
+            assert float(row[key] or -1) == pytest.approx(float(other[key] or -1), rel=1e-3, abs=1e-5), key
 
 
-def test_in_smaller_stacks_all_go_on(start, reference, tmp_path):
+@pytest.mark.parametrize(("most", "stacks"), [(3, 2), (1, 4)])
+def test_in_smaller_stacks_all_go_on(most, stacks, start, reference, tmp_path):
     start(Strike(STEP, 11))
 
-    resumed = start("hydra.launcher.max_students=3")
+    resumed = start(f"hydra.launcher.max_students={most}")
 
     assert resumed.code == 0, resumed
-    assert resumed.out.count("after step 10") == 2
+    assert resumed.out.count("after step 10") == stacks
     for name in NAMES:
         assert_close(run_of(tmp_path, name), run_of(reference, name))
     assert not (tmp_path / "outputs" / "stacks").exists()
+
+
+def alone(folder: Path, *strikes: Strike) -> Ended:
+    """The job of head-0 without the launcher."""
+    settings = [setting for setting in SETTINGS if setting not in ("-m", "hydra/launcher=stacked")]
+    return crashes.run([*settings, "granularity=head", "seed=0", "resume=auto"], folder, *strikes)
+
+
+def test_alone_one_of_them_starts_anew_and_goes_on_with_that(start, reference, tmp_path):
+    start(Strike(STEP, 11))
+
+    struck = alone(tmp_path, Strike("vitkd.distill.modules:DistillModule.training_step", 5))
+
+    assert struck.code == -signal.SIGKILL
+    assert "head-0: starting anew: hydra/launcher=stacked alone could go on with its stack\n" in struck.out
+    assert not (run_of(tmp_path, "head-0") / "stack.json").exists()
+
+    rest = start()
+    assert rest.code == 0, rest
+    assert "job 0 trains by itself: it goes on from a checkpoint of its own\n" in rest.out
+    assert "after step 4" in rest.out
+    assert "after step 10" in rest.out
+    for name in NAMES:
+        assert_close(run_of(tmp_path, name), run_of(reference, name))
+    assert not (tmp_path / "outputs" / "stacks").exists()
+
+
+def test_alone_one_that_was_being_concluded_starts_anew(start, reference, tmp_path):
+    start(Strike("vitkd.train_stacked:write_checkpoints", 3, after=True))
+    before = [path.name for path in run_of(tmp_path, "head-0").glob("checkpoints/*.ckpt")]
+
+    ended = alone(tmp_path)
+
+    assert "last.ckpt" in before, "with weights alone in it"
+    assert "starting anew" in ended.out
+    assert ended.code == 0, ended
+    assert_close(run_of(tmp_path, "head-0"), run_of(reference, "head-0"))
+    assert not (run_of(tmp_path, "head-0") / "stack.json").exists()
 
 
 @pytest.mark.parametrize("damage", ["last", "both", "folder"])

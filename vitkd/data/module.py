@@ -146,8 +146,7 @@ class ImageDataModule(L.LightningDataModule):
         """
         self.setup()
         trainer, training = self.trainer, split == "train"
-        of_test = split == "test" or (split == "val" and self.dataset.validate_on == "test")
-        official = "test" if of_test else "train"
+        official = self._official(split)
         device = torch.device(device or (trainer.strategy.root_device if trainer else "cpu"))
         pixels = self._pixels(official, device)
         # Workers take plain numbers, and fetching those from the device would wait for it.
@@ -169,6 +168,11 @@ class ImageDataModule(L.LightningDataModule):
             augment=self.dataset.augment if training else None,
         )
 
+    def _official(self, split: str) -> str:
+        """Which of the data set's own splits the images of `split` lie in."""
+        of_test = split == "test" or (split == "val" and self.dataset.validate_on == "test")
+        return "test" if of_test else "train"
+
     def fixed_views(self, split: str) -> Loader | None:
         """What this process may meet of "train" or "val", once and in order, `eval_batch_size` at a time.
 
@@ -176,7 +180,7 @@ class ImageDataModule(L.LightningDataModule):
         """
         self.setup()
         varied = split == "train" and self.dataset.augment.varies
-        if varied or not self._splits["train"].resident or not len(self._indices[split]):
+        if varied or not self._splits[self._official(split)].resident or not len(self._indices[split]):
             return None
         loader = self.loader(split)
         if split == "train":

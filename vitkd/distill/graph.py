@@ -1,15 +1,16 @@
 """A whole training step as one CUDA graph: a small model's step takes less time to compute than to launch."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from vitkd.data import Batch
+from vitkd.errors import one_line
 
 log = logging.getLogger("vitkd")
 
@@ -24,11 +25,16 @@ class Graph(Protocol):
         """Run it again, on what lies at the same places in memory by now."""
 
 
+class CaptureError(Exception):
+    """A step does what a graph cannot hold: it waits for the device, say."""
+
+
 class GraphedStep:
     """Takes training steps by replaying one: forward and backward pass, guard, clipping and optimiser.
 
     The first steps are taken as ever, but on a stream of their own, as a capture wants it. Whatever a step
     reads or leaves (batch, weights, moments, learning rate, sums of figures) keeps its place in memory.
+    Steps of several kinds have a graph each.
 
     Args:
         step: takes one training step on a batch, without waiting for the device.
@@ -44,28 +50,45 @@ class GraphedStep:
     ) -> None:
         self._step, self._capture, self._aside = step, capture or captured, aside or on_a_stream_of_its_own
         self._batch: Batch | None = None
-        self._graph: Graph | None = None
-        self._warm = 0
+        self._graphs: dict[str, Graph] = {}
+        self._warm = Counter[str]()
 
-    def take(self, batch: Batch) -> bool:
-        """Take one step; whether it was a replay, of which the host has noted nothing."""
+    def take(self, batch: Batch, kind: str = "") -> bool:
+        """Take one step of a kind; whether it was a replay, of which the host has noted nothing.
+
+        Raises CaptureError if there can be no graph; the step was not taken then.
+        """
+        own = self._held(batch)
+        if kind in self._graphs:
+            self._graphs[kind].replay()
+            return True
+        if self._warm[kind] < WARM_UP:
+            self._aside(lambda: self._step(own))
+            self._warm[kind] += 1
+        else:
+            self._graphs[kind] = self._captured(own)
+            self._graphs[kind].replay()
+        return False
+
+    def _held(self, batch: Batch) -> Batch:
+        """The batch at the place where graphs read it."""
         if self._batch is None or self._batch.image.shape != batch.image.shape:
             # A batch of another size is rare: the only one of a tiny training set.
-            self._batch, self._graph, self._warm = Batch(*(part.clone() for part in batch)), None, 0
+            self._batch = Batch(*(part.clone() for part in batch))
+            self._graphs.clear()
+            self._warm.clear()
         else:
             for place, part in zip(self._batch, batch, strict=True):
                 place.copy_(part)
-        own = self._batch
-        if self._graph is not None:
-            self._graph.replay()
-            return True
-        if self._warm < WARM_UP:
-            self._aside(lambda: self._step(own))
-            self._warm += 1
-        else:
-            self._graph = self._capture(lambda: self._step(own))
-            self._graph.replay()
-        return False
+        return self._batch
+
+    def _captured(self, batch: Batch) -> Graph:
+        try:
+            return self._capture(lambda: self._step(batch))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(one_line(error)) from error
 
 
 def captured(work: Callable[[], None]) -> Graph:
@@ -91,25 +114,34 @@ class CudaGraphs(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         device = trainer.strategy.root_device
-        if device.type != "cuda":
-            return
-        if reason := why_not(trainer):
+        reason = why_not(trainer) if device.type == "cuda" else None
+        if reason:
             log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", reason)
-            return
+        can = device.type == "cuda" and not reason
         for optimizer in trainer.optimizers:
-            keep_rates_on(device, optimizer)
-        pl_module.graph = GraphedStep(pl_module.whole_step)  # type: ignore[assignment,arg-type]
+            set_capturable(optimizer, can, device)
+        if can:
+            pl_module.graph = GraphedStep(pl_module.whole_step)  # type: ignore[assignment,arg-type]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # It holds the memory of a whole step.
         pl_module.graph = None  # type: ignore[assignment]
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.on_train_end(trainer, pl_module)
 
-def keep_rates_on(device: torch.device, optimizer: torch.optim.Optimizer) -> None:
-    """Put learning rates where a graph reads them; those of a checkpoint come back on the CPU."""
+
+def set_capturable(optimizer: torch.optim.Optimizer, can: bool, device: torch.device) -> None:
+    """Have a graph read the learning rate as it is by then, not as it was at the capture; or undo that.
+
+    The settings may be those of a checkpoint, from another device.
+    """
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].to(device)
+        group["capturable"] = can
+        rate = float(group["lr"])
+        group["lr"] = torch.tensor(rate, device=device) if can else rate
 
 
 def why_not(trainer: L.Trainer) -> str | None:

@@ -50,6 +50,10 @@ class FiniteGuard:
         values = torch.stack([loss.detach().float() for loss in losses.values()], dim=-1)
         self._seen.append(_Seen(tuple(losses), values, index))
 
+    def watch_gradients(self, norm: Tensor) -> None:
+        """Note the norm [*S] of the gradients that the batches since the last step have led to."""
+        self._seen.append(_Seen(("gradient norm",), norm[..., None], self._seen[-1].images))
+
     def hold_back(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter] = ()) -> bool:
         """Note the gradients of `parameters`, and keep `optimizer` from taking a step that is not finite.
 
@@ -57,8 +61,7 @@ class FiniteGuard:
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self._seen.append(_Seen(("gradient norm",), norm[None], self._seen[-1].images))
+            self.watch_gradients(torch.nn.utils.get_total_norm(gradients))
         can_hold = bool(optimizer.defaults.get("fused")) and self._seen[-1].values.is_cuda
         if can_hold:
             bad = self.end_step()
@@ -76,6 +79,10 @@ class FiniteGuard:
         self._steps += 1
         self._seen = []
         return torch.stack([table[..., 0] > 0 for table in self._first_bad.values()]).any(0)
+
+    def forget_step(self) -> None:
+        """Drop what was noted since the last step: it is to be taken anew."""
+        self._seen = []
 
     def found(self, step: int, epoch: int) -> list[str | None]:
         """What is not finite of each student, in one line that names the step, its terms and its images.

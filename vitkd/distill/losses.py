@@ -97,7 +97,7 @@ class DistributionLoss(AttentionLoss):
             raise ConfigError(f"temperature={self.temperature}: must be a finite number above 0")
 
     def target(self, teacher_scores: Tensor) -> Tensor:
-        return (at_least_float32(teacher_scores) / self.temperature).log_softmax(-1)
+        return self.softened(teacher_scores).log_softmax(-1)
 
     def average(self, targets: Tensor, dim: int) -> Tensor:
         return targets.logsumexp(dim) - math.log(targets.shape[dim])
@@ -110,11 +110,19 @@ class DistributionLoss(AttentionLoss):
         return (mixed / mixed.sum(-1, keepdim=True)).clamp(min=torch.finfo(mixed.dtype).tiny).log()
 
     def __call__(self, student_scores: Tensor, target: Tensor, allowed: Tensor | None = None) -> Tensor:
-        scores = at_least_float32(student_scores) / self.temperature
+        scores = self.softened(student_scores)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, MASKED)
             target = target.masked_fill(~allowed, MASKED).log_softmax(-1)
         return self.rows(scores.log_softmax(-1), target).mean((-3, -1))
+
+    def softened(self, scores: Tensor) -> Tensor:
+        """The scores divided by the temperature, in at least float32."""
+        scores = at_least_float32(scores)
+        if isinstance(self.temperature, Tensor):
+            # Of stacked students, [S, 1, 1, 1, 1]. It stays there: a CUDA graph cannot copy from the host.
+            self.temperature = self.temperature.to(scores)
+        return scores / self.temperature
 
     @abstractmethod
     def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:

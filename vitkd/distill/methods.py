@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from vitkd.distill.controls import CONTROLS
 from vitkd.distill.granularity import Granularity
 from vitkd.distill.losses import AttentionLoss
 from vitkd.distill.modules import ClassifyModule, DistillModule
@@ -69,8 +70,12 @@ class AttentionDistillation(Method):
     needs_teacher = True
     resize: str | None = None
     """`bilinear` interpolates the teacher's maps to the student's token grid; null demands equal grids."""
+    control: str | None = None
+    """What is taught instead of the teacher's maps, to see whether these are what helps; see `controls`."""
 
     def __post_init__(self) -> None:
+        if self.control is not None and self.control not in CONTROLS:
+            raise ConfigError(f"control={self.control}: choose {', '.join(CONTROLS)} or null")
         if self.resize not in (None, "bilinear"):
             raise ConfigError(f"resize={self.resize}: choose bilinear or null")
 
@@ -90,7 +95,7 @@ class AttentionDistillation(Method):
         if plan.granularity.needs_calibration:
             pairs = match_heads(pairs, *record_both(student, teacher, pairs, calibrate()), plan.loss, resize)
         tokens = max(student.config.tokens, teacher.config.tokens)
-        transfer = AttentionTransfer(pairs, plan.loss, resize, tokens=tokens)
+        transfer = AttentionTransfer(pairs, plan.loss, resize, tokens=tokens, control=self.control)
         return DistillModule(
             student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule, plan.label_smoothing
         )

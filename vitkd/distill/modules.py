@@ -5,6 +5,7 @@ Both are written for one student or, by the leading axis that `stacked` adds, fo
 Shapes: S stacked students (absent for one), B batch, K classes, P distilled student maps.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -15,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.distill.graph import GraphedStep
+from vitkd.distill.graph import CaptureError, GraphedStep
 from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.meter import Meter
 from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.distill.teacher_cache import Answer, TeacherCache
-from vitkd.distill.transfer import AttentionTransfer
+from vitkd.distill.transfer import Transfer
 from vitkd.models import ViT, describe
-from vitkd.models.layers import Scores
+
+log = logging.getLogger("vitkd")
 
 
 class Terms(NamedTuple):
@@ -35,14 +37,14 @@ class Terms(NamedTuple):
     total: Tensor
     """[*S]: what is minimised (equation 2.14)"""
     transfer: Tensor | None = None
-    """[*S]: how far the student's attention is from the teacher's, where that was computed"""
+    """[*S]: how far the student is from its teacher, where that was computed"""
     per_map: Tensor | None = None
     """[*S, P]: `transfer` before weighing"""
 
     def named_losses(self) -> dict[str, Tensor]:
         """The terms of `total`, as a person calls them."""
         losses = {"class loss": self.task}
-        return losses if self.transfer is None else losses | {"attention loss": self.transfer}
+        return losses if self.transfer is None else losses | {"transfer loss": self.transfer}
 
 
 class ClassifyModule(L.LightningModule):
@@ -61,6 +63,8 @@ class ClassifyModule(L.LightningModule):
         self.images_trained, self.seconds_trained = 0, 0.0
         self._window_start, self._window_seconds = 0.0, 0.0
         self._latest: dict[str, float] = {}
+        self._measured: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
 
     def terms(self, batch: Batch) -> Terms:
         """The losses of one training batch."""
@@ -74,7 +78,7 @@ class ClassifyModule(L.LightningModule):
         return F.cross_entropy(logits, label, label_smoothing=smoothing)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        if self.is_graphed_step:
+        if self.graph is not None:
             # Taken in `optimizer_step`: a backward pass has no business in this method's autocast.
             self._batch = batch
             return None
@@ -84,7 +88,8 @@ class ClassifyModule(L.LightningModule):
         """What is minimised on a training batch; its figures are noted."""
         terms, seen = self.terms(batch), self.as_seen(batch)
         self.guard.watch(terms.named_losses(), seen.index)
-        self.observe(terms)
+        if self.is_logging_step:
+            self._measured = self.gradient_norms(terms)
         self.train_meter.add(measures(terms, seen), seen.label.shape[-1])
         return terms.total.sum()
 
@@ -108,28 +113,40 @@ class ClassifyModule(L.LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        if not self.is_graphed_step:
+        is_logging_step = self.is_logging_step
+        if self.graph is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-            return
-        assert self.graph is not None
-        assert optimizer_closure is not None
-        optimizer_closure()
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        if self.graph.take(batch):
-            self.train_meter.added_again(batch.label.shape[-1])
+        else:
+            assert optimizer_closure is not None
+            optimizer_closure()
+            batch, self._batch = self._batch, None
+            assert batch is not None
+            self._take(batch, self.graph)
+        if is_logging_step:
+            # A copy: where a graph leaves its figures the next replay leaves others.
+            self._norms = {name: norm.clone() for name, norm in self._measured.items()}
 
-    @property
-    def is_graphed_step(self) -> bool:
-        """Whether this step is taken as one piece; a logged one is not, for its gradients are measured."""
-        return self.graph is not None and not self.is_logging_step
+    def _take(self, batch: Batch, graph: GraphedStep) -> None:
+        """Take a step by `graph`, or, from the first one on that cannot be captured, as ever."""
+        images = self.train_meter.images
+        try:
+            # On a logged step gradients are measured besides.
+            if graph.take(batch, "logged" if self.is_logging_step else "plain"):
+                self.train_meter.added_again(batch.label.shape[-1])
+        except CaptureError as error:
+            log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", error)
+            self.graph = None
+            self.train_meter.images = images
+            self.guard.forget_step()
+            self.whole_step(batch)
 
     def as_seen(self, batch: Batch) -> Batch:
         """A training batch with the labels and indices [*S, B] as each student sees them."""
         return batch
 
-    def observe(self, terms: Terms) -> None:
-        """Measure what only now and then is worth measuring, before the graph is used up."""
+    def gradient_norms(self, terms: Terms) -> dict[str, Tensor]:
+        """What each term alone would do to the weights; asked only now and then, for it costs as much."""
+        return {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_meter.add(measures(self.terms(batch), batch), batch.label.shape[-1])
@@ -200,6 +217,7 @@ class ClassifyModule(L.LightningModule):
             "images_trained": self.images_trained,
             "seconds_trained": self.seconds_trained,
             "latest": {name: value.tolist() for name, value in self.trainer.callback_metrics.items()},
+            "gradient_norms": dict(self._norms),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -208,6 +226,7 @@ class ClassifyModule(L.LightningModule):
         self._window_seconds = curves["window_seconds"]
         self.images_trained, self.seconds_trained = curves["images_trained"], curves["seconds_trained"]
         self._latest = curves["latest"]
+        self._norms = {name: norm.to(self.device) for name, norm in curves["gradient_norms"].items()}
 
     @property
     def is_logging_step(self) -> bool:
@@ -255,7 +274,7 @@ class ClassifyModule(L.LightningModule):
 
 
 class DistillModule(ClassifyModule):
-    """Trains a student on labels and on a frozen teacher's attention.
+    """Trains a student on labels and on what a frozen teacher says.
 
     `alpha` weighs the *class* loss: alpha·task + (1 − alpha)·transfer (DeiT's and vit-pytorch's alpha weigh
     the other term). At alpha = 1 training is the student's alone, step for step.
@@ -265,7 +284,7 @@ class DistillModule(ClassifyModule):
         self,
         model: ViT,
         teacher: ViT,
-        transfer: AttentionTransfer,
+        transfer: Transfer,
         alpha: float,
         optimizer: AdamW,
         schedule: Schedule,
@@ -279,7 +298,6 @@ class DistillModule(ClassifyModule):
         self.alpha = alpha
         self.cached: dict[str, TeacherCache] = {}
         """by split, the answers that the teacher has given already"""
-        self._gradient_norms: dict[str, Tensor] = {}
 
     @property
     def teacher(self) -> ViT:
@@ -292,18 +310,18 @@ class DistillModule(ClassifyModule):
         self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def teacher_blocks(self, split: str) -> list[int]:
-        """The blocks whose scores "train" or "val" needs; none where the teacher is not asked."""
-        return [] if split == "train" and self.alpha == 1 else self.transfer.teacher_blocks
+    def teacher_blocks(self, split: str) -> list[int] | None:
+        """The blocks whose scores "train" or "val" needs; None where the teacher is not asked."""
+        return None if split == "train" and self.alpha == 1 else self.transfer.teacher_blocks
 
     @torch.no_grad()
     def ask_teacher(self, images: Tensor, split: str) -> Answer:
-        """Run the teacher on `images`; its classes are asked for in validation alone."""
+        """Run the teacher on `images`; validation always asks for its logits, for their classes."""
         blocks, factors = self.transfer.teacher_blocks, self.transfer.streams
-        if split == "train":
+        if split == "train" and not self.transfer.needs_logits:
             return Answer(self.teacher.scores(images, blocks, factors))
         output = self.teacher(images, blocks, factors)
-        return Answer(output.scores, output.logits.argmax(-1))
+        return Answer(output.scores, output.logits)
 
     def answer(self, batch: Batch, split: str) -> Answer:
         """What the teacher says of the batch's images, given now or before."""
@@ -314,60 +332,45 @@ class DistillModule(ClassifyModule):
         if self.alpha == 1:
             # Recording attention would draw its dropout in another order than the student alone does.
             return super().terms(batch)
-        return self._distill(batch, self.answer(batch, "train").scores)
+        return self._distill(batch, self.answer(batch, "train"))
 
-    def observe(self, terms: Terms) -> None:
-        if terms.transfer is not None and self.is_logging_step:
-            self._gradient_norms = self._measure_gradients(terms.task, terms.transfer)
+    def gradient_norms(self, terms: Terms) -> dict[str, Tensor]:
+        """The figures to choose alpha by: two unweighted norms, and what alpha makes of their ratio."""
+        if terms.transfer is None:
+            return {}
+        parameters = list(self.model.parameters())
+        task, transfer = gradient_norm(terms.task, parameters), gradient_norm(terms.transfer, parameters)
+        norms = {"gradient_norm_task": task, "gradient_norm_transfer": transfer}
+        if self.alpha > 0:
+            norms["gradient_ratio"] = (1 - self.alpha) * transfer / (self.alpha * task)
+        return norms
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        scores, predicted = self.answer(batch, "val")
-        assert predicted is not None
-        terms = self._distill(batch, scores)
-        agreement = share_equal(terms.logits.argmax(-1), predicted)
+        answer = self.answer(batch, "val")
+        terms = self._distill(batch, answer)
+        agreement = share_equal(terms.logits.argmax(-1), answer.predicted)
         self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["curves"]["gradient_norms"] = dict(self._gradient_norms)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        norms = checkpoint["curves"]["gradient_norms"]
-        self._gradient_norms = {name: norm.to(self.device) for name, norm in norms.items()}
 
     def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
         per_map = means.get("map_loss")
         (curves,) = super().curves({name: values for name, values in means.items() if name != "map_loss"})
-        if per_map is not None:
-            curves |= {f"map_loss/{n}": value for n, value in zip(self.transfer.names, per_map, strict=True)}
+        if per_map is not None and self.transfer.pairs:
+            names = [name for pair in self.transfer.pairs for name in pair.names]
+            curves |= {f"map_loss/{n}": value for n, value in zip(names, per_map, strict=True)}
         return [curves]
 
     def window_curves(self) -> list[dict[str, float]]:
-        norms, self._gradient_norms = self._gradient_norms, {}
+        norms, self._norms = self._norms, {}
         (curves,) = super().window_curves()
         return [curves | {name: norm.item() for name, norm in norms.items()}]
 
-    def _distill(self, batch: Batch, teacher_scores: Mapping[int, Scores]) -> Terms:
+    def _distill(self, batch: Batch, answer: Answer) -> Terms:
         output = self.model(batch.image, self.transfer.student_blocks, self.transfer.streams)
         task = self.task_loss(output.logits, batch.label)
-        per_map = self.transfer(output.scores, teacher_scores)
+        per_map = self.transfer.compare(output, answer)
         transfer = self.transfer.total(per_map)
         total = self.alpha * task + (1 - self.alpha) * transfer
         return Terms(output.logits, task, total, transfer, per_map)
-
-    def _measure_gradients(self, task: Tensor, transfer: Tensor) -> dict[str, Tensor]:
-        """What each term alone would do to the weights: the figures to choose alpha by.
-
-        The two norms are unweighted; their ratio is what alpha makes of it, transfer over task.
-        """
-        parameters = list(self.model.parameters())
-        task_norm = gradient_norm(task, parameters)
-        transfer_norm = gradient_norm(transfer, parameters)
-        norms = {"gradient_norm_task": task_norm, "gradient_norm_transfer": transfer_norm}
-        if self.alpha > 0:
-            norms["gradient_ratio"] = (1 - self.alpha) * transfer_norm / (self.alpha * task_norm)
-        return norms
 
 
 def tensors(values: Mapping[str, float | list[float]]) -> dict[str, Tensor]:

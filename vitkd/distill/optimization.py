@@ -31,16 +31,11 @@ class AdamW:
             raise ConfigError(f"eps={self.eps}: must be a finite number above 0")
 
     def build(self, parameters: Iterable[nn.Parameter], fused: bool = True) -> torch.optim.AdamW:
-        """The optimiser of `parameters`, fused where their device allows, and on CUDA fit for a graph."""
+        """The optimiser of `parameters`, fused where their device allows."""
         parameters = list(parameters)
-        device = parameters[0].device
-        fused = fused and device.type in ("cpu", "cuda")
-        capturable = fused and device.type == "cuda"
-        lr = torch.tensor(self.lr, device=device) if capturable else self.lr
+        fused = fused and parameters[0].device.type in ("cpu", "cuda")
         betas = (self.betas[0], self.betas[1])
-        return torch.optim.AdamW(
-            parameters, lr, betas, self.eps, self.weight_decay, fused=fused or None, capturable=capturable
-        )
+        return torch.optim.AdamW(parameters, self.lr, betas, self.eps, self.weight_decay, fused=fused or None)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The teacher's answers, asked for once: what it says of an image that always looks the same never changes.
 
 Shapes: N images held, I any shape of image numbers ([B], or [U, B] for batches of several data orders),
-H heads, T tokens.
+H heads, T tokens, K classes.
 """
 
 import logging
@@ -28,8 +28,14 @@ class Answer(NamedTuple):
 
     scores: Mapping[int, Scores]
     """block → its pre-softmax scores [*I, H, T, T], or their factors"""
-    predicted: Tensor | None = None
-    """[*I] int64: its classes, where they were asked for"""
+    logits: Tensor | None = None
+    """[*I, K], where they were asked for"""
+
+    @property
+    def predicted(self) -> Tensor:
+        """Its classes [*I]."""
+        assert self.logits is not None, "the teacher was not asked for classes"
+        return self.logits.argmax(-1)
 
 
 class TeacherCache:
@@ -50,7 +56,7 @@ class TeacherCache:
         self._rows = torch.full((size,), len(images), device=images.device)
         self._rows[images] = torch.arange(len(images), device=images.device)
         self._scores: dict[int, Tensor] = {}
-        self._predicted: Tensor | None = None
+        self._logits: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -73,17 +79,13 @@ class TeacherCache:
 
     def answer(self, index: Tensor) -> Answer:
         """What was said of the images `index` [*I]; an IndexError, on CUDA an assertion, if nothing was."""
-        return Answer(self.scores(index), None if self._predicted is None else self.predictions(index))
+        rows = self._rows[index]
+        logits = None if self._logits is None else _take(self._logits, rows)
+        return Answer({block: _take(scores, rows) for block, scores in self._scores.items()}, logits)
 
     def scores(self, index: Tensor) -> dict[int, Tensor]:
         """The scores [*I, H, T, T] of each block, of the images `index` [*I]; raises as `answer`."""
-        rows = self._rows[index]
-        return {block: _take(scores, rows) for block, scores in self._scores.items()}
-
-    def predictions(self, index: Tensor) -> Tensor:
-        """The teacher's classes [*I] of the images `index` [*I]; raises as `answer`."""
-        assert self._predicted is not None, "the teacher was not asked for classes"
-        return _take(self._predicted, self._rows[index])
+        return dict(self.answer(index).scores)  # type: ignore[arg-type]
 
     def _put(self, index: Tensor, answer: Answer) -> None:
         rows = self._rows[index]
@@ -92,10 +94,10 @@ class TeacherCache:
             if block not in self._scores:
                 self._scores[block] = scores.new_empty(len(self.images), *scores.shape[1:])
             self._scores[block][rows] = scores
-        if answer.predicted is not None:
-            if self._predicted is None:
-                self._predicted = answer.predicted.new_empty(len(self.images))
-            self._predicted[rows] = answer.predicted
+        if answer.logits is not None:
+            if self._logits is None:
+                self._logits = answer.logits.new_empty(len(self.images), answer.logits.shape[-1])
+            self._logits[rows] = answer.logits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -113,8 +115,8 @@ class Learner(Protocol):
     cached: dict[str, TeacherCache]
     """By split; what is not there has to be asked. Whoever moves or casts the module empties it."""
 
-    def teacher_blocks(self, split: str) -> list[int]:
-        """The blocks whose scores are needed for the images of "train" or "val"; none if no answer is."""
+    def teacher_blocks(self, split: str) -> list[int] | None:
+        """The blocks whose scores are needed for the images of "train" or "val"; None if no answer is."""
 
     def ask_teacher(self, images: Tensor, split: str) -> Answer:
         """Run the teacher on `images` [B, C, H, W] as training or validation does."""
@@ -140,8 +142,8 @@ class TeacherCaching(Callback):
         left = self.gib * 2**30
         for split in SPLITS:
             blocks = learner.teacher_blocks(split)
-            views = self.data.fixed_views(split) if blocks else None
-            if views is None or self._passes(trainer, split, views) <= 1:
+            views = None if blocks is None else self.data.fixed_views(split)
+            if blocks is None or views is None or self._passes(trainer, split, views) <= 1:
                 continue
             images = torch.cat(views.sampler.batches())
             size = len(images) * bytes_per_image(learner.teacher, blocks)
@@ -186,9 +188,10 @@ class TeacherCaching(Callback):
 
 
 def bytes_per_image(teacher: ViT, blocks: list[int]) -> int:
-    """What the scores of `blocks` and the predicted class of one image take."""
+    """What the scores of `blocks` and the logits of one image take."""
     entry = torch.promote_types(teacher.head.weight.dtype, torch.float32).itemsize
-    return len(blocks) * teacher.config.num_heads * teacher.config.tokens**2 * entry + torch.int64.itemsize
+    c = teacher.config
+    return (len(blocks) * c.num_heads * c.tokens**2 + c.num_classes) * entry
 
 
 def amount(size: int) -> str:

@@ -1,4 +1,6 @@
-"""The transfer loss: teacher scores + student scores → one value per student map, and their weighted sum.
+"""The transfer loss: what student and teacher say of a batch → how far apart they are.
+
+Attention: teacher scores + student scores → one value per student map, and their weighted sum.
 
 Scores are given as tensors, or, beyond `STREAM_ABOVE` tokens, as their factors, which are multiplied out only
 for a few images at a time (`streaming`).
@@ -6,20 +8,53 @@ for a few images at a time (`streaming`).
 Shapes: S stacked students (absent for one), B batch, H heads, P student maps of all pairs, N tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd.distill.controls import CONTROLS
 from vitkd.distill.losses import AttentionLoss
 from vitkd.distill.pairing import BlockPair
 from vitkd.distill.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
+from vitkd.distill.teacher_cache import Answer
+from vitkd.models import ViTOutput
 from vitkd.models.layers import Factors, Scores
 
 
-class AttentionTransfer(nn.Module):
-    """Compares the chosen student maps with their teacher maps. It has no parameters.
+class Transfer(nn.Module, ABC):
+    """What a student learns from its teacher besides labels. It has no parameters."""
+
+    pairs: tuple[BlockPair, ...] = ()
+    """which student maps learn from which teacher maps, if any do"""
+    needs_logits = False
+    """Whether training asks the teacher for its logits, too."""
+    streams = False
+    """Whether the models had better record just their scores' factors."""
+
+    @property
+    def student_blocks(self) -> list[int]:
+        """The blocks whose scores the student has to record."""
+        return [pair.student_block for pair in self.pairs]
+
+    @property
+    def teacher_blocks(self) -> list[int]:
+        """The blocks whose scores the teacher is asked for."""
+        return sorted({pair.teacher_block for pair in self.pairs})
+
+    @abstractmethod
+    def compare(self, student: ViTOutput, teacher: Answer) -> Tensor:
+        """How far apart the two are [*S, P]: one value a pair of maps, or one value in all."""
+
+    @abstractmethod
+    def total(self, values: Tensor) -> Tensor:
+        """The transfer loss [*S] of the values [*S, P] that `compare` gave."""
+
+
+class AttentionTransfer(Transfer):
+    """Compares the chosen student maps with their teacher maps.
 
     Args:
         pairs: what learns from what.
@@ -27,6 +62,7 @@ class AttentionTransfer(nn.Module):
         resize: [N, N'] interpolates the teacher's tokens to the student's grid, if they differ.
         allowed: [N, N] is False where a model masks attention.
         tokens: the larger of N and N', where it is known.
+        control: what takes the teacher maps' place (a key of `CONTROLS`), if anything.
     """
 
     allowed: Tensor | None
@@ -39,6 +75,7 @@ class AttentionTransfer(nn.Module):
         resize: Tensor | None = None,
         allowed: Tensor | None = None,
         tokens: int = 0,
+        control: str | None = None,
     ) -> None:
         super().__init__()
         assert pairs
@@ -50,16 +87,12 @@ class AttentionTransfer(nn.Module):
         self.weights = torch.full((len(self.names),), share, dtype=torch.float64)
         self.resize = resize
         self.streams = tokens > STREAM_ABOVE
-        """Whether the models had better record just their scores' factors."""
         self.register_buffer("allowed", allowed, persistent=False)
+        self.control = control
 
-    @property
-    def student_blocks(self) -> list[int]:
-        return [pair.student_block for pair in self.pairs]
-
-    @property
-    def teacher_blocks(self) -> list[int]:
-        return sorted({pair.teacher_block for pair in self.pairs})
+    def compare(self, student: ViTOutput, teacher: Answer) -> Tensor:
+        """One value per student map [*S, P]."""
+        return self(student.scores, teacher.scores)
 
     def forward(self, student: Mapping[int, Scores], teacher: Mapping[int, Scores]) -> Tensor:
         """One value per student map [*S, P] from scores [*S, B, H, N, N] and [B, H', N', N'] per block.
@@ -67,15 +100,22 @@ class AttentionTransfer(nn.Module):
         Of factors, the teacher's are constants: it is frozen.
         """
         values = [
-            self._compare(pair, student[pair.student_block], teacher[pair.teacher_block])
+            self._compare(pair, student[pair.student_block], self._taught(teacher[pair.teacher_block]))
             for pair in self.pairs
         ]
         return torch.cat(values, dim=-1)
 
-    def total(self, per_map: Tensor) -> Tensor:
+    def total(self, values: Tensor) -> Tensor:
         """The transfer loss [*S] of the values [*S, P] that `forward` gave."""
-        self.weights = self.weights.to(per_map)
-        return (per_map * self.weights).sum(-1)
+        self.weights = self.weights.to(values)
+        return (values * self.weights).sum(-1)
+
+    def _taught(self, teacher: Scores) -> Scores:
+        """The scores that the student is to learn from: the teacher's own, but in a control arm."""
+        if self.control is None:
+            return teacher
+        change = CONTROLS[self.control]
+        return change(teacher) if isinstance(teacher, Tensor) else Factors(*map(change, teacher))
 
     def _compare(self, pair: BlockPair, student: Scores, teacher: Scores) -> Tensor:
         """One value per map of `pair` [*S, P]."""

@@ -105,7 +105,8 @@ class Attention(nn.Module):
         """Map tokens [*S, B, T, D] to tokens, and to scores [*S, B, H, T, T] if they are to be recorded.
 
         Only a recorded block pays for its T×T matrix; the others, and those of which just the factors are to
-        be recorded, use PyTorch's fused attention, which draws dropout's mask in another order.
+        be recorded, use PyTorch's fused attention, which draws dropout's mask in another order. That has no
+        masks of ours, so where dropout draws these (on CPUs and in stacks) every block makes its matrix.
         """
         q, k, v = self._heads(self.qkv(self.norm(x)), 3)
         recorded: Scores | None = None
@@ -120,11 +121,28 @@ class Attention(nn.Module):
             flat_q, flat_k, flat_v = (t.flatten(0, -4) for t in (q, k, v))
             fused = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, dropout_p=self.dropout.rate)
             values = fused.view_as(v)
-        return self.dropout(self.out(values.transpose(-3, -2).flatten(-2))), recorded
+        return self._merge(values), recorded
+
+    def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map tokens [*S, B, T, D] to tokens, and to the weights [*S, B, H, T, T] that multiplied the values.
+
+        Both are in one graph, so gradients by the weights can be had.
+        """
+        q, k, v = self._heads(self.qkv(self.norm(x)), 3)
+        weights = self._weights(Factors(q, k).scores(), v.dtype)
+        return self._merge(weights @ v), weights
 
     def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
         """The values [*S, B, H, T, head_dim] averaged as the scores [*S, B, H, T, T] say."""
-        return self.dropout(scores.softmax(-1)).to(v.dtype) @ v
+        return self._weights(scores, v.dtype) @ v
+
+    def _weights(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        """What multiplies the values [*S, B, H, T, T]: the softmax, in the scores' precision, as `dtype`."""
+        return self.dropout(scores.softmax(-1)).to(dtype)
+
+    def _merge(self, values: Tensor) -> Tensor:
+        """All heads' values [*S, B, H, T, head_dim] as tokens [*S, B, T, D]."""
+        return self.dropout(self.out(values.transpose(-3, -2).flatten(-2)))
 
     def factors(self, x: Tensor) -> Factors:
         """The scores' factors alone: no values, no output projection."""
@@ -165,5 +183,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, record: bool = False, factors: bool = False) -> tuple[Tensor, Scores | None]:
         """Map tokens [*S, B, T, D] to tokens and, if `record`, the block's scores or just their `factors`."""
         attended, scores = self.attention(x, record, factors)
+        return self._add(x, attended), scores
+
+    def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map tokens [*S, B, T, D] to tokens, and to the attention weights [*S, B, H, T, T] within."""
+        attended, weights = self.attention.trace(x)
+        return self._add(x, attended), weights
+
+    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + attended
-        return x + self.mlp(x), scores
+        return x + self.mlp(x)

@@ -26,6 +26,17 @@ class ViTOutput(NamedTuple):
     """block → pre-softmax scores [*S, B, H, T, T], or their factors, for exactly the blocks asked for"""
 
 
+class Trace(NamedTuple):
+    """Everything a forward pass computed on its way, in the autograd graph."""
+
+    logits: Tensor
+    """[*S, B, K]"""
+    weights: tuple[Tensor, ...]
+    """per block: [*S, B, H, T, T], the very tensors that multiplied the values"""
+    tokens: tuple[Tensor, ...]
+    """per block: [*S, B, T, D] after it"""
+
+
 @dataclass
 class ModelConfig(ABC):
     """What every model's configuration says, whatever the architecture."""
@@ -111,10 +122,25 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, record: Collection[int] = (), factors: bool = False) -> ViTOutput:
         """Classify images [B, C, H, W] (or [S, B, C, H, W]) and record the scores of `record`'s blocks.
 
-        With `factors` only Q and K are recorded, and no block makes its T×T matrix.
+        With `factors` only Q and K are recorded, and no block makes its T×T matrix, but for dropout (see
+        `Attention.forward`).
         """
         x, scores = self._encode(images, len(self.blocks), record, factors)
-        return ViTOutput(self.head(self.norm(x[..., 0, :])), scores)
+        return ViTOutput(self._classify(x), scores)
+
+    def trace(self, images: Tensor) -> Trace:
+        """Classify images [*S, B, C, H, W] and keep every block's attention weights and tokens.
+
+        For explanations: nothing is fused, and every block's T×T matrix stays in memory.
+        """
+        x = self.embed(images)
+        weights, tokens = [], []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x, of_block = block.trace(x)
+            weights.append(of_block)
+            tokens.append(x)
+        return Trace(self._classify(x), tuple(weights), tuple(tokens))
 
     @overload
     def scores(self, images: Tensor, blocks: Collection[int]) -> dict[int, Tensor]: ...
@@ -140,6 +166,10 @@ class ViT(nn.Module):
         cls = self.cls_token.expand(*x.shape[:-2], 1, -1)
         x = torch.cat([cls, x], dim=-2) + self.positions
         return self.dropout(x)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        """The logits [*S, B, K] of the last block's tokens."""
+        return self.head(self.norm(x[..., 0, :]))
 
     def _encode(
         self, images: Tensor, depth: int, record: Collection[int], factors: bool

@@ -32,6 +32,8 @@ def compile_training(module: ClassifyModule) -> None:
     Nor for the steps that are logged, whose gradients are measured term by term: a compiled graph gives up
     its buffers in the first backward pass. Names of weights, checkpoints and averages stay as they are.
     """
+    # What was compiled for the process's earlier jobs counts against the number of times it may be.
+    torch._dynamo.reset()
     eager = module.terms
     compiled = torch.compile(eager, dynamic=False)
 

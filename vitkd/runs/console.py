@@ -1,6 +1,7 @@
 """What a person reads while a run goes on: what was chosen, one line an epoch, and a table at the end."""
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -39,6 +40,10 @@ KNOWN_AND_MEANT = (
     ".*does not have many workers.*",
     # The last batch of an epoch is always logged.
     ".*smaller than the logging interval.*",
+    # The optimiser of steps that are replayed; the first ones are not yet.
+    ".*constructed with capturable=True.*",
+    # trainer=cpu is meant.
+    ".*GPU available but not used.*",
     # A step that is replayed from a CUDA graph takes its loss with it.
     ".*`training_step` returned `None`.*",
     # Lightning 2.6 under a newer PyTorch.
@@ -66,8 +71,8 @@ class EpochLines(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        parts = [text.format(metrics[name].item()) for name, text in EPOCH_COLUMNS.items() if name in metrics]
-        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, "  ".join(parts))
+        told = told_figures({name: value.item() for name, value in metrics.items()})
+        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, told)
 
 
 class StackLines(L.Callback):
@@ -75,10 +80,17 @@ class StackLines(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         medians = {name: values.nanmedian().item() for name, values in trainer.callback_metrics.items()}
-        parts = [text.format(medians[name]) for name, text in EPOCH_COLUMNS.items() if name in medians]
         students = len(next(iter(trainer.callback_metrics.values())))
-        told = f"median of {students}: {'  '.join(parts)}"
+        told = f"median of {students}: {told_figures(medians)}"
         log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, told)
+
+
+def told_figures(metrics: Mapping[str, float]) -> str:
+    """An epoch's figures; what is not a number is left out."""
+    known = {
+        name: text for name, text in EPOCH_COLUMNS.items() if not math.isnan(metrics.get(name, math.nan))
+    }
+    return "  ".join(text.format(metrics[name]) for name, text in known.items())
 
 
 class ProgressBar(L.Callback):

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitkd.distill.modules import DistillModule
+from vitkd.distill.pairing import BlockPair
 from vitkd.explain import attention_panel, cls_attention, denormalise
 from vitkd.models import ViT
 
@@ -82,7 +83,7 @@ class AttentionPictures(Callback):
 
     def draw(self, module: DistillModule, when: str) -> Figure:
         """The panel of the last distilled pair; `when` opens its caption."""
-        pair = module.transfer.pairs[-1]
+        pair = shown_pair(module)
         teacher_heads = [head for heads in pair.teacher_heads for head in heads]
         teacher_maps, teacher_says = look(module.teacher, self.images, pair.teacher_block, teacher_heads)
         student_maps, student_says = look(module.model, self.images, pair.student_block, pair.student_heads)
@@ -94,17 +95,26 @@ class AttentionPictures(Callback):
             teacher_predictions=[self.class_names[label] for label in teacher_says],
             student_predictions=[self.class_names[label] for label in student_says],
             columns=("image", f"teacher, block {pair.teacher_block}", f"student, block {pair.student_block}"),
-            caption=f"{when} · mean over the distilled heads",
+            caption=f"{when} · mean over the {'distilled' if module.transfer.pairs else 'blocks’'} heads",
         )
 
     def _log(self, module: DistillModule, loggers: Sequence[Logger], picture: np.ndarray, step: int) -> None:
-        pair = module.transfer.pairs[-1]
+        pair = shown_pair(module)
         tag = f"attention/block{pair.student_block}_from_{pair.teacher_block}"
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
                 # Not add_figure: it imports pyplot, which looks for a display.
                 logger.experiment.add_image(tag, picture, step, dataformats="HWC")
         self._logged_step = step
+
+
+def shown_pair(module: DistillModule) -> BlockPair:
+    """The last distilled pair; where no map is distilled, the last blocks."""
+    if module.transfer.pairs:
+        return module.transfer.pairs[-1]
+    ours, theirs = module.model.config, module.teacher.config
+    every_head = (tuple(range(theirs.num_heads)),) * ours.num_heads
+    return BlockPair(ours.depth - 1, theirs.depth - 1, tuple(range(ours.num_heads)), every_head)
 
 
 def distilling(module: LightningModule) -> DistillModule:

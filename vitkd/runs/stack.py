@@ -3,6 +3,7 @@
 Shapes: S stacked students.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -18,7 +19,7 @@ from vitkd.errors import RunError
 from vitkd.models import describe
 from vitkd.runs.checkpointing import Checkpointing, callbacks_of
 from vitkd.runs.checkpoints import write_checkpoint
-from vitkd.runs.console import EPOCH_COLUMNS, StackLines
+from vitkd.runs.console import StackLines, told_figures
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.signals import PostponedSignals
 from vitkd.runs.stack_folder import StackFolder
@@ -33,6 +34,8 @@ from vitkd.runs.training import (
     where_to_go_on,
 )
 from vitkd.stacked import StackedImages, StackedModule, unstack
+
+log = logging.getLogger("vitkd")
 
 # A student's lock, log and TensorBoard events; and what everything else has open.
 FILES_A_STUDENT, OTHER_FILES = 4, 256
@@ -84,7 +87,7 @@ class StackCheckpointing(Checkpointing):
             "last_accuracies": self.last_accuracies,
             "best_accuracies": self.best_accuracies,
             "best_epochs": self.best_epochs,
-            "best": self.best_weights,
+            "best_weights": self.best_weights,
         }
 
     def on_load_checkpoint(
@@ -92,11 +95,10 @@ class StackCheckpointing(Checkpointing):
     ) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         saved = checkpoint["training"]
-        self.best = None
         self.last_accuracies, self.best_accuracies = saved["last_accuracies"], saved["best_accuracies"]
         self.best_epochs = saved["best_epochs"]
         device = trainer.strategy.root_device
-        self.best_weights = {name: values.to(device) for name, values in saved["best"].items()}
+        self.best_weights = {name: values.to(device) for name, values in saved["best_weights"].items()}
 
     def _keep_best(self, accuracies: list[float], weights: dict[str, Tensor], epoch: int) -> None:
         """Keep the weights of those students that were never better; the earliest of equals stays."""
@@ -123,18 +125,25 @@ def validated_weights(trainer: L.Trainer) -> dict[str, Tensor]:
 
 
 class StudentLines(Callback):
-    """One plain line an epoch in each student's own run.log, beside what is logged of the stack."""
+    """One plain line an epoch in each student's own run.log, and a warning when one is given up."""
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self.folders = folders
+        self._given_up: set[int] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        failed: dict[int, str] = pl_module.failed  # type: ignore[assignment]
+        for student in sorted(failed.keys() - self._given_up):
+            log.warning("warning: %s: %s", self.folders[student].path, failed[student])
+            self._given_up.add(student)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: values.tolist() for name, values in trainer.callback_metrics.items()}
         epoch = f"{datetime.now():%Y-%m-%d %H:%M:%S} epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         for student, folder in enumerate(self.folders):
-            parts = [text.format(metrics[n][student]) for n, text in EPOCH_COLUMNS.items() if n in metrics]
+            told = told_figures({name: values[student] for name, values in metrics.items()})
             with folder.log.open("a", encoding="utf-8") as file:
-                file.write(f"{epoch}  {'  '.join(parts)}\n")
+                file.write(f"{epoch}  {told}\n")
 
 
 def fit_stack(

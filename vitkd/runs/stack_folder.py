@@ -1,9 +1,11 @@
 """Where a stack of students is saved while it trains, and what each student's run folder tells of that."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ from vitkd.runs.checkpoints import newest_good, previous, write_checkpoint
 from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import RunFolder
 from vitkd.stacked.checkpoint import take_students
+
+log = logging.getLogger("vitkd")
 
 
 class StackFolder:
@@ -46,7 +50,8 @@ class StackFolder:
         if any(place and place.folder.path == self.path for place in places):
             return
         shutil.rmtree(self.path, ignore_errors=True)
-        if not any(self.path.parent.iterdir()):
+        # Other stacks may lie there, and other processes put some there or remove it at this moment.
+        with suppress(OSError):
             self.path.parent.rmdir()
 
 
@@ -58,6 +63,11 @@ class Place(NamedTuple):
     """its number there"""
     students: int
     """of the stack"""
+
+
+def stacks_folder(outputs: str | Path) -> Path:
+    """Where stacks are saved while they train."""
+    return Path(outputs, "stacks")
 
 
 def read_place(run: RunFolder, stacks: Path) -> Place | None:
@@ -78,6 +88,18 @@ def leave_place(run: RunFolder, stacks: Path) -> None:
     run.stack.unlink(missing_ok=True)
     if place:
         place.folder.remove_if_left()
+
+
+def begin_alone(run: RunFolder, stacks: Path) -> None:
+    """Let a run that was cut off as part of a stack begin anew by itself; other runs stay as they are."""
+    if not run.stack.exists():
+        return
+    place = read_place(run, stacks)
+    if place and place.folder.is_saved:
+        log.info("%s: starting anew: hydra/launcher=stacked alone could go on with its stack", run.path)
+    # A stack leaves its students weights alone, nothing to go on from.
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    leave_place(run, stacks)
 
 
 def carry_over(before: StackFolder, students: Sequence[int], count: int, to: StackFolder) -> None:

@@ -4,6 +4,7 @@ Shapes: S stacked students.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,11 @@ def streams_on(device: torch.device, seeds: Sequence[int]) -> "GeneratorStreams 
     return GeneratorStreams(seeds) if device.type == "cpu" else KeyedStreams(seeds, device)
 
 
+def has_streams(device: torch.device) -> bool:
+    """Whether stacked students can have dropout there: a GPU's kernel needs Triton, which knows no MPS."""
+    return device.type == "cpu" or (device.type == "cuda" and find_spec("triton") is not None)
+
+
 class GeneratorStreams:
     """One generator a student: on the CPU each draws just what it would draw alone, mask for mask.
 
@@ -26,22 +32,27 @@ class GeneratorStreams:
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.step = 0
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """`x` [S, …] with each value zeroed with probability `p`, the others scaled by 1/(1 − p)."""
         return x * quick_mask(x, p, self.generators)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where each stream is: [S, bytes]."""
-        return {"states": torch.stack([generator.get_state() for generator in self.generators])}
+        """Where each stream is, [S, bytes], and the step."""
+        states = torch.stack([generator.get_state() for generator in self.generators])
+        return {"step": self.step, "states": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        for generator, own in zip(self.generators, state["states"], strict=True):
-            generator.set_state(own.clone())
+        """Go on from there; after steps on a GPU, with masks that have nothing to do with those."""
+        self.step = state["step"]
+        if "states" in state:
+            for generator, own in zip(self.generators, state["states"], strict=True):
+                generator.set_state(own.clone())
 
     def next_step(self) -> None:
-        """Nothing: generators go on by themselves."""
+        """Count the step, for whoever goes on on a GPU: generators go on by themselves."""
+        self.step += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Generators cannot be copied, and whoever copies a module (an average of the weights) draws nothing.
@@ -77,8 +88,8 @@ class KeyedStreams:
 
     def state_dict(self) -> dict[str, Any]:
         """The step; seeds stand in the runs' configurations."""
-        return {"step": self.step.clone()}
+        return {"step": int(self.step)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.step.copy_(state["step"])
+        self.step.fill_(state["step"])

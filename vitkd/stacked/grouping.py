@@ -30,8 +30,9 @@ def in_stack_order(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """Sorts runs so that those of equal granularity and loss are neighbours, and labels alone come last."""
     return (
         config["alpha"] == 1,
-        json.dumps(config["loss"], sort_keys=True),
         json.dumps(config["granularity"], sort_keys=True),
+        # Not before: losses that differ in their temperature alone are compared in one go.
+        json.dumps(config["loss"], sort_keys=True),
         config["seed"],
     )
 

@@ -4,6 +4,7 @@ Shapes: S stacked students, U data orders among them (students of one seed share
 H heads, P distilled maps, T tokens.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from vitkd.data import Batch
 from vitkd.distill.guard import FiniteGuard
-from vitkd.distill.losses import AttentionLoss, DistributionLoss
+from vitkd.distill.losses import DistributionLoss
 from vitkd.distill.modules import ClassifyModule, DistillModule, Terms, measures, share_equal
 from vitkd.distill.teacher_cache import Answer, TeacherCache
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.errors import RunError
 from vitkd.models import ViT
 from vitkd.models.dropout import draw_from
-from vitkd.models.layers import Factors, Scores
+from vitkd.models.layers import Factors, Scores, at_least_float32
 from vitkd.stacked.dropout import streams_on
 from vitkd.stacked.optimization import Pace, StackedAdamW, StackedSchedule
 from vitkd.stacked.students import along, per_student_norm, stack
@@ -82,7 +83,6 @@ class StackedModule(ClassifyModule):
         """by split, the answers that the teacher has given already"""
         self.failed: dict[int, str] = {}
         """student → the line that says since when its figures are of no use"""
-        self._norms: dict[str, Tensor] = {}
 
     @property
     def active_cells(self) -> list[Cell]:
@@ -94,18 +94,18 @@ class StackedModule(ClassifyModule):
         """Frozen and in eval mode."""
         return self._teachers[0]
 
-    def teacher_blocks(self, split: str) -> list[int]:
-        """The blocks whose scores "train" or "val" needs; none where the teacher is not asked."""
+    def teacher_blocks(self, split: str) -> list[int] | None:
+        """The blocks whose scores "train" or "val" needs; None where the teacher is not asked."""
         cells = [cell for cell in self.cells if cell.trains or split == "val"]
-        return sorted({block for cell in cells for block in cell.transfer.teacher_blocks})
+        return sorted({block for cell in cells for block in cell.transfer.teacher_blocks}) or None
 
     @torch.no_grad()
     def ask_teacher(self, images: Tensor, split: str) -> Answer:
         """Run the teacher on `images` [*U, B, C, H, W]; its classes are asked for in validation alone."""
-        blocks = self.teacher_blocks(split)
+        blocks = self.teacher_blocks(split) or []
         if split == "val":
             output = self.teacher(images, blocks, self._records_factors)
-            return Answer(output.scores, output.logits.argmax(-1))
+            return Answer(output.scores, output.logits)
         scores = self.teacher.scores(images.flatten(0, -4), blocks, self._records_factors)
         many = images.shape[:-3]
         return Answer({b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()})
@@ -134,30 +134,33 @@ class StackedModule(ClassifyModule):
         if not self._teachers:
             super().validation_step(batch, batch_idx)
             return
-        scores, predicted = self.answer(batch, "val")
-        assert predicted is not None
-        terms = self._compare(batch, scores)
-        agreement = share_equal(terms.logits.argmax(-1), predicted)
+        answer = self.answer(batch, "val")
+        terms = self._compare(batch, answer.scores)
+        agreement = share_equal(terms.logits.argmax(-1), answer.predicted)
         self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
 
     def task_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Each student's cross-entropy [S] with the labels [B] or [S, B], smoothed in training."""
-        log_p = logits.log_softmax(-1)
+        # In full precision, and so what is weighed with it: solo runs weigh by numbers that nothing rounds.
+        log_p = at_least_float32(logits.log_softmax(-1))
         hard = -log_p.gather(-1, label.expand(logits.shape[:-1])[..., None]).mean((-2, -1))
         if self.smoothings is None or not self.training:
             return hard
         self.smoothings = self.smoothings.to(hard)
         return torch.lerp(hard, -log_p.mean((-2, -1)), self.smoothings)
 
-    def observe(self, terms: Terms) -> None:
-        if terms.transfer is not None and self.is_logging_step:
-            parameters = list(self.model.parameters())
-            self._norms = {
-                "gradient_norm_task": gradient_norms(terms.task, parameters),
-                "gradient_norm_transfer": gradient_norms(terms.transfer, parameters),
-            }
+    def gradient_norms(self, terms: Terms) -> dict[str, Tensor]:
+        """The unweighted norms [S]; a student without a teacher gets none of them in its curves."""
+        if terms.transfer is None:
+            return {}
+        parameters = list(self.model.parameters())
+        return {
+            "gradient_norm_task": gradient_norms(terms.task, parameters),
+            "gradient_norm_transfer": gradient_norms(terms.transfer, parameters),
+        }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.guard.watch_gradients(per_student_norm(self._gradients()))
         # One student's bad step is no reason to hold the others back.
         self.guard.end_step()
 
@@ -184,7 +187,7 @@ class StackedModule(ClassifyModule):
         if gradient_clip_val is None or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = self._gradients()
         # As clip_grad_norm_ does for one model.
         share = (gradient_clip_val / (per_student_norm(gradients) + 1e-6)).clamp(max=1)
         for gradient in gradients:
@@ -214,12 +217,12 @@ class StackedModule(ClassifyModule):
         return curves
 
     def summary(self, curves: list[dict[str, float]]) -> Mapping[str, list[float]]:
-        common = set.intersection(*(set(values) for values in curves))
-        return {name: [values[name] for values in curves] for name in curves[0] if name in common}
+        names = dict.fromkeys(name for values in curves for name in values)
+        # A student at alpha = 1, say, has no transfer loss: that is not a number.
+        return {name: [values.get(name, math.nan) for values in curves] for name in names}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["curves"]["gradient_norms"] = dict(self._norms)
         checkpoint["failed"] = dict(self.failed)
         checkpoint["streams"] = self.streams.state_dict()
 
@@ -229,8 +232,6 @@ class StackedModule(ClassifyModule):
             # It may come from a larger stack, in which another student had more maps.
             sums["map_loss"] = sums["map_loss"][:, : self._most_maps].clone()
         super().on_load_checkpoint(checkpoint)
-        norms = checkpoint["curves"]["gradient_norms"]
-        self._norms = {name: norm.to(self.device) for name, norm in norms.items()}
         self.failed = dict(checkpoint["failed"])
         self.streams.load_state_dict(checkpoint["streams"])
 
@@ -240,6 +241,9 @@ class StackedModule(ClassifyModule):
         for teacher in self._teachers:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _compare(self, batch: Batch, teacher_scores: Mapping[int, Scores]) -> Terms:
         """The losses of all students; the teacher's scores are [B, H, T, T] or [U, B, H, T, T] a block."""
@@ -314,22 +318,29 @@ def cells_of(modules: Sequence[ClassifyModule]) -> list[Cell]:
 def _cell_key(module: ClassifyModule) -> Any:
     if not isinstance(module, DistillModule):
         return None
-    loss = module.transfer.loss
-    settings = {key: value for key, value in asdict(loss).items() if key != "temperature"}
-    return type(loss), settings, module.transfer.pairs, module.alpha < 1
+    transfer = transfer_of(module)
+    settings = {key: value for key, value in asdict(transfer.loss).items() if key != "temperature"}
+    return type(transfer.loss), settings, transfer.pairs, module.alpha < 1
+
+
+def transfer_of(module: DistillModule) -> AttentionTransfer:
+    """What compares the module's maps; a stack compares nothing else."""
+    assert isinstance(module.transfer, AttentionTransfer)
+    return module.transfer
 
 
 def shared_transfer(modules: Sequence[DistillModule]) -> AttentionTransfer:
     """The comparison that all of `modules` make, with a temperature each where these differ."""
-    transfer = modules[0].transfer
-    losses: list[AttentionLoss] = [module.transfer.loss for module in modules]
+    transfer = transfer_of(modules[0])
+    losses = [transfer_of(module).loss for module in modules]
     temperatures = [loss.temperature for loss in losses if isinstance(loss, DistributionLoss)]
     if len(set(temperatures)) < 2:
         return transfer
-    loss = copy(losses[0])
-    assert isinstance(loss, DistributionLoss)
-    loss.temperature = torch.tensor(temperatures).reshape(-1, 1, 1, 1, 1)  # type: ignore[assignment]
-    return AttentionTransfer(transfer.pairs, loss, transfer.resize, transfer.allowed)
+    shared = copy(transfer)
+    shared.loss = copy(transfer.loss)
+    exact = torch.tensor(temperatures, dtype=torch.float64)
+    shared.loss.temperature = exact.reshape(-1, 1, 1, 1, 1)  # type: ignore[attr-defined]
+    return shared
 
 
 def gradient_norms(losses: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:

@@ -43,20 +43,23 @@ class StackedAdamW(torch.optim.AdamW):
         assert all((s.betas, s.eps) == (first.betas, first.eps) for s in settings)
         self.alike = len({repr(pace) for pace in paces}) == 1
         lr, decay = (first.lr, first.weight_decay) if self.alike else (1.0, 0.0)
-        # On CUDA fit for a graph.
-        capturable = like.device.type == "cuda"
         super().__init__(
             parameters,
-            torch.tensor(lr, device=like.device) if capturable else lr,
+            lr,
             (first.betas[0], first.betas[1]),
             first.eps,
             decay,
             fused=like.device.type in ("cpu", "cuda") or None,
-            capturable=capturable,
         )
-        self.rates = torch.zeros(len(paces), dtype=like.dtype, device=like.device)
+        # Under bf16-true weights are rounded, rates are not.
+        exact = torch.promote_types(like.dtype, torch.float32)
+        self.rates = torch.zeros(len(paces), dtype=exact, device=like.device)
         decays = torch.tensor([s.weight_decay for s in settings], dtype=torch.float64)
-        self.decays = decays.to(like.dtype).to(like.device)
+        self.decays = decays.to(exact).to(like.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict` at this stack's own pace: in a larger one paces may have differed."""
+        super().load_state_dict({**state_dict, "param_groups": self.state_dict()["param_groups"]})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -88,10 +91,8 @@ class StackedSchedule:
     def __init__(self, optimizer: StackedAdamW, paces: Sequence[Pace], total_steps: int) -> None:
         self.optimizer, self.paces, self.total_steps = optimizer, paces, total_steps
         self._taken = 0
-        # On the device as a whole: a copy a step from the host would have to wait for it.
-        steps = [] if optimizer.alike else range(total_steps + 1)
-        table = torch.tensor([self._rates_at(step) for step in steps], dtype=torch.float64)
-        self._table = table.to(optimizer.rates.dtype).to(optimizer.rates.device)
+        if not optimizer.alike:
+            self._table, self._column = self._rates_of_all_steps()
         self._set_rates()
 
     def step(self) -> None:
@@ -112,6 +113,19 @@ class StackedSchedule:
         self._taken = state["taken"]
         self._set_rates()
 
+    def _rates_of_all_steps(self) -> tuple[Tensor, Tensor]:
+        """The rates [steps, distinct paces], and which of these each student has [S].
+
+        On the device: a copy a step from the host would have to wait for it.
+        """
+        distinct = {repr(pace): pace for pace in self.paces}
+        steps = range(self.total_steps + 1)
+        rates = [[pace.rate(step, self.total_steps) for step in steps] for pace in distinct.values()]
+        column = [list(distinct).index(repr(pace)) for pace in self.paces]
+        like = self.optimizer.rates
+        table = torch.tensor(rates, dtype=torch.float64).T.to(like.dtype)
+        return table.to(like.device), torch.tensor(column, device=like.device)
+
     def _rates_at(self, step: int) -> list[float]:
         return [pace.rate(step, self.total_steps) for pace in self.paces]
 
@@ -123,4 +137,5 @@ class StackedSchedule:
             else:
                 group["lr"] = rate
         else:
-            self.optimizer.rates.copy_(self._table[min(self._taken, self.total_steps)])
+            now = self._table[min(self._taken, self.total_steps)]
+            self.optimizer.rates.copy_(now[self._column])

@@ -1,0 +1,93 @@
+"""Distillation of logits, against torchdistill's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitkd.data import Batch
+from vitkd.distill.granularity import Block
+from vitkd.distill.logits import LogitDistillation, LogitTransfer
+from vitkd.distill.losses import KL
+from vitkd.distill.optimization import AdamW, Constant
+from vitkd.distill.teacher_cache import Answer
+from vitkd.errors import ConfigError
+from vitkd.models import ViTOutput
+
+
+def said(logits: torch.Tensor) -> tuple[ViTOutput, Answer]:
+    return ViTOutput(logits, {}), Answer({}, logits)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+# At alpha = 0 theirs leaves T² out.
+@pytest.mark.parametrize("alpha", [0.3, 0.9])
+def test_the_loss_is_torchdistills(temperature, alpha):
+    from torchdistill.losses.mid_level import KDLoss
+
+    student, teacher = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    labels = torch.randint(5, (6,))
+    theirs = KDLoss(
+        student_module_path=".",
+        student_module_io="output",
+        teacher_module_path=".",
+        teacher_module_io="output",
+        temperature=temperature,
+        alpha=alpha,
+        reduction="batchmean",
+    )
+    expected = theirs({".": {"output": student}}, {".": {"output": teacher}}, labels)
+
+    transfer = LogitTransfer(temperature)
+    values = transfer.compare(said(student)[0], said(teacher)[1])
+    total = alpha * F.cross_entropy(student, labels) + (1 - alpha) * transfer.total(values)
+
+    torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_stacked_logits_have_a_loss_each():
+    student, teacher = torch.randn(3, 6, 5), torch.randn(6, 5)
+    transfer = LogitTransfer(2.0)
+
+    together = transfer.total(transfer.compare(said(student)[0], said(teacher)[1]))
+
+    assert together.shape == (3,)
+    for own, logits in zip(together, student, strict=True):
+        torch.testing.assert_close(own, transfer.total(transfer.compare(said(logits)[0], said(teacher)[1])))
+
+
+def test_a_step_pulls_towards_the_teachers_classes_and_records_no_map(tiny, monkeypatch):
+    torch.manual_seed(0)
+    student, teacher = tiny().build(), tiny(depth=4).build()
+    plan = SimpleNamespace(
+        granularity=Block(), loss=KL(), alpha=0.0, optimizer=AdamW(), schedule=Constant(), label_smoothing=0.0
+    )
+    module = LogitDistillation(temperature=2.0).module(student, teacher, plan, lambda: torch.empty(0)).train()
+    recorded: list[int] = []
+    forward = type(student).forward
+
+    def watched(self, images, record=(), factors=False):
+        recorded.extend(record)
+        return forward(self, images, record, factors)
+
+    monkeypatch.setattr(type(student), "forward", watched)
+    batch = Batch(torch.randn(16, 3, 8, 8), torch.zeros(16).long(), torch.arange(16))
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-2)
+
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        terms = module.terms(batch)
+        terms.total.backward()
+        optimizer.step()
+        losses.append(terms.total.item())
+
+    assert losses[-1] < losses[0] / 2
+    assert recorded == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf")])
+def test_a_temperature_is_above_0(temperature):
+    with pytest.raises(ConfigError, match=r"temperature=.*above 0"):
+        LogitDistillation(temperature=temperature)

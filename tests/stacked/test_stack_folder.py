@@ -1,0 +1,56 @@
+"""Where a stack is saved is removed after its last student, whatever other processes do there meanwhile."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.stack_folder import StackFolder, leave_place, read_place
+
+
+@pytest.fixture
+def held(tmp_path) -> Callable[..., list[RunFolder]]:
+    """held("a", "b") is a run a name, their students saved as one stack in tmp_path/stacks/a."""
+
+    def hold(*names: str) -> list[RunFolder]:
+        runs = [RunFolder(tmp_path / name) for name in names]
+        folder = StackFolder(tmp_path / "stacks" / names[0])
+        for path in (folder.last.parent, *(run.path for run in runs)):
+            path.mkdir(parents=True)
+        folder.hold(runs)
+        return runs
+
+    return hold
+
+
+def test_goes_after_the_last_student_and_leaves_other_stacks_alone(held, tmp_path):
+    first, second, (other,) = *held("a", "b"), held("c")
+    stacks = tmp_path / "stacks"
+
+    leave_place(first, stacks)
+    assert read_place(second, stacks).student == 1
+    leave_place(second, stacks)
+    assert [path.name for path in stacks.iterdir()] == ["c"]
+    leave_place(other, stacks)
+
+    assert not stacks.exists()
+
+
+@pytest.mark.parametrize("others", [[], ["new"]], ids=["removed the rest", "began another"])
+def test_it_does_not_matter_what_another_process_did_at_that_moment(others, held, tmp_path, monkeypatch):
+    (run,) = held("a")
+    stacks, rmtree = tmp_path / "stacks", shutil.rmtree
+
+    def removed(path: Path, ignore_errors: bool) -> None:
+        rmtree(path.parent)
+        for name in others:
+            (stacks / name).mkdir(parents=True)
+
+    monkeypatch.setattr("vitkd.runs.stack_folder.shutil.rmtree", removed)
+
+    leave_place(run, stacks)
+
+    assert stacks.exists() == bool(others)
+    assert [path.name for path in stacks.glob("*")] == others
