@@ -1,0 +1,237 @@
+"""What is compared with what: never different images, models or lengths, and no seed twice."""
+
+import pytest
+
+from vitkd.report.arms import Experiment, experiments_of, usual_of
+from vitkd.report.comparison import compare
+from vitkd.report.runs import find_runs
+from vitkd.report.verdicts import Kind
+
+
+def experiments(runs) -> list[Experiment]:
+    return experiments_of(find_runs([runs.outputs]))
+
+
+def labels(experiment: Experiment) -> list[str]:
+    return [arm.label for arm in experiment.rows]
+
+
+def test_arms_differ_in_more_than_the_seed(runs):
+    runs.arm({0: 0.90, 1: 0.91}, method="none")
+    runs.arm({0: 0.92, 1: 0.93}, alpha=0.5, granularity="block", loss="kl")
+    runs.arm({0: 0.94}, alpha=0.1, granularity="block", loss="kl")
+    runs.arm({0: 0.95}, alpha=0.5, granularity="head", loss="mse")
+
+    (found,) = experiments(runs)
+
+    assert labels(found) == [
+        *("student alone", "head mse, alpha 0.5", "block kl, alpha 0.1", "block kl, alpha 0.5"),
+    ]
+    assert [[*arm.runs] for arm in found.rows] == [[0, 1], [0], [0], [0, 1]]
+    assert found.title == "digits"
+    assert found.notes == []
+
+
+def test_what_is_watched_or_where_it_lies_makes_no_other_arm(runs):
+    runs.add(seed=0, trainer__accelerator="cpu", paths__outputs="/a", log_every_n_steps=1)
+    runs.add(seed=1, trainer__accelerator="gpu", paths__outputs="/b", name="b")
+
+    (found,) = experiments(runs)
+
+    assert [[*arm.runs] for arm in found.rows] == [[0, 1]]
+
+
+def test_experiments_are_never_mixed(runs):
+    runs.arm({0: 0.9, 1: 0.9, 2: 0.9}, method="none")
+    runs.arm({0: 0.9}, method="none", trainer__max_epochs=7)
+    runs.arm({0: 0.9}, method="none", dataset__name="mnist")
+    runs.arm({0: 0.95}, alpha=0.5, trainer__max_epochs=7, optimizer__lr=0.5)
+
+    found = experiments(runs)
+
+    assert [e.title for e in found] == [
+        "digits, trainer.max_epochs=1, optimizer.lr=0.001",
+        "digits, trainer.max_epochs=7, optimizer.lr=0.001",
+        "digits, trainer.max_epochs=7, optimizer.lr=0.5",
+        "mnist",
+    ]
+    assert [len(e.rows) for e in found] == [1, 1, 1, 1]
+    assert compare(found[2]).rows[0].verdict.kind == Kind.NOT_COMPARABLE
+
+
+def test_the_student_alone_is_one_arm_however_it_was_asked_for(runs):
+    runs.arm({0: 0.90, 1: 0.91}, method="none")
+    runs.arm({1: 0.91, 2: 0.92}, alpha=1.0, granularity="head")
+    runs.arm({0: 0.90}, alpha=1, granularity="block", loss="mse")
+
+    (found,) = experiments(runs)
+
+    assert labels(found) == ["student alone"]
+    assert [*found.baseline.runs] == [0, 1, 2]
+    assert found.notes == [
+        "2 more runs of the student alone: alpha=1 and method=none are the same training, so the newest"
+        " counts for each seed"
+    ]
+    assert len(found.baselines) == 5
+
+
+def test_students_alone_that_should_be_equal_and_are_not(runs):
+    runs.arm({0: 0.90, 3: 0.91}, method="none")
+    runs.arm({0: 0.90, 3: 0.92}, alpha=1.0)
+
+    (found,) = experiments(runs)
+
+    assert any("differs between runs of the same seed (3)" in note for note in found.notes)
+
+
+def test_of_repeats_the_newest_done_one_counts(runs):
+    runs.add("run-2", acc=0.5, seed=0)
+    runs.add("run", acc=0.6, seed=0)
+    runs.add("run-3", acc=0.7, seed=0, state="failed")
+
+    (found,) = experiments(runs)
+
+    assert found.arms[0].figures("acc_last") == {0: 60.0}
+    assert found.notes == ["1 run of an arm and seed that has a newer one: the newest counts"]
+
+
+def test_controls_are_rows_with_a_label_of_what_differs(runs):
+    runs.arm({0: 0.90}, method="none")
+    runs.arm({0: 0.91}, alpha=0.5, teacher__trained=True)
+    runs.arm({0: 0.92}, alpha=0.5, teacher__trained=True, teacher__control="shuffled")
+    runs.arm({0: 0.93}, alpha=0.5, teacher__trained=True, teacher__control="uniform")
+    runs.arm({0: 0.93}, alpha=0.5, teacher__trained=False)
+    runs.arm({0: 0.94}, alpha=0.5, teacher__trained=True, method="LogitDistillation")
+
+    (found,) = experiments(runs)
+
+    assert labels(found) == [
+        *("student alone", "block kl, alpha 0.5", "block kl, alpha 0.5, teacher.control=shuffled"),
+        *("block kl, alpha 0.5, teacher.control=uniform", "block kl, alpha 0.5, teacher.trained=false"),
+        "logit, alpha 0.5",
+    ]
+
+
+def test_no_two_arms_of_an_experiment_share_a_label(runs):
+    runs.arm({0: 0.91}, alpha=0.5, loss__temperature=1.0)
+    runs.arm({0: 0.92}, alpha=0.5, loss__temperature=2.0)
+    runs.arm({0: 0.92}, alpha=0.5, method__resize="bilinear")
+    runs.arm({0: 0.92}, alpha=0.5, teacher__seed=4)
+    runs.arm({0: 0.92}, alpha=0.5, teacher__checkpoint="/long/way/to/a/run")
+    runs.arm({0: 0.92}, method="LogitDistillation", granularity="head", alpha=0.5)
+    runs.arm({0: 0.92}, method="LogitDistillation", granularity="block", alpha=0.5)
+
+    (found,) = experiments(runs)
+
+    assert len({*labels(found)}) == 7
+    assert any("teacher.checkpoint=a/run" in label for label in labels(found))
+
+
+@pytest.mark.parametrize(
+    ("values", "usual"),
+    [
+        ([0, 0, 1], "0"),
+        ([0, 1], None),
+        ([1, 1, None], "null"),
+        ([True, False, True], "true"),
+        (["none", "row", "row"], '"none"'),
+        (["none", None, "row", "row", "row"], '"row"'),
+    ],
+)
+def test_what_goes_without_saying(values, usual):
+    assert usual_of(values) == usual
+
+
+def test_a_setting_that_a_run_of_an_earlier_version_lacks(runs):
+    runs.add(seed=0, name="old")
+    runs.add(seed=1, name="new", teacher__control=None, dataset__new=None)
+
+    (found,) = experiments(runs)
+
+    assert [[*arm.runs] for arm in found.rows] == [[0, 1]]
+
+
+def test_a_teacher_for_every_seed_is_one_arm(runs):
+    for seed in range(3):
+        runs.add(seed=seed, teacher__seed=seed, alpha=0.5, metrics={"teacher/weights": f"w{seed}"})
+
+    (found,) = experiments(runs)
+
+    assert labels(found) == ["block kl, alpha 0.5"]
+    assert [*found.arms[0].runs] == [0, 1, 2]
+    assert found.notes == []
+
+
+def test_every_teacher_for_every_seed_is_an_arm_a_teacher(runs):
+    for teacher in range(2):
+        for seed in range(2):
+            runs.add(seed=seed, teacher__seed=teacher, alpha=0.5)
+
+    (found,) = experiments(runs)
+
+    assert labels(found) == ["block kl, alpha 0.5, teacher.seed=0", "block kl, alpha 0.5, teacher.seed=1"]
+
+
+def test_an_arm_whose_teacher_changed_says_so(runs):
+    runs.add(seed=0, metrics={"teacher/weights": "a"})
+    runs.add(seed=1, metrics={"teacher/weights": "b"})
+
+    (found,) = experiments(runs)
+
+    assert found.notes == ["block kl, alpha 0.5: its runs learned from 2 different teachers"]
+
+
+def test_gains_are_corrected_over_the_whole_experiment(runs):
+    alone = {seed: 0.90 + 0.001 * seed for seed in range(5)}
+    runs.arm(alone, method="none")
+    better = {seed: acc + 0.03 + 0.001 * (seed % 2) for seed, acc in alone.items()}
+    runs.arm(better, alpha=0.5)
+    for n, alpha in enumerate((0.1, 0.2, 0.3)):
+        noise = {seed: acc + 0.002 * ((seed + n) % 3 - 1) for seed, acc in alone.items()}
+        runs.arm(noise, alpha=alpha)
+
+    (found,) = experiments(runs)
+    rows = {row.arm.label: row for row in compare(found).rows}
+    best = rows["block kl, alpha 0.5"]
+
+    assert best.p_holm == 4 * best.gain.p
+    assert [row.verdict.kind for row in rows.values()] == [
+        *(Kind.BASELINE, Kind.NO_EVIDENCE, Kind.NO_EVIDENCE, Kind.NO_EVIDENCE, Kind.REAL),
+    ]
+    assert compare(found).headline == "4 arms beside the student alone: 1 real gain, 3 without evidence."
+
+
+def test_a_winner_before_correction_is_none_after_it(runs):
+    runs.arm(dict.fromkeys(range(4), 0.90), method="none")
+    runs.arm({0: 0.91, 1: 0.92, 2: 0.93, 3: 0.92}, alpha=0.5)
+    for alpha in (0.1, 0.2, 0.3, 0.4):
+        runs.arm({0: 0.91, 1: 0.89, 2: 0.905, 3: 0.895}, alpha=alpha)
+
+    row = compare(experiments(runs)[0]).rows[-1]
+
+    # Differences 1, 2, 3, 2 points: mean 2, deviation √(2/3), t = 4.90, p = 0.016; times 5, 0.081.
+    assert row.gain.p == pytest.approx(0.0163, abs=1e-4)
+    assert row.p_holm == pytest.approx(5 * row.gain.p)
+    assert row.verdict.kind == Kind.NO_EVIDENCE
+
+
+def test_one_seed_borrows_the_spread_of_other_arms(runs):
+    runs.arm({0: 0.90, 1: 0.90, 2: 0.90}, method="none")
+    runs.arm({0: 0.91, 1: 0.90, 2: 0.92}, alpha=0.5)
+    runs.arm({0: 0.905}, alpha=0.1)
+
+    rows = compare(experiments(runs)[0]).rows
+
+    # Differences +1, 0, +2 points: standard deviation 1. Half of that takes 34 seeds.
+    assert rows[1].spread.source == "other arms"
+    assert rows[1].needed == 34
+    assert "34 seeds would resolve that" in rows[1].verdict.words
+
+
+def test_one_seed_everywhere_cannot_even_say_how_many(runs):
+    runs.add(method="none", acc=0.90)
+    runs.add(alpha=0.5, acc=0.99)
+
+    row = compare(experiments(runs)[0]).rows[1]
+
+    assert (row.verdict.kind, row.needed, row.spread) == (Kind.TOO_FEW, None, None)

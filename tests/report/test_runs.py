@@ -1,0 +1,273 @@
+"""Run folders in every state are read for what they are, and nothing else is taken for one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from vitkd.errors import ConfigError
+from vitkd.report.curves import band, last, read_curves, typical_ratio
+from vitkd.report.runs import IMMATERIAL, Run, find_runs, flatten, option, read_run
+from vitkd.runs import folder as run_folder
+from vitkd.runs.folder import RunFolder
+
+
+def states(*folders) -> dict[str, str]:
+    return {run.path.name: run.state for run in find_runs(folders)}
+
+
+def test_a_run_as_it_was_trained(finished):
+    config = RunFolder(finished).read_config()
+    metrics = RunFolder(finished).read_metrics()
+
+    run = read_run(finished)
+
+    assert (run.state, run.method, run.granularity, run.loss) == ("done", "attention", "block", "kl")
+    assert (run.alpha, run.seed, run.dataset) == (config["alpha"], config["seed"], "digits")
+    assert run.acc_last == pytest.approx(100 * metrics["test/acc_last"])
+    assert run.acc_best == pytest.approx(100 * metrics["test/acc_best"])
+    assert run.agreement == pytest.approx(100 * metrics["test/teacher_agreement"])
+    assert (run.wall_seconds, run.teacher) == (metrics["wall_seconds"], metrics["teacher/weights"])
+    assert run.setting["trainer.max_epochs"] == 1
+    assert not run.is_teacher
+
+
+def test_the_curves_of_a_run_as_it_was_trained(finished):
+    curves = read_curves(finished / "metrics.csv")
+
+    assert 100 * RunFolder(finished).read_metrics()["val/acc_last"] == pytest.approx(last(curves.validation))
+    assert last(curves.transfer) > 0
+    assert typical_ratio(curves) > 0
+
+
+def test_the_store_of_teachers_holds_teachers(finished):
+    outputs = finished.parent.parent
+
+    found = find_runs([outputs])
+
+    assert [run.path.name for run in found if not run.is_teacher] == ["run"]
+    (teacher,) = [run for run in found if run.is_teacher]
+    assert teacher.path.parent == outputs / "teachers" / "digits"
+
+
+def test_immaterial_settings_are_those_of_a_run_folder():
+    assert IMMATERIAL == run_folder.IMMATERIAL
+
+
+def test_states(runs):
+    runs.add("good")
+    runs.add("failed", state="failed")
+    runs.add("stopped", state="stopped")
+    runs.add("killed", state="running")
+    runs.add("no-metrics", acc=None)
+    running = runs.add("running", state="running")
+
+    with FileLock(running / ".lock"):
+        found = states(runs.outputs)
+
+    assert found == {
+        "good": "done",
+        "failed": "failed",
+        "stopped": "stopped",
+        "killed": "stopped",
+        "no-metrics": "damaged",
+        "running": "running",
+    }
+
+
+def test_looking_leaves_a_folder_as_it_was(runs):
+    path = runs.add(state="running")
+    before = sorted(path.iterdir())
+
+    find_runs([path])
+
+    assert sorted(path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[1, 2]", "a: [", "\x00", "seed: 0", "!!python/object:os.system {}", "&a [*a]"),
+        "seed: zero\nalpha: 1\ndataset: {}\nstudent: {}\nmethod: {}\ntrainer: {}",
+        "seed: 0\nalpha: much\ndataset: {}\nstudent: {}\nmethod: {}\ntrainer: {}",
+    ],
+)
+def test_a_configuration_that_is_none(runs, text):
+    (runs.add("run") / "config.yaml").write_text(text)
+
+    assert states(runs.outputs) == {"run": "damaged"}
+
+
+def test_a_configuration_that_grows_when_it_is_read(runs):
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+    mapping = "m0: &m0 {x: 1, y: 2}\n"
+    mapping += "".join(f"m{n}: &m{n} {{x: *m{n - 1}, y: *m{n - 1}}}\n" for n in range(1, 40))
+    config = runs.add("maps") / "config.yaml"
+    config.write_text(config.read_text() + mapping)
+
+    assert states(runs.outputs) == {"maps": "damaged"}
+
+    config.write_text(yaml.safe_dump({"seed": 0}) + bomb)
+    assert states(runs.outputs) == {"maps": "damaged"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"test/acc_last": null}', '{"test/acc_last": "0.9"}', "{}" * 2]
+)
+def test_figures_that_are_none(runs, text):
+    (runs.add("run") / "metrics.json").write_text(text)
+
+    assert states(runs.outputs) == {"run": "damaged"}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True])
+def test_an_accuracy_is_a_share(runs, share):
+    runs.add("run", acc=share)
+
+    assert states(runs.outputs) == {"run": "damaged"}
+
+
+def test_folders_that_hold_no_runs_are_passed_by(runs):
+    runs.add("run")
+    for place in ("stacks/a", "sweeps/b", "digits/run/checkpoints", ".hydra", "digits/report"):
+        folder = runs.outputs / place
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("x: 1")
+
+    assert states(runs.outputs) == {"run": "done"}
+
+
+def test_another_program_s_configuration_is_foreign(runs):
+    runs.add("run")
+    other = runs.outputs / "digits" / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("model: resnet")
+
+    assert states(runs.outputs) == {"other": "foreign", "run": "done"}
+
+
+def test_runs_given_twice_count_once(runs):
+    path = runs.add("run")
+
+    assert len(find_runs([runs.outputs, path, path / "..", runs.outputs / "digits"])) == 1
+
+
+def test_a_sweep_s_folder_stands_for_its_jobs(runs, monkeypatch):
+    """Records name the folders as they were seen from where the sweep was started."""
+    wanted = runs.add("a")
+    runs.add("b")
+    sweep = runs.outputs / "sweeps" / "now"
+    sweep.mkdir(parents=True)
+    told = wanted.relative_to(runs.outputs.parent)
+    (sweep / "job-0.json").write_text(json.dumps({"number": 0, "folder": str(told)}))
+    (sweep / "job-1.json").write_text(json.dumps({"number": 1, "folder": None}))
+    (sweep / "job-2.json").write_text("{")
+
+    assert states(sweep) == {"a": "done"}
+    monkeypatch.chdir(runs.outputs.parent)
+    assert states(sweep) == {"a": "done"}
+
+
+def test_no_such_folder_and_no_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match="nowhere: there is no such folder"):
+        find_runs([tmp_path / "nowhere"])
+    with pytest.raises(ConfigError, match="file: is a file"):
+        find_runs([tmp_path / "file"])
+    with pytest.raises(ConfigError, match="no runs in it"):
+        find_runs([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("group", "target", "name"),
+    [
+        ("loss", "vitkd.distill.losses.ReverseKL", "reverse_kl"),
+        ("loss", "vitkd.distill.losses.MSE", "mse"),
+        ("granularity", "vitkd.distill.granularity.Encoder", "encoder"),
+        ("method", "vitkd.distill.methods.AttentionDistillation", "attention"),
+        ("method", "vitkd.distill.methods.NoDistillation", "none"),
+        ("method", "vitkd.distill.methods.LogitDistillation", "logit"),
+    ],
+)
+def test_options_are_called_as_they_are_typed(group, target, name):
+    assert option({f"{group}._target_": target}, group) == name
+
+
+def test_settings_are_flat():
+    assert flatten({"a": {"b": [1, None], "c": None}, "d": 1.5}) == {
+        "a.b": "[1, null]",
+        "a.c": None,
+        "d": 1.5,
+    }
+
+
+def test_fidelity_is_read_where_somebody_measured_it(runs):
+    explained, broken = runs.add("a"), runs.add("b")
+    for path, text in ((explained, '{"summary": {"js_distilled": 0.25}}'), (broken, '{"summary": 3}')):
+        (path / "explain").mkdir()
+        (path / "explain" / "fidelity.json").write_text(text)
+
+    assert [run.fidelity for run in find_runs([runs.outputs])] == [0.25, None]
+
+
+CURVES = """\
+step,val/acc,train/acc,val/transfer_loss,train/gradient_ratio
+10,0.5,,2.0,4
+20,,0.3,,1
+30,0.75,,1.5,9
+"""
+
+
+def test_curves_by_hand(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text(CURVES + "40,0.9")
+
+    curves = read_curves(file)
+
+    assert curves.validation == {10: 50.0, 30: 75.0}
+    assert last(curves.transfer) == 1.5
+    assert typical_ratio(curves) == 4
+
+
+@pytest.mark.parametrize("written", [b"", b"\n", b"a,b\n1,2\n", b"\xff\xfe\n", b"step,val/acc\nx,y\n", None])
+def test_a_file_without_curves(tmp_path, written):
+    if written is not None:
+        (tmp_path / "metrics.csv").write_bytes(written)
+
+    curves = read_curves(tmp_path / "metrics.csv")
+
+    assert curves == ({}, {}, {})
+    assert last(curves.transfer) is None
+    assert typical_ratio(curves) is None
+
+
+def test_a_band_by_hand():
+    found = band([{1: 1.0, 2: 2.0}, {1: 3.0, 2: 6.0, 3: 9.0}, {}])
+
+    assert found.steps.tolist() == [1, 2]
+    assert found.mean.tolist() == [2.0, 4.0]
+    assert found.std.tolist() == pytest.approx([2**0.5, 8**0.5])
+    assert found.seeds == 2
+    assert band([{}]) is None
+    assert band([{1: 1.0}, {2: 1.0}]) is None
+
+
+def test_the_student_alone_is_either():
+    attention = Run("x", "done", method="attention", alpha=0.5)
+
+    assert not attention.is_student_alone
+    assert Run("x", "done", method="attention", alpha=1.0).is_student_alone
+    assert Run("x", "done", method="none", alpha=0.5).is_student_alone
+    assert not Run("x", "done", method="logit", alpha=1.0).is_student_alone
+
+
+def test_nothing_heavy_is_imported():
+    check = "import sys, vitkd.report.__main__; print({'torch', 'lightning', 'hydra'} & {*sys.modules})"
+
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,1 @@
+"""Runs → understanding: tables with error bars, verdicts in words, pictures (`python -m vitkd.report`)."""
