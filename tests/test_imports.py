@@ -25,12 +25,13 @@ MAY_IMPORT = {
     "runs": {"errors", "models", "data", "distill", "stacked", "explain"},
     "schema": {"errors"},
     "config": {"errors", "models", "data", "distill", "schema"},
+    "finished": {"errors", "config", "models", "runs"},
     "messages": {"errors", "config"},
     "jobs": {"errors", "runs"},
     "cli": {"errors", "config", "messages", "distill", "jobs", "runs", "schema"},
     "stacking": {"cli", "config", "distill", "jobs", "runs", "stacked", "train"},
 }
-HYDRA_AT_HOME = {"config", "schema", "cli", "messages", "jobs", "stacking"}
+HYDRA_AT_HOME = {"finished", "config", "schema", "cli", "messages", "jobs", "stacking"}
 MAY_PRINT = {"cli", "runs/console", "runs/processes"}
 
 

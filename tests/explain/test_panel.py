@@ -1,15 +1,11 @@
-"""Hand-computed attention maps, and panels that render without a warning."""
+"""Attention maps computed by hand."""
 
 import math
-from io import BytesIO
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from vitkd.explain import attention_panel, cls_attention, denormalise, upsample
+from vitkd.explain import cls_attention, denormalise, upsample
 
 
 def scores_of(rows):
@@ -18,15 +14,6 @@ def scores_of(rows):
     scores = torch.full((*rows.shape[:2], 5, 5), 7.0)
     scores[..., 0, :] = rows
     return scores
-
-
-def rendered(figure):
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())
-
-
-def random_maps(count, grid):
-    return torch.rand(count, grid**2).softmax(-1).unflatten(-1, (grid, grid))
 
 
 def test_one_head_by_hand():
@@ -84,67 +71,3 @@ def test_denormalise_undoes_normalisation():
     images, mean, std = torch.rand(2, 3, 4, 4), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     normalised = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(denormalise(normalised, mean, std), images)
-
-
-@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 64)])
-def test_a_panel_renders_as_png(channels, size):
-    images = torch.rand(2, channels, size, size)
-    figure = attention_panel(
-        images,
-        random_maps(2, 4),
-        random_maps(2, 8),
-        labels=["price $1", "ship_$2"],
-        teacher_predictions=["price $1", "ship_$2"],
-        student_predictions=["ship_$2", "ship_$2"],
-        columns=("image", "teacher, block 9", "student, block 4"),
-        caption="epoch 3",
-    )
-    file = BytesIO()
-    figure.savefig(file, format="png")
-    assert Image.open(file).size == tuple((figure.get_size_inches() * figure.dpi).astype(int))
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles[:3] == ["price $1", "price $1 ✓", "ship_$2 ✗"]
-    assert titles[3:6] == ["ship_$2", "ship_$2 ✓", "ship_$2 ✓"]
-    assert "attention weight" in figure.axes[-1].get_ylabel()
-
-
-def test_a_panel_needs_no_text_and_no_pyplot():
-    assert rendered(attention_panel(torch.rand(1, 1, 8, 8), random_maps(1, 4), random_maps(1, 4))).std() > 0
-    assert plt.get_fignums() == []
-
-
-def test_everything_lies_inside_the_figure():
-    figure = attention_panel(
-        torch.rand(4, 3, 32, 32), random_maps(4, 4), random_maps(4, 4), labels=list("abcd"), caption="below"
-    )
-    figure.canvas.draw()
-    inner = figure.get_tightbbox()
-    assert inner.x0 >= 0
-    assert inner.y0 >= 0
-    assert inner.x1 <= figure.get_figwidth()
-    assert inner.y1 <= figure.get_figheight()
-
-
-def test_maps_share_one_colour_scale():
-    strong = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    figure = attention_panel(torch.full((1, 1, 8, 8), 0.5), strong, strong / 2)
-    teacher, student, bar = figure.axes[1], figure.axes[2], figure.axes[3]
-    teacher_pixel, student_pixel = (axes.images[0].get_array()[0, 0] for axes in (teacher, student))
-    assert bar.get_ylim() == (0, 1)
-    # Over mid-grey a map has the very colours of the bar.
-    colours = bar.collections[-1].get_cmap()
-    np.testing.assert_allclose(teacher_pixel, colours(1.0)[:3], atol=1e-6)
-    np.testing.assert_allclose(student_pixel, colours(0.5)[:3], atol=1e-2)
-
-
-@pytest.mark.parametrize("value", [0.0, math.nan])
-def test_maps_without_a_highest_weight_are_drawn_all_the_same(value):
-    maps = torch.full((1, 4, 4), value)
-    assert rendered(attention_panel(torch.rand(1, 1, 8, 8), maps, maps)).std() > 0
-
-
-def test_unequal_counts_are_refused():
-    with pytest.raises(ValueError, match=r"equally many .* \[1, 2\]"):
-        attention_panel(torch.rand(2, 1, 8, 8), random_maps(2, 4), random_maps(1, 4))
-    with pytest.raises(ValueError, match="at least one"):
-        attention_panel(torch.rand(0, 1, 8, 8), torch.rand(0, 4, 4), torch.rand(0, 4, 4))

@@ -1,6 +1,7 @@
 """Pictures appear when they should, show the right maps, and change nothing about training."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -11,13 +12,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitkd.data import Batch
+from vitkd.distill.logits import LogitTransfer
 from vitkd.distill.losses import KL
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.distill.optimization import AdamW, Constant
 from vitkd.distill.pairing import BlockPair
 from vitkd.distill.transfer import AttentionTransfer
+from vitkd.explain import cls_attention, figure_1
 from vitkd.models import ViTConfig
-from vitkd.runs.pictures import AttentionPictures, evaluating, look
+from vitkd.runs.pictures import AttentionPictures, evaluating, look, rendered
 
 pytestmark = [
     # Lightning 2.6 asks torch in a way that torch 2.15 has deprecated.
@@ -55,12 +58,26 @@ def batches():
     return [Batch(torch.randn(6, 1, 8, 8), torch.arange(6) % 3, torch.arange(6)) for _ in range(2)]
 
 
+FIRST, LAST = BlockPair(0, 0, (0,), ((0,),)), BlockPair(1, 2, (0, 1), ((0, 2), (1, 3)))
+
+
+def learning(transfer, depth=2):
+    """A student with two heads a block; its teacher has three blocks of four heads."""
+    torch.manual_seed(2)
+    student, teacher = vit(depth=depth, heads=2, dropout=0.2), vit(depth=3, heads=4)
+    return DistillModule(student, teacher, transfer, 0.5, AdamW(), Constant())
+
+
 @pytest.fixture
 def module():
-    torch.manual_seed(2)
-    pairs = [BlockPair(0, 0, (0,), ((0,),)), BlockPair(1, 2, (0, 1), ((0, 2), (1, 3)))]
-    student, teacher = vit(depth=2, heads=2, dropout=0.2), vit(depth=3, heads=4)
-    return DistillModule(student, teacher, AttentionTransfer(pairs, KL()), 0.5, AdamW(), Constant())
+    return learning(AttentionTransfer([FIRST, LAST], KL()))
+
+
+@pytest.fixture
+def partly():
+    """Only the middle one of its blocks is distilled, and there only one head."""
+    pair = BlockPair(1, 2, (1,), ((3,),))
+    return learning(AttentionTransfer([pair], KL()), depth=3)
 
 
 def pictures(batches, every_n_epochs=0, path=None):
@@ -111,7 +128,15 @@ def test_training_is_the_same_with_and_without_pictures(module, batches, tmp_pat
         assert torch.equal(expected, found)
 
 
-def test_the_panel_shows_the_last_pair_of_the_first_four_images(module, batches):
+def headings(figure):
+    return [text.get_text() for text in figure.texts[:-1]]
+
+
+def caption(figure):
+    return figure.texts[-1].get_text().replace("\n", " ")
+
+
+def test_the_figure_shows_the_first_four_images_and_what_each_model_says(module, batches):
     titles = [axes.get_title() for axes in pictures(batches).draw(module, "epoch 1").axes][:12]
     images = batches[0].image[:4]
     teacher = [NAMES[i] for i in module.teacher(images).logits.argmax(-1)]
@@ -125,22 +150,111 @@ def test_the_panel_shows_the_last_pair_of_the_first_four_images(module, batches)
     )
 
 
+def shown_by(monkeypatch, callback, module):
+    """The maps that `callback` draws: the teacher's, and the student's in its two blocks."""
+    given = []
+
+    def draw(images, *maps, **texts):
+        given.extend(maps)
+        return figure_1(images, *maps, **texts)
+
+    monkeypatch.setattr("vitkd.runs.pictures.figure_1", draw)
+    callback.draw(module, "epoch 1")
+    return given
+
+
+def test_the_figure_shows_the_last_pair_and_the_last_block_that_is_not_distilled(
+    monkeypatch, partly, batches
+):
+    images = batches[0].image[:4]
+    maps = shown_by(monkeypatch, pictures(batches), partly)
+    ours, theirs = partly.model.eval().scores(images, [1, 2]), partly.teacher.scores(images, [2])
+    with torch.no_grad():
+        expected = [
+            cls_attention(theirs[2], 2, [3]),
+            cls_attention(ours[1], 2, [1]),
+            cls_attention(ours[2], 2, [0, 1]),
+        ]
+    torch.testing.assert_close(maps, expected)
+
+
+def test_the_figure_says_which_blocks_and_heads(partly, module, batches):
+    figure = pictures(batches).draw(partly, "epoch 1")
+    assert headings(figure) == ["image", "teacher, block 2", "student, block 1", "block 2, not distilled"]
+    assert caption(figure) == "epoch 1 · mean over the distilled heads, in block 2 over all"
+
+    figure = pictures(batches).draw(module, "epoch 1")
+    assert headings(figure) == ["image", "teacher, block 2", "student, block 1"]
+    assert caption(figure) == "epoch 1 · mean over the distilled heads"
+
+
+def test_where_no_map_is_distilled_the_last_blocks_are_shown(monkeypatch, batches):
+    module = learning(LogitTransfer(4.0))
+    figure = pictures(batches).draw(module, "epoch 1")
+    assert headings(figure) == ["image", "teacher, block 2", "student, block 1"]
+    assert caption(figure) == "epoch 1 · mean over the blocks’ heads"
+
+    images = batches[0].image[:4]
+    maps = shown_by(monkeypatch, pictures(batches), module)
+    with torch.no_grad():
+        expected = [
+            cls_attention(module.teacher.scores(images, [2])[2], 2),
+            cls_attention(module.model.eval().scores(images, [1])[1], 2),
+        ]
+    assert maps.pop() is None
+    torch.testing.assert_close(maps, expected)
+
+
+def test_each_model_is_asked_once(partly, batches):
+    calls = []
+    for name in ("model", "teacher"):
+        getattr(partly, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    pictures(batches).draw(partly, "epoch 1")
+    assert sorted(calls) == ["model", "teacher"]
+
+
+def test_everything_lies_inside_the_figure(partly, batches):
+    figure = pictures(batches).draw(partly, "epoch 100")
+    inner = figure.get_tightbbox()
+    assert inner.x0 >= 0
+    assert inner.y0 >= 0
+    assert inner.x1 <= figure.get_figwidth()
+    assert inner.y1 <= figure.get_figheight()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_student_that_has_diverged_is_drawn_all_the_same(partly, batches, value):
+    for parameter in partly.model.parameters():
+        parameter.data.fill_(value)
+    assert rendered(pictures(batches).draw(partly, "epoch 1")).std() > 0
+
+
 def test_look_averages_the_chosen_heads(module, batches):
     images = batches[0].image
-    maps, labels = look(module.teacher, images, block=2, heads=[0, 2])
-    scores = module.teacher.scores(images, [2])[2]
-    weights = scores[:, [0, 2], 0].softmax(-1).mean(1)[:, 1:]
-    torch.testing.assert_close(maps.flatten(1), weights / weights.sum(1, keepdim=True))
+    heads = {0: [3], 2: [0, 2]}
+    maps, labels = look(module.teacher, images, heads)
+    scores = module.teacher.scores(images, [0, 2])
+    assert maps.keys() == heads.keys()
+    for block in heads:
+        weights = scores[block][:, heads[block], 0].softmax(-1).mean(1)[:, 1:]
+        torch.testing.assert_close(maps[block].flatten(1), weights / weights.sum(1, keepdim=True))
     assert labels == module.teacher(images).logits.argmax(-1).tolist()
 
 
-def test_look_draws_no_random_number_and_builds_no_graph(module, batches):
-    module.train()
+def test_drawing_takes_no_random_number_and_leaves_the_model_as_it_was(partly, batches):
+    partly.train()
     state = torch.get_rng_state()
-    maps, _ = look(module.model, batches[0].image, block=1, heads=[0, 1])
+    before = copy.deepcopy(partly.state_dict())
+    modes = [part.training for part in partly.modules()]
+    pictures(batches).draw(partly, "epoch 1")
     assert torch.equal(torch.get_rng_state(), state)
-    assert not maps.requires_grad
-    assert module.model.training
+    assert [part.training for part in partly.modules()] == modes
+    assert all(torch.equal(before[name], value) for name, value in partly.state_dict().items())
+
+
+def test_look_builds_no_graph(module, batches):
+    maps, _ = look(module.model, batches[0].image, {0: [0], 1: [0, 1]})
+    assert not any(each.requires_grad for each in maps.values())
 
 
 def test_every_part_gets_its_own_mode_back(module):

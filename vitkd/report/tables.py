@@ -108,7 +108,7 @@ def print_report(
     if teachers:
         console.print("")
     for teacher in teachers:
-        told = "" if teacher.acc_last is None else f", {teacher.acc_last:.2f} % on the test split"
+        told = "" if teacher.acc_best is None else f", {teacher.acc_best:.2f} % on the test split"
         console.print(Text(f"teacher: {teacher.path}: {teacher.state}{told}"), soft_wrap=True)
     for remark in remarks:
         console.print(Text(remark), soft_wrap=True)
@@ -314,7 +314,7 @@ def teacher_lines(teachers: Sequence[Run]) -> list[str]:
     """One line a teacher of the store."""
     lines = []
     for run in teachers:
-        told = "" if run.acc_last is None else f", {run.acc_last:.2f} % on the test split at the last epoch"
+        told = "" if run.acc_best is None else f", {run.acc_best:.2f} % on the test split, best on validation"
         epochs = "" if run.epochs is None else f", {count(run.epochs, 'epoch')}"
         lines.append(f"{run.dataset}, seed {run.seed}: {run.state}{epochs}{told}; {run.path}")
     return lines

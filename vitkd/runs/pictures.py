@@ -1,6 +1,9 @@
-"""Attention pictures of a run as it goes on: where the teacher looks, and where its student has learnt to."""
+"""Attention pictures of a run as it goes on: where the teacher looks, and where its student has learnt to.
 
-from collections.abc import Iterator, Sequence
+Shapes: B images, C channels, g patches along one side.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,14 +18,17 @@ from torch import Tensor
 
 from vitkd.distill.modules import DistillModule
 from vitkd.distill.pairing import BlockPair
-from vitkd.explain import attention_panel, cls_attention, denormalise
+from vitkd.explain import cls_attention, denormalise, figure_1
 from vitkd.models import ViT
 
 IMAGES = 4
 
 
 class AttentionPictures(Callback):
-    """Draws the attention of a `DistillModule`'s last distilled block beside that of its teacher block.
+    """Draws the report's Figure 1 of a `DistillModule`: where the teacher looks, and where its student does.
+
+    The student is shown in its last distilled block, beside that block's teacher, and in a block that was not
+    distilled, if there is one.
 
     Drawing takes no random number and leaves the model as it was, so training is the same with and without.
 
@@ -82,20 +88,26 @@ class AttentionPictures(Callback):
         self._logged_step = state_dict["logged_step"]
 
     def draw(self, module: DistillModule, when: str) -> Figure:
-        """The panel of the last distilled pair; `when` opens its caption."""
-        pair = shown_pair(module)
+        """Figure 1 of the last distilled pair; `when` opens its caption."""
+        pair, other = shown_pair(module), other_block(module)
         teacher_heads = [head for heads in pair.teacher_heads for head in heads]
-        teacher_maps, teacher_says = look(module.teacher, self.images, pair.teacher_block, teacher_heads)
-        student_maps, student_says = look(module.model, self.images, pair.student_block, pair.student_heads)
-        return attention_panel(
+        student_heads: dict[int, Sequence[int]] = {pair.student_block: pair.student_heads}
+        if other is not None:
+            student_heads[other] = range(module.model.config.num_heads)
+        teacher_maps, teacher_says = look(module.teacher, self.images, {pair.teacher_block: teacher_heads})
+        student_maps, student_says = look(module.model, self.images, student_heads)
+        columns = ["image", f"teacher, block {pair.teacher_block}", f"student, block {pair.student_block}"]
+        caption = f"{when} · mean over the {'distilled' if module.transfer.pairs else 'blocks’'} heads"
+        return figure_1(
             self.pixels,
-            teacher_maps,
-            student_maps,
+            teacher_maps[pair.teacher_block],
+            student_maps[pair.student_block],
+            None if other is None else student_maps[other],
             labels=self.labels,
             teacher_predictions=[self.class_names[label] for label in teacher_says],
             student_predictions=[self.class_names[label] for label in student_says],
-            columns=("image", f"teacher, block {pair.teacher_block}", f"student, block {pair.student_block}"),
-            caption=f"{when} · mean over the {'distilled' if module.transfer.pairs else 'blocks’'} heads",
+            columns=columns if other is None else [*columns, f"block {other}, not distilled"],
+            caption=caption if other is None else f"{caption}, in block {other} over all",
         )
 
     def _log(self, module: DistillModule, loggers: Sequence[Logger], picture: np.ndarray, step: int) -> None:
@@ -117,6 +129,13 @@ def shown_pair(module: DistillModule) -> BlockPair:
     return BlockPair(ours.depth - 1, theirs.depth - 1, tuple(range(ours.num_heads)), every_head)
 
 
+def other_block(module: DistillModule) -> int | None:
+    """The last student block that is not distilled; None where every block is, or no map at all."""
+    distilled = set(module.transfer.student_blocks)
+    others = [block for block in range(module.model.config.depth) if block not in distilled]
+    return others[-1] if distilled and others else None
+
+
 def distilling(module: LightningModule) -> DistillModule:
     """`module`, known to have a teacher and a student."""
     assert isinstance(module, DistillModule), f"{type(module).__name__} has no two attention maps to compare"
@@ -124,22 +143,25 @@ def distilling(module: LightningModule) -> DistillModule:
 
 
 @torch.no_grad()
-def look(model: ViT, images: Tensor, block: int, heads: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Where a model's class token looks, and what the model says.
+def look(
+    model: ViT, images: Tensor, heads: Mapping[int, Sequence[int]]
+) -> tuple[dict[int, Tensor], list[int]]:
+    """Where a model's class token looks, and what the model says, by one forward pass.
 
     Args:
         model: stays on its device and in its mode.
         images: [B, C, H, W], normalised.
-        block, heads: whose attention.
+        heads: block → the heads whose attention is averaged.
 
     Returns:
-        [B, g, g] on the CPU, and B labels.
+        block → [B, g, g] on the CPU, and B labels.
     """
     weight = model.head.weight
     with evaluating(model):
-        output = model(images.to(weight.device, weight.dtype), record=[block])
-    maps = cls_attention(output.scores[block], model.config.grid, heads)
-    return maps.cpu(), output.logits.argmax(-1).tolist()
+        output = model(images.to(weight.device, weight.dtype), record=[*heads])
+    grid = model.config.grid
+    maps = {block: cls_attention(output.scores[block], grid, heads[block]).cpu() for block in heads}
+    return maps, output.logits.argmax(-1).tolist()
 
 
 @contextmanager

@@ -1,0 +1,494 @@
+"""Where a student looks, and whether it learnt that: `python -m vitkd.explain run=outputs/…`."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from vitkd.cli import run_command
+from vitkd.config import Config
+from vitkd.data import ImageDataModule
+from vitkd.distill.pairing import map_block
+from vitkd.errors import ConfigError, suggest
+from vitkd.evaluate import device_of
+from vitkd.explain.album import Album, files_of
+from vitkd.explain.correctness import Correlation, correctness_correlation
+from vitkd.explain.faithfulness import MapsOfClasses, faithfulness
+from vitkd.explain.fidelity import MapPair
+from vitkd.explain.gallery import Answers, EmptyCell, cells, choose, over_represented
+from vitkd.explain.methods import CLASS_SPECIFIC, METHODS, explain_by
+from vitkd.explain.page import Subject
+from vitkd.explain.panel import denormalise
+from vitkd.explain.recording import timm_model
+from vitkd.explain.subjects import regions_of, subject_of
+from vitkd.explain.survey import Comparison, Survey, survey
+from vitkd.finished import Run, load_run
+from vitkd.models import ViT
+from vitkd.runs.checkpoints import load_any
+from vitkd.runs.console import Job, start_logging
+from vitkd.runs.files import write_atomically
+from vitkd.schema import instantiate
+
+log = logging.getLogger("vitkd")
+
+TEACHER = "teacher"
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass
+class Settings:
+    """What the command line says; conf/explain.yaml tells of each."""
+
+    run: Any
+    model: str | None
+    pretrained: bool
+    image: Any
+    teacher: str | None
+    epoch: str
+    images: int
+    of_class: str | None
+    seed: int
+    methods: list[str]
+    faithfulness_images: int
+    regions: int
+    out: str | None
+    root: str | None
+    paths: dict[str, Any]
+    accelerator: str
+
+    def __post_init__(self) -> None:
+        if (self.run is None) == (self.model is None):
+            raise ConfigError("give either run=FOLDER (or run=[A,B]) or model=timm:NAME")
+        if self.model is not None and self.image is None:
+            raise ConfigError(f"model={self.model}: has no test split; name pictures by image=PATH")
+        if not 1 <= len(self.runs) <= 2 and self.run is not None:
+            raise ConfigError(f"run={self.run}: name one run, or two to compare as run=[A,B]")
+        if self.epoch not in ("best", "last"):
+            raise ConfigError(f"epoch={self.epoch}: choose best or last")
+        for name, least in (("images", 1), ("faithfulness_images", 0), ("regions", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise ConfigError(f"methods={method}: {suggest(method, METHODS)}")
+
+    @property
+    def runs(self) -> list[Path]:
+        return [Path(str(each)) for each in _listed(self.run)]
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The files that `image` names."""
+        found: list[Path] = []
+        for place in (Path(str(each)) for each in _listed(self.image)):
+            if not place.exists():
+                raise ConfigError(f"image={place}: there is no such file or folder")
+            inside = (
+                sorted(p for p in place.iterdir() if p.suffix.lower() in PICTURES)
+                if place.is_dir()
+                else [place]
+            )
+            if not inside:
+                raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(PICTURES))})")
+            found += inside
+        return found
+
+
+class Format(NamedTuple):
+    """The images that a model takes."""
+
+    size: int
+    """pixels a side"""
+    channels: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def main() -> None:
+    """Explain what the command line names."""
+    run_command("explain", explain_job)
+
+
+def explain_job(composed: DictConfig, job: Job) -> None:
+    """Look into the models, and write figures, arrays, numbers and the page into one folder."""
+    start_logging()
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    settings = instantiate("", Settings, {str(key): value for key, value in plain.items()})
+    device = device_of(settings.accelerator)
+    out = Path(settings.out) if settings.out else _place(settings)
+    if settings.run is None:
+        album = of_pictures(settings, _models(settings, [], device), device)
+    else:
+        runs = [
+            load_run(
+                path,
+                settings.epoch,
+                teacher=settings.teacher,
+                data=settings.paths.get("data"),
+                root=settings.root,
+            )
+            for path in settings.runs
+        ]
+        _check_comparable(runs)
+        with closing(ImageDataModule(runs[0].config.dataset, runs[0].config.paths.data, 0)) as data:
+            data.setup()
+            models = _models(settings, runs, device)
+            if settings.image is None:
+                album = of_test_split(settings, runs, models, data, device)
+            else:
+                known = runs[0].config, data.class_names
+                album = of_pictures(settings, models, device, known, _shown_blocks(runs))
+    job.folder = str(out)
+    write(files_of(album), out)
+
+
+def write(files: Mapping[str, bytes], out: Path) -> None:
+    """Write every file, each whole or not at all."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: no folder can be made there ({error.strerror}); set out=DIR") from error
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    log.info("pictures  %s", ", ".join(sorted(name for name in files if name.endswith(".png"))))
+    log.info("arrays    %s", out / "maps.npz")
+    log.info("page      %s", out / "index.html")
+
+
+def _check_comparable(runs: Sequence[Run]) -> None:
+    first, *others = (run.config.dataset for run in runs)
+    for other in others:
+        if (other.name, other.image_size) != (first.name, first.image_size):
+            raise ConfigError(
+                f"run=[…]: one run is on {first.name} at {first.image_size} pixels, the other on "
+                f"{other.name} at {other.image_size}; compare runs on the same images"
+            )
+
+
+def _models(settings: Settings, runs: Sequence[Run], device: torch.device) -> dict[str, nn.Module]:
+    """Name → model on the device, the teacher first."""
+    if settings.model is not None:
+        name = settings.model
+        found = timm_model(name, settings.pretrained) if name.startswith("timm:") else load_any(Path(name))
+        return {
+            name.removeprefix("timm:") if name.startswith("timm:") else "student": found.to(device).eval()
+        }
+    teachers = [run.teacher for run in runs if run.teacher is not None]
+    models: dict[str, nn.Module] = {TEACHER: teachers[0]} if teachers else {}
+    models |= {name: run.student for name, run in zip(_names(runs), runs, strict=True)}
+    return {name: model.to(device).eval() for name, model in models.items()}
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    return ["student"] if len(runs) == 1 else ["student A", "student B"]
+
+
+def of_test_split(
+    settings: Settings,
+    runs: Sequence[Run],
+    models: Mapping[str, nn.Module],
+    data: ImageDataModule,
+    device: torch.device,
+) -> Album:
+    """Everything about the runs' models on the test split."""
+    config, names = runs[0].config, _names(runs)
+    student = names[0]
+    notes = [f"{name}: {run.path}" for name, run in zip(names, runs, strict=True)] if len(runs) > 1 else []
+    if len(runs) > 1 and TEACHER in models:
+        notes.append(f"Right and wrong in the table and the cells are those of {student}.")
+    comparisons, unlike = _comparisons(runs, names)
+    notes += unlike
+    batches = ((b.image, b.label, b.index) for b in data.loader("test", device, rank=0, world_size=1))
+    log.info("asking %s about the test split", ", ".join(models))
+    seen = survey(models, batches, comparisons)
+    answers = _answers(seen, student, data.class_names)
+    found = cells(answers)
+    picked = (
+        {
+            name: choose(cell, settings.images, settings.seed, of_class=settings.of_class)
+            for name, cell in found.items()
+        }
+        if TEACHER in models
+        else {"": choose_any(answers, settings)}
+    )
+    for each in picked.values():
+        if isinstance(each, EmptyCell):
+            notes.append(f"There is {each.message}.")
+    chosen = [
+        (int(i), name) for name, each in picked.items() if not isinstance(each, EmptyCell) for i in each
+    ]
+    if not chosen:
+        raise ConfigError(f"of_class={settings.of_class}: no image of that class is in the test split")
+    positions = [position for position, _ in chosen]
+    images = _images(data, seen.numbers[positions], device)
+    mean, std = config.dataset.mean, config.dataset.std
+    log.info("explaining %d images by %s", len(images), ", ".join(settings.methods))
+    subjects, regions = _look(settings, models, images, _shown_blocks(runs))
+    return Album(
+        title=_title([*models]),
+        source=_source(runs),
+        pixels=denormalise(images.cpu(), mean, std),
+        labels=[int(seen.labels[i]) for i in positions],
+        cells=[cell for _, cell in chosen],
+        numbers=[int(seen.numbers[i]) for i in positions],
+        class_names=data.class_names,
+        subjects=subjects,
+        regions=regions,
+        other_block=_other_block(runs[0]),
+        counts={name: cell.count for name, cell in found.items()} if TEACHER in models else {},
+        over_represented={n: over_represented(cell) for n, cell in found.items()}
+        if TEACHER in models
+        else {},
+        alikeness=seen.alikeness,
+        correlations={name: _correlations(seen, name) for name in seen.alikeness},
+        reach=seen.reach,
+        faithfulness=_faithfulness(settings, models, seen, data, device, (mean, std)),
+        notes=notes,
+    )
+
+
+def of_pictures(
+    settings: Settings,
+    models: Mapping[str, nn.Module],
+    device: torch.device,
+    known: tuple[Config, list[str]] | None = None,
+    blocks: Mapping[str, int] | None = None,
+) -> Album:
+    """A person's own pictures.
+
+    Args:
+        known: the run's configuration and class names, if there is a run.
+        blocks: model → the block shown first, if not the last.
+    """
+    paths = settings.pictures
+    if known is None:
+        given, names = _format_of(next(iter(models.values()))), list[str]()
+    else:
+        data, names = known[0].dataset, known[1]
+        given = Format(data.image_size, data.channels, data.mean, data.std)
+    pixels = torch.stack([read_picture(path, given.size, given.channels) for path in paths])
+    images = _normalised(pixels, given.mean, given.std).to(device)
+    subjects, regions = _look(settings, models, images, blocks)
+    classes = 1 + max(max(subject.predicted) for subject in subjects)
+    return Album(
+        title=_title([*models]),
+        source=", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else ""),
+        pixels=pixels,
+        labels=[-1] * len(paths),
+        cells=[""] * len(paths),
+        numbers=[*range(len(paths))],
+        class_names=names or [f"class {number}" for number in range(classes)],
+        subjects=subjects,
+        regions=regions,
+    )
+
+
+def read_picture(path: Path, size: int, channels: int) -> Tensor:
+    """A picture's middle square as [C, size, size] in 0..1; ConfigError if it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            turned = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"image={path}: cannot be read as a picture ({type(error).__name__})") from error
+    fitted = ImageOps.fit(turned, (size, size), Image.Resampling.BILINEAR)
+    array = np.asarray(fitted, np.float32) / 255
+    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
+
+
+def choose_any(answers: Answers, settings: Settings) -> Any:
+    """Images of a run without a teacher, whoever is right."""
+    everything = Answers(
+        answers.labels,
+        answers.labels,
+        answers.labels,
+        answers.student_confidence,
+        answers.student_confidence,
+        answers.class_names,
+    )
+    return choose(cells(everything)["both right"], settings.images, settings.seed, of_class=settings.of_class)
+
+
+def _comparisons(runs: Sequence[Run], names: Sequence[str]) -> tuple[dict[str, Comparison], list[str]]:
+    """Student → what to hold its maps against; and why not, where that cannot be."""
+    teacher = next((run.teacher for run in runs if run.teacher is not None), None)
+    if teacher is None:
+        return {}, []
+    found, unlike = {}, []
+    for name, run in zip(names, runs, strict=True):
+        ours, theirs = run.student.config, teacher.config
+        if ours.grid != theirs.grid:
+            unlike.append(
+                f"{name} has {ours.grid}×{ours.grid} patches and the teacher {theirs.grid}×{theirs.grid}."
+            )
+            continue
+        others = [n for n, other in zip(names, runs, strict=True) if other is not run and not other.pairs]
+        same = others and runs[names.index(others[0])].student.config == ours
+        pairs, learnt = _pairs(run, teacher)
+        found[name] = Comparison(
+            TEACHER, pairs, learnt, ours.patch_size, others[0] if same and run.pairs else None
+        )
+    return found, unlike
+
+
+def _pairs(run: Run, teacher: ViT) -> tuple[list[MapPair], list[bool]]:
+    """Every student map beside the teacher maps that it learned from, or would have by the usual order."""
+    learnt = {
+        (pair["student_block"], head): (pair["teacher_block"], tuple(heads))
+        for pair in run.pairs
+        for head, heads in zip(pair["student_heads"], pair["teacher_heads"], strict=True)
+    }
+    ours, theirs = run.student.config, teacher.config
+    pairs, flags = [], []
+    for block in range(ours.depth):
+        for head in range(ours.num_heads):
+            usual = (map_block(block, ours.depth, theirs.depth), (head % theirs.num_heads,))
+            pairs.append(MapPair(block, head, *learnt.get((block, head), usual)))
+            flags.append((block, head) in learnt)
+    return pairs, flags
+
+
+def _look(
+    settings: Settings, models: Mapping[str, nn.Module], images: Tensor, blocks: Mapping[str, int] | None
+) -> tuple[list[Subject], dict[str, Any]]:
+    """Every model before the images, and its regions in them."""
+    subjects, regions = [], {}
+    for name, model in models.items():
+        role: Literal["teacher", "student"] = "teacher" if name == TEACHER else "student"
+        block = (blocks or {}).get(name, -1)
+        subject, features = subject_of(name, role, model, images, settings.methods, block)
+        subjects.append(subject)
+        regions[name] = regions_of(features, settings.regions, subject)
+    return subjects, regions
+
+
+def _shown_blocks(runs: Sequence[Run]) -> dict[str, int]:
+    """Model → the block of the last pair that the first run distilled."""
+    if not runs[0].pairs:
+        return {}
+    last = runs[0].pairs[-1]
+    students = dict.fromkeys(_names(runs), last["student_block"])
+    return {TEACHER: last["teacher_block"], **students}
+
+
+def _other_block(run: Run) -> int | None:
+    """The last student block that was not distilled, if some were and some not."""
+    learnt = {pair["student_block"] for pair in run.pairs}
+    others = [block for block in range(run.student.config.depth) if block not in learnt]
+    return others[-1] if learnt and others else None
+
+
+def _answers(seen: Survey, student: str, class_names: Sequence[str]) -> Answers:
+    teacher = TEACHER if TEACHER in seen.predicted else student
+    return Answers(
+        seen.labels.numpy(),
+        seen.predicted[teacher].numpy(),
+        seen.predicted[student].numpy(),
+        seen.confidence[teacher].numpy(),
+        seen.confidence[student].numpy(),
+        class_names,
+    )
+
+
+def _correlations(seen: Survey, student: str) -> dict[str, Correlation]:
+    right = seen.predicted[student] == seen.labels
+    teacher_right = seen.predicted[TEACHER] == seen.labels
+    divergence = seen.alikeness[student].divergence
+    return {
+        "all test images": correctness_correlation(divergence, right),
+        "those that the teacher has right": correctness_correlation(divergence, right, among=teacher_right),
+    }
+
+
+def _faithfulness(
+    settings: Settings,
+    models: Mapping[str, nn.Module],
+    seen: Survey,
+    data: ImageDataModule,
+    device: torch.device,
+    scale: tuple[Sequence[float], Sequence[float]],
+) -> dict[str, Any]:
+    """Model → what `faithfulness` found on images drawn by the seed."""
+    if settings.faithfulness_images == 0:
+        return {}
+    drawn = np.random.default_rng(settings.seed).permutation(len(seen.labels))[: settings.faithfulness_images]
+    images, labels = _images(data, seen.numbers[drawn], device), seen.labels[drawn].to(device)
+    pixels = denormalise(images, *scale)
+    log.info("removing pixels of %d images, step by step", len(images))
+    found = {}
+    for name, model in models.items():
+        predicted = seen.predicted[name][drawn].to(device)
+        maps = {
+            method: MapsOfClasses(
+                explain_by(method, model, images, predicted), explain_by(method, model, images, labels)
+            )
+            if method in CLASS_SPECIFIC
+            else explain_by(method, model, images, predicted)
+            for method in settings.methods
+        }
+        found[name] = faithfulness(
+            model, pixels, lambda x: _normalised(x, *scale), maps, predicted, labels, seed=settings.seed
+        )
+    return found
+
+
+def _images(data: ImageDataModule, numbers: Tensor, device: torch.device) -> Tensor:
+    """The normalised test images [N, C, H, W] at these positions of their split, in this order."""
+    wanted = {int(number): place for place, number in enumerate(numbers)}
+    found: dict[int, Tensor] = {}
+    for batch in data.loader("test", device, rank=0, world_size=1):
+        for image, number in zip(batch.image, batch.index.tolist(), strict=True):
+            if number in wanted:
+                found[wanted[number]] = image
+        if len(found) == len(wanted):
+            break
+    return torch.stack([found[place] for place in range(len(wanted))])
+
+
+def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    shift, scale = (pixels.new_tensor(each)[:, None, None] for each in (mean, std))
+    return (pixels - shift) / scale
+
+
+def _format_of(model: nn.Module) -> Format:
+    """What a model takes, as far as it says so."""
+    if isinstance(model, ViT):
+        channels = model.config.channels
+        log.warning("warning: the model does not say how images are normalised; 0.5 ± 0.5 is assumed")
+        return Format(model.config.image_size, channels, [0.5] * channels, [0.5] * channels)
+    told: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    channels, _, size = told.get("input_size", (3, 224, 224))
+    return Format(size, channels, told.get("mean", [0.5] * channels), told.get("std", [0.5] * channels))
+
+
+def _title(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"Where {', '.join(others)} and {last} look" if others else f"Where {last} looks"
+
+
+def _source(runs: Sequence[Run]) -> str:
+    first = runs[0]
+    where = " and ".join(str(run.path) for run in runs)
+    return f"{where} · {first.config.dataset.name}, test split · {first.epoch} epoch"
+
+
+def _place(settings: Settings) -> Path:
+    return settings.runs[0] / "explain" if settings.runs else Path("explain")
+
+
+def _listed(value: Any) -> Iterator[Any]:
+    if value is None:
+        return iter(())
+    return iter(value) if isinstance(value, list | tuple) else iter((value,))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Does a map show what the model uses? Take away what it calls relevant, and watch the class go.
+
+Shapes: B images, C channels, h × w cells of a map (patches, as a rule), n points of a curve, K classes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from vitkd.errors import ConfigError, suggest
+from vitkd.explain.recording import evaluating, logits_of
+from vitkd.explain.relevance import check_classes
+from vitkd.models.layers import at_least_float32
+
+Order = Literal["positive", "negative"]
+ORDERS: tuple[Order, ...] = ("positive", "negative")
+
+RANDOM = "random"
+"""the name of random order, to which every method is compared"""
+
+
+class Curve(NamedTuple):
+    """What becomes of a class while more and more of an image is removed."""
+
+    fractions: Tensor
+    """[n] shares of the image removed, from 0 to 1"""
+    probability: Tensor
+    """[B, n] of the class"""
+    correct: Tensor
+    """[B, n] bool: whether the model still predicts the class"""
+    auc: Tensor
+    """[B] area under `probability` over `fractions`, in 0..1"""
+
+
+class MapsOfClasses(NamedTuple):
+    """A method's maps [B, h, w] of either class, where they differ."""
+
+    predicted: Tensor
+    target: Tensor
+
+
+class Faithfulness(NamedTuple):
+    """How one method's order of removal did, as means over images."""
+
+    auc: float
+    """area under the class's probability: faithful is low in positive order, high in negative order"""
+    gap: float
+    """by how much it is better than random order, so above 0 is faithful in either order"""
+    gap_error: float | None
+    """the gap's standard error over images; None for one image"""
+    fractions: list[float]
+    """[n] shares of the image removed"""
+    probability: list[float]
+    """[n] mean probability of the class"""
+    accuracy: list[float]
+    """[n] share of images for which the model predicts the class"""
+
+
+@torch.no_grad()
+def perturbation_curve(
+    model: nn.Module,
+    pixels: Tensor,
+    normalise: Callable[[Tensor], Tensor],
+    maps: Tensor,
+    target: Tensor,
+    *,
+    order: Order,
+    steps: int = 10,
+    batch_size: int = 256,
+) -> Curve:
+    """Remove what `maps` call most relevant first ("positive") or least ("negative") (Chefer et al. 2021).
+
+    What is removed becomes black before normalisation. Equal values go in a random order, the same for all.
+
+    Args:
+        pixels: [B, C, H, W] in 0..1.
+        normalise: makes of pixels what the model takes.
+        maps: [B, h, w], each cell standing for its part of the image.
+        target: [B] classes whose probability is followed.
+        steps: points after the first, at most one a cell.
+        batch_size: images in one forward pass.
+
+    Raises:
+        ConfigError: no such order or class, or no step.
+    """
+    fractions, logits = _while_removing(model, pixels, normalise, maps, order, steps, batch_size)
+    return _follow(fractions, logits, target.to(logits.device))
+
+
+@torch.no_grad()
+def faithfulness(
+    model: nn.Module,
+    pixels: Tensor,
+    normalise: Callable[[Tensor], Tensor],
+    maps_by_method: Mapping[str, Tensor | MapsOfClasses],
+    predicted: Tensor,
+    labels: Tensor,
+    *,
+    steps: int = 10,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> dict[str, dict[str, dict[str, Faithfulness]]]:
+    """Every method's curves, beside those of a random order: [method][order]["predicted" or "target"].
+
+    Args:
+        pixels, normalise, steps, batch_size: as for `perturbation_curve`.
+        maps_by_method: maps [B, h, w], or those of either class; "random" is drawn here if it is not given.
+        predicted: [B] the classes that the model predicts.
+        labels: [B] the true classes.
+        seed: of the random order.
+    """
+    maps_by_method = dict(maps_by_method)
+    if RANDOM not in maps_by_method:
+        drawn_like = next(iter(maps_by_method.values()))
+        shape = (drawn_like if isinstance(drawn_like, Tensor) else drawn_like.target).shape
+        maps_by_method[RANDOM] = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    classes = {"predicted": predicted.to(pixels.device), "target": labels.to(pixels.device)}
+
+    def curves(maps: Tensor | MapsOfClasses, order: Order) -> dict[str, Curve]:
+        """Of both classes; where one map serves both, one series of forward passes does too."""
+        if isinstance(maps, Tensor):
+            series = _while_removing(model, pixels, normalise, maps, order, steps, batch_size)
+            return {of: _follow(*series, target) for of, target in classes.items()}
+        return {
+            of: _follow(*_while_removing(model, pixels, normalise, each, order, steps, batch_size), target)
+            for each, (of, target) in zip(maps, classes.items(), strict=True)
+        }
+
+    random = {order: curves(maps_by_method[RANDOM], order) for order in ORDERS}
+    found: dict[str, dict[str, dict[str, Faithfulness]]] = {}
+    for method, maps in maps_by_method.items():
+        found[method] = {}
+        for order in ORDERS:
+            of_method = random[order] if method == RANDOM else curves(maps, order)
+            found[method][order] = {
+                of: _summary(curve, random[order][of], order) for of, curve in of_method.items()
+            }
+    return found
+
+
+def _while_removing(
+    model: nn.Module,
+    pixels: Tensor,
+    normalise: Callable[[Tensor], Tensor],
+    maps: Tensor,
+    order: Order,
+    steps: int,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Fractions [n] removed and the logits [B, n, K] at each."""
+    if order not in ORDERS:
+        raise ConfigError(f"order={order}: {suggest(order, ORDERS)}")
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: must be at least 1")
+    assert len(maps) == len(pixels), f"{len(maps)} maps for {len(pixels)} images"
+    ranks = _ranks(maps.to(pixels.device), order)
+    cells = maps[0].numel()
+    counts = sorted({round(step / steps * cells) for step in range(steps + 1)})
+    logits = []
+    with evaluating(model):
+        for images, their_ranks in zip(pixels.split(batch_size), ranks.split(batch_size), strict=True):
+            kept = (_without(images, their_ranks, count) for count in counts)
+            logits.append(torch.stack([logits_of(model, normalise(each)) for each in kept], 1))
+    of_each = at_least_float32(torch.cat(logits))
+    return torch.tensor(counts, dtype=of_each.dtype, device=of_each.device) / cells, of_each
+
+
+def _ranks(maps: Tensor, order: Order) -> Tensor:
+    """The place [B, h, w] of each cell of `maps` in the order of removal, 0 first."""
+    values = maps.flatten(1)
+    # A map that is zero in many places (a ReLU's) would else lose them from the upper left corner on.
+    shuffled = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
+    by_value = values[:, shuffled].argsort(dim=1, descending=order == "positive", stable=True)
+    return shuffled[by_value].argsort(dim=1).view_as(maps)
+
+
+def _without(images: Tensor, ranks: Tensor, count: int) -> Tensor:
+    """Images [B, C, H, W] with the `count` cells of lowest rank black."""
+    removed = (ranks < count)[:, None].to(images.dtype)
+    return images * (1 - interpolate(removed, size=images.shape[-2:], mode="nearest"))
+
+
+def _follow(fractions: Tensor, logits: Tensor, target: Tensor) -> Curve:
+    """The classes `target` [B] along the logits [B, n, K]."""
+    check_classes(target, logits.shape[-1])
+    probability = (
+        logits.softmax(-1).gather(-1, target[:, None, None].expand(-1, len(fractions), 1)).squeeze(-1)
+    )
+    correct = logits.argmax(-1) == target[:, None]
+    return Curve(fractions, probability, correct, torch.trapezoid(probability, fractions))
+
+
+def _summary(curve: Curve, random: Curve, order: Order) -> Faithfulness:
+    better = random.auc - curve.auc if order == "positive" else curve.auc - random.auc
+    return Faithfulness(
+        auc=curve.auc.mean().item(),
+        gap=better.mean().item(),
+        gap_error=better.std().item() / len(better) ** 0.5 if len(better) > 1 else None,
+        fractions=curve.fractions.tolist(),
+        probability=curve.probability.mean(0).tolist(),
+        accuracy=curve.correct.to(curve.auc.dtype).mean(0).tolist(),
+    )

@@ -1,0 +1,113 @@
+"""Regions of an image by how much attention they draw, from the least to the most.
+
+Shapes: B images, H heads, T tokens (prefix + h·w), N = h·w patches, L blocks, F features of a patch.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitkd.errors import ConfigError
+from vitkd.models.layers import at_least_float32
+
+RESTARTS = 10
+"""k-means runs, of which the best counts"""
+DECIMALS = 5
+"""Activities are told apart to a hundred-thousandth of the highest: below that is float32's rounding."""
+
+
+def attention_activity(
+    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, query: int | None = 0
+) -> Tensor:
+    """How much attention each patch draws, [B, h, w]: the mean of its `attention_features`.
+
+    In units of the even share: every map's mean is 1, and all of it is 1 under uniform attention.
+    """
+    return attention_features(weights, grid, prefix, query).mean(-1).unflatten(-1, grid)
+
+
+def attention_features(
+    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, query: int | None = 0
+) -> Tensor:
+    """What each patch draws of each block's attention, [B, N, 2·L].
+
+    Features 0 … L−1 are the attention received from all tokens, the mean over queries and heads; L … 2·L−1
+    that of the class token, the mean over heads. Each is a share of what all patches draw, times N: 1 is the
+    even share, in any image, so that clusters of many images can be compared.
+
+    Args:
+        weights: per block [B, H, T, T].
+        grid: (h, w).
+        prefix: tokens before the patches.
+        query: the class token; None, where a classifier averages patches, for the mean of the patches' rows.
+
+    Raises:
+        ValueError: T is not prefix + h·w.
+    """
+    patches = grid[0] * grid[1]
+    if weights[0].shape[-1] != prefix + patches:
+        raise ValueError(f"{weights[0].shape[-1]} tokens are not {prefix} and {grid[0]}×{grid[1]} patches")
+    of_heads = [at_least_float32(each).mean(1) for each in weights]
+    received = [each.mean(-2) for each in of_heads]
+    to_class = [each[:, prefix:].mean(-2) if query is None else each[:, query] for each in of_heads]
+    drawn = torch.stack(received + to_class, -1)[:, prefix:]
+    # Patches that draw nothing at all are at 0 rather than 0/0.
+    return patches * drawn / drawn.sum(1, keepdim=True).clamp_min(torch.finfo(drawn.dtype).tiny)
+
+
+def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
+    """Labels [B, h, w] from 0, the region that draws least attention, to clusters − 1, which draws most.
+
+    k-means (Lloyd 1982, from k-means++) over the patches of all images at once, so that a label means the
+    same in each of them. Regions are ordered by the mean of their centre's features. Where patches have fewer
+    distinct features than `clusters`, there are as many regions as distinct features: one under uniform
+    attention.
+
+    Args:
+        features: [B, N, F] as `attention_features` gives them: all in one unit, more being more active.
+        clusters: k.
+        seed: of k-means.
+        grid: (h, w); None where patches lie in a square.
+
+    Returns:
+        int64 on the features' device.
+
+    Raises:
+        ConfigError: k is below 1, or N patches do not fill the grid.
+    """
+    if clusters < 1:
+        raise ConfigError(f"clusters={clusters}: must be at least 1")
+    side = math.isqrt(features.shape[1])
+    rows, columns = (side, side) if grid is None else grid
+    if rows * columns != features.shape[1]:
+        raise ConfigError(f"{features.shape[1]} patches do not fill {rows}×{columns}: give their grid")
+    points = _points(features)
+    labels = _by_activity(*_cluster(points, clusters, seed))
+    return torch.from_numpy(labels).view(len(features), rows, columns).to(features.device)
+
+
+def _points(features: Tensor) -> np.ndarray:
+    """[B·N, F] in float64, rounded relative to the highest feature."""
+    points = features.detach().flatten(0, 1).cpu().double().numpy()
+    return np.round(points / (np.abs(points).max() or 1), DECIMALS)
+
+
+def _cluster(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels [B·N] and centres [k, F], k at most the number of distinct points."""
+    from sklearn.cluster import KMeans  # takes a while to import
+
+    # Distinct points of a few are quickly told, and hardly ever fewer than the clusters.
+    few = np.unique(points[: 100 * clusters], axis=0)
+    distinct = len(few) if len(few) >= clusters else len(np.unique(points, axis=0))
+    means = KMeans(min(clusters, distinct), n_init=RESTARTS, random_state=seed).fit(points)
+    return means.labels_.astype(np.int64), means.cluster_centers_
+
+
+def _by_activity(labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """The labels renamed by the rank of their centre's mean feature."""
+    rank = np.empty(len(centres), np.int64)
+    rank[centres.mean(1).argsort(kind="stable")] = np.arange(len(centres))
+    return rank[labels]

@@ -1,0 +1,90 @@
+"""A model before chosen images: what it answers, and where it looks by every method.
+
+Shapes: N images, C channels, H × W pixels, L blocks, A heads, T tokens, h × w patches.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vitkd.explain.methods import explain_by
+from vitkd.explain.page import ATTENTION, Subject
+from vitkd.explain.recording import Recording, record
+from vitkd.explain.regions import attention_features, region_map
+
+AT_A_TIME = 64
+MOST_NUMBERS = 16_000_000
+"""of one subject's attention maps; beyond, heads are averaged, or the page would be too large to open"""
+
+
+def subject_of(
+    name: str,
+    role: Literal["teacher", "student"],
+    model: nn.Module,
+    images: Tensor,
+    methods: Sequence[str],
+    first_block: int = -1,
+) -> tuple[Subject, Tensor]:
+    """The model's answers and maps of normalised images [N, C, H, W], and its `attention_features`.
+
+    Class-specific methods explain the class that the model predicts.
+
+    Raises ConfigError if its maps cannot be had, there is no such method, or an optional package is absent.
+    """
+    rows, features, confidence, predicted = [], [], [], []
+    for part in images.split(AT_A_TIME):
+        with torch.no_grad():
+            recording = record(model, part)
+            rows.append(class_rows(recording).cpu())
+            features.append(features_of(recording).cpu())
+            best = recording.logits.float().softmax(-1).max(-1)
+        confidence.append(best.values.cpu())
+        predicted.append(best.indices)
+    answers = torch.cat(predicted)
+    attention = torch.cat(rows)
+    if attention.numel() > MOST_NUMBERS:
+        attention = attention.mean(2, keepdim=True)
+    maps = {ATTENTION: attention.numpy()}
+    for method in methods:
+        if method != ATTENTION:
+            parts = zip(images.split(AT_A_TIME), answers.split(AT_A_TIME), strict=True)
+            found = [explain_by(method, model, part, target).cpu() for part, target in parts]
+            maps[method] = torch.cat(found).numpy()
+    subject = Subject(
+        name, role, answers.tolist(), torch.cat(confidence).tolist(), maps, first_block % attention.shape[1]
+    )
+    return subject, torch.cat(features)
+
+
+def class_rows(recording: Recording) -> Tensor:
+    """What the classifier takes from each patch, [N, L, A, h, w]: the class token's weights.
+
+    Where the classifier averages patches, the mean of the patches' rows.
+    """
+    weights = torch.stack(recording.weights, 1).float()
+    prefix = recording.prefix
+    rows = weights[..., prefix:, :].mean(-2) if recording.pooled else weights[..., 0, :]
+    return rows[..., prefix:].unflatten(-1, recording.grid)
+
+
+def features_of(recording: Recording) -> Tensor:
+    """`attention_features` of all blocks, [N, h·w, 2·L]."""
+    query = None if recording.pooled else 0
+    return attention_features(recording.weights, recording.grid, recording.prefix, query)
+
+
+def regions_of(features: Tensor, clusters: int, subject: Subject) -> NDArray[np.int64]:
+    """Regions [N, h, w] of a subject's images, from the least active, 0."""
+    height, width = subject.maps[ATTENTION].shape[-2:]
+    return region_map(features, clusters, grid=(height, width)).numpy()
+
+
+def head_mean(subject: Subject, block: int | None = None) -> Tensor:
+    """Attention of one block, by default the one shown first, averaged over heads and scaled to sum 1."""
+    maps = torch.from_numpy(subject.maps[ATTENTION][:, subject.first_block if block is None else block])
+    mean = maps.mean(1)
+    return mean / mean.sum((-2, -1), keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)

@@ -1,0 +1,141 @@
+"""One pass over a test split: what every model answers, and how alike student and teacher look at an image.
+
+Shapes: B images of a batch, N of the split, L blocks, H heads, P pairs of maps.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitkd.explain.fidelity import CKASums, FidelityRow, FidelitySums, MapPair, locality
+from vitkd.explain.recording import Recording, record
+
+
+class Comparison(NamedTuple):
+    """Whose maps are held against whose."""
+
+    teacher: str
+    """a model's name"""
+    pairs: Sequence[MapPair]
+    learnt: Sequence[bool]
+    """[P] whether that pair was distilled"""
+    patch_size: float
+    """pixels of a patch's side"""
+    alone: str | None = None
+    """the name of a student that learned without the teacher, the other baseline"""
+
+
+@dataclass(frozen=True, eq=False)
+class Alikeness:
+    """How alike a student attends to its teacher."""
+
+    rows: Sequence[FidelityRow]
+    """one a pair"""
+    learnt: Sequence[bool]
+    """[P] whether that pair was distilled"""
+    divergence: Tensor
+    """[N] Jensen–Shannon divergence in nats, the mean over distilled pairs, or over all if none was"""
+    cka: Mapping[tuple[int, int], float]
+    """(student block, teacher block) → linear CKA of their tokens"""
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What was seen on the whole split."""
+
+    labels: Tensor
+    """[N]"""
+    numbers: Tensor
+    """[N] each image's position in its split"""
+    predicted: Mapping[str, Tensor]
+    """model → [N]"""
+    confidence: Mapping[str, Tensor]
+    """model → [N] probability of the class predicted"""
+    reach: Mapping[str, Tensor]
+    """model → [L, H] mean attention distance over that of uniform attention"""
+    alikeness: Mapping[str, Alikeness]
+    """student → beside its teacher, where the two can be compared"""
+
+
+@torch.no_grad()
+def survey(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    comparisons: Mapping[str, Comparison],
+) -> Survey:
+    """Ask all `models` about every batch (images [B, C, H, W], labels [B], positions [B]).
+
+    Raises ConfigError if a model's maps cannot be had.
+    """
+    labels, numbers, found = [], [], {name: _Answers() for name in models}
+    sums: dict[str, _Sums] = {}
+    for images, label, number in batches:
+        seen = {name: record(model, images) for name, model in models.items()}
+        labels.append(label.cpu())
+        numbers.append(number.cpu())
+        for name, recording in seen.items():
+            found[name].add(recording)
+        for student, comparison in comparisons.items():
+            if student not in sums:
+                sums[student] = _Sums(comparison, seen[student])
+            sums[student].add(seen[student], seen)
+    return Survey(
+        torch.cat(labels),
+        torch.cat(numbers),
+        {name: torch.cat(answers.predicted) for name, answers in found.items()},
+        {name: torch.cat(answers.confidence) for name, answers in found.items()},
+        {name: torch.cat(answers.reach).nanmean(0) for name, answers in found.items()},
+        {student: each.alikeness() for student, each in sums.items()},
+    )
+
+
+class _Answers:
+    """One model's."""
+
+    def __init__(self) -> None:
+        self.predicted: list[Tensor] = []
+        self.confidence: list[Tensor] = []
+        self.reach: list[Tensor] = []
+
+    def add(self, recording: Recording) -> None:
+        confidence, predicted = recording.logits.float().softmax(-1).max(-1)
+        self.predicted.append(predicted.cpu())
+        self.confidence.append(confidence.cpu())
+        self.reach.append(locality(recording.weights, recording.grid, recording.prefix).cpu())
+
+
+class _Sums:
+    """One student's beside its teacher's."""
+
+    def __init__(self, comparison: Comparison, recording: Recording) -> None:
+        self.comparison = comparison
+        self.fidelity = FidelitySums(
+            comparison.pairs,
+            grid=recording.grid,
+            patch_size=comparison.patch_size,
+            prefix=recording.prefix,
+            query=None if recording.pooled else 0,
+        )
+        self.cka = {(pair.student_block, pair.teacher_block): CKASums() for pair in comparison.pairs}
+        self.divergence: list[Tensor] = []
+
+    def add(self, student: Recording, seen: Mapping[str, Recording]) -> None:
+        teacher = seen[self.comparison.teacher]
+        alone = None if self.comparison.alone is None else _by_block(seen[self.comparison.alone])
+        figures = self.fidelity.add(_by_block(student), _by_block(teacher), alone)
+        counted = torch.tensor(self.comparison.learnt)
+        counted = counted if counted.any() else ~counted
+        self.divergence.append(figures["js"][:, counted].mean(1))
+        for (ours, theirs), sums in self.cka.items():
+            sums.add(student.tokens[ours], teacher.tokens[theirs])
+
+    def alikeness(self) -> Alikeness:
+        cka = {blocks: sums.value() for blocks, sums in self.cka.items()}
+        return Alikeness(self.fidelity.table(), self.comparison.learnt, torch.cat(self.divergence), cka)
+
+
+def _by_block(recording: Recording) -> dict[int, Tensor]:
+    return dict(enumerate(recording.weights))

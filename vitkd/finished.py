@@ -1,0 +1,94 @@
+"""A run that trained, loaded again from its folder: its student, its teacher, and what learned from what."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from vitkd.config import Config, parse, teacher_run
+from vitkd.errors import ConfigError
+from vitkd.models import ViT, digest
+from vitkd.runs.checkpoints import load_any, load_from_checkpoint
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.seeding import WEIGHTS, seed_generators
+from vitkd.runs.teacher_store import fingerprint
+
+log = logging.getLogger("vitkd")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run, with what it trained and from whom."""
+
+    path: Path
+    config: Config
+    student: ViT
+    teacher: ViT | None
+    pairs: Sequence[Mapping[str, Any]]
+    """as `pairs.json` has them; empty if no map was distilled"""
+    epoch: str
+
+
+def load_run(
+    path: Path, epoch: str, *, teacher: str | None = None, data: str | None = None, root: str | None = None
+) -> Run:
+    """The run in `path` after its "best" or "last" epoch, in eval mode on the CPU.
+
+    Args:
+        teacher: its teacher, if that is not to be looked for.
+        data, root: where its data set lies, if not where it lay.
+
+    Raises:
+        ConfigError: there is no run, nothing was trained yet, or the teacher is gone.
+    """
+    folder = RunFolder.existing(path)
+    plain = folder.read_config()
+    plain["paths"]["data"] = data or plain["paths"]["data"]
+    if root is not None:
+        plain["dataset"]["root"] = root
+    config = parse(OmegaConf.create(plain))
+    if epoch == "best" and folder.student.is_file():
+        student = load_any(folder.student)
+    else:
+        checkpoint = folder.last if epoch == "last" else folder.best
+        if not checkpoint.is_file():
+            raise ConfigError(f"run={path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
+        student, _ = load_from_checkpoint(checkpoint)
+    pairs: list[Mapping[str, Any]] = []
+    if folder.pairs.is_file():
+        pairs = json.loads(folder.pairs.read_text(encoding="utf-8"))
+    return Run(path, config, student, find_teacher(path, config, teacher), pairs, epoch)
+
+
+def find_teacher(path: Path, config: Config, given: str | None) -> ViT | None:
+    """The teacher of the run in `path`, or None if it had none and none is given."""
+    if given is None and not config.method.needs_teacher:
+        return None
+    if (place := given or config.teacher.checkpoint) is not None:
+        return load_any(Path(place))
+    own = teacher_run(config)
+    if not config.teacher.trained:
+        seed_generators(own.seed, WEIGHTS, own.student)
+        return own.student.build().eval()
+    mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
+    stores = (parent / "teachers" / own.dataset.name / mark for parent in path.resolve().parents)
+    for store in stores:
+        if store.is_dir():
+            return _checked(load_any(store), path)
+    raise ConfigError(
+        f"run={path}: its teacher (teachers/{own.dataset.name}/{mark}) is gone; name one by teacher=PATH"
+    )
+
+
+def _checked(teacher: ViT, path: Path) -> ViT:
+    try:
+        recorded = RunFolder(path).read_metrics().get("teacher/weights")
+    except ConfigError:
+        return teacher  # the run goes on
+    if recorded not in (None, digest(teacher)):
+        log.warning("warning: %s learned from a teacher with other weights than the one found", path)
+    return teacher
