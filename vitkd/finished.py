@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from vitkd.config import Config, parse, teacher_run
@@ -19,6 +20,8 @@ from vitkd.runs.teacher_store import fingerprint
 
 log = logging.getLogger("vitkd")
 
+PAIR = {"student_block", "teacher_block", "student_heads", "teacher_heads"}
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -29,8 +32,13 @@ class Run:
     student: ViT
     teacher: ViT | None
     pairs: Sequence[Mapping[str, Any]]
-    """as `pairs.json` has them; empty if no map was distilled"""
+    """as `pairs.json` has them; empty if no map was learned from"""
     epoch: str
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the student learned from labels alone."""
+        return not self.config.method.needs_teacher or self.config.alpha == 1
 
 
 def load_run(
@@ -43,7 +51,7 @@ def load_run(
         data, root: where its data set lies, if not where it lay.
 
     Raises:
-        ConfigError: there is no run, nothing was trained yet, or the teacher is gone.
+        ConfigError: there is no run, nothing was trained yet, or the teacher is gone or of other data.
     """
     folder = RunFolder.existing(path)
     plain = folder.read_config()
@@ -58,9 +66,7 @@ def load_run(
         if not checkpoint.is_file():
             raise ConfigError(f"run={path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
         student, _ = load_from_checkpoint(checkpoint)
-    pairs: list[Mapping[str, Any]] = []
-    if folder.pairs.is_file():
-        pairs = json.loads(folder.pairs.read_text(encoding="utf-8"))
+    pairs = [] if config.alpha == 1 else _read_pairs(folder.pairs)
     return Run(path, config, student, find_teacher(path, config, teacher), pairs, epoch)
 
 
@@ -69,19 +75,46 @@ def find_teacher(path: Path, config: Config, given: str | None) -> ViT | None:
     if given is None and not config.method.needs_teacher:
         return None
     if (place := given or config.teacher.checkpoint) is not None:
-        return load_any(Path(place))
+        return _fitting(load_any(Path(place)), place, config)
     own = teacher_run(config)
     if not config.teacher.trained:
-        seed_generators(own.seed, WEIGHTS, own.student)
-        return own.student.build().eval()
+        with torch.random.fork_rng(devices=[]):
+            seed_generators(own.seed, WEIGHTS, own.student)
+            return own.student.build().eval()
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     stores = (parent / "teachers" / own.dataset.name / mark for parent in path.resolve().parents)
     for store in stores:
         if store.is_dir():
             return _checked(load_any(store), path)
     raise ConfigError(
-        f"run={path}: its teacher (teachers/{own.dataset.name}/{mark}) is gone; name one by teacher=PATH"
+        f"run={path}: its teacher (teachers/{own.dataset.name}/{mark}) is gone; "
+        "name one by teacher.checkpoint=PATH"
     )
+
+
+def _read_pairs(file: Path) -> list[Mapping[str, Any]]:
+    """What learned from what; nothing if there is no such file."""
+    if not file.is_file():
+        return []
+    try:
+        pairs = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read, it is cut or foreign") from error
+    are_pairs = isinstance(pairs, list) and all(isinstance(p, dict) and p.keys() >= PAIR for p in pairs)
+    if not are_pairs:
+        raise ConfigError(f"{file}: cannot be read, it is no list of pairs of blocks")
+    return pairs
+
+
+def _fitting(teacher: ViT, place: str, config: Config) -> ViT:
+    for name in ("num_classes", "image_size", "channels"):
+        found, expected = getattr(teacher.config, name), getattr(config.dataset, name)
+        if found != expected:
+            raise ConfigError(
+                f"teacher.checkpoint={place}: has {name}={found}, {config.dataset.name} has {expected}; name "
+                "one that was trained on this data set"
+            )
+    return teacher
 
 
 def _checked(teacher: ViT, path: Path) -> ViT:

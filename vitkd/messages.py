@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -81,6 +81,9 @@ def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
             f"{key}: is a setting of {' or '.join(f'{group}={owner}' for owner in owners)}; choose that too"
         )
     known = list(_keys(_composed(config_name, arguments)))
+    if key in known:
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        return f"{key}: holds several settings; write {' or '.join(f'{name}=VALUE' for name in inside)}"
     same_ending = sorted((k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]), key=len)
     close = get_close_matches(key, known, n=1) or same_ending
     hint = f"did you mean {close[0]}?" if close else "`--help` lists them all"
@@ -94,8 +97,11 @@ def _composed(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
     ]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        composed = OmegaConf.to_container(compose(config_name, choices))
-    return cast(dict[str, Any], composed)
+        try:
+            composed = compose(config_name, choices)
+        except HydraException:
+            composed = compose(config_name)  # one of them is of a group that another command has
+    return cast(dict[str, Any], OmegaConf.to_container(composed))
 
 
 def _keys(node: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -37,7 +37,8 @@ class Runs:
         self._clock += 1
         config = copy.deepcopy(self._config) | {"seed": seed}
         chosen = {"method": "attention", "granularity": "block", "loss": "kl"} | settings
-        classes = {"attention": "AttentionDistillation", "none": "NoDistillation", "kl": "KL", "mse": "MSE"}
+        classes = {"attention": "AttentionDistillation", "none": "NoDistillation"}
+        classes |= {"logit": "LogitDistillation", "kl": "KL", "mse": "MSE"}
         classes |= {"head": "Head", "block": "Block"}
         for dotted, value in chosen.items():
             *groups, last = dotted.split("__")

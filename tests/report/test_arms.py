@@ -63,16 +63,17 @@ def test_the_student_alone_is_one_arm_however_it_was_asked_for(runs):
     runs.arm({0: 0.90, 1: 0.91}, method="none")
     runs.arm({1: 0.91, 2: 0.92}, alpha=1.0, granularity="head")
     runs.arm({0: 0.90}, alpha=1, granularity="block", loss="mse")
+    runs.arm({2: 0.92}, alpha=1, method="logit")
 
     (found,) = experiments(runs)
 
     assert labels(found) == ["student alone"]
     assert [*found.baseline.runs] == [0, 1, 2]
     assert found.notes == [
-        "2 more runs of the student alone: alpha=1 and method=none are the same training, so the newest"
+        "3 more runs of the student alone: alpha=1 and method=none are the same training, so the newest"
         " counts for each seed"
     ]
-    assert len(found.baselines) == 5
+    assert len(found.baselines) == 6
 
 
 def test_students_alone_that_should_be_equal_and_are_not(runs):
@@ -160,6 +161,20 @@ def test_a_teacher_for_every_seed_is_one_arm(runs):
     assert labels(found) == ["block kl, alpha 0.5"]
     assert [*found.arms[0].runs] == [0, 1, 2]
     assert found.notes == []
+
+
+def test_a_teacher_for_every_seed_is_named_where_others_have_one_for_all(runs):
+    for seed in range(3):
+        runs.add(seed=seed, alpha=0.1)
+        runs.add(seed=seed, alpha=0.5)
+        runs.add(seed=seed, alpha=0.5, teacher__seed=seed, teacher__trained=False)
+
+    (found,) = experiments(runs)
+
+    assert labels(found) == [
+        *("block kl, alpha 0.1", "block kl, alpha 0.5"),
+        "block kl, alpha 0.5, teacher.seed=${seed}, teacher.trained=false",
+    ]
 
 
 def test_every_teacher_for_every_seed_is_an_arm_a_teacher(runs):

@@ -22,8 +22,8 @@ from vitkd.report.arms import experiments_of
 from vitkd.report.comparison import compare
 from vitkd.report.curves import Reader
 from vitkd.report.drawing import VARIABLES, spaced
-from vitkd.report.plots import plates
-from vitkd.report.runs import find_runs
+from vitkd.report.plots import measured, plates
+from vitkd.report.runs import Fidelity, Run, find_runs
 
 FILES = {"report.md", "report.csv", "report.json", "report.html"}
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -181,20 +181,33 @@ def test_units_are_never_mixed_on_one_axis(grid):
     assert "mean squared difference of scores" in texts[1]
 
 
-def test_measured_fidelity_has_a_picture_of_its_own(runs):
+def test_explained_runs_are_in_a_picture_of_their_own_and_in_that_of_their_loss(runs):
     runs.add(method="none")
-    for seed in range(3):
-        path = runs.add(seed=seed, acc=0.9 + 0.01 * seed, curves=curves(0.9))
-        if seed:
-            (path / "explain").mkdir()
-            (path / "explain" / "fidelity.json").write_text('{"summary": {"js_distilled": 0.2}}')
+    epochs = {0: None, 1: "best", 2: "best", 3: "last"}
+    for seed, epoch in epochs.items():
+        path = runs.add(seed=seed, acc=0.9 + 0.01 * seed, best=0.8, curves=curves(0.9))
+        (path / "explain").mkdir()
+        told = {"summary": {"js_distilled": 0.2}} | ({"epoch": epoch} if epoch else {})
+        (path / "explain" / "fidelity.json").write_text(json.dumps(told))
     (experiment,) = experiments_of(find_runs([runs.outputs]))
 
     fidelity = plates(compare(experiment), Reader())[-1]
 
-    assert len(fidelity.pictures) == 2
-    assert "Jensen–Shannon" in fidelity.pictures[0].svg
-    assert "KL(" in fidelity.pictures[1].svg
+    texts = [" ".join(re.findall(r"<text[^>]*>([^<]*)", picture.svg)) for picture in fidelity.pictures]
+    assert ["Jensen–Shannon" in text for text in texts] == [True, True, False]
+    assert ["(best epoch)" in text for text in texts] == [True, False, False]
+    assert ["2 runs" in texts[0], "1 run" in texts[1], "4 runs" in texts[2]] == [True, True, True]
+    assert len({picture.description for picture in fidelity.pictures}) == 3
+
+
+@pytest.mark.parametrize(("epoch", "accuracy"), [("best", 80.0), ("last", 91.0)])
+def test_an_explained_run_stands_at_the_accuracy_of_its_epoch(epoch, accuracy):
+    run = Run(Path("nowhere"), "done", acc_last=91.0, acc_best=80.0, fidelity=Fidelity(0.2, epoch))
+
+    ((unit, distance, found),) = measured(run, Reader())
+
+    assert (unit.epoch, distance, found) == (epoch, 0.2, accuracy)
+    assert f"{epoch} epoch" in unit.label
 
 
 def test_text_from_runs_is_text(runs, report):

@@ -206,12 +206,29 @@ def test_settings_are_flat():
 
 
 def test_fidelity_is_read_where_somebody_measured_it(runs):
-    explained, broken = runs.add("a"), runs.add("b")
-    for path, text in ((explained, '{"summary": {"js_distilled": 0.25}}'), (broken, '{"summary": 3}')):
+    written = {
+        "best": '{"epoch": "best", "summary": {"js_distilled": 0.25}}',
+        "broken": '{"epoch": "best", "summary": 3}',
+        "last": '{"epoch": "last", "summary": {"js_distilled": 0.5}}',
+        "of-no-epoch": '{"summary": {"js_distilled": 0.25}}',
+        "of-some-epoch": '{"epoch": ["best"], "summary": {"js_distilled": 0.25}}',
+    }
+    for name, text in written.items():
+        path = runs.add(name)
         (path / "explain").mkdir()
         (path / "explain" / "fidelity.json").write_text(text)
+    runs.add("unseen")
 
-    assert [run.fidelity for run in find_runs([runs.outputs])] == [0.25, None]
+    found = {run.path.name: run.fidelity for run in find_runs([runs.outputs])}
+
+    assert found == {
+        "best": (0.25, "best"),
+        "broken": None,
+        "last": (0.5, "last"),
+        "of-no-epoch": None,
+        "of-some-epoch": None,
+        "unseen": None,
+    }
 
 
 CURVES = """\
@@ -262,7 +279,8 @@ def test_the_student_alone_is_either():
     assert not attention.is_student_alone
     assert Run("x", "done", method="attention", alpha=1.0).is_student_alone
     assert Run("x", "done", method="none", alpha=0.5).is_student_alone
-    assert not Run("x", "done", method="logit", alpha=1.0).is_student_alone
+    assert Run("x", "done", method="logit", alpha=1.0).is_student_alone
+    assert not Run("x", "done", method="logit", alpha=0.5).is_student_alone
 
 
 def test_nothing_heavy_is_imported():

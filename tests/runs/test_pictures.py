@@ -19,8 +19,9 @@ from vitkd.distill.optimization import AdamW, Constant
 from vitkd.distill.pairing import BlockPair
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.explain import cls_attention, figure_1
+from vitkd.explain.recording import evaluating
 from vitkd.models import ViTConfig
-from vitkd.runs.pictures import AttentionPictures, evaluating, look, rendered
+from vitkd.runs.pictures import AttentionPictures, look, rendered
 
 pytestmark = [
     # Lightning 2.6 asks torch in a way that torch 2.15 has deprecated.

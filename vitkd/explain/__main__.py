@@ -19,19 +19,19 @@ from vitkd.data import ImageDataModule
 from vitkd.distill.pairing import map_block
 from vitkd.errors import ConfigError, suggest
 from vitkd.evaluate import device_of
-from vitkd.explain.album import Album, files_of
+from vitkd.explain.album import FILES, Album, files_of
 from vitkd.explain.correctness import Correlation, correctness_correlation
 from vitkd.explain.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.fidelity import MapPair
 from vitkd.explain.gallery import Answers, EmptyCell, cells, choose, over_represented
-from vitkd.explain.methods import CLASS_SPECIFIC, METHODS, explain_by
+from vitkd.explain.methods import CLASS_SPECIFIC, METHODS
 from vitkd.explain.page import Subject
 from vitkd.explain.panel import denormalise
 from vitkd.explain.recording import timm_model
-from vitkd.explain.subjects import regions_of, subject_of
+from vitkd.explain.subjects import maps_of, regions_of, subject_of
 from vitkd.explain.survey import Comparison, Survey, survey
 from vitkd.finished import Run, load_run
-from vitkd.models import ViT
+from vitkd.models import ViT, digest
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.console import Job, start_logging
 from vitkd.runs.files import write_atomically
@@ -40,6 +40,8 @@ from vitkd.schema import instantiate
 log = logging.getLogger("vitkd")
 
 TEACHER = "teacher"
+# Settings of a data set that change its test images, or what a model is given of them.
+SAME_IMAGES = ("source", "root", "image_size", "channels", "mean", "std", "num_classes", "split_seed")
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -51,7 +53,7 @@ class Settings:
     model: str | None
     pretrained: bool
     image: Any
-    teacher: str | None
+    teacher: dict[str, Any]
     epoch: str
     images: int
     of_class: str | None
@@ -76,6 +78,8 @@ class Settings:
         for name, least in (("images", 1), ("faithfulness_images", 0), ("regions", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if not self.methods:
+            raise ConfigError(f"methods=[]: name at least one of {', '.join(METHODS)}")
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"methods={method}: {suggest(method, METHODS)}")
@@ -99,6 +103,10 @@ class Settings:
             if not inside:
                 raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(PICTURES))})")
             found += inside
+        if not found:
+            raise ConfigError(
+                f"image={self.image}: names no picture; give a file, a folder or a list of them"
+            )
         return found
 
 
@@ -132,7 +140,7 @@ def explain_job(composed: DictConfig, job: Job) -> None:
             load_run(
                 path,
                 settings.epoch,
-                teacher=settings.teacher,
+                teacher=settings.teacher.get("checkpoint"),
                 data=settings.paths.get("data"),
                 root=settings.root,
             )
@@ -159,25 +167,35 @@ def write(files: Mapping[str, bytes], out: Path) -> None:
         raise ConfigError(f"{out}: no folder can be made there ({error.strerror}); set out=DIR") from error
     for name, content in files.items():
         write_atomically(out / name, content)
+    for name in FILES - files.keys():
+        (out / name).unlink(missing_ok=True)  # of an earlier explanation, which had more to show
     log.info("pictures  %s", ", ".join(sorted(name for name in files if name.endswith(".png"))))
     log.info("arrays    %s", out / "maps.npz")
     log.info("page      %s", out / "index.html")
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
+    """ConfigError unless all runs have the same test images, and one teacher if any."""
     first, *others = (run.config.dataset for run in runs)
     for other in others:
-        if (other.name, other.image_size) != (first.name, first.image_size):
-            raise ConfigError(
-                f"run=[…]: one run is on {first.name} at {first.image_size} pixels, the other on "
-                f"{other.name} at {other.image_size}; compare runs on the same images"
-            )
+        for name in SAME_IMAGES:
+            mine, its = getattr(first, name, None), getattr(other, name, None)
+            if type(first) is not type(other) or mine != its:
+                what = f"{first.name} and {other.name} differ in {name} ({mine}, {its})"
+                raise ConfigError(f"run=[A,B]: {what}; compare runs on the same test images")
+    if len({digest(run.teacher) for run in runs if run.teacher is not None}) > 1:
+        raise ConfigError(
+            "run=[A,B]: learned from different teachers; name the one to hold both against by "
+            "teacher.checkpoint=PATH"
+        )
 
 
 def _models(settings: Settings, runs: Sequence[Run], device: torch.device) -> dict[str, nn.Module]:
     """Name → model on the device, the teacher first."""
     if settings.model is not None:
         name = settings.model
+        if Path(name, "config.yaml").is_file():
+            raise ConfigError(f"model={name}: is a run, which says how its images are made; write run={name}")
         found = timm_model(name, settings.pretrained) if name.startswith("timm:") else load_any(Path(name))
         return {
             name.removeprefix("timm:") if name.startswith("timm:") else "student": found.to(device).eval()
@@ -236,6 +254,7 @@ def of_test_split(
     return Album(
         title=_title([*models]),
         source=_source(runs),
+        epoch=settings.epoch,
         pixels=denormalise(images.cpu(), mean, std),
         labels=[int(seen.labels[i]) for i in positions],
         cells=[cell for _, cell in chosen],
@@ -245,7 +264,8 @@ def of_test_split(
         regions=regions,
         other_block=_other_block(runs[0]),
         counts={name: cell.count for name, cell in found.items()} if TEACHER in models else {},
-        over_represented={n: over_represented(cell) for n, cell in found.items()}
+        # One chance in twenty of any false finding, over all cells.
+        over_represented={n: over_represented(cell, 0.05 / len(found)) for n, cell in found.items()}
         if TEACHER in models
         else {},
         alikeness=seen.alikeness,
@@ -326,15 +346,14 @@ def _comparisons(runs: Sequence[Run], names: Sequence[str]) -> tuple[dict[str, C
     for name, run in zip(names, runs, strict=True):
         ours, theirs = run.student.config, teacher.config
         if ours.grid != theirs.grid:
-            unlike.append(
-                f"{name} has {ours.grid}×{ours.grid} patches and the teacher {theirs.grid}×{theirs.grid}."
-            )
+            grids = f"{ours.grid}×{ours.grid} patches and the teacher {theirs.grid}×{theirs.grid}"
+            unlike.append(f"{name} has {grids}: their maps are shown, not compared.")
             continue
-        others = [n for n, other in zip(names, runs, strict=True) if other is not run and not other.pairs]
+        others = [n for n, other in zip(names, runs, strict=True) if other is not run and other.is_alone]
         same = others and runs[names.index(others[0])].student.config == ours
         pairs, learnt = _pairs(run, teacher)
         found[name] = Comparison(
-            TEACHER, pairs, learnt, ours.patch_size, others[0] if same and run.pairs else None
+            TEACHER, pairs, learnt, ours.patch_size, others[0] if same and not run.is_alone else None
         )
     return found, unlike
 
@@ -371,12 +390,10 @@ def _look(
 
 
 def _shown_blocks(runs: Sequence[Run]) -> dict[str, int]:
-    """Model → the block of the last pair that the first run distilled."""
-    if not runs[0].pairs:
-        return {}
-    last = runs[0].pairs[-1]
-    students = dict.fromkeys(_names(runs), last["student_block"])
-    return {TEACHER: last["teacher_block"], **students}
+    """Model → the block of the last pair that its run distilled; the teacher's is the first such run's."""
+    named = [(name, run.pairs[-1]) for name, run in zip(_names(runs), runs, strict=True) if run.pairs]
+    shown = {name: pair["student_block"] for name, pair in named}
+    return shown | ({TEACHER: named[0][1]["teacher_block"]} if named else {})
 
 
 def _other_block(run: Run) -> int | None:
@@ -427,11 +444,9 @@ def _faithfulness(
     for name, model in models.items():
         predicted = seen.predicted[name][drawn].to(device)
         maps = {
-            method: MapsOfClasses(
-                explain_by(method, model, images, predicted), explain_by(method, model, images, labels)
-            )
+            method: MapsOfClasses(*(maps_of(method, model, images, each) for each in (predicted, labels)))
             if method in CLASS_SPECIFIC
-            else explain_by(method, model, images, predicted)
+            else maps_of(method, model, images, predicted)
             for method in settings.methods
         }
         found[name] = faithfulness(
@@ -481,7 +496,8 @@ def _source(runs: Sequence[Run]) -> str:
 
 
 def _place(settings: Settings) -> Path:
-    return settings.runs[0] / "explain" if settings.runs else Path("explain")
+    name = "explain" if settings.image is None else "explain_pictures"
+    return settings.runs[0] / name if settings.runs else Path(name)
 
 
 def _listed(value: Any) -> Iterator[Any]:

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from vitkd.explain.correctness import Correlation
 from vitkd.explain.faithfulness import Faithfulness
@@ -41,6 +42,13 @@ MEASURES = {
     "top_k_iou": "IoU of the top quarter of patches",
     "cls_overlap": "overlap of the class rows",
 }
+
+FIGURES = (
+    *("figure_1", "figure_2", "figure_3", "gallery"),
+    *("methods", "regions", "fidelity", "perturbation"),
+)
+FILES = {*(f"{name}.png" for name in FIGURES), "maps.npz", "figures.json", "fidelity.json", "index.html"}
+"""all that there may be"""
 
 OfMethods = Mapping[str, Mapping[str, Mapping[str, Faithfulness]]]
 
@@ -78,6 +86,8 @@ class Album:
     faithfulness: Mapping[str, OfMethods] = field(default_factory=dict)
     """model → method → order → class"""
     notes: Sequence[str] = ()
+    epoch: str = ""
+    """best or last: of which the students are"""
 
     @property
     def teacher(self) -> Subject | None:
@@ -106,8 +116,13 @@ def figures_of(album: Album) -> dict[str, Figure]:
     """Name → figure, of those that there is something to show in."""
     found = {"methods": _methods(album)}
     if album.teacher is not None:
-        found |= {"figure_1": _figure_1(album), "figure_2": _figure_2(album), "figure_3": _figure_3(album)}
-        found["gallery"] = _sheet(album)
+        found["figure_1"] = _figure_1(album)
+        of_cells = {
+            "figure_2": (_figure_2, {STUDENT_WRONG}),
+            "figure_3": (_figure_3, {TEACHER_WRONG, BOTH_WRONG}),
+            "gallery": (_sheet, {*CELLS}),
+        }
+        found |= {name: draw(album) for name, (draw, cells) in of_cells.items() if cells & {*album.cells}}
     if album.regions:
         found["regions"] = _regions(album)
     if album.alikeness:
@@ -123,16 +138,18 @@ def _figure_1(album: Album) -> Figure:
     teacher, student = album.teacher, album.student
     assert teacher is not None
     other = album.other_block
+    maps = [head_mean(teacher), head_mean(student)]
     columns = ["image", f"teacher, block {teacher.first_block}", f"student, block {student.first_block}"]
+    if other is not None:
+        maps.append(head_mean(student, other))
+        columns.append(f"block {other}, not distilled")
     return figure_1(
         album.pixels[rows],
-        head_mean(teacher)[rows],
-        head_mean(student)[rows],
-        None if other is None else head_mean(student, other)[rows],
-        labels=[_name(album, album.labels[i]) for i in rows],
+        *(each[rows] for each in _on_one_grid(maps)),
+        labels=_labels(album, rows),
         teacher_predictions=[_name(album, teacher.predicted[i]) for i in rows],
         student_predictions=[_name(album, student.predicted[i]) for i in rows],
-        columns=[*columns, *([] if other is None else [f"block {other}, not distilled"])],
+        columns=columns,
         caption=f"Where the class token looks, heads averaged. {album.source}",
     )
 
@@ -154,10 +171,8 @@ def _sheet(album: Album) -> Figure:
 
 def _beside(album: Album, cells: Sequence[str], caption: str, across: int) -> Figure:
     """Each cell's first images beside the maps of all subjects."""
-    groups = [
-        _rows(album, _of_cell(album, cell), cell, [head_mean(subject) for subject in album.subjects])
-        for cell in cells
-    ]
+    maps = _on_one_grid([head_mean(subject) for subject in album.subjects])
+    groups = [_rows(album, _of_cell(album, cell), cell, maps) for cell in cells]
     columns = ["image", *(f"{subject.name}, block {subject.first_block}" for subject in album.subjects)]
     return figure_rows(groups, columns=columns, caption=f"Heads averaged. {caption}", across=across)
 
@@ -167,11 +182,16 @@ def _methods(album: Album) -> Figure:
     rows = [*range(len(album.pixels))][:ROWS_OF_A_FIGURE]
     groups = []
     for subject in album.subjects:
-        maps = [head_mean(subject), *(torch.from_numpy(m) for n, m in subject.maps.items() if n != ATTENTION)]
+        # As faithfulness has it: of the last block.
+        others = (torch.from_numpy(maps) for method, maps in subject.maps.items() if method != ATTENTION)
+        maps = [head_mean(subject, -1), *others]
         scaled = [each / each.amax((-2, -1), keepdim=True).clamp_min(1e-12) for each in maps]
         groups.append(_rows(album, rows, subject.name, scaled, subject))
     columns = ["image", *(name.replace("_", " ") for name in _methods_of(album))]
-    caption = "Every method's map of the class predicted, scaled to its own highest value."
+    caption = (
+        "Each map is scaled to its own highest value; attention is the last block's, heads averaged; "
+        "class-specific methods explain the class predicted."
+    )
     return figure_rows(
         groups, columns=columns, unit=RELEVANCE_UNIT, caption=f"{caption} {album.source}", across=1
     )
@@ -185,12 +205,11 @@ def _rows(
     album: Album, rows: list[int], title: str, maps: Sequence[Tensor], only: Subject | None = None
 ) -> Rows:
     subjects = album.subjects if only is None else [only]
-    known = all(album.labels[i] >= 0 for i in rows)
     return Rows(
         title,
         album.pixels[rows],
         [each[rows] for each in maps],
-        [_name(album, album.labels[i]) for i in rows] if known else None,
+        _labels(album, rows),
         [[_name(album, subject.predicted[i]) for i in rows] for subject in subjects],
         [[subject.confidence[i] for i in rows] for subject in subjects],
     )
@@ -201,7 +220,7 @@ def _regions(album: Album) -> Figure:
     return region_figure(
         album.pixels[rows],
         {name: torch.from_numpy(labels)[rows] for name, labels in album.regions.items()},
-        labels=[_name(album, album.labels[i]) for i in rows],
+        labels=_labels(album, rows),
         caption=f"Patches clustered by the attention that they draw in all blocks. {album.source}",
     )
 
@@ -331,7 +350,7 @@ def _fidelity_table(student: str, alikeness: Alikeness) -> Table:
         f"Fidelity of {student}, block.head",
         "Means over all test images, each beside "
         + ("the student that learned without the teacher, and " if has_alone else "")
-        + "the same map held against the other heads of the teacher's block.",
+        + "the same map held against other heads of the teacher's block.",
         columns,
         rows,
     )
@@ -466,15 +485,30 @@ def fidelity_numbers(album: Album) -> dict[str, Any]:
         for row, learnt in zip(alikeness.rows, alikeness.learnt, strict=True)
     ]
     cka = {f"{ours}.{theirs}": _finite(value) for (ours, theirs), value in alikeness.cka.items()}
-    return {"summary": summary, "rows": rows, "cka": cka}
+    return {"epoch": album.epoch, "summary": summary, "rows": rows, "cka": cka}
 
 
 def _of_cell(album: Album, cell: str) -> list[int]:
     return [i for i, each in enumerate(album.cells) if each == cell][:ROWS_OF_A_FIGURE]
 
 
+def _on_one_grid(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps [N, h, w] on the finest of their grids, summing to 1 there: equal colours mean the same."""
+    finest = max((each.shape[-2:] for each in maps), key=math.prod)
+    if all(each.shape[-2:] == finest for each in maps):
+        return [*maps]
+    resized = [interpolate(each[:, None], finest, mode="bilinear").squeeze(1) for each in maps]
+    return [each / each.sum((-2, -1), keepdim=True) for each in resized]
+
+
+def _labels(album: Album, rows: Sequence[int]) -> list[str] | None:
+    """What the images show, where that is known."""
+    labels = [album.labels[i] for i in rows]
+    return [_name(album, label) for label in labels] if all(label >= 0 for label in labels) else None
+
+
 def _name(album: Album, label: int) -> str:
-    return album.class_names[label] if label >= 0 else ""
+    return album.class_names[label]
 
 
 def _finite(value: float) -> float | None:

@@ -423,14 +423,20 @@ class FidelitySums:
 
 
 def other_heads(heads: Sequence[int], count: int, draws: int, seed: int) -> list[tuple[int, ...]]:
-    """The other sets of as many of `count` heads, or `draws` of them, seeded, where there are more."""
-    own, size = tuple(sorted(heads)), len(heads)
-    if math.comb(count, size) - 1 <= draws:
-        return [each for each in combinations(range(count), size) if each != own]
+    """Other sets of as many of `count` heads: all, or `draws` of them, seeded, where there are more.
+
+    They have no head in common with `heads`, unless too few others are left for that.
+    """
+    size = len(heads)
+    own = tuple(sorted(heads))
+    rest = [head for head in range(count) if head not in own]
+    pool = rest if len(rest) >= size else [*range(count)]
+    if math.comb(len(pool), size) <= draws + (pool != rest):
+        return [each for each in combinations(pool, size) if each != own]
     random = np.random.default_rng(seed)
     chosen: set[tuple[int, ...]] = set()
     while len(chosen) < draws:
-        drawn = tuple(sorted(random.choice(count, size, replace=False).tolist()))
+        drawn = tuple(sorted(random.choice(pool, size, replace=False).tolist()))
         chosen |= {drawn} - {own}
     return sorted(chosen)
 

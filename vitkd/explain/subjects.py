@@ -51,13 +51,19 @@ def subject_of(
     maps = {ATTENTION: attention.numpy()}
     for method in methods:
         if method != ATTENTION:
-            parts = zip(images.split(AT_A_TIME), answers.split(AT_A_TIME), strict=True)
-            found = [explain_by(method, model, part, target).cpu() for part, target in parts]
-            maps[method] = torch.cat(found).numpy()
+            maps[method] = maps_of(method, model, images, answers).cpu().numpy()
     subject = Subject(
         name, role, answers.tolist(), torch.cat(confidence).tolist(), maps, first_block % attention.shape[1]
     )
     return subject, torch.cat(features)
+
+
+def maps_of(method: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """`explain_by` a few images at a time, for gradients of all blocks take much memory: [N, h, w]."""
+    # Noise begins anew at each call.
+    size = max(len(images), 1) if method == "random" else AT_A_TIME
+    parts = zip(images.split(size), target.split(size), strict=True)
+    return torch.cat([explain_by(method, model, part, classes) for part, classes in parts])
 
 
 def class_rows(recording: Recording) -> Tensor:

@@ -255,16 +255,13 @@ def choices(arm: Arm) -> dict[str, str]:
 
 
 def setting_in(group: str, arm: Arm) -> Setting:
-    """An arm's settings in one group; a seed that all its teachers share with their students is none."""
-    runs = arm.runs.values()
-    left_out = {"teacher.seed"} if is_tied(runs) else set()
+    """An arm's settings in one group; where teachers have their students' seeds, that is the setting."""
+    setting = dict(arm.first.setting)
+    if is_tied(arm.runs.values()):
+        setting["teacher.seed"] = "${seed}"
     if group != "teacher" and arm.method == "attention":
-        left_out.add(f"{group}._target_")
-    return {
-        name: value
-        for name, value in arm.first.setting.items()
-        if name.partition(".")[0] == group and name not in left_out
-    }
+        setting.pop(f"{group}._target_", None)
+    return {name: value for name, value in setting.items() if name.partition(".")[0] == group}
 
 
 def usual_of(values: Sequence[Value]) -> str | None:

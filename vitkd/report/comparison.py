@@ -1,10 +1,11 @@
-"""Experiments with their figures: every arm beside the student alone."""
+"""Experiments with their figures: every arm beside the student alone, and attention beside its controls."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitkd.report.arms import Arm, Experiment, count
+from vitkd.report.controls import pairs_of
 from vitkd.report.statistics import (
     Gain,
     Summary,
@@ -40,11 +41,30 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Attention beside one of its controls, in percentage points.
+
+    One real gain and one without evidence do not make a difference between the two (Gelman and Stern 2006).
+    """
+
+    plain: Arm
+    """learned from the teacher's own maps"""
+    control: Arm
+    gain: Gain
+    """plain − control, at the last epoch"""
+    p_holm: float | None
+    """of `gain`, corrected for all contrasts of the experiment, and for nothing else"""
+    needed: int | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One experiment's rows, the baseline first."""
 
     experiment: Experiment
     rows: list[Row]
+    contrasts: list[Contrast]
 
     @property
     def headline(self) -> str:
@@ -93,7 +113,25 @@ def compare(experiment: Experiment) -> Comparison:
                 verdict=alone if arm.is_baseline else judge(gain, corrected[place], spread),
             )
         )
-    return Comparison(experiment, rows)
+    return Comparison(experiment, rows, contrasts_of(experiment))
+
+
+def contrasts_of(experiment: Experiment) -> list[Contrast]:
+    """Every arm that learned from its teacher's own maps beside each of its controls."""
+    pairs = pairs_of(experiment.arms)
+    gains = [paired_gain(plain.figures("acc_last"), control.figures("acc_last")) for plain, control in pairs]
+    corrected = holm([gain.p for gain in gains])
+    spreads = spreads_of(experiment.baseline, gains)
+    return [
+        Contrast(
+            *pair,
+            gain,
+            p_holm,
+            needed(gain, spread),
+            judge(gain, p_holm, spread, family="the controls"),
+        )
+        for pair, gain, p_holm, spread in zip(pairs, gains, corrected, spreads, strict=True)
+    ]
 
 
 def gain_over(baseline: Arm | None, arm: Arm, figure: str) -> Gain | None:

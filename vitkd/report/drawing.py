@@ -57,6 +57,11 @@ VARIABLES = {
 }
 MARKERS = "osD^vPX*"
 
+LEGEND_ROW = 0.16
+"""Inches."""
+LONGEST_LEGEND = 52
+"""Characters; more would be cut off."""
+
 
 DECADES = 100
 """Alphas from lowest to highest by such a factor or more are drawn on a log axis."""
@@ -118,10 +123,14 @@ def new_axes(figure: Figure, x: str, y: str, title: str = "") -> Axes:
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """A legend that covers nothing."""
+    """A legend that covers nothing and is cut off nowhere; the figure grows by what it takes."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        columns = 4 if max(map(len, labels)) < 10 else 3
+        longest = max(map(len, labels))
+        columns = next((of for of, fit in ((4, 9), (3, 15), (2, 25)) if longest <= fit), 1)
+        rows = -(-len(labels) // columns)
+        figure.set_size_inches(WIDTH, figure.get_size_inches()[1] + LEGEND_ROW * (rows - 1))
+        labels = [shortened(label, LONGEST_LEGEND) for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, labelcolor=INK)
 
 

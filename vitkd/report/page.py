@@ -14,7 +14,7 @@ from vitkd.report.curves import Reader
 from vitkd.report.drawing import RAMP
 from vitkd.report.plots import plates
 from vitkd.report.runs import Run
-from vitkd.report.tables import READING, columns_for, notes_of, teacher_lines
+from vitkd.report.tables import ANSWERS, CONTRASTS, QUESTION, READING, columns_for, notes_of, teacher_lines
 
 # Of viridis, what stands out against white, and against black.
 ON_LIGHT, ON_DARK = (0.0, 0.82), (0.32, 1.0)
@@ -33,6 +33,7 @@ def page(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Sequen
             "headline": comparison.headline,
             "columns": columns_for(comparison, are_narrow=True),
             "rows": comparison.rows,
+            "contrasts": comparison.contrasts,
             "notes": notes_of(comparison),
             "setting": told(comparison.experiment.setting),
             "plates": [
@@ -48,6 +49,9 @@ def page(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Sequen
         runs=[run for run in runs if not run.is_teacher],
         remarks=remarks,
         reading=READING,
+        question=QUESTION,
+        answers=ANSWERS,
+        contrast_columns=CONTRASTS,
         light=ramp_colours(*ON_LIGHT),
         dark=ramp_colours(*ON_DARK),
     )

@@ -1,6 +1,6 @@
 """The pictures of an experiment: gains, accuracy over alpha, the grid, curves, scales of losses, fidelity."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -35,6 +35,7 @@ from vitkd.report.drawing import (
     shortened,
     wrapped,
 )
+from vitkd.report.runs import Run
 from vitkd.report.statistics import Summary
 from vitkd.report.verdicts import Kind, signed
 
@@ -334,6 +335,16 @@ def loss_scales(experiment: Experiment, read: Reader) -> Plate:
     )
 
 
+class Unit(NamedTuple):
+    """What a picture of fidelity has on its axes."""
+
+    title: str
+    label: str
+    """of the distance"""
+    epoch: str
+    """of both axes: best | last"""
+
+
 class Dot(NamedTuple):
     """One run in the plane of fidelity and accuracy."""
 
@@ -342,41 +353,54 @@ class Dot(NamedTuple):
     name: str
     """what was learned"""
     is_hollow: bool
-    """trained on labels alone, beside a teacher that was only watched"""
+    """trained on labels alone"""
 
 
 def fidelity(experiment: Experiment, read: Reader) -> Plate:
     """One dot a run: how alike the attention is, and how accurate the student; one picture a unit."""
-    by_unit: dict[tuple[str, str], list[Dot]] = {}
+    by_unit: dict[Unit, list[Dot]] = {}
     named = [(run, taught(arm)) for arm in experiment.arms for run in arm.runs.values()]
     for run, name in named + [(run, run.granularity or "") for run in experiment.baselines]:
-        at_last = last(read(run).transfer) if run.method == "attention" else None
-        assert run.acc_last is not None
-        if run.fidelity is not None:
-            unit = (
-                "all losses",
-                "Jensen–Shannon divergence of the distilled maps,\nnats a row (vitkd.explain)",
-            )
-            by_unit.setdefault(unit, []).append(Dot(run.fidelity, run.acc_last, name, run.is_student_alone))
-        elif at_last is not None:
-            what = UNITS.get(run.loss or "", f"in the unit of {run.loss}")
-            unit = (f"loss {run.loss}", f"attention loss on validation images, last epoch:\n{what}")
-            by_unit.setdefault(unit, []).append(Dot(at_last, run.acc_last, name, run.is_student_alone))
+        for unit, x, accuracy in measured(run, read):
+            by_unit.setdefault(unit, []).append(Dot(x, accuracy, name, run.is_student_alone))
     names = sorted({dot.name for dots in by_unit.values() for dot in dots})
     return Plate(
         "Attention fidelity against accuracy",
-        "One dot a run: further left, the student looks more as its teacher does, or as a control arm has it"
-        " look. Hollow dots trained with"
-        " alpha = 1: their attention is as it came. Each loss has a unit, and so a picture, of its own; a"
-        " correlation over runs that differ in alpha is no effect of attention alone. From all runs beside a"
-        f" teacher: {experiment.title}.",
+        "One dot a run: further left, attention is nearer to what the axis names. An attention loss is the"
+        " distance from what the arm was taught, in a control arm something else than its teacher's maps; the"
+        " divergence measured by vitkd.explain is always the distance from the maps of the run's teacher, or"
+        " of the one named there. Attention and accuracy are of the epoch on the axes."
+        " Hollow dots trained on labels alone: their attention is as it came. Each loss has a unit, and so a"
+        " picture, of its own; a correlation over runs that differ in alpha is no effect of attention alone."
+        f" From all runs beside a teacher: {experiment.title}.",
         [
             picture(
-                f"attention fidelity against test accuracy, {title}", scattered, title, label, dots, names
+                f"attention fidelity against test accuracy, {unit.title}, {unit.epoch} epoch",
+                scattered,
+                unit,
+                dots,
+                names,
             )
-            for (title, label), dots in sorted(by_unit.items())
+            for unit, dots in sorted(by_unit.items())
         ],
     )
+
+
+def measured(run: Run, read: Reader) -> Iterator[tuple[Unit, float, float]]:
+    """How far a run's attention lies off, with its accuracy then: by its loss, and as it was explained."""
+    at_last = last(read(run).transfer) if run.method == "attention" else None
+    if at_last is not None and run.acc_last is not None:
+        what = UNITS.get(run.loss or "", f"in the unit of {run.loss}")
+        label = f"attention loss on validation images, last epoch:\n{what}"
+        yield Unit(f"loss {run.loss}", label, "last"), at_last, run.acc_last
+    if run.fidelity is not None:
+        divergence, epoch = run.fidelity
+        accuracy = run.acc_best if epoch == "best" else run.acc_last
+        label = (
+            f"divergence from the teacher's maps, {epoch} epoch:\nJensen–Shannon, nats a row (vitkd.explain)"
+        )
+        if accuracy is not None:
+            yield Unit("all losses", label, epoch), divergence, accuracy
 
 
 def taught(arm: Arm) -> str:
@@ -384,9 +408,14 @@ def taught(arm: Arm) -> str:
     return ", ".join(part for part in (arm.granularity or arm.method, arm.also) if part)
 
 
-def scattered(figure: Figure, title: str, label: str, dots: Sequence[Dot], names: Sequence[str]) -> None:
+def scattered(figure: Figure, unit: Unit, dots: Sequence[Dot], names: Sequence[str]) -> None:
     """The dots, one colour and shape a name."""
-    axes = new_axes(figure, label, "test accuracy, %", f"{title}: {correlation(dots)}")
+    axes = new_axes(
+        figure,
+        unit.label,
+        f"test accuracy, %\n({unit.epoch} epoch)",
+        f"{unit.title}: {correlation(dots)}",
+    )
     for number, name in enumerate(names):
         for is_hollow in (True, False):
             own = [(dot.x, dot.accuracy) for dot in dots if dot.name == name and dot.is_hollow == is_hollow]
@@ -402,7 +431,7 @@ def scattered(figure: Figure, title: str, label: str, dots: Sequence[Dot], names
     lowest, highest = min(dot.x for dot in dots), max(dot.x for dot in dots)
     if lowest > 0 and highest / lowest > DECADES:
         axes.set_xscale("log")
-        axes.set_xlabel(f"{label} (log scale)")
+        axes.set_xlabel(f"{unit.label} (log scale)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     legend_below(figure, axes)
 

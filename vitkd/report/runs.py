@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 from filelock import FileLock, Timeout
@@ -48,6 +48,15 @@ MOST_BYTES = 1 << 20
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+class Fidelity(NamedTuple):
+    """How far a student's attention lies from its teacher's own maps, as `vitkd.explain` measured it."""
+
+    divergence: float
+    """Jensen–Shannon, of the distilled maps, in nats a row"""
+    epoch: str
+    """of the student that was looked at: best | last"""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run folder. Accuracies and agreements are in percent."""
@@ -82,8 +91,8 @@ class Run:
     parameters: int | None = None
     finished: str = ""
     """when its state was written, ISO 8601"""
-    fidelity: float | None = None
-    """Jensen–Shannon divergence of the distilled maps in nats a row, where `vitkd.explain` measured it"""
+    fidelity: Fidelity | None = None
+    """where somebody measured it"""
     is_teacher: bool = False
     """of the teacher store: no arm of any experiment"""
 
@@ -98,7 +107,7 @@ class Run:
     @property
     def is_student_alone(self) -> bool:
         """Whether it trained on labels alone: without a method, or with all of the weight on them."""
-        return self.method == "none" or (self.method == "attention" and self.alpha == 1)
+        return self.method == "none" or self.alpha == 1
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
@@ -277,10 +286,12 @@ def is_locked(lock: Path) -> bool:
         return False  # not ours to lock: whoever runs there would have locked it
 
 
-def read_fidelity(path: Path) -> float | None:
-    """The divergence of the distilled maps, where somebody measured it."""
-    summary = read_json(path).get("summary") if path.is_file() else None
-    return number(summary.get("js_distilled")) if isinstance(summary, dict) else None
+def read_fidelity(path: Path) -> Fidelity | None:
+    """What the file `path` says; None without it, and where it tells not of which epoch it speaks."""
+    told = read_json(path)
+    summary, epoch = told.get("summary"), told.get("epoch")
+    divergence = number(summary.get("js_distilled")) if isinstance(summary, dict) else None
+    return None if divergence is None or epoch not in ("best", "last") else Fidelity(divergence, epoch)
 
 
 def read_json(path: Path) -> dict[str, Any]:

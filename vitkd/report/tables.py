@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vitkd.report.arms import count
-from vitkd.report.comparison import Comparison, Row
+from vitkd.report.comparison import Comparison, Contrast, Row
+from vitkd.report.controls import name_of
 from vitkd.report.runs import Run, run_folders
 from vitkd.report.statistics import FEWEST_TO_RESAMPLE, Gain, Interval, Summary
 from vitkd.report.verdicts import FEWEST_SEEDS, Kind, digits_of, signed
@@ -34,7 +35,8 @@ READING = (
     " is half that interval.",
     "The gain is paired by seed with the student alone (alpha=1 or method=none, the same training). p is of"
     " the paired t test, two-sided; where all seeds differ by the same amount, of the exact sign-flip test.",
-    "p (Holm) is corrected for all arms of the section. A gain is called real, or an arm hurtful, where"
+    "p (Holm) is corrected for all arms of the section; comparisons with controls are corrected among"
+    " themselves. A gain is called real, or an arm hurtful, where"
     f" p (Holm) is at most 0.05 with {FEWEST_SEEDS} seeds or more; never from one seed.",
     "The number of seeds that would resolve a gap is for the gap observed, itself uncertain: power 0.8,"
     " paired t test at 5 %, uncorrected.",
@@ -50,7 +52,8 @@ class Column(NamedTuple):
     """One column of the table for people."""
 
     heading: str
-    cell: Callable[[Row], str]
+    cell: Callable[[Any], str]
+    """of a Row, or of a Contrast"""
     is_text: bool = False
 
 
@@ -73,6 +76,23 @@ COLUMNS = (
     Column("wall time", lambda row: wall_time(row)),
 )
 
+
+QUESTION = "Is it the teacher's pattern?"
+ANSWERS = (
+    "Attention beside each of its controls at the last epoch, paired by seed. Real: the teacher's own maps"
+    " give more than the control does. Hurts: they give less. No evidence: the control may do as well,"
+    " whatever each of the two shows beside the student alone."
+)
+CONTRASTS = (
+    Column("attention", lambda found: found.plain.label, is_text=True),
+    Column("control", lambda found: name_of(found.control, found.plain), is_text=True),
+    Column("seeds", lambda found: str(found.gain.difference.n)),
+    Column("difference", lambda found: gain_text(found.gain)),
+    Column("95 % of it", lambda found: interval(found.gain.difference.interval)),
+    Column("p", lambda found: p_text(found.gain.p)),
+    Column("p (Holm)", lambda found: p_text(found.p_holm)),
+    Column("verdict", lambda found: found.verdict.words, is_text=True),
+)
 
 ARM = Column("arm", lambda row: row.arm.label, is_text=True)
 """Where there is no room for four columns, in place of them."""
@@ -105,6 +125,9 @@ def print_report(
         )
         for note in notes_of(comparison):
             console.print(Text(f"note: {note}"), soft_wrap=True)
+        if comparison.contrasts:
+            question = Text(f"\n{QUESTION}", style="bold")
+            console.print(question, terminal_contrasts(comparison.contrasts, console.width), sep="\n")
     if teachers:
         console.print("")
     for teacher in teachers:
@@ -141,21 +164,51 @@ def terminal_table(comparison: Comparison, width: int) -> Table:
     return table
 
 
+def terminal_contrasts(contrasts: Sequence[Contrast], width: int) -> Table:
+    """One line a control; where `width` is small, without seeds, interval and p-values."""
+    left_out = {"95 % of it", "p"} if width >= WIDE else {"seeds", "95 % of it", "p", "p (Holm)"}
+    columns = [column for column in CONTRASTS if column.heading not in left_out]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.heading,
+            justify="left" if column.is_text else "right",
+            no_wrap=not column.is_text,
+            overflow="fold",
+            ratio=1 if column.heading == "verdict" else None,
+        )
+    for found in contrasts:
+        style = COLOURS.get(found.verdict.kind, "")
+        *cells, verdict = (Text(column.cell(found)) for column in columns)
+        table.add_row(*cells, Text(verdict.plain, style=style))
+    return table
+
+
 def markdown(comparisons: Sequence[Comparison], teachers: Sequence[Run], remarks: Sequence[str]) -> str:
     """The whole report as one Markdown page."""
     lines = ["# Report", "", "Accuracies and agreements in percent, gains in percentage points.", ""]
     for comparison in comparisons:
         columns = columns_for(comparison)
         lines += [f"## {escape(comparison.experiment.title)}", "", comparison.headline, ""]
-        lines.append(markdown_row([column.heading for column in columns]))
-        lines.append(markdown_row(["---" if column.is_text else "---:" for column in columns]))
-        lines += [markdown_row([escape(c.cell(row)) for c in columns]) for row in comparison.rows]
+        lines += markdown_table(columns, comparison.rows)
         lines += ["", *(f"- {escape(note)}" for note in notes_of(comparison)), ""]
+        if comparison.contrasts:
+            lines += [f"### {QUESTION}", "", ANSWERS, ""]
+            lines += [*markdown_table(CONTRASTS, comparison.contrasts), ""]
     if teachers:
         lines += ["## Teachers", "", *(f"- {escape(line)}" for line in teacher_lines(teachers)), ""]
     if remarks:
         lines += ["## Runs without figures", "", *(f"- {escape(remark)}" for remark in remarks), ""]
     return "\n".join([*lines, "## How to read this", "", *(f"- {line}" for line in READING), ""])
+
+
+def markdown_table(columns: Sequence[Column], rows: Sequence[Row] | Sequence[Contrast]) -> list[str]:
+    """The lines of a table."""
+    return [
+        markdown_row([column.heading for column in columns]),
+        markdown_row(["---" if column.is_text else "---:" for column in columns]),
+        *(markdown_row([escape(column.cell(row)) for column in columns]) for row in rows),
+    ]
 
 
 def markdown_row(cells: Iterable[str]) -> str:
@@ -245,6 +298,7 @@ def json_text(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: S
                     }
                     for row in comparison.rows
                 ],
+                "controls": [contrast_facts(found) for found in comparison.contrasts],
             }
             for comparison in comparisons
         ],
@@ -253,6 +307,21 @@ def json_text(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: S
         "reading": READING,
     }
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def contrast_facts(found: Contrast) -> dict[str, Any]:
+    """Attention beside a control, unrounded."""
+    return {
+        "attention": found.plain.label,
+        "control": found.control.label,
+        "paired_with_seeds": list(found.gain.seeds),
+        **flat("difference", "pp", found.gain.difference),
+        "p": found.gain.p,
+        "p_holm": found.p_holm,
+        "seeds_needed": found.needed,
+        "verdict": found.verdict.kind.value,
+        "words": found.verdict.words,
+    }
 
 
 def run_facts(run: Run) -> dict[str, Any]:

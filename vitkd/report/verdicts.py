@@ -35,13 +35,17 @@ class Spread(NamedTuple):
     """`own` differences, those of `other arms`, or what `the student alone` does over seeds"""
 
 
-def judge(gain: Gain | None, corrected: float | None, spread: Spread | None) -> Verdict:
+def judge(
+    gain: Gain | None, corrected: float | None, spread: Spread | None, family: str = "the grid"
+) -> Verdict:
     """The verdict on an arm.
 
     Args:
-        gain: over the student alone, in percentage points; None where there is none to compare with.
+        gain: over the student alone, or over a control, in percentage points; None where there is no
+            student alone to compare with.
         corrected: the gain's p-value after Holm's correction.
         spread: of the differences, for saying how many seeds would do.
+        family: all that the correction is for.
     """
     if gain is None:
         return Verdict(Kind.NOT_COMPARABLE, "no student alone to compare with")
@@ -63,7 +67,7 @@ def judge(gain: Gain | None, corrected: float | None, spread: Spread | None) -> 
     if gain.difference.std == 0 and mean:
         remedy = "without a spread only more seeds can tell"
     elif gain.p <= LEVEL:
-        remedy = f"{as_p(gain.p)} alone, {as_p(corrected)} over the grid"
+        remedy = f"{as_p(gain.p)} alone, {as_p(corrected)} over {family}"
     return Verdict(Kind.NO_EVIDENCE, f"no evidence: {told}; {remedy}")
 
 

@@ -3,8 +3,7 @@
 Shapes: B images, C channels, g patches along one side.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 from vitkd.distill.modules import DistillModule
 from vitkd.distill.pairing import BlockPair
 from vitkd.explain import cls_attention, denormalise, figure_1
+from vitkd.explain.recording import evaluating
 from vitkd.models import ViT
 
 IMAGES = 4
@@ -162,18 +162,6 @@ def look(
     grid = model.config.grid
     maps = {block: cls_attention(output.scores[block], grid, heads[block]).cpu() for block in heads}
     return maps, output.logits.argmax(-1).tolist()
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Puts `model` in eval mode, and at the end every part of it back into the mode it was in."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def rendered(figure: Figure) -> np.ndarray:

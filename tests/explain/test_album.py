@@ -1,0 +1,334 @@
+"""The files of an explanation: which there are, that they are plain, and that they hold what was found."""
+
+import json
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from vitkd.explain import album as album_module
+from vitkd.explain.album import Album, fidelity_numbers, figures_of, files_of, numbers_of, page_of
+from vitkd.explain.correctness import correctness_correlation
+from vitkd.explain.faithfulness import faithfulness
+from vitkd.explain.fidelity import MapPair
+from vitkd.explain.gallery import BOTH_RIGHT, BOTH_WRONG, CELLS, STUDENT_WRONG, TEACHER_WRONG, OverRepresented
+from vitkd.explain.page import render
+from vitkd.explain.subjects import regions_of, subject_of
+from vitkd.explain.survey import Comparison, survey
+from vitkd.report.runs import read_fidelity
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ALWAYS = {"methods.png", "maps.npz", "figures.json", "index.html", "regions.png"}
+WITH_TEACHER = {"figure_1.png", "figure_2.png", "figure_3.png", "gallery.png"}
+CLASSES = ["ape", "bee <b>", "cat", "dog", "eel"]
+METHODS = ["attention", "rollout", "relevance"]
+LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def make(tiny, names, channels=3, **changes) -> Album:
+    """An album of untrained models, their figures computed as the command does it."""
+    roles = {name: "teacher" if name == "teacher" else "student" for name in names}
+    models = {name: tiny(channels=channels, num_heads=3).build().eval() for name in names}
+    pixels = torch.rand(6, channels, 8, 8)
+    looked = {
+        name: subject_of(name, role, models[name], pixels, METHODS, -1 if role == "teacher" else 1)
+        for name, role in roles.items()
+    }
+    subjects = [subject for subject, _ in looked.values()]
+    plain = {
+        "title": "Where they look",
+        "source": "run of untrained models",
+        "epoch": "last",
+        "pixels": pixels,
+        "labels": LABELS.tolist(),
+        "cells": [""] * 6,
+        "numbers": [7, 3, 11, 5, 2, 30],
+        "class_names": CLASSES,
+        "subjects": subjects,
+        "regions": {subject.name: regions_of(features, 3, subject) for subject, features in looked.values()},
+    }
+    if "teacher" in names:
+        # Of three heads, so that each set of them has others beside it.
+        pairs = [MapPair(1, 0, 2, (0,)), MapPair(2, 0, 2, (0, 1)), MapPair(1, 1, 2, (1,))]
+        alone = "student B" if "student B" in names else None
+        comparisons = {
+            name: Comparison("teacher", pairs, (True, False, True), 4, alone if name != alone else None)
+            for name in names[1:]
+        }
+        seen = survey(models, [(pixels, LABELS, torch.arange(6))], comparisons)
+        plain |= {
+            "cells": [BOTH_RIGHT, BOTH_RIGHT, STUDENT_WRONG, STUDENT_WRONG, BOTH_WRONG, BOTH_WRONG],
+            "counts": dict(zip(CELLS, (900, 20, 0, 4), strict=True)),
+            "over_represented": {STUDENT_WRONG: [OverRepresented("bee <b>", 9, 2.0, 4.5, 1e-4, 5e-4)]},
+            "other_block": 0,
+            "reach": seen.reach,
+            "alikeness": seen.alikeness,
+            "correlations": {
+                name: {"all test images": correctness_correlation(each.divergence, LABELS > 1)}
+                for name, each in seen.alikeness.items()
+            },
+        }
+    return Album(**(plain | changes))
+
+
+def curves_of(tiny):
+    """Model → faithfulness of one image, whose standard error is none."""
+    model, pixels, maps = tiny().build(), torch.rand(1, 3, 8, 8), torch.rand(1, 2, 2)
+    predicted = model(pixels).logits.argmax(-1)
+    return {"student": faithfulness(model, pixels, lambda x: x, {"rollout": maps}, predicted, LABELS[:1])}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The factory of `tiny`, for the whole module."""
+    from vitkd.models import ViTConfig
+
+    def build(**changes):
+        shape = {"image_size": 8, "channels": 3, "num_classes": 5, "patch_size": 4, "embed_dim": 12}
+        shape |= {"depth": 3, "num_heads": 2, "head_dim": 4, "mlp_dim": 16}
+        return ViTConfig(**(shape | changes))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(small) -> Album:
+    torch.manual_seed(0)
+    names = ["teacher", "student A", "student B"]
+    return make(small, names, faithfulness=curves_of(small), notes=["A note."])
+
+
+@pytest.fixture(scope="module")
+def files(whole) -> dict[str, bytes]:
+    return files_of(whole)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out the drawing, which takes long."""
+    for name in ("figure_rows", "figure_1", "region_figure", "fidelity_figure", "curves_figure"):
+        monkeypatch.setattr(album_module, name, lambda *_, **__: Figure())
+    monkeypatch.setattr(album_module, "png", lambda _: PNG)
+
+
+def strict(content: bytes):
+    """JSON as other languages read it."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(content, parse_constant=refuse)
+
+
+def texts(figure: Figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(Text))
+
+
+def arrays_of(content: bytes):
+    with np.load(BytesIO(content), allow_pickle=False) as found:
+        return dict(found)
+
+
+class TestFiles:
+    def test_of_two_students_and_their_teacher(self, files):
+        assert files.keys() == ALWAYS | WITH_TEACHER | {"fidelity.json", "fidelity.png", "perturbation.png"}
+
+    def test_without_a_teacher(self, tiny):
+        assert files_of(make(tiny, ["student"], channels=1)).keys() == ALWAYS
+
+    @pytest.mark.parametrize(
+        ("left_out", "missing"),
+        [
+            ("alikeness", {"fidelity.json", "fidelity.png"}),
+            ("faithfulness", {"perturbation.png"}),
+            ("regions", {"regions.png"}),
+        ],
+    )
+    def test_what_was_not_measured_has_no_file(self, left_out, missing, whole, files, undrawn):
+        found = files_of(replace(whole, **{left_out: {}}))
+
+        assert files.keys() - found.keys() == missing
+
+    def test_every_picture_is_one(self, files):
+        for name, content in files.items():
+            if name.endswith(".png"):
+                with Image.open(BytesIO(content)) as picture:
+                    picture.load()
+                assert min(picture.size) > 200, name
+
+
+class TestFigures:
+    @pytest.mark.parametrize(
+        ("cell", "figures"),
+        [
+            (BOTH_RIGHT, {"figure_1", "gallery"}),
+            (STUDENT_WRONG, {"figure_1", "figure_2", "gallery"}),
+            (TEACHER_WRONG, {"figure_1", "figure_3", "gallery"}),
+            (BOTH_WRONG, {"figure_1", "figure_3", "gallery"}),
+            ("", {"figure_1"}),
+        ],
+    )
+    def test_of_empty_cells_are_left_out(self, cell, figures, whole, undrawn):
+        drawn = figures_of(replace(whole, cells=[cell] * 6)).keys()
+
+        assert drawn & {name.removesuffix(".png") for name in WITH_TEACHER} == figures
+
+    def test_of_one_cell_beside_an_empty_one_are_drawn(self, whole):
+        figure = album_module._figure_3(replace(whole, cells=[BOTH_WRONG] * 6))
+
+        assert "teacher wrong" in texts(figure)
+
+    def test_figure_1_shows_the_block_that_was_not_distilled_where_there_is_one(self, whole):
+        figure = album_module._figure_1
+
+        assert "block 0, not distilled" in texts(figure(whole))
+        assert "student A, block" not in texts(figure(whole))
+        assert "not distilled" not in texts(figure(replace(whole, other_block=None)))
+
+    def test_maps_of_other_grids_are_brought_to_the_finest(self):
+        coarse, fine = torch.rand(2, 2, 2), torch.rand(2, 4, 4)
+        coarse, fine = (each / each.sum((-2, -1), keepdim=True) for each in (coarse, fine))
+
+        resized, same = album_module._on_one_grid([coarse, fine])
+
+        torch.testing.assert_close(same, fine)
+        assert resized.shape == (2, 4, 4)
+        torch.testing.assert_close(resized.sum((-2, -1)), torch.ones(2))
+        # The corners of a doubled grid lie within the corners of the old one.
+        corner = coarse[:, 0, 0] / coarse[:, 1, 1]
+        torch.testing.assert_close(resized[:, 0, 0] / resized[:, 3, 3], corner)
+
+
+class TestNumbers:
+    def test_are_strict_json_with_all_there_is(self, whole, files):
+        found = strict(files["figures.json"])
+
+        assert found.keys() == {
+            *("title", "source", "cells", "over_represented", "correctness", "attention_distance"),
+            *("faithfulness", "images"),
+        }
+        assert found["cells"] == dict(whole.counts)
+        assert found["images"] == whole.numbers
+        assert found["over_represented"][STUDENT_WRONG][0]["label"] == "bee <b>"
+        np.testing.assert_allclose(found["attention_distance"]["teacher"], whole.reach["teacher"])
+        curve = found["faithfulness"]["student"]["rollout"]["positive"]["predicted"]
+        assert curve["gap_error"] is None
+        assert curve["fractions"] == [0, 0.25, 0.5, 0.75, 1]
+
+    def test_what_is_undefined_is_null(self, whole):
+        always_right = correctness_correlation([0.1, 0.2, 0.3], [True] * 3)
+        reach = torch.full((3, 2), torch.nan)
+        album = replace(
+            whole, correlations={"student A": {"all test images": always_right}}, reach={"teacher": reach}
+        )
+
+        found = strict(album_module._json(numbers_of(album)))
+
+        assert found["correctness"]["student A"]["all test images"]["r"] is None
+        assert "right on all 3" in found["correctness"]["student A"]["all test images"]["reason"]
+        assert found["attention_distance"]["teacher"] == [[None, None]] * 3
+
+    def test_an_undefined_fidelity_is_null_and_left_out_of_the_mean(self, whole):
+        alikeness = whole.alikeness["student A"]
+        first, *others = alikeness.rows
+        rows = [replace(first, figures=first.figures | {"spearman": None}, permuted=None), *others]
+        cka = dict.fromkeys(alikeness.cka, float("nan"))
+        album = replace(whole, alikeness={"student A": replace(alikeness, rows=rows, cka=cka)})
+
+        found = strict(album_module._json(fidelity_numbers(album)))
+
+        assert found["rows"][0]["figures"]["spearman"] is None
+        assert {*found["cka"].values()} == {None}
+        # Of the distilled first and last rows the last alone has one.
+        assert found["summary"]["spearman_distilled"] == pytest.approx(rows[2].figures["spearman"])
+        assert album_module._fidelity(album).axes
+        assert "–" in render(page_of(album, {}))
+
+    @pytest.mark.parametrize("measure", ["js", "kl", "spearman", "top_k_iou", "cls_overlap"])
+    @pytest.mark.parametrize("part", ["figures", "alone", "permuted"])
+    def test_the_summary_is_the_mean_over_rows(self, measure, part, whole, files):
+        found = strict(files["fidelity.json"])
+        rows, suffix = found["rows"], "" if part == "figures" else f"_{part}"
+
+        assert [row["distilled"] for row in rows] == [True, False, True]
+        own = [getattr(row, part)[measure] for row in whole.alikeness["student A"].rows]
+        assert [row[part][measure] for row in rows] == pytest.approx(own)
+        mean = sum(row[part][measure] for row in (rows[0], rows[2])) / 2
+        assert found["summary"][f"{measure}_distilled{suffix}"] == pytest.approx(mean)
+        mean = sum(row[part][measure] for row in rows) / 3
+        assert found["summary"][f"{measure}_all{suffix}"] == pytest.approx(mean)
+
+    def test_the_report_reads_the_divergence_of_distilled_maps(self, whole, files, tmp_path):
+        (tmp_path / "fidelity.json").write_bytes(files["fidelity.json"])
+
+        rows = whole.alikeness["student A"].rows
+        expected = (rows[0].figures["js"] + rows[2].figures["js"]) / 2
+        found = read_fidelity(tmp_path / "fidelity.json")
+        assert found is not None
+        assert found.divergence == pytest.approx(expected)
+        assert found.epoch == "last"
+
+    def test_where_no_map_was_distilled_the_report_finds_none(self, whole, tmp_path):
+        alikeness = replace(whole.alikeness["student A"], learnt=[False] * 3)
+        found = fidelity_numbers(replace(whole, alikeness={"student A": alikeness}))
+        (tmp_path / "fidelity.json").write_text(json.dumps(found))
+
+        assert "js_all" in found["summary"]
+        assert read_fidelity(tmp_path / "fidelity.json") is None
+
+
+class TestArrays:
+    def test_are_the_subjects_maps_without_pickle(self, whole, files):
+        found = arrays_of(files["maps.npz"])
+
+        for subject in whole.subjects:
+            for method, maps in subject.maps.items():
+                assert np.array_equal(found[f"{subject.name}/{method}"], maps)
+            assert found[f"{subject.name}/predicted"].tolist() == subject.predicted
+            assert found[f"{subject.name}/confidence"].tolist() == subject.confidence
+            assert np.array_equal(found[f"{subject.name}/regions"], whole.regions[subject.name])
+        assert np.array_equal(found["pixels"], whole.pixels)
+        assert found["labels"].tolist() == whole.labels
+        assert found["numbers"].tolist() == whole.numbers
+        assert found["cells"].tolist() == whole.cells
+
+
+class TestPage:
+    def test_says_what_was_found(self, files):
+        html = files["index.html"].decode()
+
+        for text in ("A note.", "Over-represented where only the student is wrong", "correlate by"):
+            assert text in html
+        for title in ("Fidelity of student A", "Fidelity of student B", "How far blocks look"):
+            assert title in html
+        assert "Faithfulness, student" in html
+        assert "bee <b>" not in html
+
+    def test_baselines_stand_in_the_table_where_there_are_any(self, whole):
+        tables = {table.title: table for table in page_of(whole, {}).tables}
+
+        ours, theirs = (tables[f"Fidelity of student {name}, block.head"] for name in "AB")
+        assert "… alone" in ours.columns
+        assert "… alone" not in theirs.columns
+        for table in tables.values():
+            assert {len(row) for row in table.rows} == {len(table.columns)}
+        first = dict(zip(ours.columns, ours.rows[0], strict=False))
+        assert (first["student map"], first["teacher map"], first["distilled"]) == ("1.0", "2.0", "yes")
+        assert ours.rows[1][:3] == ["2.0", "2.0+1", ""]
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_of_pictures_whose_class_nobody_knows(self, channels, tiny, undrawn):
+        html = files_of(make(tiny, ["student"], channels, labels=[-1] * 6))["index.html"].decode()
+
+        assert "Where they look" in html
+        assert "http://" not in html.replace("http://www.w3.org", "")
+
+    def test_of_images_in_one_cell(self, whole):
+        html = render(page_of(replace(whole, cells=[STUDENT_WRONG] * 6), {}))
+
+        assert "student wrong" in html.lower()

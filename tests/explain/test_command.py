@@ -1,0 +1,420 @@
+"""`python -m vitkd.explain`: what it leaves for runs and for pictures, and one line for each mistake."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+from PIL import Image
+
+from vitkd.config import parse
+from vitkd.data import ImageDataModule
+from vitkd.explain import album
+from vitkd.explain.gallery import BOTH_RIGHT, CELLS, STUDENT_WRONG
+from vitkd.explain.methods import METHODS
+from vitkd.models import ViTConfig, load_model, save_model
+from vitkd.report.runs import read_run
+
+BRIEFLY = ["teacher.max_epochs=1", "trainer.limit_train_batches=1", "pictures_every_n_epochs=0"]
+LIGHT = ["images=3", "faithfulness_images=4", "methods=[attention,relevance]"]
+ALWAYS = {"figures.json", "index.html", "maps.npz", "methods.png", "regions.png"}
+OF_TEACHER = {"figure_1.png", "fidelity.json", "fidelity.png", "gallery.png"}
+
+
+@pytest.fixture(scope="module")
+def explain(command):
+    """The command, and what it has to say."""
+    return lambda *arguments: command("explain.__main__", *arguments)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory, command) -> Path:
+    """A distilled student, and one that learned alone."""
+    path = tmp_path_factory.mktemp("explained") / "outputs"
+    of_runs = {
+        "first": ["trainer.max_epochs=1", "granularity=block", "loss=kl", "alpha=0.5"],
+        "alone": ["trainer.max_epochs=1", "method=none"],
+    }
+    for name, arguments in of_runs.items():
+        ended = command("train", *BRIEFLY, f"paths.outputs={path}", f"name={name}", *arguments)
+        assert ended.code == 0, ended.err
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(outputs) -> Path:
+    return outputs / "digits" / "first"
+
+
+@pytest.fixture(scope="module")
+def explained(explain, run) -> Path:
+    """The folder of the first run's explanation."""
+    ended = explain(f"run={run}", *LIGHT)
+    assert (ended.code, ended.err) == (0, "")
+    assert str(run / "explain" / "index.html") in ended.out
+    return run / "explain"
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    return a_photo(tmp_path / "photo.png")
+
+
+def a_photo(path: Path) -> Path:
+    """In colour, not square."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out the drawing, which takes longer than all else; test_album has it."""
+    for name in ("figure_rows", "figure_1", "region_figure", "fidelity_figure", "curves_figure"):
+        monkeypatch.setattr(album, name, lambda *_, **__: None)
+    monkeypatch.setattr(album, "png", lambda _: b"\x89PNG\r\n\x1a\n")
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def strict_json(path: Path):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def arrays_of(folder: Path):
+    with np.load(folder / "maps.npz", allow_pickle=False) as found:
+        return dict(found)
+
+
+def everything_below(*folders: Path) -> dict[Path, bytes]:
+    """What a command that fails must leave as it is."""
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.suffix != ".lock"}
+
+
+class TestOneRun:
+    def test_leaves_every_file(self, explained):
+        assert names_in(explained) >= ALWAYS | OF_TEACHER | {"perturbation.png"}
+        cells = {*arrays_of(explained)["cells"]}
+        assert ("figure_2.png" in names_in(explained)) == (STUDENT_WRONG in cells)
+        assert ("figure_3.png" in names_in(explained)) == bool(cells - {BOTH_RIGHT, STUDENT_WRONG})
+        assert not [name for name in names_in(explained) if name.endswith(".tmp")]
+
+    def test_counts_agree_with_what_the_run_measured(self, explained, run):
+        metrics = json.loads((run / "metrics.json").read_text())
+        cells = strict_json(explained / "figures.json")["cells"]
+
+        total = sum(cells.values())
+        assert [*cells] == [*CELLS]
+        assert (cells["both right"] + cells["teacher wrong"]) / total == metrics["test/acc_best"]
+        assert (cells["both right"] + cells["student wrong"]) / total == metrics["teacher/test_acc"]
+
+    def test_images_lie_in_the_cells_that_their_answers_say(self, explained):
+        found = arrays_of(explained)
+
+        right = {name: found[f"{name}/predicted"] == found["labels"] for name in ("teacher", "student")}
+        told = zip(right["teacher"], right["student"], strict=True)
+        names = {(1, 1): CELLS[0], (1, 0): CELLS[1], (0, 1): CELLS[2], (0, 0): CELLS[3]}
+        assert [names[each] for each in told] == found["cells"].tolist()
+        assert max(found["cells"].tolist().count(cell) for cell in CELLS) == 3
+
+    def test_maps_are_those_of_the_images_at_their_positions(self, explained, run):
+        config = parse(OmegaConf.load(run / "config.yaml"))
+        data = ImageDataModule(config.dataset, config.paths.data, 0)
+        data.setup()
+        (batch,) = data.loader("test", torch.device("cpu"), rank=0, world_size=1)
+        found = arrays_of(explained)
+        positions = torch.from_numpy(found["numbers"])
+        place = {int(index): i for i, index in enumerate(batch.index)}
+        images = batch.image[[place[int(each)] for each in positions]]
+
+        with torch.no_grad():
+            scores = load_model(run / "student.safetensors").scores(images, [1])[1]
+        rows = scores.softmax(-1)[:, :, 0, 1:].unflatten(-1, found["student/attention"].shape[-2:])
+        np.testing.assert_allclose(found["student/attention"][:, 1], rows, rtol=1e-4)
+
+    def test_every_method_is_held_against_random_order(self, explained):
+        found = strict_json(explained / "figures.json")["faithfulness"]
+
+        assert found.keys() == {"teacher", "student"}
+        for methods in found.values():
+            assert methods.keys() == {"attention", "relevance", "random"}
+            assert methods["random"]["positive"]["predicted"]["gap"] == 0
+
+    def test_distilled_maps_are_told(self, explained, run):
+        rows = strict_json(explained / "fidelity.json")["rows"]
+        (pair,) = json.loads((run / "pairs.json").read_text())
+
+        distilled = [(row["student_block"], row["teacher_block"]) for row in rows if row["distilled"]]
+        assert distilled == [(pair["student_block"], pair["teacher_block"])] * 4
+        assert {row["student_block"] for row in rows if not row["distilled"]} == {0}
+
+    def test_the_report_takes_up_the_fidelity(self, explained, run):
+        summary = strict_json(explained / "fidelity.json")["summary"]
+
+        assert read_run(run).fidelity == (summary["js_distilled"], "best")
+
+    @pytest.mark.slow
+    def test_the_same_command_gives_the_same_bytes(self, explained, explain, run, tmp_path):
+        ended = explain(f"run={run}", *LIGHT, f"out={tmp_path / 'again'}")
+
+        assert ended.code == 0, ended.err
+        assert names_in(tmp_path / "again") == names_in(explained)
+        for name in ("index.html", "figures.json", "fidelity.json"):
+            assert (tmp_path / "again" / name).read_bytes() == (explained / name).read_bytes()
+        first, second = arrays_of(explained), arrays_of(tmp_path / "again")
+        assert first.keys() == second.keys()
+        assert all(first[name].tobytes() == second[name].tobytes() for name in first)
+
+    @pytest.mark.slow
+    def test_of_one_class_and_the_last_epoch(self, explained, explain, run, tmp_path):
+        settings = ["of_class=3", "epoch=last", "faithfulness_images=0", *LIGHT[::2]]
+        ended = explain(f"run={run}", *settings, f"out={tmp_path}")
+
+        assert ended.code == 0, ended.err
+        assert {*arrays_of(tmp_path)["labels"]} == {3}
+        assert "perturbation.png" not in names_in(tmp_path)
+        assert "last epoch" in strict_json(tmp_path / "figures.json")["source"]
+
+
+class TestOtherRuns:
+    def test_two_runs_beside_their_teacher(self, explain, run, outputs, tmp_path, undrawn):
+        ended = explain(f"run=[{run},{outputs / 'digits' / 'alone'}]", *LIGHT, f"out={tmp_path}")
+
+        assert (ended.code, ended.err) == (0, "")
+        found = arrays_of(tmp_path)
+        assert {name.partition("/")[0] for name in found if "/" in name} == {
+            *("teacher", "student A", "student B")
+        }
+        # The second learned without the teacher, so it is the first's baseline.
+        fidelity = strict_json(tmp_path / "fidelity.json")
+        assert all(row["alone"] for row in fidelity["rows"])
+        assert "js_distilled_alone" in fidelity["summary"]
+        assert strict_json(tmp_path / "figures.json")["correctness"].keys() == {"student A", "student B"}
+
+    def test_a_student_alone(self, explain, outputs, tmp_path, undrawn):
+        ended = explain(f"run={outputs / 'digits' / 'alone'}", *LIGHT, f"out={tmp_path}")
+
+        assert (ended.code, ended.err) == (0, "")
+        assert names_in(tmp_path) == ALWAYS | {"perturbation.png"}
+        assert {*arrays_of(tmp_path)["cells"]} == {""}
+        assert len(arrays_of(tmp_path)["labels"]) == 3
+
+    def test_a_student_alone_beside_a_teacher_that_is_named(self, explain, outputs, run, tmp_path, undrawn):
+        alone = outputs / "digits" / "alone"
+        ended = explain(f"run={alone}", f"teacher.checkpoint={run}", *LIGHT, f"out={tmp_path}")
+
+        assert ended.code == 0, ended.err
+        assert names_in(tmp_path) >= OF_TEACHER
+        assert "js_distilled" not in strict_json(tmp_path / "fidelity.json")["summary"]
+
+    @pytest.mark.slow
+    def test_a_teacher_of_other_patches(self, explain, command, tmp_path):
+        settings = ["teacher.patch_size=4", "method.resize=bilinear", f"paths.outputs={tmp_path}", "name=r"]
+        assert command("train", *BRIEFLY, "trainer.max_epochs=1", *settings).code == 0
+
+        ended = explain(f"run={tmp_path / 'digits' / 'r'}", *LIGHT)
+
+        assert ended.code == 0, ended.err
+        folder = tmp_path / "digits" / "r" / "explain"
+        assert "figure_1.png" in names_in(folder)
+        assert "fidelity.json" not in names_in(folder)
+        assert "4×4 patches and the teacher 2×2" in (folder / "index.html").read_text()
+
+
+class TestPictures:
+    def test_a_photo_for_a_run_on_grey_images(self, explain, run, photo, tmp_path):
+        out = tmp_path / "out"
+        ended = explain(f"run={run}", f"image={photo}", *LIGHT, f"out={out}")
+
+        assert (ended.code, ended.err) == (0, "")
+        assert names_in(out) == ALWAYS | {"figure_1.png"}
+        found = arrays_of(out)
+        assert found["pixels"].shape == (1, 1, 8, 8)
+        assert found["labels"].tolist() == [-1]
+        # In grey, its middle square.
+        grey = np.asarray(Image.open(photo).convert("L"), float)[:, 10:50] / 255
+        np.testing.assert_allclose(found["pixels"][0, 0].mean(), grey.mean(), atol=0.02)
+        assert "photo.png" in (out / "index.html").read_text()
+
+    def test_a_folder_of_pictures(self, explain, outputs, photo, tmp_path, undrawn):
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        (folder / "notes.txt").write_text("no picture")
+        with Image.open(photo) as picture:
+            picture.save(folder / "b.JPG")
+            picture.convert("L").resize((8, 8)).save(folder / "a.png")
+
+        ended = explain(
+            f"run={outputs / 'digits' / 'alone'}", f"image={folder}", *LIGHT, f"out={tmp_path / 'out'}"
+        )
+
+        assert ended.code == 0, ended.err
+        pixels = arrays_of(tmp_path / "out")["pixels"]
+        assert pixels.shape == (2, 1, 8, 8)
+        with Image.open(folder / "a.png") as first:
+            np.testing.assert_allclose(pixels[0, 0], np.asarray(first) / 255, atol=1e-6)
+
+    def test_a_model_alone(self, explain, run, photo, tmp_path, undrawn):
+        out = tmp_path / "out"
+        ended = explain(f"model={run / 'student.safetensors'}", f"image=[{photo}]", *LIGHT, f"out={out}")
+
+        assert (ended.code, ended.err) == (0, "")
+        assert names_in(out) == ALWAYS
+        assert "warning" in ended.out  # it does not say how images are normalised
+        assert arrays_of(out)["student/relevance"].shape[0] == 1
+
+    def test_the_same_picture_gives_the_same_bytes(self, explain, run, photo, tmp_path, undrawn):
+        for name in ("one", "two"):
+            ended = explain(f"run={run}", f"image={photo}", "methods=[attention]", f"out={tmp_path / name}")
+            assert ended.code == 0, ended.err
+
+        one, two = (everything_below(tmp_path / name) for name in ("one", "two"))
+        assert [*one.values()] == [*two.values()]
+
+    @pytest.mark.slow
+    def test_a_model_of_timm_twice(self, explain, photo, tmp_path):
+        arguments = ["model=timm:vit_tiny_patch16_224", f"image={photo}", "methods=[attention,rollout]"]
+        for name in ("one", "two"):
+            ended = explain(*arguments, f"out={tmp_path / name}")
+            assert (ended.code, ended.err) == (0, "")
+
+        found = arrays_of(tmp_path / "one")
+        assert names_in(tmp_path / "one") == ALWAYS
+        assert found["vit_tiny_patch16_224/attention"].shape == (1, 12, 3, 14, 14)
+        assert found["vit_tiny_patch16_224/rollout"].shape == (1, 14, 14)
+        assert found["pixels"].shape == (1, 3, 224, 224)
+        pages = [(tmp_path / name / "index.html").read_bytes() for name in ("one", "two")]
+        assert pages[0] == pages[1]
+
+
+@pytest.fixture(scope="module")
+def place(outputs, tmp_path_factory) -> Path:
+    """A folder in which the mistakes below find what they name."""
+    place = tmp_path_factory.mktemp("place")
+    photo = a_photo(place / "photo.png")
+    shutil.copytree(outputs, place / "outputs", ignore=shutil.ignore_patterns("explain"))
+    digits = place / "outputs" / "digits"
+    unborn = shutil.copytree(digits / "first", digits / "unborn")
+    (unborn / "student.safetensors").unlink()
+    shutil.rmtree(unborn / "checkpoints")
+    (unborn / "status.json").write_text('{"state": "failed"}')
+    shutil.copytree(digits / "first", place.parent / "orphan")
+    other = shutil.copytree(digits / "alone", digits / "other")
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["dataset"]["image_size"] = config["student"]["image_size"] = 16
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    rival = shutil.copytree(digits / "first", digits / "rival")
+    config = yaml.safe_load((rival / "config.yaml").read_text())
+    config["teacher"]["trained"] = False
+    (rival / "config.yaml").write_text(yaml.safe_dump(config))
+    cut = shutil.copytree(digits / "alone", digits / "cut")
+    (cut / "config.yaml").write_text("{")
+    (place / "pictures").mkdir()
+    (place / "pictures" / "notes.txt").write_text("no picture")
+    (place / "torn.png").write_bytes(photo.read_bytes()[:2000])
+    (place / "text.png").write_text("not a picture")
+    shape = {"image_size": 8, "channels": 1, "num_classes": 7, "patch_size": 2, "depth": 1}
+    save_model(ViTConfig(**shape).build(), place / "seven.safetensors")
+    (place / "file").write_text("")
+    return place
+
+
+@pytest.fixture
+def broken(place, monkeypatch) -> Path:
+    """That folder as the working one."""
+    monkeypatch.chdir(place)
+    return place
+
+
+RUN = "run=outputs/digits/first"
+
+# A command, and what its line says.
+MISTAKES = [
+    ("", "run=FOLDER", "model=timm:NAME"),
+    (f"{RUN} model=timm:vit_tiny_patch16_224 image=photo.png", "either run=", "or model="),
+    ("run=outputs", "run=outputs", "not a run folder"),
+    ("run=outputs/digits/unborn", "outputs/digits/unborn", "no checkpoint of the best epoch", "failed"),
+    ("run=[outputs/digits/first,outputs/digits/other]", "differ in image_size (8, 16)"),
+    (f"{RUN} teacher=outputs", "teacher:", "teacher.checkpoint=VALUE"),
+    (f"{RUN} epoch=middle", "epoch=middle", "best or last"),
+    (f"{RUN} images=0", "images=0", "at least 1"),
+    (f"{RUN} of_class=33", "33", "did you mean 3?"),
+    (f"{RUN} methods=[rolout]", "methods=rolout", "did you mean rollout?"),
+    (f"{RUN} image=text.png", "image=text.png", "cannot be read as a picture"),
+    (f"{RUN} image=pictures", "image=pictures", "no picture in it", ".png"),
+    ("model=timm:resnet18 image=photo.png", "ResNet", "its attention maps cannot be had"),
+    ("model=timm:vit_tinny_patch16_224 image=photo.png", "timm has no such model", "vit_tiny_patch16_224"),
+]
+FURTHER_MISTAKES = [
+    (f"{RUN} teacher.checkpoint=nowhere", "nowhere: there is no such file"),
+    (f"{RUN} teacher.checkpoint=seven.safetensors", "teacher.checkpoint=seven.safetensors", "num_classes=7"),
+    ("run=[outputs/digits/first,outputs/digits/rival]", "learned from different teachers"),
+    ("model=outputs/digits/first image=photo.png", "is a run", "run=outputs/digits/first"),
+    ("run=nowhere", "run=nowhere", "not a run folder"),
+    ("run=outputs/digits/cut", "cut/config.yaml", "cannot be read"),
+    ("run=[]", "run=[]", "one run, or two"),
+    (f"run=[{','.join(['outputs/digits/first'] * 3)}]", "one run, or two"),
+    ("run=outputs/digits/unborn epoch=last", "no checkpoint of the last epoch"),
+    ("run=../orphan", "run=../orphan", "its teacher", "teacher.checkpoint=PATH"),
+    (f"{RUN} images=many", "images", "many"),
+    (f"{RUN} faithfulness_images=-1", "faithfulness_images=-1", "at least 0"),
+    (f"{RUN} regions=0", "regions=0", "at least 1"),
+    (f"{RUN} seed=-1", "seed=-1"),
+    (f"{RUN} of_class=seal", "seal", "0, 1, 2"),
+    (f"{RUN} methods=[]", "methods=[]"),
+    (f"{RUN} methods=rollout", "methods", "list"),
+    (f"{RUN} image=nowhere.png", "image=nowhere.png", "no such file"),
+    (f"{RUN} image=torn.png", "image=torn.png", "cannot be read as a picture"),
+    (f"{RUN} image=[photo.png,text.png]", "image=text.png"),
+    (f"{RUN} image=[]", "image=[]"),
+    (f"{RUN} accelerator=abacus", "accelerator=abacus"),
+    (f"{RUN} imges=3", "imges", "did you mean images?"),
+    (f"{RUN} image=photo.png out=file methods=[attention]", "file", "out=DIR"),
+    ("model=seven.safetensors", "model=seven.safetensors", "image=PATH"),
+    ("model=nowhere.ckpt image=photo.png", "nowhere.ckpt", "no such file"),
+]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        *MISTAKES,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in FURTHER_MISTAKES),
+    ],
+    ids=lambda mistake: mistake[0] or "nothing",
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(mistake, broken, explain):
+    arguments, *words = mistake
+    before = everything_below(broken)
+
+    ended = explain(*arguments.split())
+
+    assert ended.code == 2, ended.err
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert everything_below(broken) == before
+    assert not [*broken.rglob("explain")]
+
+
+def test_an_extra_that_is_absent_is_named(explain, broken, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    assert "integrated_gradients" in METHODS
+
+    ended = explain(RUN, "methods=[integrated_gradients]", "image=photo.png")
+
+    assert ended.code == 2
+    assert "vitkd[explain]" in ended.err
+    assert len(ended.err.splitlines()) == 1

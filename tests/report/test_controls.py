@@ -1,0 +1,174 @@
+"""Attention beside its controls: compared directly, not by what each shows beside the student alone."""
+
+import json
+
+import pytest
+from scipy import stats
+
+from vitkd.report.arms import experiments_of
+from vitkd.report.comparison import Comparison, compare
+from vitkd.report.controls import name_of
+from vitkd.report.runs import find_runs
+from vitkd.report.verdicts import Kind
+
+ALONE = [90.0, 91.0, 89.5, 90.5, 92.0]
+WILD = [3.0, -2.0, 2.5, -1.5, 2.0]
+JITTER = [0.1, -0.1, 0.0, 0.1, -0.1]
+
+
+def plant(runs, attention: list[float], control: list[float]) -> Comparison:
+    """Both arms as gains over the student alone, in percentage points, one a seed."""
+    for gains, settings in (
+        (None, {"method": "none"}),
+        (attention, {"alpha": 0.5}),
+        (control, {"alpha": 0.5, "method__control": "shuffled"}),
+    ):
+        shares = [(alone + gain) / 100 for alone, gain in zip(ALONE, gains or [0.0] * 5, strict=True)]
+        runs.arm(dict(enumerate(shares)), **settings)
+    return comparison(runs)
+
+
+def comparison(runs) -> Comparison:
+    (experiment,) = experiments_of(find_runs([runs.outputs]))
+    return compare(experiment)
+
+
+def pairs(found: Comparison) -> list[tuple[str, str]]:
+    return [(each.plain.label, name_of(each.control, each.plain)) for each in found.contrasts]
+
+
+def test_one_real_gain_and_one_without_evidence_make_no_difference(runs):
+    found = plant(runs, [1 + jitter for jitter in JITTER], WILD)
+
+    assert [row.verdict.kind for row in found.rows] == [Kind.BASELINE, Kind.REAL, Kind.NO_EVIDENCE]
+    (contrast,) = found.contrasts
+    assert contrast.verdict.kind == Kind.NO_EVIDENCE
+    assert "seeds would resolve that" in contrast.verdict.words
+    assert contrast.needed > 5
+
+
+def test_two_arms_without_evidence_may_differ(runs):
+    attention = [wild + 0.5 + jitter for wild, jitter in zip(WILD, JITTER, strict=True)]
+
+    found = plant(runs, attention, [wild - 0.5 for wild in WILD])
+
+    assert [row.verdict.kind for row in found.rows] == [Kind.BASELINE, Kind.NO_EVIDENCE, Kind.NO_EVIDENCE]
+    (contrast,) = found.contrasts
+    # Differences 1.1, 0.9, 1, 1.1, 0.9: standard deviation 0.1, over √5, times t(4) = 2.776445: ± 0.124.
+    assert contrast.verdict == (Kind.REAL, "gain +1.00 ± 0.12, 5 seeds, real")
+    assert contrast.gain.p == pytest.approx(stats.ttest_1samp([1.1, 0.9, 1.0, 1.1, 0.9], 0).pvalue)
+
+
+def test_a_control_that_does_better_is_called_so(runs):
+    (contrast,) = plant(
+        runs, WILD, [wild + 1 + jitter for wild, jitter in zip(WILD, JITTER, strict=True)]
+    ).contrasts
+
+    assert contrast.verdict == (Kind.HURTS, "hurts: −1.00 ± 0.12, 5 seeds")
+
+
+def test_contrasts_are_corrected_among_themselves(runs):
+    before = plant(runs, [1 + jitter for jitter in JITTER], WILD)
+    runs.arm({seed: (alone - 5) / 100 for seed, alone in enumerate(ALONE)}, alpha=0.5, method="logit")
+    for alpha in (0.1, 0.2, 0.3):
+        runs.arm({seed: 0.9 + 0.01 * seed for seed in range(5)}, alpha=alpha)
+
+    after = comparison(runs)
+
+    assert before.contrasts[0].p_holm == before.contrasts[0].gain.p
+    assert len(after.contrasts) == 2
+    smallest = min(contrast.gain.p for contrast in after.contrasts)
+    assert min(contrast.p_holm for contrast in after.contrasts) == pytest.approx(2 * smallest)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_or_two_seeds_are_never_a_winner(runs, seeds):
+    runs.arm(dict.fromkeys(range(5), 0.5), alpha=0.5, method__control="uniform")
+    runs.arm({seed: 0.9 + 0.0001 * seed for seed in range(seeds)}, alpha=0.5)
+
+    (contrast,) = comparison(runs).contrasts
+
+    assert contrast.verdict.kind == Kind.TOO_FEW
+    assert contrast.gain.difference.n == seeds
+
+
+def test_a_control_is_the_same_training_but_for_what_is_taught(runs):
+    runs.add(alpha=0.5)
+    runs.add(alpha=0.1)
+    runs.add(alpha=0.5, method__control="shuffled")
+    runs.add(alpha=0.5, method__control="of a later version")
+    runs.add(alpha=0.5, teacher__trained=False)
+    runs.add(alpha=0.5, method="logit", granularity="head", loss="mse")
+    # Controls of no arm here:
+    runs.add(alpha=0.3, method__control="shuffled")
+    runs.add(alpha=0.5, method__control="shuffled", loss="mse")
+    runs.add(alpha=0.5, method__control="shuffled", loss__temperature=2.0)
+    runs.add(alpha=0.5, method__control="shuffled", granularity="head")
+    runs.add(alpha=0.5, method__control="shuffled", teacher__seed=7)
+    runs.add(alpha=0.5, method__control="shuffled", method__resize="bilinear")
+    runs.add(alpha=0.5, method__control="shuffled", seed=1, granularity__head_map="matched")
+    runs.add(alpha=0.3, method="logit", granularity="head", loss="mse")
+
+    found = pairs(comparison(runs))
+
+    assert {plain for plain, _ in found} == {"block kl, alpha 0.5"}
+    assert sorted(control for _, control in found) == [
+        *("logit", "method.control=of a later version", "method.control=shuffled", "teacher.trained=false"),
+    ]
+
+
+def test_an_untrained_teacher_may_be_another_for_every_seed(runs):
+    for seed in range(3):
+        runs.add(seed=seed, alpha=0.5, teacher__checkpoint="/a/run", teacher__seed=4)
+        runs.add(seed=seed, alpha=0.5, teacher__trained=False, teacher__seed=seed)
+
+    (contrast,) = comparison(runs).contrasts
+
+    assert contrast.gain.seeds == (0, 1, 2)
+    assert not contrast.control.first.setting["teacher.trained"]
+
+
+def test_a_trained_teacher_for_every_seed_is_compared_with_the_same_one(runs):
+    for seed in range(3):
+        runs.add(seed=seed, alpha=0.5, teacher__seed=seed)
+        runs.add(seed=seed, alpha=0.5, teacher__seed=seed, method__control="shuffled")
+        runs.add(seed=seed, alpha=0.5, teacher__seed=0, method__control="uniform")
+
+    assert [control for _, control in pairs(comparison(runs))] == ["method.control=shuffled"]
+
+
+def test_without_a_student_alone_controls_are_compared_all_the_same(runs):
+    runs.arm({seed: 0.9 + 0.001 * (seed % 2) for seed in range(4)}, alpha=0.5)
+    runs.arm(dict.fromkeys(range(4), 0.85), alpha=0.5, method__control="uniform")
+
+    (contrast,) = comparison(runs).contrasts
+
+    assert contrast.verdict.kind == Kind.REAL
+
+
+def test_the_question_is_answered_in_every_file(runs, report):
+    (contrast,) = plant(runs, [1 + jitter for jitter in JITTER], WILD).contrasts
+
+    printed = report(runs.outputs)
+
+    out = runs.outputs / "report"
+    page, markdown = ((out / name).read_text("utf-8") for name in ("report.html", "report.md"))
+    for text in (printed, markdown, page.replace("&#39;", "'")):
+        assert "Is it the teacher's pattern?" in text
+        assert contrast.verdict.words in text.replace("\\", "")
+    (told,) = json.loads((out / "report.json").read_text("utf-8"))["experiments"][0]["controls"]
+    assert told["difference_mean_pp"] == pytest.approx(contrast.gain.difference.mean)
+    assert (told["verdict"], told["p"], told["paired_with_seeds"]) == (
+        *("no evidence", contrast.gain.p),
+        [0, 1, 2, 3, 4],
+    )
+
+
+def test_without_controls_nobody_asks(runs, report):
+    runs.arm({0: 0.9, 1: 0.91}, method="none")
+    runs.arm({0: 0.9, 1: 0.91}, alpha=0.5)
+
+    printed = report(runs.outputs)
+
+    files = [path.read_text("utf-8") for path in (runs.outputs / "report").iterdir()]
+    assert not any("pattern?" in text for text in [printed, *files])
