@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from vitkd.config import CONF_DIR, parse
+from vitkd.report.__main__ import parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +36,9 @@ def first_job(settings):
 def test_every_command_is_understood(command):
     _, _, module, *settings = shlex.split(command, comments=True)
     name = module.removeprefix("vitkd.")
+    if name == "report":
+        parser().parse_intermixed_args(settings)
+        return
     settings = first_job([setting for setting in settings if not setting.startswith("-")])
 
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
