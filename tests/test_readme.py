@@ -17,6 +17,7 @@ BLOCKS = re.findall(r"```\w*\n(.*?)```", README, flags=re.DOTALL)
 LINES = [line.strip() for block in BLOCKS for line in block.splitlines()]
 IN_TABLES = re.findall(r"`(?:OMP_NUM_THREADS=1 )?(python -m vitkd\.[^`]*)`", README)
 COMMANDS = [line for line in LINES if line.startswith("python -m vitkd.")] + IN_TABLES
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 MAKES = [line.split("#")[0].split()[1] for line in LINES if line.startswith("make ")]
 
@@ -82,12 +83,15 @@ def test_every_picture_and_link_leads_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_the_snippet_runs_on_a_run(command, tmp_path):
+def test_the_snippets_run_on_a_run(command, tmp_path):
     quick = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", f"paths.outputs={tmp_path}", "name=run"]
     assert command("train", "method=none", *quick).code == 0
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    run = repr(str(tmp_path / "digits" / "run"))
 
-    names: dict = {}
-    exec(re.sub(r'"outputs/[^"]+"', repr(str(tmp_path / "digits" / "run")), snippet), names)
+    explained: dict = {}
+    recorded: dict = {}
+    for snippet, names in zip(SNIPPETS, (explained, recorded), strict=True):
+        exec(re.sub(r'"outputs/[^"]+"', run, snippet), names)
 
-    assert names["scores"][1].shape == (2, 4, 17, 17)
+    assert explained["maps"].shape == (2, 4, 4)
+    assert recorded["scores"][1].shape == (2, 4, 17, 17)
