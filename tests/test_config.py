@@ -22,8 +22,9 @@ from vitkd.distill.logits import LogitDistillation
 from vitkd.distill.losses import CE, KL, MSE
 from vitkd.distill.methods import AttentionDistillation, NoDistillation
 from vitkd.distill.optimization import AdamW, Constant, WarmupCosine
+from vitkd.distill.token import TokenDistillation
 from vitkd.errors import ConfigError
-from vitkd.models import count_parameters
+from vitkd.models import ResNetConfig, count_parameters
 from vitkd.runs.training import check_trainer
 
 OPTIONS = sorted(path for path in CONF_DIR.rglob("*.yaml") if path.parent != CONF_DIR)
@@ -45,8 +46,9 @@ def choice(path: Path) -> str:
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """What an option file sets, without the choices it makes of others."""
+    """What an option file sets in its own group, without the choices it makes of others."""
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    settings = settings.get(path.parent.name, settings)
     for base in settings.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
             name = base.partition("@")[0]
@@ -92,8 +94,11 @@ def test_every_option_composes_and_fits(path, read):
     if group == "trainer" and option == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="gpu"):
             check_trainer(read(choice(path)).trainer)
-    elif group == "student" and option == "report_teacher":
+    elif group == "student" and option in ("report_teacher", "resnet"):
         read(choice(path), "method=none")
+    elif group == "teacher" and option == "resnet":
+        config = read(choice(path), "method=logit")
+        config.method.check(config.student, config.teacher.model, config)
     else:
         config = read(choice(path), *(["dataset.root=photos"] if option == "image_folder" else []))
         config.method.check(config.student, config.teacher.model, config)
@@ -156,6 +161,7 @@ REPORT = {
     "epochs": 100,
     "student": (5, 4, 512),
     "teacher": (10, 8, 1024),
+    "tokenizer": "patch",
 }
 EXPERIMENT = {
     "report/teacher": {"method": NoDistillation, "student": (10, 8, 1024)},
@@ -163,6 +169,9 @@ EXPERIMENT = {
     "report/encoder_mse": {"granularity": Encoder, "loss": MSE, "alpha": 0.00015},
     "report/block_mse": {"granularity": Block, "loss": MSE, "alpha": 0.015},
     "report/block_kl": {"granularity": Block, "loss": KL, "alpha": 0.5},
+    "report/spt_teacher": {"method": NoDistillation, "student": (10, 8, 1024), "tokenizer": "spt"},
+    "report/spt_student_alone": {"method": NoDistillation, "tokenizer": "spt"},
+    "report/spt_block_kl": {"granularity": Block, "loss": KL, "alpha": 0.5, "tokenizer": "spt"},
     "report_cifar10": {"dataset": "cifar10"},
     "report_mnist": {"dataset": "mnist", "epochs": 10, "student": (2, 4, 64), "teacher": (6, 4, 256)},
 }
@@ -180,7 +189,8 @@ CONTROL = {
 
 
 def test_every_experiment_is_told_of():
-    assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == {*EXPERIMENT, *CONTROL}
+    told = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
+    assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == told
 
 
 @pytest.mark.parametrize("name", CONTROL)
@@ -218,9 +228,22 @@ def test_an_experiment_is_what_its_name_says(name, read):
         assert type(config.loss) is expected["loss"]
         assert config.loss.reduction == "mean"
         assert config.alpha == expected["alpha"]
+    assert config.student.tokenizer == expected["tokenizer"]
     if config.method.needs_teacher:
+        assert config.teacher.model.tokenizer == expected["tokenizer"]
         assert config.teacher.optimizer == AdamW(lr=1e-3)
         assert config.teacher.schedule == Constant()
+    config.method.check(config.student, config.teacher.model, config)
+
+
+def test_deit_on_flowers_is_what_its_name_says(read):
+    config = read("experiment=report/deit_flowers")
+
+    assert config.dataset.name == "tf_flowers"
+    assert config.method == TokenDistillation(targets="hard")
+    assert config.teacher.model == ResNetConfig(64, 3, 5, variant="resnet18", pretrained=False)
+    assert config.student.distillation_token
+    assert config.alpha == 0.5
     config.method.check(config.student, config.teacher.model, config)
 
 

@@ -94,4 +94,4 @@ def test_the_snippets_run_on_a_run(command, tmp_path):
         exec(re.sub(r'"outputs/[^"]+"', run, snippet), names)
 
     assert explained["maps"].shape == (2, 4, 4)
-    assert recorded["scores"][1].shape == (2, 4, 17, 17)
+    assert recorded["output"].scores[1].shape == (2, 4, 17, 17)

@@ -18,7 +18,7 @@ from vitkd.distill.losses import AttentionLoss
 from vitkd.distill.methods import Method, NoDistillation
 from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.errors import ConfigError
-from vitkd.models import ViTConfig
+from vitkd.models import ModelConfig
 from vitkd.schema import build, instantiate
 
 PACKAGE = Path(__file__).parent
@@ -93,7 +93,7 @@ class TeacherSource:
 class Teacher(TeacherSource):
     """The teacher and how it is trained, should it not be there yet."""
 
-    model: ViTConfig
+    model: ModelConfig
     optimizer: AdamW
     schedule: Schedule
 
@@ -125,8 +125,8 @@ class Root:
     """Validate and keep the exponential moving average of the student's weights; null keeps the weights.
     The decay starts low and grows to this value."""
     matmul_precision: str
-    """Of products of float32 matrices: `highest` is float32; `high` and `medium` may round the factors, on
-    NVIDIA GPUs to TF32."""
+    """Of products of float32 matrices, and convolutions: `highest` is float32; `high` and `medium` may round
+    the factors, on NVIDIA GPUs to TF32."""
     cuda_graph: str
     """`auto` replays training steps on a GPU from a CUDA graph, where that can be done; `off` never does."""
     compile: bool
@@ -171,7 +171,7 @@ class Config(Root):
     """A whole run, typed and checked."""
 
     dataset: Dataset
-    student: ViTConfig
+    student: ModelConfig
     teacher: Teacher
     method: Method
     granularity: Granularity
@@ -205,7 +205,7 @@ def parse(composed: DictConfig) -> Config:
     return Config(
         **{f.name: getattr(root, f.name) for f in fields(Root)},
         dataset=dataset,
-        student=build("student", plain["student"], ViTConfig),
+        student=build("student", plain["student"], ModelConfig),
         teacher=_teacher(plain["teacher"]),
         method=build("method", plain["method"], Method),
         granularity=build("granularity", plain["granularity"], Granularity),
@@ -254,7 +254,7 @@ def _teacher(node: dict[str, Any]) -> Teacher:
     own = instantiate("teacher", TeacherSource, {key: node[key] for key in own_keys})
     return Teacher(
         **vars(own),
-        model=build("teacher", {k: v for k, v in node.items() if k not in TEACHER_KEYS}, ViTConfig),
+        model=build("teacher", {k: v for k, v in node.items() if k not in TEACHER_KEYS}, ModelConfig),
         optimizer=build("teacher.optimizer", node.get("optimizer", {}), AdamW),
         schedule=build("teacher.schedule", node.get("schedule", {}), Schedule),
     )

@@ -18,6 +18,7 @@ from vitkd.runs import results
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.console import Job, print_comparison, start_logging
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.isolation import set_matmul_precision
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     if composed.root is not None:
         settings["dataset"]["root"] = composed.root
     config = parse(OmegaConf.create(settings))
-    torch.set_float32_matmul_precision(config.matmul_precision)
+    set_matmul_precision(config.matmul_precision)
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
     teacher = results.read_teacher_predictions(folder)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from vitkd.config import Config, parse, teacher_run
 from vitkd.errors import ConfigError
-from vitkd.models import ViT, digest
+from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any, load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import WEIGHTS, seed_generators
@@ -29,8 +29,8 @@ class Run:
 
     path: Path
     config: Config
-    student: ViT
-    teacher: ViT | None
+    student: Model
+    teacher: Model | None
     pairs: Sequence[Mapping[str, Any]]
     """as `pairs.json` has them; empty if no map was learned from"""
     epoch: str
@@ -70,7 +70,7 @@ def load_run(
     return Run(path, config, student, find_teacher(path, config, teacher), pairs, epoch)
 
 
-def find_teacher(path: Path, config: Config, given: str | None) -> ViT | None:
+def find_teacher(path: Path, config: Config, given: str | None) -> Model | None:
     """The teacher of the run in `path`, or None if it had none and none is given."""
     if given is None and not config.method.needs_teacher:
         return None
@@ -106,7 +106,7 @@ def _read_pairs(file: Path) -> list[Mapping[str, Any]]:
     return pairs
 
 
-def _fitting(teacher: ViT, place: str, config: Config) -> ViT:
+def _fitting(teacher: Model, place: str, config: Config) -> Model:
     for name in ("num_classes", "image_size", "channels"):
         found, expected = getattr(teacher.config, name), getattr(config.dataset, name)
         if found != expected:
@@ -117,7 +117,7 @@ def _fitting(teacher: ViT, place: str, config: Config) -> ViT:
     return teacher
 
 
-def _checked(teacher: ViT, path: Path) -> ViT:
+def _checked(teacher: Model, path: Path) -> Model:
     try:
         recorded = RunFolder(path).read_metrics().get("teacher/weights")
     except ConfigError:

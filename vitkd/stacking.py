@@ -13,6 +13,7 @@ from vitkd.cli import run_path
 from vitkd.config import Config, parse
 from vitkd.distill.methods import AttentionDistillation, NoDistillation
 from vitkd.jobs import as_job, overridden
+from vitkd.models import ViTConfig
 from vitkd.runs.compilation import check_compiler
 from vitkd.runs.console import Job
 from vitkd.runs.folder import IMMATERIAL, RunFolder, first_difference
@@ -80,7 +81,10 @@ def candidate(composed: DictConfig) -> Candidate | None:
 def why_alone(found: Candidate) -> str | None:
     """What keeps a job from being stacked with any other, or None."""
     method, precision = found.config.method, str(found.config.trainer.get("precision"))
-    drops = max(found.config.student.dropout, found.config.student.emb_dropout) > 0
+    student = found.config.student
+    if not isinstance(student, ViTConfig):
+        return f"student={student}: its batch normalisation would mix the students of a stack"
+    drops = max(student.dropout, student.emb_dropout) > 0
     if not isinstance(method, STACKABLE):
         return f"method={type(method).__name__} learns from more than attention"
     if found.machine.processes > 1:

@@ -17,12 +17,13 @@ from vitkd.distill.graph import CudaGraphs
 from vitkd.distill.modules import DistillModule
 from vitkd.distill.teacher_cache import TeacherCaching
 from vitkd.jobs import figures_of
-from vitkd.models import ViT, count_parameters, digest, save_model
+from vitkd.models import Model, ViT, count_parameters, digest, save_model
 from vitkd.runs import results
 from vitkd.runs.compilation import check_compiler, compile_training
-from vitkd.runs.console import Job, describe_model, percent, print_results, start_logging
+from vitkd.runs.console import Job, percent, print_results, start_logging
 from vitkd.runs.evaluation import Evaluation, evaluate
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.isolation import set_matmul_precision
 from vitkd.runs.pictures import AttentionPictures
 from vitkd.runs.processes import agree, is_first, joined, rank, wait_for_all
 from vitkd.runs.provenance import provenance
@@ -44,7 +45,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     start_logging()
     config = parse(composed)
     machine = check_trainer(config.trainer)
-    torch.set_float32_matmul_precision(config.matmul_precision)
+    set_matmul_precision(config.matmul_precision)
     if config.compile:
         check_compiler(machine.device)
     warn_of_ignored_settings(config.method)
@@ -55,6 +56,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
         earlier = agree(lambda: earlier_run(path, config))
         if earlier and earlier.state in ("running", "done"):
             return leave_alone(earlier, job)
+        agree(config.student.prepare)
         announce(config, given)
         with closing(load_data(config)) as data:
             teacher = given
@@ -101,7 +103,7 @@ def conclude(job: Job, metrics: Mapping[str, Any]) -> float | None:
     return best
 
 
-def announce(config: Config, given: ViT | None) -> None:
+def announce(config: Config, given: Model | None) -> None:
     """Say what was chosen before anything takes time."""
     dataset = config.dataset
     hint = " (embedded; dataset=cifar100 is the report's)" if dataset.name == "digits" else ""
@@ -110,11 +112,11 @@ def announce(config: Config, given: ViT | None) -> None:
     if dataset.validate_on == "test":
         log.warning("warning: the best epoch is chosen on the test images; its accuracy flatters")
     if config.method.needs_teacher:
-        log.info("teacher: %s", describe_model(given.config if given else config.teacher.model))
-    log.info("student: %s", describe_model(config.student))
+        log.info("teacher: %s", given.config if given else config.teacher.model)
+    log.info("student: %s", config.student)
 
 
-def obtain_teacher(config: Config, device: torch.device) -> ViT:
+def obtain_teacher(config: Config, device: torch.device) -> Model:
     """The stored teacher of this configuration, trained now if no run has needed it before.
 
     One that is not to be trained is not stored either.
@@ -126,6 +128,8 @@ def obtain_teacher(config: Config, device: torch.device) -> ViT:
         return own.student.build()
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
+    if not store.exists():
+        agree(own.student.prepare)
     return stored_teacher(store, own.resolved, lambda folder: train_teacher(own, device, folder))
 
 
@@ -143,7 +147,7 @@ def load_data(config: Config) -> ImageDataModule:
 
 
 def train(
-    config: Config, teacher: ViT | None, data: ImageDataModule, device: torch.device, folder: RunFolder
+    config: Config, teacher: Model | None, data: ImageDataModule, device: torch.device, folder: RunFolder
 ) -> dict[str, Any]:
     """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds.
 
@@ -159,7 +163,8 @@ def train(
         teacher_test = measure_teacher(teacher, data, device) if teacher and is_first() else None
         # Now: training may change the precision of its weights.
         about_teacher = describe_teacher(teacher, teacher_test)
-        drawing = pictures(config, data, folder) if teacher else None
+        have_maps = isinstance(student, ViT) and isinstance(teacher, ViT)
+        drawing = pictures(config, data, folder) if have_maps else None
         if isinstance(module, DistillModule) and module.transfer.pairs and is_first():
             results.write_pairs(folder, module.transfer.pairs)
         # Training draws the same random numbers whatever it took to get here.
@@ -207,14 +212,14 @@ def measure(
     return metrics
 
 
-def measure_teacher(teacher: ViT, data: ImageDataModule, device: torch.device) -> Evaluation:
+def measure_teacher(teacher: Model, data: ImageDataModule, device: torch.device) -> Evaluation:
     """Say how good the teacher is before anybody learns from it."""
     test = evaluate(teacher, data.loader("test", device, rank=0, world_size=1), device)
     log.info("teacher: %s on the test split", percent(test.accuracy))
     return test
 
 
-def describe_teacher(teacher: ViT | None, test: Evaluation | None) -> dict[str, Any]:
+def describe_teacher(teacher: Model | None, test: Evaluation | None) -> dict[str, Any]:
     """What a student's metrics say of its teacher."""
     return {
         "teacher/test_acc": test and test.accuracy,

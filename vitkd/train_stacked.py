@@ -18,13 +18,13 @@ from vitkd.cli import say, warn_of_ignored_settings
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.errors import ConfigError, RunError
 from vitkd.jobs import all_recorded, as_job
-from vitkd.models import ViT
+from vitkd.models import Model
 from vitkd.runs import results
 from vitkd.runs.compilation import compile_training
 from vitkd.runs.console import start_logging
 from vitkd.runs.evaluation import Evaluation
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.isolation import free_memory, isolated
+from vitkd.runs.isolation import free_memory, isolated, set_matmul_precision
 from vitkd.runs.seeding import DROPOUT, ORDER, WEIGHTS, seed_generators, seed_of
 from vitkd.runs.stack import fit_stack, room_for, write_checkpoints
 from vitkd.runs.stack_folder import StackFolder, carry_over, leave_place, read_place, stacks_folder
@@ -51,7 +51,7 @@ class Beside(NamedTuple):
 
     data: StackedImages
     device: torch.device
-    teacher: ViT | None
+    teacher: Model | None
     teacher_test: Evaluation | None
 
 
@@ -95,7 +95,7 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
     members = [member for member in members if suits(member, given)]
     if not members:
         return []
-    torch.set_float32_matmul_precision(first.matmul_precision)
+    set_matmul_precision(first.matmul_precision)
     device = members[0].machine.device
     seeds = [*dict.fromkeys(order_of(member) for member in members)]
     with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
@@ -120,7 +120,7 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
             return halves(members, device)
 
 
-def suits(member: Candidate, given: ViT | None) -> bool:
+def suits(member: Candidate, given: Model | None) -> bool:
     """Whether the member's student can learn from its teacher; if not, that is told when its turn comes."""
     config = member.config
     try:
@@ -140,7 +140,7 @@ def order_of(member: Candidate) -> int:
     return seed_of(member.config.seed, ORDER, member.config.student)
 
 
-def warn_and_announce(members: Sequence[Candidate], given: ViT | None) -> None:
+def warn_and_announce(members: Sequence[Candidate], given: Model | None) -> None:
     """Say what was chosen, and which settings have no effect, before anything takes time."""
     for member in members:
         with as_job(member.composed):

@@ -13,11 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
 from vitkd.data import Batch
+from vitkd.distill.alignment import align
 from vitkd.distill.granularity import Encoder
 from vitkd.distill.losses import KL
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.distill.optimization import AdamW, Constant, WarmupCosine
-from vitkd.distill.transfer import AttentionTransfer, token_interpolation
+from vitkd.distill.transfer import AttentionTransfer
 from vitkd.models import ViT, build_from_header
 
 pytestmark = [
@@ -326,8 +327,10 @@ def test_the_schedule_decides_the_rate_of_every_step(student, teacher, run):
 def test_other_precisions_train_and_count_right(student, tiny, run, precision, teacher_patch):
     teacher = tiny(patch_size=teacher_patch).build()
     pairs = Encoder().pairs(student.config, teacher.config)
-    resize = None if teacher_patch == 4 else token_interpolation(4, 2)
-    module = DistillModule(student, teacher, AttentionTransfer(pairs, KL(), resize), 0.5, AdamW(), Constant())
+    alignment = align(student.config, teacher.config)
+    module = DistillModule(
+        student, teacher, AttentionTransfer(pairs, KL(), alignment), 0.5, AdamW(), Constant()
+    )
     val = Batches(*[7] * 40)
 
     logged = run(module, Batches(6), val, precision=precision, max_epochs=1).callback_metrics

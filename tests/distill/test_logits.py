@@ -13,11 +13,11 @@ from vitkd.distill.losses import KL
 from vitkd.distill.optimization import AdamW, Constant
 from vitkd.distill.teacher_cache import Answer
 from vitkd.errors import ConfigError
-from vitkd.models import ViTOutput
+from vitkd.models import ModelOutput
 
 
-def said(logits: torch.Tensor) -> tuple[ViTOutput, Answer]:
-    return ViTOutput(logits, {}), Answer({}, logits)
+def said(logits: torch.Tensor) -> tuple[ModelOutput, Answer]:
+    return ModelOutput(logits, {}), Answer({}, logits)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

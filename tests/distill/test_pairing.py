@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitkd.distill.alignment import Alignment, token_interpolation
 from vitkd.distill.losses import CE, JS, KL, MSE
-from vitkd.distill.pairing import BlockPair, map_block, map_heads, match_heads
-from vitkd.distill.transfer import token_interpolation
+from vitkd.distill.matching import match_heads
+from vitkd.distill.pairing import BlockPair, map_block, map_heads
 from vitkd.errors import ConfigError
 
 
@@ -111,7 +112,7 @@ def test_hungarian_compares_on_the_students_grid():
     teacher, order = scores(6, 4, 17, 17), [1, 3, 0, 2]
     student = (matrix @ teacher @ matrix.mT)[:, order]
 
-    (pair,) = match_heads([start(4)], {0: student}, {2: teacher}, MSE(), resize=matrix)
+    (pair,) = match_heads([start(4)], {0: student}, {2: teacher}, MSE(), Alignment(matrix))
 
     assert pair.teacher_heads == ((1,), (3,), (0,), (2,))
 

@@ -9,11 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.memory import LiveBytes, storages
 from vitkd.distill import streaming
 from vitkd.distill import transfer as transfer_module
+from vitkd.distill.alignment import Alignment, token_interpolation
 from vitkd.distill.granularity import Block, Encoder, Granularity, Head
 from vitkd.distill.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
 from vitkd.distill.pairing import BlockPair
 from vitkd.distill.streaming import STREAM_ABOVE, images_at_a_time, streamed
-from vitkd.distill.transfer import AttentionTransfer, token_interpolation
+from vitkd.distill.transfer import AttentionTransfer
 from vitkd.models import ViT
 from vitkd.models.layers import Attention, Factors
 
@@ -88,7 +89,7 @@ def assert_streaming_changes_nothing(transfer: AttentionTransfer, student, teach
 def test_values_and_gradients_equal_the_materialised_ones(monkeypatch, loss, pairs, allowed, students):
     in_chunks_of(2, monkeypatch)  # 2 + 2 + 1 images
 
-    transfer = AttentionTransfer(pairs, loss, allowed=allowed)
+    transfer = AttentionTransfer(pairs, loss, Alignment(allowed=allowed))
 
     assert_streaming_changes_nothing(transfer, *student_and_teacher(*students))
 
@@ -180,7 +181,7 @@ def test_another_token_grid_is_streamed_too(monkeypatch, loss):
     student[0].q.requires_grad_(), student[0].k.requires_grad_()
     matrix = token_interpolation(4, 2).double()
 
-    transfer = AttentionTransfer(PAIRS["group mean"], loss, matrix)
+    transfer = AttentionTransfer(PAIRS["group mean"], loss, Alignment(matrix))
 
     assert_streaming_changes_nothing(transfer, student, teacher)
 

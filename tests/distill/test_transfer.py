@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitkd.distill.alignment import Alignment, token_interpolation
 from vitkd.distill.losses import CE, JS, KL, MSE, ReverseKL
 from vitkd.distill.pairing import BlockPair
-from vitkd.distill.transfer import AttentionTransfer, take_heads, token_interpolation
+from vitkd.distill.transfer import AttentionTransfer, take_heads
 
 EVERY_LOSS = pytest.mark.parametrize("loss", [MSE(), CE(), KL(), ReverseKL(), JS()], ids=repr)
 PAIRS = [BlockPair(0, 1, (0, 2), ((3,), (0,))), BlockPair(2, 5, (1,), ((2,),))]
@@ -77,7 +78,7 @@ def test_a_mask_reaches_the_loss():
     allowed = ~torch.eye(5, dtype=torch.bool)
     pairs = [BlockPair(0, 0, (0,), ((0,),))]
 
-    value = AttentionTransfer(pairs, KL(), allowed=allowed)(student, teacher)
+    value = AttentionTransfer(pairs, KL(), Alignment(allowed=allowed))(student, teacher)
 
     assert torch.equal(value, KL()(student[0], KL().target(teacher[0]), allowed))
 
@@ -170,7 +171,9 @@ def test_resized_transfer_equals_comparing_with_a_resized_teacher():
     student, teacher = scores([0], 4, 1, 5, 5), scores([0], 4, 1, 17, 17)
     matrix, pairs = token_interpolation(4, 2).double(), [BlockPair(0, 0, (0,), ((0,),))]
 
-    of_mse, of_kl = (AttentionTransfer(pairs, loss, matrix)(student, teacher) for loss in (MSE(), KL()))
+    of_mse, of_kl = (
+        AttentionTransfer(pairs, loss, Alignment(matrix))(student, teacher) for loss in (MSE(), KL())
+    )
 
     resized = matrix @ teacher[0] @ matrix.mT
     assert of_mse.item() == pytest.approx(F.mse_loss(student[0], resized).item(), abs=1e-12)
@@ -194,7 +197,7 @@ def test_resizing_extreme_scores_stays_finite(loss):
 @EVERY_LOSS
 def test_resizing_under_autocast_keeps_float32(loss):
     student, teacher = {0: torch.randn(4, 1, 5, 5)}, {0: torch.randn(4, 1, 17, 17)}
-    transfer = AttentionTransfer([BlockPair(0, 0, (0,), ((0,),))], loss, token_interpolation(4, 2))
+    transfer = AttentionTransfer([BlockPair(0, 0, (0,), ((0,),))], loss, Alignment(token_interpolation(4, 2)))
     expected = transfer(student, teacher)
 
     with torch.autocast("cpu", torch.bfloat16):

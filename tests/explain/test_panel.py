@@ -52,7 +52,7 @@ def test_a_class_token_that_looks_at_itself_alone_gives_an_empty_map():
 
 
 def test_another_grid_is_refused():
-    with pytest.raises(ValueError, match="17 tokens are not CLS and 3×3 patches"):
+    with pytest.raises(ValueError, match="17 tokens are not 1 and 3×3 patches"):
         cls_attention(torch.zeros(1, 1, 17, 17), grid=3)
 
 

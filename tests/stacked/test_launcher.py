@@ -25,6 +25,7 @@ from vitkd import train
 from vitkd.config import CONF_DIR
 from vitkd.distill.methods import AttentionDistillation
 from vitkd.errors import RunError
+from vitkd.models import ResNetConfig, ViTConfig
 from vitkd.runs.console import Job
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack import room_for
@@ -224,6 +225,12 @@ class TestWhatRunsAlone:
 
         assert why_alone(found) == reason
 
+    def test_is_what_keeps_figures_of_the_whole_batch(self):
+        found = self.candidate(torch.device("cpu"), 1, "32-true")
+        found.config.student = ResNetConfig(32, 3, 10)
+
+        assert "batch normalisation" in (why_alone(found) or "")
+
     @pytest.mark.parametrize("name", ["dropout", "emb_dropout"])
     @pytest.mark.parametrize(
         ("device", "triton", "share", "reason"),
@@ -241,11 +248,10 @@ class TestWhatRunsAlone:
 
     @staticmethod
     def candidate(device: torch.device, processes: int, precision: Any, **student: float) -> Candidate:
-        student = {"dropout": 0.0, "emb_dropout": 0.0} | student
         config = SimpleNamespace(
             method=AttentionDistillation(),
             trainer={"precision": precision},
-            student=SimpleNamespace(**student),
+            student=ViTConfig(8, 1, 10, 2, **cast(Any, student)),
         )
         machine = Machine(device, processes, 1)
         return cast(Any, SimpleNamespace(config=config, machine=machine, folder=None))

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitkd.distill.methods import Calibration, Method, Plan
-from vitkd.distill.modules import ClassifyModule, DistillModule
+from vitkd.distill.losses import kl_divergence
+from vitkd.distill.methods import Calibration, Distillation, Plan
 from vitkd.distill.teacher_cache import Answer
 from vitkd.distill.transfer import Transfer
 from vitkd.errors import ConfigError
-from vitkd.models import ViT, ViTConfig, ViTOutput
+from vitkd.models import Model, ModelConfig, ModelOutput
 from vitkd.models.layers import at_least_float32
 
 
 class LogitTransfer(Transfer):
-    """T²·KL(teacher ‖ student) of the class probabilities, both softened by a temperature T, in nats.
-
-    T² keeps the gradient's size as it is at T = 1.
-    """
+    """Compares the class probabilities by `softened_divergence`."""
 
     needs_logits = True
 
@@ -28,36 +25,42 @@ class LogitTransfer(Transfer):
         super().__init__()
         self.temperature = temperature
 
-    def compare(self, student: ViTOutput, teacher: Answer) -> Tensor:
+    def compare(self, student: ModelOutput, teacher: Answer) -> Tensor:
         """The mean over images [*S, 1] of logits [*S, B, K] and [B, K]."""
         assert teacher.logits is not None
-        log_q = (at_least_float32(student.logits) / self.temperature).log_softmax(-1)
-        log_p = (at_least_float32(teacher.logits) / self.temperature).log_softmax(-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1, keepdim=True)
-        return self.temperature**2 * divergence
+        return softened_divergence(student.logits, teacher.logits, self.temperature)
 
     def total(self, values: Tensor) -> Tensor:
         return values.squeeze(-1)
 
 
+def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T²·KL(teacher ‖ student) of the classes' probabilities, both softened by a temperature T, in nats.
+
+    T² keeps the gradient's size as it is at T = 1. The mean over images [*S, 1], of logits [*S, B, K] and
+    [B, K].
+    """
+    log_q = (at_least_float32(student) / temperature).log_softmax(-1)
+    log_p = (at_least_float32(teacher) / temperature).log_softmax(-1)
+    return temperature**2 * kl_divergence(log_p, log_q).mean(-1, keepdim=True)
+
+
 @dataclass
-class LogitDistillation(Method):
+class LogitDistillation(Distillation):
     """The student learns labels and its teacher's class probabilities."""
 
-    needs_teacher = True
-    ignores = ("granularity", "loss")
     temperature: float = 4.0
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature}: must be a finite number above 0")
 
-    def check(self, student: ViTConfig, teacher: ViTConfig, plan: Plan) -> None:
+    @property
+    def ignores(self) -> tuple[str, ...]:
+        return "granularity", "loss"
+
+    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
         """Every student can learn what its teacher says: the classes are the data set's."""
 
-    def module(self, student: ViT, teacher: ViT | None, plan: Plan, calibrate: Calibration) -> ClassifyModule:
-        assert teacher is not None
-        transfer = LogitTransfer(self.temperature)
-        return DistillModule(
-            student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule, plan.label_smoothing
-        )
+    def transfer(self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration) -> LogitTransfer:
+        return LogitTransfer(self.temperature)

@@ -8,15 +8,17 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from vitkd.distill.alignment import align
 from vitkd.distill.controls import CONTROLS
 from vitkd.distill.granularity import Granularity
 from vitkd.distill.losses import AttentionLoss
+from vitkd.distill.matching import match_heads
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.distill.optimization import AdamW, Schedule
-from vitkd.distill.pairing import BlockPair, match_heads
-from vitkd.distill.transfer import AttentionTransfer, token_interpolation
+from vitkd.distill.pairing import BlockPair
+from vitkd.distill.transfer import AttentionTransfer, Transfer
 from vitkd.errors import ConfigError
-from vitkd.models import ViT, ViTConfig
+from vitkd.models import Model, ModelConfig, ViT, ViTConfig
 
 Calibration = Callable[[], Tensor]
 
@@ -37,15 +39,20 @@ class Method(ABC):
     """Builds the module that trains the student."""
 
     needs_teacher: ClassVar[bool]
-    ignores: ClassVar[tuple[str, ...]] = ()
-    """Settings without effect under this method: naming one on the command line earns a warning."""
+
+    @property
+    def ignores(self) -> tuple[str, ...]:
+        """Settings without effect under this method: naming one on the command line earns a warning."""
+        return ()
 
     @abstractmethod
-    def check(self, student: ViTConfig, teacher: ViTConfig, plan: Plan) -> None:
+    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
         """Raise ConfigError if the student cannot learn from the teacher this way."""
 
     @abstractmethod
-    def module(self, student: ViT, teacher: ViT | None, plan: Plan, calibrate: Calibration) -> ClassifyModule:
+    def module(
+        self, student: Model, teacher: Model | None, plan: Plan, calibrate: Calibration
+    ) -> ClassifyModule:
         """The module to fit; `calibrate` gives a batch of training images [B, C, H, W]."""
 
 
@@ -54,20 +61,44 @@ class NoDistillation(Method):
     """The student alone, on labels: the baseline."""
 
     needs_teacher = False
-    ignores = ("alpha", "granularity", "loss", "teacher")
 
-    def check(self, student: ViTConfig, teacher: ViTConfig, plan: Plan) -> None:
+    @property
+    def ignores(self) -> tuple[str, ...]:
+        return "alpha", "granularity", "loss", "teacher"
+
+    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
         """Every student can learn labels."""
 
-    def module(self, student: ViT, teacher: ViT | None, plan: Plan, calibrate: Calibration) -> ClassifyModule:
+    def module(
+        self, student: Model, teacher: Model | None, plan: Plan, calibrate: Calibration
+    ) -> ClassifyModule:
         return ClassifyModule(student, plan.optimizer, plan.schedule, plan.label_smoothing)
 
 
 @dataclass
-class AttentionDistillation(Method):
-    """The student learns labels and where the teacher looks."""
+class Distillation(Method):
+    """The student learns labels and, by a `Transfer`, from a teacher."""
 
     needs_teacher = True
+
+    @abstractmethod
+    def transfer(self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration) -> Transfer:
+        """What the student learns from the teacher; `calibrate` as for `module`."""
+
+    def module(
+        self, student: Model, teacher: Model | None, plan: Plan, calibrate: Calibration
+    ) -> DistillModule:
+        assert teacher is not None
+        transfer = self.transfer(student, teacher, plan, calibrate)
+        return DistillModule(
+            student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule, plan.label_smoothing
+        )
+
+
+@dataclass
+class AttentionDistillation(Distillation):
+    """The student learns labels and where the teacher looks."""
+
     resize: str | None = None
     """`bilinear` interpolates the teacher's maps to the student's token grid; null demands equal grids."""
     control: str | None = None
@@ -79,26 +110,53 @@ class AttentionDistillation(Method):
         if self.resize not in (None, "bilinear"):
             raise ConfigError(f"resize={self.resize}: choose bilinear or null")
 
-    def check(self, student: ViTConfig, teacher: ViTConfig, plan: Plan) -> None:
-        plan.granularity.pairs(student, teacher)
-        if student.grid != teacher.grid and self.resize is None:
+    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
+        ours, theirs = with_maps(student, teacher)
+        plan.granularity.pairs(ours, theirs)
+        if ours.grid == theirs.grid:
+            return
+        small, large = (f"{model.grid}×{model.grid}" for model in (ours, theirs))
+        grids = f"the student's {small} token grid is not the teacher's {large}"
+        if self.resize is None:
+            raise ConfigError(f"{grids}: use equal patch sizes, or method.resize=bilinear")
+        if theirs.attention == "lsa":
             raise ConfigError(
-                f"the student's {student.grid}×{student.grid} token grid is not the teacher's "
-                f"{teacher.grid}×{teacher.grid}: use equal patch sizes, or method.resize=bilinear"
+                f"{grids}, and teacher.attention=lsa masks entries that cannot be interpolated: use equal "
+                "patch sizes, or a teacher with attention=msa"
             )
 
-    def module(self, student: ViT, teacher: ViT | None, plan: Plan, calibrate: Calibration) -> ClassifyModule:
-        assert teacher is not None
-        pairs = plan.granularity.pairs(student.config, teacher.config)
-        ours, theirs = student.config.grid, teacher.config.grid
-        resize = None if ours == theirs else token_interpolation(theirs, ours)
-        if plan.granularity.needs_calibration:
-            pairs = match_heads(pairs, *record_both(student, teacher, pairs, calibrate()), plan.loss, resize)
-        tokens = max(student.config.tokens, teacher.config.tokens)
-        transfer = AttentionTransfer(pairs, plan.loss, resize, tokens=tokens, control=self.control)
-        return DistillModule(
-            student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule, plan.label_smoothing
-        )
+    def transfer(
+        self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration
+    ) -> AttentionTransfer:
+        return attention_transfer(student, teacher, plan, calibrate, self.control)
+
+
+def with_maps(student: ModelConfig, teacher: ModelConfig) -> tuple[ViTConfig, ViTConfig]:
+    """Both, known to have attention maps; ConfigError if one has none."""
+    for whose, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, ViTConfig):
+            raise ConfigError(
+                f"{whose}={model}: has no attention maps; choose a ViT, or method=logit or method=token, "
+                "which learn what a teacher says and not where it looks"
+            )
+    assert isinstance(student, ViTConfig)
+    assert isinstance(teacher, ViTConfig)
+    return student, teacher
+
+
+def attention_transfer(
+    student: Model, teacher: Model, plan: Plan, calibrate: Calibration, control: str | None = None
+) -> AttentionTransfer:
+    """What `plan`'s granularity and loss teach."""
+    assert isinstance(student, ViT)
+    assert isinstance(teacher, ViT)
+    pairs = plan.granularity.pairs(student.config, teacher.config)
+    alignment = align(student.config, teacher.config)
+    if plan.granularity.needs_calibration:
+        both = record_both(student, teacher, pairs, calibrate())
+        pairs = match_heads(pairs, *both, plan.loss, alignment)
+    tokens = max(student.config.tokens, teacher.config.tokens)
+    return AttentionTransfer(pairs, plan.loss, alignment, tokens, control)
 
 
 @torch.no_grad()

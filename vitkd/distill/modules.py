@@ -22,7 +22,7 @@ from vitkd.distill.meter import Meter
 from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.distill.teacher_cache import Answer, TeacherCache
 from vitkd.distill.transfer import Transfer
-from vitkd.models import ViT, describe
+from vitkd.models import Model, TokenLogits, ViT, describe
 
 log = logging.getLogger("vitkd")
 
@@ -40,6 +40,8 @@ class Terms(NamedTuple):
     """[*S]: how far the student is from its teacher, where that was computed"""
     per_map: Tensor | None = None
     """[*S, P]: `transfer` before weighing"""
+    of_tokens: TokenLogits | None = None
+    """whose mean the logits are, where the student has two heads"""
 
     def named_losses(self) -> dict[str, Tensor]:
         """The terms of `total`, as a person calls them."""
@@ -51,7 +53,7 @@ class ClassifyModule(L.LightningModule):
     """Trains one model on labels: a teacher, or a student by itself."""
 
     def __init__(
-        self, model: ViT, optimizer: AdamW, schedule: Schedule, label_smoothing: float = 0.0
+        self, model: Model, optimizer: AdamW, schedule: Schedule, label_smoothing: float = 0.0
     ) -> None:
         super().__init__()
         self.model = model
@@ -68,9 +70,9 @@ class ClassifyModule(L.LightningModule):
 
     def terms(self, batch: Batch) -> Terms:
         """The losses of one training batch."""
-        logits = self.model(batch.image).logits
-        task = self.task_loss(logits, batch.label)
-        return Terms(logits, task, total=task)
+        output = self.model(batch.image)
+        task = self.task_loss(output.logits, batch.label)
+        return Terms(output.logits, task, total=task, of_tokens=output.of_tokens)
 
     def task_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy with the labels [B], smoothed in training (Szegedy et al. 2016)."""
@@ -282,8 +284,8 @@ class DistillModule(ClassifyModule):
 
     def __init__(
         self,
-        model: ViT,
-        teacher: ViT,
+        model: Model,
+        teacher: Model,
         transfer: Transfer,
         alpha: float,
         optimizer: AdamW,
@@ -300,7 +302,7 @@ class DistillModule(ClassifyModule):
         """by split, the answers that the teacher has given already"""
 
     @property
-    def teacher(self) -> ViT:
+    def teacher(self) -> Model:
         """Frozen and in eval mode."""
         return self._teacher[0]
 
@@ -319,6 +321,7 @@ class DistillModule(ClassifyModule):
         """Run the teacher on `images`; validation always asks for its logits, for their classes."""
         blocks, factors = self.transfer.teacher_blocks, self.transfer.streams
         if split == "train" and not self.transfer.needs_logits:
+            assert isinstance(self.teacher, ViT)
             return Answer(self.teacher.scores(images, blocks, factors))
         output = self.teacher(images, blocks, factors)
         return Answer(output.scores, output.logits)
@@ -352,11 +355,10 @@ class DistillModule(ClassifyModule):
         self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
 
     def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
-        per_map = means.get("map_loss")
-        (curves,) = super().curves({name: values for name, values in means.items() if name != "map_loss"})
-        if per_map is not None and self.transfer.pairs:
-            names = [name for pair in self.transfer.pairs for name in pair.names]
-            curves |= {f"map_loss/{n}": value for n, value in zip(names, per_map, strict=True)}
+        values = means.get("map_loss")
+        (curves,) = super().curves({name: mean for name, mean in means.items() if name != "map_loss"})
+        if values is not None and self.transfer.curves:
+            curves |= dict(zip(self.transfer.curves, values, strict=True))
         return [curves]
 
     def window_curves(self) -> list[dict[str, float]]:
@@ -366,11 +368,11 @@ class DistillModule(ClassifyModule):
 
     def _distill(self, batch: Batch, answer: Answer) -> Terms:
         output = self.model(batch.image, self.transfer.student_blocks, self.transfer.streams)
-        task = self.task_loss(output.logits, batch.label)
+        task = self.task_loss(self.transfer.task_logits(output), batch.label)
         per_map = self.transfer.compare(output, answer)
         transfer = self.transfer.total(per_map)
         total = self.alpha * task + (1 - self.alpha) * transfer
-        return Terms(output.logits, task, total, transfer, per_map)
+        return Terms(output.logits, task, total, transfer, per_map, output.of_tokens)
 
 
 def tensors(values: Mapping[str, float | list[float]]) -> dict[str, Tensor]:
@@ -387,6 +389,9 @@ def measures(terms: Terms, batch: Batch) -> dict[str, Tensor]:
     }
     if terms.transfer is not None and terms.per_map is not None:
         values |= {"transfer_loss": terms.transfer, "map_loss": terms.per_map}
+    if terms.of_tokens is not None:
+        for token, logits in terms.of_tokens._asdict().items():
+            values[f"acc_{token}"] = share_equal(logits.argmax(-1), batch.label)
     return values
 
 

@@ -1,12 +1,7 @@
 """Which student map learns from which teacher map: plain data, made here, used by `transfer`."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from vitkd.distill.losses import AttentionLoss
 from vitkd.errors import ConfigError
 
 HEAD_MAPS = ("index", "group_mean", "hungarian")
@@ -37,7 +32,7 @@ def map_heads(head_map: str, student_heads: int, teacher_heads: int) -> tuple[tu
     """The teacher heads of each student head.
 
     `index` pairs head i with head i (the report's); `group_mean` with the mean of the i-th of m equal groups;
-    `hungarian` starts from `index` and is settled by `match_heads` once scores are known.
+    `hungarian` starts from `index` and is settled by `matching` once scores are known.
 
     Raises ConfigError if the student has more heads than the teacher, or groups would be unequal.
     """
@@ -55,34 +50,3 @@ def map_heads(head_map: str, student_heads: int, teacher_heads: int) -> tuple[tu
         )
     size = teacher_heads // student_heads
     return tuple(tuple(range(head * size, (head + 1) * size)) for head in range(student_heads))
-
-
-@torch.no_grad()
-def match_heads(
-    pairs: Sequence[BlockPair],
-    student_scores: Mapping[int, Tensor],
-    teacher_scores: Mapping[int, Tensor],
-    loss: AttentionLoss,
-    resize: Tensor | None = None,
-) -> list[BlockPair]:
-    """Pair heads so that their total loss on a calibration batch is least (Kuhn 1955, by scipy).
-
-    Scores are [B, H, N, N] per block, recorded on the same images; `resize` brings the teacher's to the
-    student's token grid.
-    """
-    from scipy.optimize import linear_sum_assignment  # takes a while, and hardly a run needs it
-
-    matched = []
-    for pair in pairs:
-        target = loss.target(teacher_scores[pair.teacher_block])
-        if resize is not None:
-            target = loss.resize(target, resize)
-        student = student_scores[pair.student_block]
-        cost = torch.stack(
-            [loss(student[:, [head]].expand_as(target), target) for head in pair.student_heads]
-        )
-        rows, columns = linear_sum_assignment(cost.double().cpu().numpy())
-        assert list(rows) == list(range(len(pair.student_heads)))
-        heads = tuple((int(column),) for column in columns)
-        matched.append(BlockPair(pair.student_block, pair.teacher_block, pair.student_heads, heads))
-    return matched

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from vitkd.data import Batch, ImageDataModule, Loader
-from vitkd.models import ViT
+from vitkd.models import Model, ViTConfig
 from vitkd.models.layers import Factors, Scores
 
 log = logging.getLogger("vitkd")
@@ -111,7 +111,7 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
 class Learner(Protocol):
     """A module that asks a teacher."""
 
-    teacher: ViT
+    teacher: Model
     cached: dict[str, TeacherCache]
     """By split; what is not there has to be asked. Whoever moves or casts the module empties it."""
 
@@ -187,11 +187,12 @@ class TeacherCaching(Callback):
             )
 
 
-def bytes_per_image(teacher: ViT, blocks: list[int]) -> int:
+def bytes_per_image(teacher: Model, blocks: list[int]) -> int:
     """What the scores of `blocks` and the logits of one image take."""
-    entry = torch.promote_types(teacher.head.weight.dtype, torch.float32).itemsize
+    entry = torch.promote_types(next(teacher.parameters()).dtype, torch.float32).itemsize
     c = teacher.config
-    return (len(blocks) * c.num_heads * c.tokens**2 + c.num_classes) * entry
+    of_maps = len(blocks) * c.num_heads * c.tokens**2 if isinstance(c, ViTConfig) else 0
+    return (of_maps + c.num_classes) * entry
 
 
 def amount(size: int) -> str:

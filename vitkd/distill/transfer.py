@@ -12,15 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd.distill.alignment import AS_THEY_ARE, Alignment, without_distillation_token
 from vitkd.distill.controls import CONTROLS
 from vitkd.distill.losses import AttentionLoss
 from vitkd.distill.pairing import BlockPair
 from vitkd.distill.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
 from vitkd.distill.teacher_cache import Answer
-from vitkd.models import ViTOutput
+from vitkd.models import ModelOutput
 from vitkd.models.layers import Factors, Scores
 
 
@@ -44,8 +44,17 @@ class Transfer(nn.Module, ABC):
         """The blocks whose scores the teacher is asked for."""
         return sorted({pair.teacher_block for pair in self.pairs})
 
+    @property
+    def curves(self) -> list[str]:
+        """A curve's name for each value that `compare` gives; none where the transfer loss says it all."""
+        return []
+
+    def task_logits(self, student: ModelOutput) -> Tensor:
+        """The student's logits [*S, B, K] that learn the labels."""
+        return student.logits
+
     @abstractmethod
-    def compare(self, student: ViTOutput, teacher: Answer) -> Tensor:
+    def compare(self, student: ModelOutput, teacher: Answer) -> Tensor:
         """How far apart the two are [*S, P]: one value a pair of maps, or one value in all."""
 
     @abstractmethod
@@ -59,21 +68,19 @@ class AttentionTransfer(Transfer):
     Args:
         pairs: what learns from what.
         loss: what makes two maps alike; its `reduction` sets the maps' weights.
-        resize: [N, N'] interpolates the teacher's tokens to the student's grid, if they differ.
-        allowed: [N, N] is False where a model masks attention.
+        alignment: what makes the two models' maps comparable.
         tokens: the larger of N and N', where it is known.
         control: what takes the teacher maps' place (a key of `CONTROLS`), if anything.
     """
 
     allowed: Tensor | None
-    """[N, N]: False where a model masks attention; those entries stay out of every mean"""
+    """as the alignment's"""
 
     def __init__(
         self,
         pairs: Sequence[BlockPair],
         loss: AttentionLoss,
-        resize: Tensor | None = None,
-        allowed: Tensor | None = None,
+        alignment: Alignment = AS_THEY_ARE,
         tokens: int = 0,
         control: str | None = None,
     ) -> None:
@@ -85,12 +92,18 @@ class AttentionTransfer(Transfer):
         share = 1 / len(self.names) if loss.reduction == "mean" else 1.0
         # Not buffers: those would be rounded by trainer.precision=bf16-true.
         self.weights = torch.full((len(self.names),), share, dtype=torch.float64)
-        self.resize = resize
+        self.alignment = alignment
+        # Not a buffer, as the weights.
+        self.resize = alignment.resize
         self.streams = tokens > STREAM_ABOVE
-        self.register_buffer("allowed", allowed, persistent=False)
+        self.register_buffer("allowed", alignment.allowed, persistent=False)
         self.control = control
 
-    def compare(self, student: ViTOutput, teacher: Answer) -> Tensor:
+    @property
+    def curves(self) -> list[str]:
+        return [f"map_loss/{name}" for name in self.names]
+
+    def compare(self, student: ModelOutput, teacher: Answer) -> Tensor:
         """One value per student map [*S, P]."""
         return self(student.scores, teacher.scores)
 
@@ -121,6 +134,10 @@ class AttentionTransfer(Transfer):
         """One value per map of `pair` [*S, P]."""
         ours = take_heads(student, pair.student_heads)
         theirs = [take_heads(teacher, heads) for heads in zip(*pair.teacher_heads, strict=True)]
+        if self.alignment.drop_from_student:
+            ours = without_distillation_token(ours)
+        if self.alignment.drop_from_teacher:
+            theirs = [without_distillation_token(maps) for maps in theirs]
         if isinstance(ours, Tensor):
             return self._loss(ours, theirs)
         chunk = images_at_a_time([ours, *(maps for maps in theirs if isinstance(maps, Factors))])
@@ -161,14 +178,3 @@ def part(scores: Scores, images: slice) -> Scores:
     if isinstance(scores, Factors):
         return Factors(*(of_images(factor, images) for factor in scores))
     return of_images(scores, images)
-
-
-def token_interpolation(from_grid: int, to_grid: int) -> Tensor:
-    """The matrix [1 + to_grid², 1 + from_grid²] that resizes a token axis bilinearly and keeps CLS.
-
-    Each row sums to 1.
-    """
-    tokens = from_grid**2
-    basis = torch.eye(tokens).reshape(tokens, 1, from_grid, from_grid)
-    resized = F.interpolate(basis, size=(to_grid, to_grid), mode="bilinear", align_corners=False)
-    return torch.block_diag(torch.ones(1, 1), resized.reshape(tokens, to_grid**2).T)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from vitkd.explain.recording import timm_model
 from vitkd.explain.subjects import maps_of, regions_of, subject_of
 from vitkd.explain.survey import Comparison, Survey, survey
 from vitkd.finished import Run, load_run
-from vitkd.models import ViT, digest
+from vitkd.models import Model, ViT, ViTConfig, digest
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.console import Job, start_logging
 from vitkd.runs.files import write_atomically
@@ -146,6 +146,7 @@ def explain_job(composed: DictConfig, job: Job) -> None:
             )
             for path in settings.runs
         ]
+        runs = [with_maps(run) for run in runs]
         _check_comparable(runs)
         with closing(ImageDataModule(runs[0].config.dataset, runs[0].config.paths.data, 0)) as data:
             data.setup()
@@ -157,6 +158,22 @@ def explain_job(composed: DictConfig, job: Job) -> None:
                 album = of_pictures(settings, models, device, known, _shown_blocks(runs))
     job.folder = str(out)
     write(files_of(album), out)
+
+
+def with_maps(run: Run) -> Run:
+    """The run, without a teacher that has no attention maps; ConfigError if the student has none."""
+    if not isinstance(run.student, ViT):
+        raise ConfigError(f"run={run.path}: {run.student.config} has no attention maps; name a run of a ViT")
+    if run.teacher is None or isinstance(run.teacher, ViT):
+        return run
+    log.info("teacher: %s has no attention maps; the student is shown by itself", run.teacher.config)
+    return replace(run, teacher=None)
+
+
+def shape_of(model: Model) -> ViTConfig:
+    """The configuration of a model that has attention maps."""
+    assert isinstance(model.config, ViTConfig)
+    return model.config
 
 
 def write(files: Mapping[str, bytes], out: Path) -> None:
@@ -344,7 +361,7 @@ def _comparisons(runs: Sequence[Run], names: Sequence[str]) -> tuple[dict[str, C
         return {}, []
     found, unlike = {}, []
     for name, run in zip(names, runs, strict=True):
-        ours, theirs = run.student.config, teacher.config
+        ours, theirs = shape_of(run.student), shape_of(teacher)
         if ours.grid != theirs.grid:
             grids = f"{ours.grid}×{ours.grid} patches and the teacher {theirs.grid}×{theirs.grid}"
             unlike.append(f"{name} has {grids}: their maps are shown, not compared.")
@@ -358,14 +375,14 @@ def _comparisons(runs: Sequence[Run], names: Sequence[str]) -> tuple[dict[str, C
     return found, unlike
 
 
-def _pairs(run: Run, teacher: ViT) -> tuple[list[MapPair], list[bool]]:
+def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
     """Every student map beside the teacher maps that it learned from, or would have by the usual order."""
     learnt = {
         (pair["student_block"], head): (pair["teacher_block"], tuple(heads))
         for pair in run.pairs
         for head, heads in zip(pair["student_heads"], pair["teacher_heads"], strict=True)
     }
-    ours, theirs = run.student.config, teacher.config
+    ours, theirs = shape_of(run.student), shape_of(teacher)
     pairs, flags = [], []
     for block in range(ours.depth):
         for head in range(ours.num_heads):
@@ -399,7 +416,7 @@ def _shown_blocks(runs: Sequence[Run]) -> dict[str, int]:
 def _other_block(run: Run) -> int | None:
     """The last student block that was not distilled, if some were and some not."""
     learnt = {pair["student_block"] for pair in run.pairs}
-    others = [block for block in range(run.student.config.depth) if block not in learnt]
+    others = [block for block in range(shape_of(run.student).depth) if block not in learnt]
     return others[-1] if learnt and others else None
 
 

@@ -1,8 +1,9 @@
 """Where the class token looks, and the strokes that every figure of it is drawn with.
 
-Shapes: B images, C channels (1 grey, 3 RGB), H heads, T tokens (CLS + g²), g patches along one side.
+Shapes: B images, C channels (1 grey, 3 RGB), H heads, T tokens (prefix + g²), g patches along one side.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,24 +31,34 @@ SMOOTH_PIXELS = 256
 """Maps are drawn with this many pixels a side at least: those of eight-pixel images are to be smooth too."""
 
 
-def cls_attention(scores: Tensor, grid: int, heads: Sequence[int] | None = None) -> Tensor:
+def cls_attention(
+    scores: Tensor,
+    grid: int,
+    heads: Sequence[int] | None = None,
+    prefix: int = 1,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """How the class token's attention is spread over the patches.
 
     Args:
         scores: [B, H, T, T] before softmax, the class token first.
         grid: g.
         heads: those to average, a head named twice counting twice; None for all.
+        prefix: tokens before the patches.
+        allowed: [T, T], False where the model masks attention; None where it does not.
 
     Returns:
         [B, g, g]: the mean over heads of the class token's weights, scaled to sum to 1 over the patches.
 
     Raises:
-        ValueError: T is not 1 + g².
+        ValueError: T is not prefix + g².
     """
-    if scores.shape[-1] != 1 + grid**2:
-        raise ValueError(f"{scores.shape[-1]} tokens are not CLS and {grid}×{grid} patches")
-    rows = scores[..., 0, :] if heads is None else scores[..., list(heads), 0, :]
-    weights = at_least_float32(rows).softmax(-1).mean(-2)[..., 1:]
+    if scores.shape[-1] != prefix + grid**2:
+        raise ValueError(f"{scores.shape[-1]} tokens are not {prefix} and {grid}×{grid} patches")
+    rows = at_least_float32(scores[..., 0, :] if heads is None else scores[..., list(heads), 0, :])
+    if allowed is not None:
+        rows = rows.masked_fill(~allowed[0], -math.inf)
+    weights = rows.softmax(-1).mean(-2)[..., prefix:]
     # A class token that looks at itself alone gives an empty map rather than 0/0.
     total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return (weights / total).unflatten(-1, (grid, grid))

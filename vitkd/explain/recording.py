@@ -27,6 +27,8 @@ class Layout(NamedTuple):
     """h rows of w patches"""
     pooled: bool
     """whether the classifier reads the patches, as global pooling has it, and not token 0"""
+    sees_itself: bool = True
+    """whether a token may attend to itself; in locality attention it may not"""
 
 
 class Recording(NamedTuple):
@@ -41,6 +43,7 @@ class Recording(NamedTuple):
     prefix: int
     grid: tuple[int, int]
     pooled: bool = False
+    sees_itself: bool = True
 
 
 def record(model: nn.Module, images: Tensor) -> Recording:
@@ -57,7 +60,7 @@ def record(model: nn.Module, images: Tensor) -> Recording:
         images = images.detach().requires_grad_()
     with evaluating(model):
         trace = model.trace(images) if isinstance(model, ViT) else _trace_by_hooks(model, images, place)
-    return Recording(*trace, *place)
+    return Recording(*trace, **place._asdict())
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -86,7 +89,8 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
     if isinstance(model, ViT):
         c = model.config
         _check_size(images.shape[-3:], (c.channels, c.image_size, c.image_size))
-        return Layout(prefix=1, grid=(c.grid, c.grid), pooled=False)
+        sees_itself = c.attention != "lsa"
+        return Layout(c.prefix, (c.grid, c.grid), pooled=False, sees_itself=sees_itself)
     _blocks(model)
     embed: Any = model.patch_embed
     if getattr(embed, "strict_img_size", False) and embed.img_size is not None:

@@ -32,15 +32,15 @@ def grad_cam(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     """
     package = from_extra("pytorch_grad_cam", EXTRA)
     targets = from_extra("pytorch_grad_cam.utils.model_targets", EXTRA)
-    prefix, grid, _ = layout(model, images)
+    place = layout(model, images)
     with _explaining(model, images, target) as (logits, images):
         cam = package.GradCAM(
             model=logits,
             target_layers=[_last_norm(model)],
-            reshape_transform=lambda tokens: tokens[:, prefix:].mT.unflatten(-1, grid),
+            reshape_transform=lambda tokens: tokens[:, place.prefix :].mT.unflatten(-1, place.grid),
         )
         # It would enlarge the maps to the image's size.
-        cam.get_target_width_height = lambda _images: grid[::-1]
+        cam.get_target_width_height = lambda _images: place.grid[::-1]
         try:
             maps = cam(images, [targets.ClassifierOutputTarget(each) for each in target.tolist()])
         finally:

@@ -80,7 +80,7 @@ def survey(
             found[name].add(recording)
         for student, comparison in comparisons.items():
             if student not in sums:
-                sums[student] = _Sums(comparison, seen[student])
+                sums[student] = _Sums(comparison, seen[student], seen[comparison.teacher])
             sums[student].add(seen[student], seen)
     return Survey(
         torch.cat(labels),
@@ -110,21 +110,25 @@ class _Answers:
 class _Sums:
     """One student's beside its teacher's."""
 
-    def __init__(self, comparison: Comparison, recording: Recording) -> None:
+    def __init__(self, comparison: Comparison, recording: Recording, teacher: Recording) -> None:
         self.comparison = comparison
         self.fidelity = FidelitySums(
             comparison.pairs,
             grid=recording.grid,
             patch_size=comparison.patch_size,
-            prefix=recording.prefix,
+            prefix=min(recording.prefix, teacher.prefix),
             query=None if recording.pooled else 0,
         )
         self.cka = {(pair.student_block, pair.teacher_block): CKASums() for pair in comparison.pairs}
         self.divergence: list[Tensor] = []
 
     def add(self, student: Recording, seen: Mapping[str, Recording]) -> None:
-        teacher = seen[self.comparison.teacher]
-        alone = None if self.comparison.alone is None else _by_block(seen[self.comparison.alone])
+        student, teacher, *without = comparable(
+            student,
+            seen[self.comparison.teacher],
+            *([] if self.comparison.alone is None else [seen[self.comparison.alone]]),
+        )
+        alone = _by_block(without[0]) if without else None
         figures = self.fidelity.add(_by_block(student), _by_block(teacher), alone)
         counted = torch.tensor(self.comparison.learnt)
         counted = counted if counted.any() else ~counted
@@ -135,6 +139,42 @@ class _Sums:
     def alikeness(self) -> Alikeness:
         cka = {blocks: sums.value() for blocks, sums in self.cka.items()}
         return Alikeness(self.fidelity.table(), self.comparison.learnt, torch.cat(self.divergence), cka)
+
+
+def comparable(*recordings: Recording) -> list[Recording]:
+    """Recordings of the same images with weights and tokens that all of the models have.
+
+    A distillation token that another lacks is left out; so is what a token gives to itself, where another's
+    gives itself nothing by design. What is left of a row is scaled to sum 1 again.
+    """
+    prefix = min(recording.prefix for recording in recordings)
+    alike = len({recording.sees_itself for recording in recordings}) == 1
+    return [
+        recording
+        if alike and recording.prefix == prefix
+        else recording._replace(
+            weights=tuple(_whole(each, recording.prefix, prefix, alike) for each in recording.weights),
+            tokens=tuple(_kept(each, -2, recording.prefix, prefix) for each in recording.tokens),
+            prefix=prefix,
+        )
+        for recording in recordings
+    ]
+
+
+def _whole(weights: Tensor, prefix: int, kept: int, diagonal: bool) -> Tensor:
+    """Weights [B, H, T, T] of the first `kept` tokens and the patches, perhaps without the diagonal."""
+    weights = _kept(_kept(weights, -1, prefix, kept), -2, prefix, kept)
+    if not diagonal:
+        own = torch.eye(weights.shape[-1], dtype=torch.bool, device=weights.device)
+        weights = weights.masked_fill(own, 0)
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def _kept(x: Tensor, axis: int, prefix: int, kept: int) -> Tensor:
+    """All entries along `axis` but those of the tokens from `kept` to `prefix`."""
+    rest = x.narrow(axis, prefix, x.shape[axis] - prefix)
+    return torch.cat([x.narrow(axis, 0, kept), rest], dim=axis)
 
 
 def _by_block(recording: Recording) -> dict[int, Tensor]:

@@ -6,6 +6,7 @@ students at once (`Linear` becomes one batched matmul, the rest broadcasts). Not
 Shapes: S stacked students (absent for one model), B batch, T tokens, H heads, D embed_dim.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Factors(NamedTuple):
     """[*S, B, H, T, head_dim]"""
 
     def scores(self) -> Tensor:
-        """QKᵀ/√head_dim [*S, B, H, T, T], in at least float32."""
+        """QKᵀ/√head_dim [*S, B, H, T, T], in at least float32; what a model masks is computed, too."""
         # Rounded to bf16, scores of some tens differ by tenths; they are what is compared, so they are exact.
         with torch.autocast(self.q.device.type, enabled=False):
             return (at_least_float32(self.q) * self.q.shape[-1] ** -0.5) @ at_least_float32(self.k).mT
@@ -40,7 +41,7 @@ class Factors(NamedTuple):
 
 
 Scores = Tensor | Factors
-"""Attention scores before the softmax, as a tensor [*S, B, H, T, T] or as their factors."""
+"""Attention scores before mask and softmax, as a tensor [*S, B, H, T, T] or as their factors."""
 
 
 def per_student(parameter: Tensor, x: Tensor) -> Tensor:
@@ -101,6 +102,15 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
         self.out = Linear(num_heads * head_dim, dim)
 
+    def scale(self, q: Tensor) -> Tensor:
+        """Queries [*S, B, H, T, head_dim] at the attention's temperature, if it has one of its own."""
+        return q
+
+    @staticmethod
+    def allowed(tokens: int, device: torch.device | None = None) -> Tensor | None:
+        """[T, T], False where a query may not look at a key; None where it may look at all."""
+        return None
+
     def forward(self, x: Tensor, record: bool, factors: bool = False) -> tuple[Tensor, Scores | None]:
         """Map tokens [*S, B, T, D] to tokens, and to scores [*S, B, H, T, T] if they are to be recorded.
 
@@ -109,6 +119,7 @@ class Attention(nn.Module):
         masks of ours, so where dropout draws these (on CPUs and in stacks) every block makes its matrix.
         """
         q, k, v = self._heads(self.qkv(self.norm(x)), 3)
+        q = self.scale(q)
         recorded: Scores | None = None
         if record:
             recorded = Factors(q, k).without_values() if factors else Factors(q, k).scores()
@@ -119,7 +130,9 @@ class Attention(nn.Module):
         else:
             # The fused kernels take exactly one batch axis.
             flat_q, flat_k, flat_v = (t.flatten(0, -4) for t in (q, k, v))
-            fused = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, dropout_p=self.dropout.rate)
+            fused = F.scaled_dot_product_attention(
+                flat_q, flat_k, flat_v, self.allowed(x.shape[-2], x.device), self.dropout.rate
+            )
             values = fused.view_as(v)
         return self._merge(values), recorded
 
@@ -129,7 +142,7 @@ class Attention(nn.Module):
         Both are in one graph, so gradients by the weights can be had.
         """
         q, k, v = self._heads(self.qkv(self.norm(x)), 3)
-        weights = self._weights(Factors(q, k).scores(), v.dtype)
+        weights = self._weights(Factors(self.scale(q), k).scores(), v.dtype)
         return self._merge(weights @ v), weights
 
     def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
@@ -137,7 +150,10 @@ class Attention(nn.Module):
         return self._weights(scores, v.dtype) @ v
 
     def _weights(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
-        """What multiplies the values [*S, B, H, T, T]: the softmax, in the scores' precision, as `dtype`."""
+        """What multiplies the values [*S, B, H, T, T]: the masked softmax, in the scores' precision."""
+        allowed = self.allowed(scores.shape[-1], scores.device)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
         return self.dropout(scores.softmax(-1)).to(dtype)
 
     def _merge(self, values: Tensor) -> Tensor:
@@ -150,7 +166,7 @@ class Attention(nn.Module):
         weight = self.qkv.weight[..., : 2 * inner, :]
         bias = None if self.qkv.bias is None else self.qkv.bias[..., : 2 * inner]
         q, k = self._heads(project(self.norm(x), weight, bias), 2)
-        return Factors(q, k)
+        return Factors(self.scale(q), k)
 
     def _heads(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
         """Split [*S, B, T, count·H·head_dim] into `count` tensors [*S, B, H, T, head_dim]."""

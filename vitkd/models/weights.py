@@ -12,12 +12,14 @@ from safetensors.torch import save
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.models.vit import ViT, ViTConfig
+from vitkd.models.base import Model, ModelConfig
+from vitkd.models.resnet import ResNetConfig
+from vitkd.models.vit import ViTConfig
 
-CONFIGS = {config.__name__: config for config in (ViTConfig,)}
+CONFIGS: dict[str, type[ModelConfig]] = {config.__name__: config for config in (ViTConfig, ResNetConfig)}
 
 
-def save_model(model: ViT, path: Path, about: Mapping[str, str] | None = None) -> None:
+def save_model(model: Model, path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write `model` to `path`; `about` adds plain strings (which epoch, which run) to the header."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     header = {**(about or {}), **describe(model), "digest": digest(model)}
@@ -26,12 +28,12 @@ def save_model(model: ViT, path: Path, about: Mapping[str, str] | None = None) -
     temporary.replace(path)
 
 
-def describe(model: ViT) -> dict[str, str]:
+def describe(model: Model) -> dict[str, str]:
     """The header from which `build_from_header` builds a model like `model`."""
     return {"config": type(model.config).__name__, "model": json.dumps(asdict(model.config))}
 
 
-def load_model(path: Path | str) -> ViT:
+def load_model(path: Path | str) -> Model:
     """Read the model in the file or run folder `path`, in eval mode and float32, on the CPU.
 
     Raises ConfigError if the file is absent, damaged or not written by `save_model`.
@@ -55,7 +57,7 @@ def load_model(path: Path | str) -> ViT:
     return model.float().eval()
 
 
-def build_from_header(header: Mapping[str, str], path: Path) -> ViT:
+def build_from_header(header: Mapping[str, str], path: Path) -> Model:
     """The model that a file's header describes, without memory yet: load weights with `assign=True`.
 
     Raises ConfigError if it describes none.
@@ -64,7 +66,7 @@ def build_from_header(header: Mapping[str, str], path: Path) -> ViT:
         config = CONFIGS[header["config"]]
         settings = json.loads(header["model"])
         with torch.device("meta"):
-            return config(**settings).build()
+            return config(**settings).architecture()
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: its header does not describe a vitkd model; give a student.safetensors or a run folder"

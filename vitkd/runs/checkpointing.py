@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch import Tensor
 
-from vitkd.models import ViT, describe
+from vitkd.models import Model, describe
 from vitkd.runs.checkpoints import write_checkpoint
 from vitkd.runs.processes import gather, rank
 from vitkd.runs.signals import TERMINATED, PostponedSignals
@@ -124,7 +124,7 @@ class Checkpointing(Callback):
         self._seconds_before = saved["wall_seconds"]
         self._random_state = checkpoint["random_state"]
 
-    def write_best(self, model: ViT) -> None:
+    def write_best(self, model: Model) -> None:
         """Write the best epoch's weights, shaped as `model`, to best.ckpt."""
         if self.best is not None:
             write_checkpoint(self.folder.best, {**self.best, "model": describe(model)})

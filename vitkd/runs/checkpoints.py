@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from vitkd.errors import ConfigError, RunError
-from vitkd.models import ViT, build_from_header, load_model
+from vitkd.models import Model, build_from_header, load_model
 from vitkd.runs.files import NO_ROOM, force_names_to_disk, force_to_disk, write_atomically
 
 log = logging.getLogger("vitkd")
@@ -130,7 +130,7 @@ def newest_good(path: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load_from_checkpoint(path: Path) -> tuple[ViT, int]:
+def load_from_checkpoint(path: Path) -> tuple[Model, int]:
     """The trained model of a checkpoint, in eval mode, and the epoch (from 1) after which it was saved."""
     content = read_checkpoint(path)
     model = build_from_header(content["model"], path)
@@ -143,7 +143,7 @@ def load_from_checkpoint(path: Path) -> tuple[ViT, int]:
     return model.float().eval(), content["epoch"] + 1
 
 
-def load_any(path: Path) -> ViT:
+def load_any(path: Path) -> Model:
     """The model in a run folder, a .safetensors file or a .ckpt file, in eval mode on the CPU."""
     if path.is_dir():
         path = path / "student.safetensors"

@@ -14,7 +14,6 @@ from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vitkd.models import ViTConfig
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.processes import is_first
 
@@ -140,14 +139,6 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def describe_model(config: ViTConfig) -> str:
-    """A model's shape in a few words."""
-    return (
-        f"{config.depth}×{config.num_heads} blocks×heads, width {config.embed_dim}, MLP {config.mlp_dim}, "
-        f"{config.grid}×{config.grid} patches + CLS"
-    )
-
-
 def percent(value: float | None) -> str:
     """A share as a percentage with two decimals; a dash for None."""
     return "–" if value is None else f"{value:.2%}"
@@ -171,6 +162,9 @@ def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: str) -
             percent(metrics[f"test/acc_{key}"]),
             "" if agreement is None else percent(agreement),
         )
+        for token in ("class_token", "distillation_token"):
+            if (alone := metrics.get(f"test/acc_{key}_{token}")) is not None:
+                table.add_row(f"  its {token.replace('_', ' ')} alone", "", "", percent(alone), "")
     places = {"run": folder.path, "pictures": folder.pictures, "model": folder.student}
     lines = [f"{name:<9} {path}" for name, path in places.items() if path.exists()]
     show("", table, "", *lines, f"curves    tensorboard --logdir {outputs}")

@@ -1,6 +1,7 @@
 """The final figures on a split: every image once, in a fixed order, in float32."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.models import ViT
+from vitkd.models import Model
 
 
 class Evaluation(NamedTuple):
@@ -20,6 +21,8 @@ class Evaluation(NamedTuple):
     """mean cross-entropy in nats"""
     predictions: Tensor
     """[N] int64 on the CPU, in the split's order"""
+    of_tokens: Mapping[str, float]
+    """the accuracy of each head by itself, where the model has one for each of two tokens"""
 
     def agreement(self, other: Tensor) -> float:
         """The share of images on which the predictions equal `other` [N]."""
@@ -27,13 +30,17 @@ class Evaluation(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: ViT, batches: Iterable[Batch], device: torch.device) -> Evaluation:
+def evaluate(model: Model, batches: Iterable[Batch], device: torch.device) -> Evaluation:
     """Evaluate `model` on all `batches`, which lie on `device`; the model is moved there and back."""
     home = next(model.parameters()).device
     model = model.to(device).eval()
     losses, predictions, labels = [], [], []
+    hits: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
-        logits = model(batch.image).logits
+        output = model(batch.image)
+        logits = output.logits
+        for token, of_token in output.of_tokens._asdict().items() if output.of_tokens else ():
+            hits[token].append(of_token.argmax(-1) == batch.label)
         losses.append(F.cross_entropy(logits, batch.label, reduction="none"))
         predictions.append(logits.argmax(-1))
         labels.append(batch.label)
@@ -41,4 +48,5 @@ def evaluate(model: ViT, batches: Iterable[Batch], device: torch.device) -> Eval
     predicted, true = torch.cat(predictions).cpu(), torch.cat(labels).cpu()
     # float64 on the CPU: the same sum whatever the device, and MPS has no float64.
     loss = torch.cat(losses).cpu().double().mean().item()
-    return Evaluation((predicted == true).double().mean().item(), loss, predicted)
+    of_tokens = {token: torch.cat(found).cpu().double().mean().item() for token, found in hits.items()}
+    return Evaluation((predicted == true).double().mean().item(), loss, predicted, of_tokens)

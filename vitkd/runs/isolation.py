@@ -53,6 +53,13 @@ def set_signal_handlers(handlers: Mapping[int, Any]) -> None:
             signal.signal(number, handler)
 
 
+def set_matmul_precision(precision: str) -> None:
+    """Let products of float32 matrices and convolutions be as exact as "highest", "high" or "medium" is."""
+    torch.set_float32_matmul_precision(precision)
+    # By itself cuDNN rounds to TF32 whatever was asked of products.
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
 def free_memory() -> None:
     """Give up what the job held: images, models, a GPU's memory."""
     # A Trainer, its module and its data hold each other: left to themselves, those of several jobs pile up.

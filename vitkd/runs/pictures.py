@@ -89,13 +89,14 @@ class AttentionPictures(Callback):
 
     def draw(self, module: DistillModule, when: str) -> Figure:
         """Figure 1 of the last distilled pair; `when` opens its caption."""
+        student, teacher = both(module)
         pair, other = shown_pair(module), other_block(module)
         teacher_heads = [head for heads in pair.teacher_heads for head in heads]
         student_heads: dict[int, Sequence[int]] = {pair.student_block: pair.student_heads}
         if other is not None:
-            student_heads[other] = range(module.model.config.num_heads)
-        teacher_maps, teacher_says = look(module.teacher, self.images, {pair.teacher_block: teacher_heads})
-        student_maps, student_says = look(module.model, self.images, student_heads)
+            student_heads[other] = range(student.config.num_heads)
+        teacher_maps, teacher_says = look(teacher, self.images, {pair.teacher_block: teacher_heads})
+        student_maps, student_says = look(student, self.images, student_heads)
         columns = ["image", f"teacher, block {pair.teacher_block}", f"student, block {pair.student_block}"]
         caption = f"{when} · mean over the {'distilled' if module.transfer.pairs else 'blocks’'} heads"
         return figure_1(
@@ -124,7 +125,7 @@ def shown_pair(module: DistillModule) -> BlockPair:
     """The last distilled pair; where no map is distilled, the last blocks."""
     if module.transfer.pairs:
         return module.transfer.pairs[-1]
-    ours, theirs = module.model.config, module.teacher.config
+    ours, theirs = (model.config for model in both(module))
     every_head = (tuple(range(theirs.num_heads)),) * ours.num_heads
     return BlockPair(ours.depth - 1, theirs.depth - 1, tuple(range(ours.num_heads)), every_head)
 
@@ -132,8 +133,16 @@ def shown_pair(module: DistillModule) -> BlockPair:
 def other_block(module: DistillModule) -> int | None:
     """The last student block that is not distilled; None where every block is, or no map at all."""
     distilled = set(module.transfer.student_blocks)
-    others = [block for block in range(module.model.config.depth) if block not in distilled]
+    others = [block for block in range(both(module)[0].config.depth) if block not in distilled]
     return others[-1] if distilled and others else None
+
+
+def both(module: DistillModule) -> tuple[ViT, ViT]:
+    """The student and its teacher, known to have attention maps."""
+    student, teacher = module.model, module.teacher
+    assert isinstance(student, ViT)
+    assert isinstance(teacher, ViT)
+    return student, teacher
 
 
 def distilling(module: LightningModule) -> DistillModule:
@@ -159,8 +168,9 @@ def look(
     weight = model.head.weight
     with evaluating(model):
         output = model(images.to(weight.device, weight.dtype), record=[*heads])
-    grid = model.config.grid
-    maps = {block: cls_attention(output.scores[block], grid, heads[block]).cpu() for block in heads}
+    c = model.config
+    allowed = c.allowed(weight.device)
+    maps = {b: cls_attention(output.scores[b], c.grid, heads[b], c.prefix, allowed).cpu() for b in heads}
     return maps, output.logits.argmax(-1).tolist()
 
 

@@ -13,18 +13,19 @@ from torch import Tensor
 from vitkd.data import Batch
 from vitkd.distill.pairing import BlockPair
 from vitkd.errors import ConfigError
-from vitkd.models import ViT
+from vitkd.models import Model
 from vitkd.runs.evaluation import evaluate
 from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import RunFolder
 
 
 def measure(
-    last: ViT, best: ViT, batches: Iterable[Batch], device: torch.device, teacher: Tensor | None
+    last: Model, best: Model, batches: Iterable[Batch], device: torch.device, teacher: Tensor | None
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The test figures of the last and the best epoch, and every model's predictions [N].
 
-    `teacher` holds the teacher's predictions [N]. Without a suffix a figure is the last epoch's.
+    `teacher` holds the teacher's predictions [N]. Without a suffix a figure is the last epoch's. A student
+    with two heads answers by their mean; each is measured by itself, too.
     """
     at_last = evaluate(last, batches, device)
     at_best = at_last if best is last else evaluate(best, batches, device)
@@ -34,6 +35,8 @@ def measure(
         "test/loss": at_last.loss,
         "test/loss_best": at_best.loss,
     }
+    for epoch, measured in (("last", at_last), ("best", at_best)):
+        figures |= {f"test/acc_{epoch}_{token}": value for token, value in measured.of_tokens.items()}
     predictions = {"last": at_last.predictions, "best": at_best.predictions}
     if teacher is not None:
         figures["test/teacher_agreement"] = at_last.agreement(teacher)

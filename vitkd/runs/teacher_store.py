@@ -15,7 +15,7 @@ from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 from vitkd.data import Dataset
 from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.errors import ConfigError
-from vitkd.models import ViT, ViTConfig
+from vitkd.models import Model, ModelConfig
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.processes import agree, is_first
@@ -33,7 +33,7 @@ IMMATERIAL_TO_TRAINER = {"accelerator", "strategy"}
 class TeacherRun(Protocol):
     """The part of the configuration of a teacher's own run that determines the teacher."""
 
-    student: ViTConfig
+    student: ModelConfig
     dataset: Dataset
     optimizer: AdamW
     schedule: Schedule
@@ -42,7 +42,7 @@ class TeacherRun(Protocol):
     seed: int
 
 
-def given_teacher(checkpoint: str | None, dataset: Dataset) -> ViT | None:
+def given_teacher(checkpoint: str | None, dataset: Dataset) -> Model | None:
     """The teacher of `teacher.checkpoint`, or None if none was named.
 
     Raises ConfigError if it cannot be read or was made for other images or classes.
@@ -69,7 +69,7 @@ def fingerprint(run: TeacherRun, contents: str | None) -> str:
     facts = {
         "version": RECIPE_VERSION,
         "seed": run.seed,
-        "model": asdict(run.student),
+        "model": run.student.facts(),
         "dataset": data | {"contents": contents},
         "optimizer": [type(run.optimizer).__name__, asdict(run.optimizer)],
         "schedule": [type(run.schedule).__name__, asdict(run.schedule)],
@@ -81,7 +81,7 @@ def fingerprint(run: TeacherRun, contents: str | None) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[RunFolder], object]) -> ViT:
+def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[RunFolder], object]) -> Model:
     """The teacher in the folder `store`; if it is not there yet, `train` makes it first.
 
     A lock keeps parallel runs from training it twice. The folder gets its name only when it is complete, so

@@ -19,7 +19,7 @@ from torch import Tensor
 from vitkd.data import ImageDataModule
 from vitkd.distill.modules import ClassifyModule
 from vitkd.errors import ConfigError, one_line, suggest
-from vitkd.models import ViT
+from vitkd.models import Model
 from vitkd.runs.checkpointing import Checkpointing
 from vitkd.runs.checkpoints import DurableCheckpointIO, load_from_checkpoint, newest_good
 from vitkd.runs.console import EpochLines, ProgressBar, is_terminal
@@ -64,8 +64,8 @@ class Fitted(NamedTuple):
 
     trainer: L.Trainer
     loggers: list[Logger]
-    last: ViT
-    best: ViT
+    last: Model
+    best: Model
     """of the epoch with the best validation accuracy, the earliest of equals; `last` without validation"""
     metrics: dict[str, Any]
 

@@ -22,7 +22,7 @@ from vitkd.distill.modules import ClassifyModule, DistillModule, Terms, measures
 from vitkd.distill.teacher_cache import Answer, TeacherCache
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.errors import RunError
-from vitkd.models import ViT
+from vitkd.models import Model, ViT
 from vitkd.models.dropout import draw_from
 from vitkd.models.layers import Factors, Scores, at_least_float32
 from vitkd.stacked.dropout import streams_on
@@ -72,7 +72,7 @@ class StackedModule(ClassifyModule):
         self.streams = streams_on(torch.device(device), seeds)
         draw_from(self.streams, self.model.modules())
         # In a tuple, as in DistillModule.
-        self._teachers: tuple[ViT, ...] = (first.teacher,) if isinstance(first, DistillModule) else ()
+        self._teachers: tuple[Model, ...] = (first.teacher,) if isinstance(first, DistillModule) else ()
         # Not buffers: those would be rounded by trainer.precision=bf16-true.
         alphas = [module.alpha if isinstance(module, DistillModule) else 1.0 for module in modules]
         self.alphas = torch.tensor(alphas, dtype=torch.float64)
@@ -90,7 +90,7 @@ class StackedModule(ClassifyModule):
         return [cell for cell in self.cells if cell.trains or not self.training]
 
     @property
-    def teacher(self) -> ViT:
+    def teacher(self) -> Model:
         """Frozen and in eval mode."""
         return self._teachers[0]
 
@@ -106,6 +106,7 @@ class StackedModule(ClassifyModule):
         if split == "val":
             output = self.teacher(images, blocks, self._records_factors)
             return Answer(output.scores, output.logits)
+        assert isinstance(self.teacher, ViT)
         scores = self.teacher.scores(images.flatten(0, -4), blocks, self._records_factors)
         many = images.shape[:-3]
         return Answer({b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()})
@@ -254,7 +255,7 @@ class StackedModule(ClassifyModule):
         output = self.model(images, blocks, self._records_factors)
         task = self.task_loss(output.logits, seen.label)
         if not cells:
-            return Terms(output.logits, task, total=task)
+            return Terms(output.logits, task, total=task, of_tokens=output.of_tokens)
         own = {block: self._shares(found) for block, found in output.scores.items()}
         of_orders = batch.label.ndim == 2
         per_map = [self._compare_cell(cell, own, teacher_scores, of_orders) for cell in cells]
@@ -262,7 +263,7 @@ class StackedModule(ClassifyModule):
         self.alphas = self.alphas.to(task)
         total = self.alphas * task + (1 - self.alphas) * transfer
         padded = [F.pad(values, (0, self._most_maps - values.shape[-1])) for values in per_map]
-        return Terms(output.logits, task, total, transfer, self._spread(padded))
+        return Terms(output.logits, task, total, transfer, self._spread(padded), output.of_tokens)
 
     def _compare_cell(
         self,

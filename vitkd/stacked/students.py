@@ -6,10 +6,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from vitkd.models import ViT
+from vitkd.models import Model
 
 
-def stack(models: Sequence[ViT]) -> ViT:
+def stack(models: Sequence[Model]) -> Model:
     """A model of which student s computes what `models[s]` does; its weights are copies.
 
     Every layer of `vitkd.models` takes the leading axis. What keeps figures of a whole batch, as batch
@@ -25,9 +25,9 @@ def stack(models: Sequence[ViT]) -> ViT:
     return stacked
 
 
-def unstack(stacked: ViT, weights: Mapping[str, Tensor], student: int) -> ViT:
+def unstack(stacked: Model, weights: Mapping[str, Tensor], student: int) -> Model:
     """Student `student` of `weights`, the state of `stacked`, as a model of its own on the CPU."""
-    model = stacked.config.build()
+    model = stacked.config.architecture()
     model.load_state_dict({name: values[student].to("cpu", copy=True) for name, values in weights.items()})
     return model
 

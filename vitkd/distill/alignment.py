@@ -1,0 +1,77 @@
+"""What makes the maps of two models comparable: the same tokens, and agreement on which entries count.
+
+Shapes: N tokens of the maps that are compared, N' of the teacher's before they are resized.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitkd.models import ViTConfig
+from vitkd.models.layers import Factors, Scores
+
+# Where a distillation token stands: behind the class token.
+DISTILLATION_TOKEN = 1
+
+
+class Alignment(NamedTuple):
+    """How the maps of a student and a teacher become maps of the same tokens."""
+
+    resize: Tensor | None = None
+    """[N, N'] interpolates the teacher's tokens to the student's grid, if they differ"""
+    allowed: Tensor | None = None
+    """[N, N]: False where either model masks attention; those entries stay out of every mean"""
+    drop_from_student: bool = False
+    """Whether its distillation token is left out, and what is left of each row made a whole again."""
+    drop_from_teacher: bool = False
+    """The same of the teacher's."""
+
+
+AS_THEY_ARE = Alignment()
+
+
+def align(student: ViTConfig, teacher: ViTConfig) -> Alignment:
+    """How to compare their maps.
+
+    A distillation token that the other has no like of is left out. Where one model masks attention, as
+    locality attention does a token's to itself, the other's there is not compared either: what it gives to
+    such entries is left out and the rest of its row made a whole again.
+    """
+    resize = None if student.grid == teacher.grid else token_interpolation(teacher.grid, student.grid)
+    both = student.distillation_token and teacher.distillation_token and resize is None
+    drops = [each.distillation_token and not both for each in (student, teacher)]
+    masks = [
+        _without(allowed, (-2, -1)) if drop else allowed
+        for each, drop in zip((student, teacher), drops, strict=True)
+        if (allowed := each.allowed()) is not None
+    ]
+    return Alignment(resize, torch.stack(masks).all(0) if masks else None, *drops)
+
+
+def without_distillation_token(scores: Scores) -> Scores:
+    """The scores [*S, B, H, N + 1, N + 1] of all tokens but the distillation token, or their factors."""
+    if isinstance(scores, Factors):
+        return Factors(*(_without(factor, (-2,)) for factor in scores))
+    return _without(scores, (-2, -1))
+
+
+def _without(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """All but the distillation token's entries along `axes`."""
+    for axis in axes:
+        behind = DISTILLATION_TOKEN + 1
+        rest = x.narrow(axis, behind, x.shape[axis] - behind)
+        x = torch.cat([x.narrow(axis, 0, DISTILLATION_TOKEN), rest], dim=axis)
+    return x
+
+
+def token_interpolation(from_grid: int, to_grid: int) -> Tensor:
+    """The matrix [1 + to_grid², 1 + from_grid²] that resizes a token axis bilinearly and keeps CLS.
+
+    Each row sums to 1.
+    """
+    tokens = from_grid**2
+    basis = torch.eye(tokens).reshape(tokens, 1, from_grid, from_grid)
+    resized = F.interpolate(basis, size=(to_grid, to_grid), mode="bilinear", align_corners=False)
+    return torch.block_diag(torch.ones(1, 1), resized.reshape(tokens, to_grid**2).T)

@@ -1,0 +1,116 @@
+"""Convolutional teachers: torchvision's residual networks (He et al. 2015, arXiv 1512.03385).
+
+Shapes: B batch, C channels, K classes.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from vitkd.errors import ConfigError, one_line
+from vitkd.models.base import Model, ModelConfig, ModelOutput
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
+
+VARIANTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+STEMS = ("imagenet", "small")
+
+
+@dataclass(repr=False)
+class ResNetConfig(ModelConfig):
+    """Everything that determines a residual network."""
+
+    variant: str = "resnet18"
+    """resnet18 | resnet34 | resnet50 | resnet101 | resnet152"""
+    stem: str = "imagenet"
+    """imagenet, a 7×7 convolution and a pooling that leave a quarter of each side | small, for images of some
+    32 pixels: a 3×3 convolution that leaves all of them, as in the paper's section 4.2"""
+    pretrained: bool = False
+    """Begin with ImageNet's weights, but for the last layer; needs a network, once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("variant", VARIANTS)
+        self.check_choice("stem", STEMS)
+        if self.pretrained and (self.stem, self.channels) != ("imagenet", 3):
+            raise ConfigError(
+                "pretrained=true: ImageNet's weights are of stem=imagenet and 3 channels, not "
+                f"stem={self.stem} and {self.channels}; set pretrained=false"
+            )
+
+    def __str__(self) -> str:
+        stem = ", stem for small images" if self.stem == "small" else ""
+        return f"{self.variant}{stem}{', from ImageNet' if self.pretrained else ''}"
+
+    def prepare(self) -> None:
+        if self.pretrained:
+            self._imagenet()
+
+    def build(self) -> "ResNet":
+        model = self.architecture()
+        if self.pretrained:
+            # The last layer tells ImageNet's classes apart, not ours.
+            weights = {k: v for k, v in self._imagenet().items() if not k.startswith("fc.")}
+            unknown = model.network.load_state_dict(weights, strict=False)
+            assert not unknown.unexpected_keys
+        return model
+
+    def architecture(self) -> "ResNet":
+        return ResNet(self)
+
+    def _imagenet(self) -> dict[str, Tensor]:
+        """ImageNet's weights, downloaded at need; ConfigError where they cannot be had."""
+        weights = imagenet_weights(self.variant)
+        place = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
+        try:
+            found: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"pretrained=true: the ImageNet weights of {self.variant} cannot be had ({one_line(error)}); "
+                f"connect to a network, put {weights.url} at {place}, or set pretrained=false to train from "
+                "random weights"
+            ) from error
+        return found
+
+
+class ResNet(Model):
+    """torchvision's network; it has no attention, so there is nothing to record."""
+
+    config: ResNetConfig
+
+    def __init__(self, config: ResNetConfig) -> None:
+        from torchvision.models import get_model  # takes a while, and not every run has one
+
+        super().__init__()
+        self.config = config
+        self.network = get_model(config.variant, weights=None, num_classes=config.num_classes)
+        if config.stem == "small":
+            self.network.conv1 = first_convolution(config.channels, kernel_size=3, stride=1)
+            self.network.maxpool = nn.Identity()
+        elif config.channels != 3:
+            self.network.conv1 = first_convolution(config.channels, kernel_size=7, stride=2)
+
+    def forward(self, images: Tensor, record: Collection[int] = (), factors: bool = False) -> ModelOutput:
+        """Classify images [B, C, H, W]."""
+        assert not record, "a residual network has no attention to record"
+        return ModelOutput(self.network(images), {})
+
+
+def first_convolution(channels: int, kernel_size: int, stride: int) -> nn.Conv2d:
+    """To 64 channels, initialised as torchvision does."""
+    convolution = nn.Conv2d(channels, 64, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
+
+
+def imagenet_weights(variant: str) -> "WeightsEnum":
+    """torchvision's first weights of a network: those of the usual recipe."""
+    from torchvision.models import get_model_weights
+
+    return get_model_weights(variant)["IMAGENET1K_V1"]
