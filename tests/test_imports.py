@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "messages": {"errors", "config"},
     "jobs": {"errors", "runs"},
     "cli": {"errors", "config", "messages", "distill", "jobs", "runs", "schema"},
-    "stacking": {"cli", "config", "distill", "jobs", "runs", "stacked", "train"},
+    "stacking": {"cli", "config", "distill", "jobs", "models", "runs", "stacked", "train"},
 }
 HYDRA_AT_HOME = {"finished", "config", "schema", "cli", "messages", "jobs", "stacking"}
 MAY_PRINT = {"cli", "runs/console", "runs/processes"}
