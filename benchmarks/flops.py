@@ -34,12 +34,14 @@ SIZE = 2048
 
 def forward_flops(model: ViTConfig) -> int:
     """Of one image's logits."""
-    return _embedding(model) + model.depth * _block(model) + 2 * model.embed_dim * model.num_classes
+    heads = model.prefix * 2 * model.embed_dim * model.num_classes
+    return _embedding(model) + model.depth * _block(model) + heads
 
 
 def training_flops(model: ViTConfig) -> int:
     """Of one image's forward and backward pass; an image needs no gradient, a norm of its pixels does."""
-    return 3 * forward_flops(model) - (0 if model.patch_norm else _embedding(model))
+    has_norm = model.patch_norm or model.tokenizer == "spt"
+    return 3 * forward_flops(model) - (0 if has_norm else _embedding(model))
 
 
 def scores_flops(model: ViTConfig, last: int) -> int:
@@ -50,8 +52,8 @@ def scores_flops(model: ViTConfig, last: int) -> int:
 
 
 def _embedding(model: ViTConfig) -> int:
-    pixels = model.channels * model.patch_size**2
-    return 2 * (model.tokens - 1) * pixels * model.embed_dim
+    views = 5 if model.tokenizer == "spt" else 1
+    return 2 * model.grid**2 * views * model.channels * model.patch_size**2 * model.embed_dim
 
 
 def _block(model: ViTConfig) -> int:

@@ -100,9 +100,17 @@ def counted(compute) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("patch_norm", [False, True])
-def test_the_operations_are_those_that_pytorch_counts(patch_norm):
-    shape = replace(SHAPE, patch_norm=patch_norm)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"patch_norm": False},
+        {"patch_norm": True},
+        {"tokenizer": "spt", "attention": "lsa"},
+        {"distillation_token": True},
+    ],
+)
+def test_the_operations_are_those_that_pytorch_counts(changes):
+    shape = replace(SHAPE, **changes)
     model, images = shape.build(), torch.randn(2, 3, 16, 16)
     every_block = range(shape.depth)  # fused attention is not counted on every device
 
