@@ -16,8 +16,9 @@ from vitkd.data import ImageDataModule
 from vitkd.distill.graph import CudaGraphs
 from vitkd.distill.modules import DistillModule
 from vitkd.distill.teacher_cache import TeacherCaching
+from vitkd.errors import ConfigError
 from vitkd.jobs import figures_of
-from vitkd.models import Model, ViT, count_parameters, digest, save_model
+from vitkd.models import Model, ModelConfig, ViT, count_parameters, digest, save_model
 from vitkd.runs import results
 from vitkd.runs.compilation import check_compiler, compile_training
 from vitkd.runs.console import Job, percent, print_results, start_logging
@@ -56,7 +57,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
         earlier = agree(lambda: earlier_run(path, config))
         if earlier and earlier.state in ("running", "done"):
             return leave_alone(earlier, job)
-        agree(config.student.prepare)
+        agree(lambda: prepare("student", config.student))
         announce(config, given)
         with closing(load_data(config)) as data:
             teacher = given
@@ -129,8 +130,16 @@ def obtain_teacher(config: Config, device: torch.device) -> Model:
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
     if not store.exists():
-        agree(own.student.prepare)
+        agree(lambda: prepare("teacher", own.student))
     return stored_teacher(store, own.resolved, lambda folder: train_teacher(own, device, folder))
+
+
+def prepare(group: str, model: ModelConfig) -> None:
+    """Fetch what building `model` takes from a network; ConfigError, naming its group, if that fails."""
+    try:
+        model.prepare()
+    except ConfigError as error:
+        raise ConfigError(f"{group}.{error}") from error
 
 
 def train_teacher(own: Config, device: torch.device, folder: RunFolder) -> None:
