@@ -45,6 +45,16 @@ def test_recorded_scores_equal_the_cpus(tiny):
         torch.testing.assert_close(on_gpu[block].cpu(), scores, atol=1e-5, rtol=1e-5)
 
 
+def test_locality_attentions_fused_path_is_the_recorded_one(tiny):
+    model = tiny(attention="lsa", tokenizer="spt", distillation_token=True).build().eval().cuda()
+    images = torch.randn(4, 3, 8, 8, device="cuda")
+
+    with torch.no_grad():
+        fused, recorded = model(images).logits, model(images, record=[0, 1, 2]).logits
+
+    torch.testing.assert_close(fused, recorded, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_whole_run(command, tmp_path, precision):
     settings = ["trainer.max_epochs=2", "trainer.accelerator=gpu", f"trainer.precision={precision}"]
@@ -138,6 +148,26 @@ def test_replayed_steps_are_those_taken_one_by_one(command, tmp_path, precision)
 
     replayed, one_by_one = (losses_of(tmp_path / "digits" / mode) for mode in ("auto", "off"))
     assert replayed == pytest.approx(one_by_one, rel=1e-3 if precision == "32-true" else 2e-2)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("student.tokenizer=spt", "student.attention=lsa", "granularity=encoder"),
+        ("method=token", "teacher=resnet", "teacher.stem=small", "teacher.max_epochs=1"),
+        ("method=token", "method.targets=soft", "method.attention_weight=1"),
+        ("method=logit", "student.distillation_token=true"),
+    ],
+    ids=["spt-lsa", "resnet", "token-attention", "logit"],
+)
+def test_replayed_steps_of_other_models_are_those_taken_one_by_one(command, tmp_path, own):
+    settings = [*TRAINING, "student.dropout=0", *own, f"paths.outputs={tmp_path}"]
+    for mode in ("auto", "off"):
+        ended = command("train", *settings, f"name={mode}", f"cuda_graph={mode}")
+        assert ended.code == 0, ended.err
+
+    replayed, one_by_one = (losses_of(tmp_path / "digits" / mode) for mode in ("auto", "off"))
+    assert replayed == pytest.approx(one_by_one, rel=1e-3)
 
 
 def test_steps_are_replayed(command, tmp_path, monkeypatch):
