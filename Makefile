@@ -8,7 +8,7 @@ STAMP = $(VENV)/.installed
 ARGS =
 NAME = step
 # Two at a time, each with one thread: threads that are crowded out of a core slow small models down tenfold.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Two makes at once take turns, where flock is to be had.
 LOCK = $(if $(shell command -v flock),flock $(VENV)/.lock)
