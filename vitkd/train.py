@@ -124,7 +124,8 @@ def obtain_teacher(config: Config, device: torch.device) -> Model:
     """
     own = teacher_run(config)
     if not config.teacher.trained:
-        log.info("teacher: its weights are random (teacher.trained=false), as a control")
+        agree(lambda: prepare("teacher", own.student))
+        log.info("teacher: left as it is before training (teacher.trained=false), as a control")
         seed_generators(own.seed, WEIGHTS, own.student)
         return own.student.build()
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))

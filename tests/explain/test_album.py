@@ -190,6 +190,36 @@ class TestFigures:
         assert "student A, block" not in texts(figure(whole))
         assert "not distilled" not in texts(figure(replace(whole, other_block=None)))
 
+    def test_beside_a_teacher_without_maps_the_student_stands_alone_in_the_cells(self, whole):
+        teacher, student, _ = whole.subjects
+        figure = album_module._figure_2(replace(whole, subjects=[replace(teacher, maps={}), student]))
+
+        assert "student A, block 1" in texts(figure)
+        assert "teacher, block" not in texts(figure)
+
+    def test_of_a_teacher_without_maps_are_those_that_need_none(self, whole, undrawn):
+        teacher, student, _ = whole.subjects
+        album = replace(
+            whole,
+            subjects=[replace(teacher, maps={}), student],
+            regions={"student A": whole.regions["student A"]},
+            alikeness={},
+            faithfulness={},
+        )
+
+        assert {*figures_of(album)} == {"methods", "regions", "figure_2", "figure_3", "gallery"}
+        arrays = arrays_of(files_of(album)["maps.npz"])
+        assert arrays["teacher/predicted"].tolist() == teacher.predicted
+        assert "teacher/attention" not in arrays
+
+    def test_figure_1_says_whose_attention_it_is(self, whole):
+        teacher, student, _ = whole.subjects
+        both = replace(student, readers="class and distillation tokens")
+
+        assert "Attention of the class token, heads averaged" in texts(album_module._figure_1(whole))
+        mixed = album_module._figure_1(replace(whole, subjects=[teacher, both]))
+        assert "attention weight\nof the classifying tokens" in texts(mixed)
+
     def test_maps_of_other_grids_are_brought_to_the_finest(self):
         coarse, fine = torch.rand(2, 2, 2), torch.rand(2, 4, 4)
         coarse, fine = (each / each.sum((-2, -1), keepdim=True) for each in (coarse, fine))

@@ -58,12 +58,13 @@ MATRIX = (10 * torch.arange(8.0)[:, None] + torch.arange(8.0))[None]
 
 def test_a_tokens_row_is_laid_out_over_the_patches():
     assert token_map(MATRIX, (2, 3), prefix=2).tolist() == [[[2, 3, 4], [5, 6, 7]]]
-    assert token_map(MATRIX, (2, 3), prefix=2, query=4).tolist() == [[[42, 43, 44], [45, 46, 47]]]
+    assert token_map(MATRIX, (2, 3), prefix=2, readers=[4]).tolist() == [[[42, 43, 44], [45, 46, 47]]]
 
 
-def test_no_query_is_the_mean_over_the_patches_rows():
+def test_several_tokens_rows_are_averaged():
+    assert token_map(MATRIX, (2, 3), prefix=2, readers=(0, 1)).tolist() == [[[7, 8, 9], [10, 11, 12]]]
     # Rows 2 to 7 have the mean 4.5.
-    assert token_map(MATRIX, (2, 3), prefix=2, query=None).tolist() == [[[47, 48, 49], [50, 51, 52]]]
+    assert token_map(MATRIX, (2, 3), prefix=2, readers=range(2, 8)).tolist() == [[[47, 48, 49], [50, 51, 52]]]
 
 
 def test_normalised_maps_sum_to_one_and_an_empty_one_stays_empty():
@@ -83,9 +84,9 @@ def test_the_panels_map_is_the_mean_heads_class_token_row():
     torch.testing.assert_close(ours, cls_attention(scores, 3))
 
 
-def test_wrong_grids_and_queries_are_told():
+def test_wrong_grids_and_tokens_are_told():
     with pytest.raises(ConfigError, match="8 tokens are not 1 and 2×3 patches"):
         token_map(MATRIX, (2, 3), prefix=1)
-    for query in (-1, 8):
-        with pytest.raises(ConfigError, match=rf"query token {query}: must be 0 to 7, patches from 2 on"):
-            token_map(MATRIX, (2, 3), prefix=2, query=query)
+    for readers, told in (([-1], "-1"), ([0, 8], "8"), ([], "none")):
+        with pytest.raises(ConfigError, match=f"tokens {told}: must be 0 to 7, at least one, patches from 2"):
+            token_map(MATRIX, (2, 3), prefix=2, readers=readers)

@@ -232,6 +232,82 @@ class TestOtherRuns:
         assert "4×4 patches and the teacher 2×2" in (folder / "index.html").read_text()
 
 
+@pytest.fixture(scope="module")
+def convolutional(tmp_path_factory, command) -> Path:
+    """A student with all switches on, whose distillation token learned from a residual network."""
+    outputs = tmp_path_factory.mktemp("convolutional")
+    teacher = ["method=token", "teacher=resnet", "teacher.stem=small"]
+    student = ["student.attention=lsa", "student.tokenizer=spt"]
+    settings = [*BRIEFLY, "trainer.max_epochs=1", f"paths.outputs={outputs}", "name=token"]
+    assert command("train", *settings, *teacher, *student).code == 0
+    return outputs / "digits" / "token"
+
+
+class TestTeachersWithoutMaps:
+    SAYS = "The teacher (resnet18, stem for small images) has no attention maps"
+
+    def test_its_answers_make_the_cells_and_the_student_is_shown_alone(
+        self, explain, convolutional, tmp_path, undrawn
+    ):
+        ended = explain(f"run={convolutional}", *LIGHT, f"out={tmp_path}")
+
+        assert (ended.code, ended.err) == (0, "")
+        assert self.SAYS in ended.out
+        assert self.SAYS in (tmp_path / "index.html").read_text()
+        assert names_in(tmp_path) >= ALWAYS | {"gallery.png", "perturbation.png"}
+        assert not names_in(tmp_path) & {"figure_1.png", "fidelity.json", "fidelity.png"}
+        metrics = json.loads((convolutional / "metrics.json").read_text())
+        cells = strict_json(tmp_path / "figures.json")["cells"]
+        right = (cells["both right"] + cells["student wrong"]) / sum(cells.values())
+        assert right == pytest.approx(metrics["teacher/test_acc"])
+        found = arrays_of(tmp_path)
+        assert {name for name in found if name.startswith("teacher/")} == {
+            *("teacher/predicted", "teacher/confidence")
+        }
+        assert found["student/attention"].shape[1:] == (2, 4, 4, 4)
+
+    @pytest.mark.slow
+    def test_of_a_picture_too(self, explain, convolutional, photo, tmp_path, undrawn):
+        out = tmp_path / "out"
+        ended = explain(f"run={convolutional}", f"image={photo}", "methods=[attention]", f"out={out}")
+
+        assert (ended.code, ended.err) == (0, "")
+        assert names_in(out) == ALWAYS
+        assert self.SAYS in (out / "index.html").read_text()
+
+    def test_a_student_without_maps_is_one_line(self, explain, convolutional, photo):
+        (store,) = (convolutional.parent.parent / "teachers" / "digits").glob("[0-9a-f]" * 12)
+        for arguments in ([f"run={store}"], [f"model={store / 'student.safetensors'}", f"image={photo}"]):
+            ended = explain(*arguments, "methods=[attention]")
+
+            assert ended.code == 2
+            (line,) = ended.err.splitlines()
+            assert line.startswith("error: ")
+            assert str(store) in line or "ResNet has no softmax attention" in line
+            assert "attention maps" in line
+
+    @pytest.mark.slow
+    def test_unlike_runs_beside_a_teacher_with_maps(
+        self, explain, convolutional, run, outputs, tmp_path, undrawn
+    ):
+        """A baseline is the same model; what the maps are compared without stands on the page."""
+        alone = outputs / "digits" / "alone"
+        ended = explain(
+            f"run=[{convolutional},{alone}]", f"teacher.checkpoint={run}", *LIGHT, f"out={tmp_path}"
+        )
+
+        assert (ended.code, ended.err) == (0, "")
+        assert all(row["alone"] is None for row in strict_json(tmp_path / "fidelity.json")["rows"])
+        page = (tmp_path / "index.html").read_text()
+        for words in (
+            "student B is another model than student A",
+            "Compared without the distillation token of student A, which teacher has not",
+            "what tokens of teacher give to themselves, which those of student A may not",
+            "attention weight of the classifying tokens",
+        ):
+            assert words in page
+
+
 class TestPictures:
     def test_a_photo_for_a_run_on_grey_images(self, explain, run, photo, tmp_path):
         out = tmp_path / "out"

@@ -158,7 +158,7 @@ class TestCompare:
         with_cls = [torch.cat([each.mean(1, keepdim=True), each], 1) for each in (ours, theirs)]
         # Made square by a column that nothing reads.
         square = [torch.cat([torch.zeros(4, 7, 1).double(), each], 2) for each in with_cls]
-        expected, got = compare(*square), compare(ours, theirs, prefix=0, query=None)
+        expected, got = compare(*square), compare(ours, theirs, prefix=0, readers=range(6))
         for name in ("spearman", "top_k_iou", "cls_overlap"):
             torch.testing.assert_close(got[name], expected[name])
 

@@ -12,6 +12,7 @@ from PIL import Image
 from vitkd.explain import upsample
 from vitkd.explain.figures import (
     Rows,
+    attention_unit,
     curves_figure,
     fidelity_figure,
     figure_1,
@@ -74,6 +75,22 @@ def test_figure_1_leaves_that_column_out_where_every_block_was_distilled():
     figure = figure_1(torch.rand(2, 1, 8, 8), maps_of(2), maps_of(2, 2))
     assert written(figure)[:3] == ["image", "teacher", "student, distilled"]
     assert len(figure.axes) == 2 * 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("readers", "unit"),
+    [
+        (["class token"] * 2, "attention weight\nof the class token"),
+        (["class and distillation tokens"], "attention weight\nof the class and distillation tokens"),
+        (["class token", "patches"], "attention weight\nof the classifying tokens"),
+    ],
+)
+def test_the_colour_bar_says_whose_attention_it_is(readers, unit):
+    assert attention_unit(readers) == unit
+    maps = maps_of(2)
+    figure = figure_1(torch.rand(2, 1, 8, 8), maps, maps, unit=attention_unit(readers))
+    assert figure.axes[-1].get_ylabel() == unit
+    assert figure_1(torch.rand(2, 1, 8, 8), maps, maps).axes[-1].get_ylabel() == attention_unit()
 
 
 def test_confidences_stand_beside_predictions():

@@ -13,6 +13,7 @@ from vitkd.explain.rollout import rollout
 
 PACKAGES = {"pytorch_grad_cam": "pytorch_grad_cam", "integrated_gradients": "captum"}
 TARGET = torch.tensor([1, 4])
+TIMM_SHAPE = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5}
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -63,6 +64,41 @@ def test_timms_maps_have_the_layout_of_its_patches(method, changes):
 
     assert maps.shape == (2, 2, 3)
     assert maps.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"distillation_token": True}, {"attention": "lsa"}, {"tokenizer": "spt", "distillation_token": True}],
+    ids=["distilled", "lsa", "spt"],
+)
+def test_every_method_takes_every_switch_of_the_model(method, tiny, changes, images):
+    maps = explain_by(method, sharpened(tiny(**changes).build()), images, TARGET)
+
+    assert maps.shape == (2, 2, 2)
+    assert maps.isfinite().all()
+    assert not torch.equal(maps[0], maps[1])
+
+
+def test_of_two_tokens_that_are_classified_rows_are_averaged(tiny, images):
+    model = sharpened(tiny(distillation_token=True).build())
+    recording = record(model, images)
+    gradients = attention_gradients(recording, TARGET)
+    matrices = {
+        "attention": recording.weights[-1].mean(1),
+        "rollout": rollout(recording.weights),
+        "relevance": relevance(recording.weights, gradients),
+    }
+
+    for name, matrix in matrices.items():
+        by_hand = (matrix[:, 0, 2:] + matrix[:, 1, 2:]).detach().unflatten(-1, (2, 2)) / 2
+        torch.testing.assert_close(explain_by(name, model, images, TARGET), by_hand)
+    # Timm's distilled models alike, but none of its registers.
+    distilled = sharpened(timm.models.deit.VisionTransformerDistilled(**TIMM_SHAPE))
+    registers = sharpened(timm.models.VisionTransformer(**TIMM_SHAPE, reg_tokens=1))
+    for other, rows in ((distilled, (0, 1)), (registers, (0,))):
+        weights = record(other, images).weights[-1].detach().mean(1)
+        by_hand = sum(weights[:, row, 2:] for row in rows).unflatten(-1, (2, 2)) / len(rows)
+        torch.testing.assert_close(explain_by("attention", other, images, TARGET), by_hand)
 
 
 def test_only_class_specific_maps_depend_on_the_class(method, model, images):

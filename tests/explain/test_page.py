@@ -63,6 +63,12 @@ def page_of(count=8, size=16, seed=0, **changed):
     return replace(page, **changed)
 
 
+def with_a_teacher_without_maps(page):
+    teacher, student = page.subjects
+    regions = {"student": page.regions["student"]}
+    return replace(page, subjects=[replace(teacher, maps={}), student], regions=regions)
+
+
 def without_teacher(page):
     return replace(page, cells=[""] * len(page.images), counts={}, subjects=page.subjects[1:], regions=None)
 
@@ -242,3 +248,30 @@ def test_maps_of_another_shape_are_refused(maps, message):
 
 def picture(url):
     return np.asarray(Image.open(BytesIO(b64decode(url.partition(",")[2]))))
+
+
+@pytest.mark.parametrize(
+    ("readers", "unit"),
+    [
+        (("class token", "class token"), "attention weight of the class token"),
+        (("class token", "class and distillation tokens"), "attention weight of the classifying tokens"),
+    ],
+)
+def test_the_unit_says_whose_attention_it_is(readers, unit):
+    page = page_of()
+    subjects = [replace(each, readers=whose) for each, whose in zip(page.subjects, readers, strict=True)]
+
+    assert data_of(render(replace(page, subjects=subjects)))["units"]["attention"] == unit
+
+
+def test_of_a_teacher_without_maps_there_are_its_answers_and_the_cells():
+    page = with_a_teacher_without_maps(page_of())
+    html = render(page)
+    teacher, student = data_of(html)["subjects"]
+
+    assert teacher["maps"] == {}
+    assert teacher["predicted"] == page.subjects[0].predicted
+    assert {*student["maps"]} == {"attention", "relevance", "regions"}
+    assert "teacher wrong" in html
+    assert "student: block" in html
+    assert "teacher: block" not in html

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.explain.test_page import page_of, without_teacher
+from tests.explain.test_page import page_of, with_a_teacher_without_maps, without_teacher
 from vitkd.explain import upsample
 from vitkd.explain.figures import region_colours
 from vitkd.explain.page import Plot, Table, render
@@ -373,6 +373,24 @@ def test_a_student_without_a_teacher(show):
     assert shown(tab) == expected(page, lambda i: predicted[i] == page.labels[i])
     choose(tab, answer="wrong")
     assert shown(tab) == expected(page, lambda i: predicted[i] != page.labels[i])
+
+
+def test_a_teacher_without_maps_answers_beside_its_students_maps(show):
+    page = with_a_teacher_without_maps(page_of())
+    tab = show(page)
+
+    card = tab.locator(f'.card[data-index="{page.indices[0]}"]')
+    assert card.locator(".none").all_inner_texts() == ["has no such map"]
+    assert card.locator("canvas").count() == 1
+    for subject, said in zip(
+        page.subjects, card.locator(".answer:not(.truth)").all_inner_texts(), strict=True
+    ):
+        assert page.class_names[subject.predicted[0]] in said
+    tab.locator('[data-cell="teacher wrong"]').click()
+    assert shown(tab) == expected(page, lambda i: page.cells[i] == "teacher wrong")
+    choose(tab, method="relevance")
+    tab.locator(".open:visible").first.click()
+    assert tab.locator("#large-tiles canvas").count() == 1
 
 
 def test_an_image_of_unknown_class_gets_no_mark(show):

@@ -51,6 +51,25 @@ def test_a_class_token_that_looks_at_itself_alone_gives_an_empty_map():
     assert torch.equal(maps, torch.zeros(1, 2, 2))
 
 
+def test_a_distillation_token_looks_as_much_as_the_class_token():
+    # Of 6 tokens the last 4 are patches. CLS gives them 1, 2, 3 and 4 of 20 parts; the distillation token
+    # 8, 2, 0 and 0. The means are 9, 4, 3 and 4 of 40.
+    rows = torch.tensor([[9.0, 1, 1, 2, 3, 4], [5, 5, 8, 2, 0, 0]]).log()
+    scores = torch.full((1, 1, 6, 6), 7.0)
+    scores[..., :2, :] = rows
+    expected = torch.tensor([[[9.0, 4], [3, 4]]]) / 20
+    torch.testing.assert_close(cls_attention(scores, grid=2, prefix=2), expected)
+
+
+def test_what_is_masked_gets_nothing():
+    # Unmasked, CLS would give itself nearly all, and 0 would be left for patches in float32.
+    row = [200.0, 0.0, math.log(2), math.log(3), math.log(10)]
+    allowed = ~torch.eye(5, dtype=torch.bool)
+    allowed[0, 2] = False
+    expected = torch.tensor([[[1.0, 0], [3, 10]]]) / 14
+    torch.testing.assert_close(cls_attention(scores_of([[row]]), 2, allowed=allowed), expected)
+
+
 def test_another_grid_is_refused():
     with pytest.raises(ValueError, match="17 tokens are not 1 and 3×3 patches"):
         cls_attention(torch.zeros(1, 1, 17, 17), grid=3)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.explain.recording import logits_of, record, timm_model
+from vitkd.explain.recording import has_maps, layout, logits_of, record, timm_model, who_reads
+from vitkd.models import ResNetConfig
 
 
 def timm_vit(**changes) -> nn.Module:
@@ -39,8 +40,61 @@ def test_vitkds_own_model_is_traced(tiny):
     assert_close(recording.logits, model(images).logits)
     for i, scores in model.scores(images, range(3)).items():
         assert_close(recording.weights[i], scores.softmax(-1))
-    assert (recording.prefix, recording.grid, recording.pooled) == (1, (2, 2), False)
+    assert (recording.prefix, recording.grid, [*recording.readers]) == (1, (2, 2), [0])
     assert [tokens.shape for tokens in recording.tokens] == [(2, 5, 12)] * 3
+
+
+def test_readers_are_the_tokens_that_the_answer_comes_from(tiny):
+    """Of the last block's tokens the logits' gradient reaches those alone, whatever the layout says."""
+    models = {
+        "plain": tiny().build(),
+        "distilled": tiny(distillation_token=True).build(),
+        "timm's": timm_vit(img_size=8, patch_size=4),
+        "timm's distilled": timm_distilled(),
+        "registers": timm_vit(img_size=8, patch_size=4, reg_tokens=1),
+        "pooled": timm_vit(img_size=8, patch_size=4, global_pool="avg"),
+    }
+    for name, model in models.items():
+        recording = record(model.double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+        (gradient,) = torch.autograd.grad(recording.logits[:, 1].sum(), recording.tokens[-1])
+        reached = gradient.abs().sum((0, 2)).nonzero().flatten().tolist()
+        assert [*recording.readers] == reached, name
+        if "distilled" in name:
+            assert reached == [0, 1]
+            assert who_reads(recording) == "class and distillation tokens"
+
+
+def timm_distilled() -> nn.Module:
+    shape = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5}
+    model = timm.models.deit.VisionTransformerDistilled(**shape)
+    for head in (model.head, model.head_dist):
+        nn.init.normal_(head.weight)  # timm's start of 0 would let no gradient through
+    return model.double().eval()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sees_itself"),
+    [({"attention": "lsa"}, False), ({"tokenizer": "spt"}, True), ({"distillation_token": True}, True)],
+)
+@torch.no_grad()
+def test_other_switches_of_vitkds_model(tiny, changes, sees_itself):
+    model = tiny(**changes).build().double().eval()
+    recording = record(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+    own = torch.stack([each.diagonal(dim1=-2, dim2=-1) for each in recording.weights])
+    assert recording.sees_itself == sees_itself
+    assert (own == 0).all() if not sees_itself else (own > 0).all()
+    assert_close(sum(each.sum(-1) for each in recording.weights), torch.full(own.shape[1:], 3.0).double())
+
+
+def test_a_residual_network_has_no_maps(tiny):
+    network = ResNetConfig(image_size=8, channels=3, num_classes=5, stem="small").build()
+
+    assert not has_maps(network)
+    assert has_maps(tiny().build())
+    assert has_maps(timm_vit())
+    with pytest.raises(ConfigError, match="ResNet has no softmax attention that was found"):
+        layout(network, torch.randn(2, 3, 8, 8))
 
 
 def test_timms_logits_are_those_of_the_model_left_alone():
@@ -134,22 +188,26 @@ def test_an_error_in_the_pass_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("changes", "size", "prefix", "grid", "pooled"),
+    ("changes", "size", "prefix", "grid", "readers", "in_words"),
     [
-        ({"reg_tokens": 2}, (16, 16), 3, (2, 2), False),
-        ({"img_size": (16, 24)}, (16, 24), 1, (2, 3), False),
-        ({"dynamic_img_size": True}, (32, 24), 1, (4, 3), False),
-        ({"class_token": False, "global_pool": "avg"}, (16, 16), 0, (2, 2), True),
-        ({"class_token": False, "reg_tokens": 1, "global_pool": "map"}, (16, 16), 1, (2, 2), True),
+        ({"reg_tokens": 2}, (16, 16), 3, (2, 2), [0], "class token"),
+        ({"img_size": (16, 24)}, (16, 24), 1, (2, 3), [0], "class token"),
+        ({"dynamic_img_size": True}, (32, 24), 1, (4, 3), [0], "class token"),
+        ({"class_token": False, "global_pool": "avg"}, (16, 16), 0, (2, 2), [0, 1, 2, 3], "patches"),
+        (
+            *({"class_token": False, "reg_tokens": 1, "global_pool": "map"}, (16, 16), 1, (2, 2)),
+            *([1, 2, 3, 4], "patches"),
+        ),
     ],
     ids=["registers", "oblong", "dynamic", "pooled", "attention-pooled"],
 )
-def test_prefix_and_grid_of_timms_variants(changes, size, prefix, grid, pooled):
+def test_layouts_of_timms_variants(changes, size, prefix, grid, readers, in_words):
     model, images = timm_vit(**changes), images_for(*size)
 
     recording = record(model, images)
 
-    assert (recording.prefix, recording.grid, recording.pooled) == (prefix, grid, pooled)
+    assert (recording.prefix, recording.grid) == (prefix, grid)
+    assert ([*recording.readers], who_reads(recording)) == (readers, in_words)
     assert recording.weights[0].shape[-1] == prefix + grid[0] * grid[1]
     assert_close(recording.logits, model(images))
 

@@ -53,8 +53,15 @@ def test_activity_is_laid_out_row_by_row():
 
 def test_an_average_of_patches_may_stand_for_the_class_token():
     weights = maps(2, 3, tokens=6)
-    got = attention_features([weights], (2, 3), prefix=0, query=None)
+    got = attention_features([weights], (2, 3), prefix=0, readers=range(6))
     torch.testing.assert_close(got[..., 0], got[..., 1])
+
+
+def test_two_tokens_that_are_classified_count_alike():
+    weights = maps(2, 3, tokens=8)
+    got = attention_features([weights], (2, 3), prefix=2, readers=(0, 1))
+    rows = (weights[:, :, 0] + weights[:, :, 1]).mean(1)[:, 2:]
+    torch.testing.assert_close(got[..., 1], 6 * rows / rows.sum(1, keepdim=True))
 
 
 def test_patches_that_draw_nothing_are_at_zero():

@@ -79,6 +79,17 @@ def test_the_class_tokens_entries_outlast_any_discarding():
     assert (flow[:, 1:, 1:][:, ~kept] == 0).sum() >= 2 * (25 - 5 - 1)
 
 
+@pytest.mark.parametrize("keep", [(0,), (0, 1)])
+def test_of_two_tokens_that_are_classified_both_may_be_kept(keep):
+    weights = random_weights(blocks=1, images=2, heads=1)
+    weights[0][:, :, :2] /= 1000
+
+    flow = rollout(weights, discard=0.99, keep=keep)
+
+    assert (flow[:, 0] > 0).all()
+    assert (flow[:, 1, 2:] > 0).all() == (keep == (0, 1))
+
+
 def test_images_do_not_share_what_is_discarded():
     weights = random_weights()
 

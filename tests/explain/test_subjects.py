@@ -9,10 +9,20 @@ from vitkd.explain import subjects
 from vitkd.explain.methods import METHODS, explain_by
 from vitkd.explain.recording import record
 from vitkd.explain.regions import region_map
-from vitkd.explain.subjects import class_rows, features_of, head_mean, regions_of, subject_of
+from vitkd.explain.subjects import (
+    class_rows,
+    features_of,
+    head_mean,
+    regions_of,
+    subject_of,
+    without_maps,
+)
+from vitkd.models import ResNetConfig
 
 # Noise is drawn a call, and the others need packages that are slow to import.
 DETERMINISTIC = ["attention", "rollout", "gradient_rollout", "relevance", "grad_cam"]
+
+METHODS_WITHOUT_PACKAGES = [*DETERMINISTIC, "random"]
 
 
 @pytest.fixture
@@ -60,6 +70,37 @@ def test_answers_are_those_of_a_plain_forward_pass(model, images, in_parts):
     probabilities = model(images).logits.softmax(-1)
     assert found.predicted == probabilities.argmax(-1).tolist()
     assert found.confidence == pytest.approx(probabilities.amax(-1).tolist(), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["msa", "lsa"])
+def test_with_a_distillation_token_attention_is_the_mean_of_both_tokens_rows(attention, tiny):
+    model = tiny(image_size=12, distillation_token=True, attention=attention).build().eval()
+    images = torch.randn(4, 3, 12, 12)
+
+    found, features = subject_of("it", "student", model, images, METHODS_WITHOUT_PACKAGES)
+
+    weights = torch.stack(model.trace(images).weights, 1)
+    by_hand = (weights[..., 0, 2:] + weights[..., 1, 2:]) / 2
+    assert found.readers == "class and distillation tokens"
+    np.testing.assert_allclose(found.maps["attention"], by_hand.unflatten(-1, (3, 3)), rtol=1e-5)
+    assert all(maps.shape[-2:] == (3, 3) for maps in found.maps.values())
+    drawn = by_hand.mean(2)
+    torch.testing.assert_close(features[..., 3:].mT, 9 * drawn / drawn.sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def test_a_model_without_maps_still_answers(in_parts):
+    network = ResNetConfig(image_size=12, channels=3, num_classes=5, stem="small").build()
+    images = torch.randn(7, 3, 12, 12)
+
+    found = without_maps("teacher", "teacher", network.train(), images)
+
+    assert network.training
+    probabilities = network.eval()(images).logits.softmax(-1)
+    assert found.maps == {}
+    assert found.predicted == probabilities.argmax(-1).tolist()
+    assert found.confidence == pytest.approx(probabilities.amax(-1).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("method", DETERMINISTIC[1:])
@@ -131,13 +172,12 @@ def test_where_the_classifier_averages_patches_so_do_the_rows():
         "vit_tiny_patch16_224", img_size=48, depth=2, global_pool="avg", num_classes=5
     ).eval()
     images = torch.randn(2, 3, 48, 48)
+    prefix = model.num_prefix_tokens
     with torch.no_grad():
         recording = record(model, images)
 
     rows = class_rows(recording)
-
-    prefix = model.num_prefix_tokens
-    assert recording.pooled
+    assert [*recording.readers] == [*range(prefix, prefix + 9)]
     assert rows.shape == (2, 2, 3, 3, 3)
     for block, weights in enumerate(recording.weights):
         by_hand = sum(weights[:, :, query, prefix:] for query in range(prefix, prefix + 9)) / 9

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.special import rel_entr
 
 from vitkd.explain.fidelity import MapPair, compare, fidelity_table
-from vitkd.explain.survey import Comparison, survey
+from vitkd.explain.recording import Recording, record
+from vitkd.explain.survey import Comparison, comparable, survey
+from vitkd.models import ResNetConfig
 
 PATCH = 4
 PAIRS = [MapPair(0, 0, 1, (0, 2)), MapPair(2, 1, 3, (1,)), MapPair(2, 0, 3, (2,))]
@@ -158,3 +161,152 @@ def test_nothing_is_kept_for_a_backward_pass(models, images):
 
     assert not seen.alikeness["student"].divergence.requires_grad
     assert not any(each.requires_grad for each in (*seen.confidence.values(), *seen.reach.values()))
+
+
+def recording_of(rows, prefix, *, sees_itself=True, readers=(0,)):
+    """A recording of one image, block and head: given weights, and tokens that are their numbers."""
+    weights = torch.tensor(rows, dtype=torch.float64)
+    tokens = torch.arange(len(weights), dtype=torch.float64)[None, :, None]
+    side = (1, len(weights) - prefix)
+    return Recording(torch.zeros(1, 2), (weights[None, None],), (tokens,), prefix, side, readers, sees_itself)
+
+
+def test_a_token_that_the_other_lacks_is_left_out_and_rows_are_whole_again():
+    # CLS, distillation token and two patches, beside CLS and two patches.
+    rows = [[0.1, 0.5, 0.1, 0.3], [0.25] * 4, [0.2, 0.2, 0.2, 0.4], [0.0, 0.9, 0.1, 0.0]]
+    other = recording_of([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]], prefix=1)
+
+    mine, its = comparable(recording_of(rows, prefix=2, readers=(0, 1)), other)
+
+    assert its is other
+    expected = [[0.2, 0.2, 0.6], [0.25, 0.25, 0.5], [0.0, 1.0, 0.0]]
+    torch.testing.assert_close(mine.weights[0][0, 0], torch.tensor(expected, dtype=torch.float64))
+    assert mine.tokens[0].flatten().tolist() == [0, 2, 3]
+    assert (mine.prefix, [*mine.readers]) == (1, [0])
+
+
+def test_what_tokens_give_to_themselves_is_left_out_where_the_others_may_not():
+    local = recording_of([[0.0, 0.4, 0.6], [0.5, 0.0, 0.5], [0.1, 0.9, 0.0]], prefix=1, sees_itself=False)
+    plain = recording_of([[0.5, 0.1, 0.4], [0.2, 0.6, 0.2], [0.0, 0.0, 1.0]], prefix=1)
+
+    mine, its = comparable(local, plain)
+
+    torch.testing.assert_close(mine.weights[0], local.weights[0])
+    # The last token looked at itself alone: nothing is left, and nothing is invented.
+    expected = [[0.0, 0.2, 0.8], [0.5, 0.0, 0.5], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(its.weights[0][0, 0], torch.tensor(expected, dtype=torch.float64))
+    assert torch.equal(its.tokens[0], plain.tokens[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": "lsa"}, {"distillation_token": True}])
+@torch.no_grad()
+def test_recordings_of_alike_models_are_not_touched(changes, tiny, images):
+    recordings = [record(tiny(**changes).build().double(), images) for _ in range(3)]
+
+    assert all(mine is own for mine, own in zip(comparable(*recordings), recordings, strict=True))
+
+
+def test_patches_that_are_read_are_found_where_they_stand_afterwards():
+    pooled = recording_of([[0.25] * 4] * 4, prefix=2, readers=range(2, 4))
+
+    (mine, _) = comparable(pooled, recording_of([[0.5, 0.25, 0.25]] * 3, prefix=1))
+
+    assert [*mine.readers] == [1, 2]
+
+
+def numpy_weights(model, images, drop, mask):
+    """Block → weights as numpy, without token `drop` and without what tokens give to themselves."""
+    found = []
+    for each in model.trace(images).weights:
+        each = np.delete(np.delete(each.numpy(), drop, -1), drop, -2) if drop else each.numpy().copy()
+        if mask:
+            each[..., range(each.shape[-1]), range(each.shape[-1])] = 0
+        found.append(each / each.sum(-1, keepdims=True))
+    return found
+
+
+UNLIKE = [
+    # Student, teacher, whether the student's second token goes, whether the diagonals go.
+    ({"distillation_token": True}, {}, True, False),
+    ({}, {"attention": "lsa"}, False, True),
+    ({"attention": "lsa", "distillation_token": True, "tokenizer": "spt"}, {}, True, True),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("ours", "theirs", "drop", "mask"), UNLIKE)
+def test_fidelity_of_models_that_differ_by_design(ours, theirs, drop, mask, tiny, images):
+    models = {
+        "teacher": tiny(depth=4, num_heads=3, **theirs).build().double().eval(),
+        "student": tiny(**ours).build().double().eval(),
+        "alone": tiny(**ours).build().double().eval(),
+    }
+
+    (found,) = survey(
+        models, batches(images, 4, 5), {"student": comparison(True, True, True, alone="alone")}
+    ).alikeness.values()
+
+    q = numpy_weights(models["student"], images, [1] if drop else [], mask)
+    b = numpy_weights(models["alone"], images, [1] if drop else [], mask)
+    p = numpy_weights(models["teacher"], images, [], mask)
+    for pair, row in zip(PAIRS, found.rows, strict=True):
+        target = p[pair.teacher_block][:, [*pair.teacher_heads]].mean(1)
+        for model, figures in ((q, row.figures), (b, row.alone)):
+            mine = model[pair.student_block][:, pair.student_head]
+            kl = rel_entr(target, mine).sum(-1).mean()
+            assert figures["kl"] == pytest.approx(kl, rel=1e-9)
+            rows = [each[:, 0, 1:] / each[:, 0, 1:].sum(-1, keepdims=True) for each in (mine, target)]
+            assert figures["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-9)
+    of_student, of_teacher = (models[name].trace(images).tokens for name in ("student", "teacher"))
+    kept = [0, 2, 3, 4, 5] if drop else [*range(5)]
+    expected = cka(of_student[2][:, kept].flatten(0, 1).numpy(), of_teacher[3].flatten(0, 1).numpy())
+    assert found.cka[2, 3] == pytest.approx(expected, rel=1e-9)
+
+
+@torch.no_grad()
+def test_where_both_have_a_distillation_token_class_rows_are_the_mean_of_both(tiny, images):
+    names = ("teacher", "student")
+    models = {name: tiny(distillation_token=True).build().double().eval() for name in names}
+    pairs = [MapPair(1, 0, 2, (1,))]
+
+    (found,) = survey(
+        models, batches(images), {"student": Comparison("teacher", pairs, [True], PATCH)}
+    ).alikeness.values()
+
+    maps = [
+        models["student"].trace(images).weights[1][:, 0],
+        models["teacher"].trace(images).weights[2][:, 1],
+    ]
+    rows = [(each[:, 0, 2:] + each[:, 1, 2:]).numpy() for each in maps]
+    rows = [each / each.sum(-1, keepdims=True) for each in rows]
+    assert found.rows[0].figures["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-9)
+
+
+@torch.no_grad()
+def test_a_baseline_of_another_design_is_brought_to_what_all_have(tiny, images):
+    models = {
+        "teacher": tiny(depth=4, num_heads=3, distillation_token=True).build().double().eval(),
+        "student": tiny(distillation_token=True).build().double().eval(),
+        "alone": tiny().build().double().eval(),
+    }
+
+    (found,) = survey(
+        models, batches(images), {"student": comparison(True, True, True, alone="alone")}
+    ).alikeness.values()
+
+    theirs = numpy_weights(models["teacher"], images, [1], False)[3][:, 1]
+    mine = numpy_weights(models["alone"], images, [], False)[2][:, 1]
+    kl = (theirs * np.log(theirs / mine)).sum(-1).mean()
+    assert found.rows[1].alone["kl"] == pytest.approx(kl, rel=1e-9)
+
+
+@torch.no_grad()
+def test_a_teacher_without_maps_answers_and_no_more(tiny, images):
+    network = ResNetConfig(image_size=8, channels=3, num_classes=5, stem="small").build().double().eval()
+    models = {"teacher": network, "student": tiny().build().double().eval()}
+
+    seen = survey(models, batches(images, 4, 5), {})
+
+    assert torch.equal(seen.predicted["teacher"], network(images).logits.argmax(-1))
+    assert seen.predicted.keys() == seen.confidence.keys() == {"teacher", "student"}
+    assert seen.reach.keys() == {"student"}

@@ -5,10 +5,21 @@ import torch
 
 from vitkd.models import ViT
 
+VARIANTS = {
+    "bare": {},
+    "qkv-bias": {"qkv_bias": True, "patch_norm": False},
+    "spt-lsa": {"tokenizer": "spt", "attention": "lsa", "qkv_bias": True},
+    "distillation-token": {"distillation_token": True},
+}
 
-@pytest.fixture(params=[{}, {"qkv_bias": True, "patch_norm": False}], ids=["bare", "qkv-bias"])
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def model(tiny, request) -> ViT:
-    return tiny(depth=4, **request.param).build().double()
+    model = tiny(depth=4, **request.param).build().double()
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_temperature"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 @pytest.fixture
@@ -20,8 +31,9 @@ def images() -> torch.Tensor:
 def test_exactly_the_blocks_asked_for_are_recorded(model, images, blocks):
     scores = model(images, record=blocks).scores
 
+    T = model.config.tokens
     assert sorted(scores) == blocks
-    assert all(s.shape == (3, 2, 5, 5) and s.requires_grad for s in scores.values())
+    assert all(s.shape == (3, 2, T, T) and s.requires_grad for s in scores.values())
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -69,15 +81,16 @@ def test_scores_alone_touch_nothing_past_the_last_blocks_keys(model, images):
         assert torch.equal(scores, expected[i])
 
 
-def test_scores_are_queries_times_keys_over_the_root_of_head_dim(model, images):
-    """By loops, for one image and one head."""
+def test_scores_are_queries_times_keys_over_the_temperature(model, images):
+    """By loops, for one image and one head. The temperature is √head_dim, but for what LSA learned."""
     attention, x = model.blocks[0].attention, model.embed(images)
     projected = attention.qkv(attention.norm(x))[1]
     head, d, inner = 1, 4, 8
     scores = model.scores(images, [0])[0][1, head]
+    learned = attention.log_temperature[head].exp().item() if model.config.attention == "lsa" else 1.0
 
-    for query in range(5):
-        for key in range(5):
+    for query in range(model.config.tokens):
+        for key in range(model.config.tokens):
             q = projected[query, head * d : (head + 1) * d]
             k = projected[key, inner + head * d : inner + (head + 1) * d]
-            assert scores[query, key].item() == pytest.approx((q @ k).item() / d**0.5, abs=1e-12)
+            assert scores[query, key].item() == pytest.approx((q @ k).item() / (learned * d**0.5), abs=1e-12)

@@ -20,10 +20,19 @@ def stack(models: list[ViT]) -> ViT:
     return stacked
 
 
-@pytest.fixture(
-    params=[{}, {"qkv_bias": True}, {"patch_norm": False}, {"num_heads": 1, "head_dim": 12}],
-    ids=["bare", "qkv-bias", "no-patch-norm", "one-head"],
-)
+VARIANTS = {
+    "bare": {},
+    "qkv-bias": {"qkv_bias": True},
+    "no-patch-norm": {"patch_norm": False},
+    "one-head": {"num_heads": 1, "head_dim": 12},
+    "spt": {"tokenizer": "spt"},
+    "lsa": {"attention": "lsa"},
+    "distillation-token": {"distillation_token": True},
+    "spt-lsa-distillation-token": {"tokenizer": "spt", "attention": "lsa", "distillation_token": True},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def models(tiny, request) -> list[ViT]:
     models = [tiny(**request.param).build().double() for _ in range(3)]
     for model in models:
@@ -38,7 +47,8 @@ def test_stacked_students_equal_separate_ones(models, separate, train):
     stacked = stack(models).train(train)
     images = torch.randn(*([3] if separate else []), 4, 3, 8, 8, dtype=torch.float64)
     logit_weights = torch.randn(3, 4, 5, dtype=torch.float64)
-    score_weights = torch.randn(3, 4, models[0].config.num_heads, 5, 5, dtype=torch.float64)
+    H, T = models[0].config.num_heads, models[0].config.tokens
+    score_weights = torch.randn(3, 4, H, T, T, dtype=torch.float64)
 
     together = stacked(images, record=[1])
     ((together.logits * logit_weights).sum() + (together.scores[1] * score_weights).sum()).backward()
@@ -62,6 +72,24 @@ def test_stacked_scores_alone_equal_separate_ones(models, separate):
     for s, model in enumerate(models):
         for i, scores in model.scores(images[s] if separate else images, [0, 2]).items():
             torch.testing.assert_close(together[i][s], scores, **EXACT)
+
+
+@torch.no_grad()
+def test_stacked_traces_and_fused_passes_equal_separate_ones(models):
+    stacked = stack(models).eval()
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+
+    trace, fused = stacked.trace(images), stacked(images)
+
+    for s, model in enumerate(models):
+        alone = model.eval().trace(images)
+        torch.testing.assert_close(trace.logits[s], alone.logits, **EXACT)
+        for ours, theirs in zip(trace.weights + trace.tokens, alone.weights + alone.tokens, strict=True):
+            torch.testing.assert_close(ours[s], theirs, **EXACT)
+        output = model(images)
+        torch.testing.assert_close(fused.logits[s], output.logits, **EXACT)
+        for ours, theirs in zip(fused.of_tokens or (), output.of_tokens or (), strict=True):
+            torch.testing.assert_close(ours[s], theirs, **EXACT)
 
 
 def test_one_stacked_student_keeps_its_axis(tiny):

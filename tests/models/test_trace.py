@@ -5,10 +5,21 @@ import torch
 
 from vitkd.models import ViT
 
+VARIANTS = {
+    "bare": {},
+    "qkv-bias": {"qkv_bias": True, "patch_norm": False},
+    "spt-lsa": {"tokenizer": "spt", "attention": "lsa"},
+    "distillation-token": {"distillation_token": True},
+}
 
-@pytest.fixture(params=[{}, {"qkv_bias": True, "patch_norm": False}], ids=["bare", "qkv-bias"])
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def model(tiny, request) -> ViT:
-    return tiny(depth=4, dropout=0.3, emb_dropout=0.3, **request.param).build().double().eval()
+    model = tiny(depth=4, dropout=0.3, emb_dropout=0.3, **request.param).build().double().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_temperature"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 @pytest.fixture
@@ -32,8 +43,10 @@ def test_weights_are_the_recorded_scores_softmax(model, images):
     weights = model.trace(images).weights
 
     assert len(weights) == 4
+    allowed = model.config.allowed()
     for i in range(4):
-        assert_equal(weights[i], scores[i].softmax(-1))
+        left = scores[i] if allowed is None else scores[i].where(allowed, -torch.inf)
+        assert_equal(weights[i], left.softmax(-1))
 
 
 @torch.no_grad()
@@ -44,7 +57,10 @@ def test_tokens_are_those_after_each_block(model, images):
     for block, tokens in zip(model.blocks, trace.tokens, strict=True):
         x, _ = block(x)
         assert_equal(tokens, x)
-    assert_equal(trace.logits, model.head(model.norm(trace.tokens[-1][:, 0])))
+    logits = model.head(model.norm(x[:, 0]))
+    if model.distillation_token is not None:
+        logits = (logits + model.distillation_head(model.norm(x[:, 1]))) / 2
+    assert_equal(trace.logits, logits)
 
 
 def test_weights_are_in_the_graph_of_the_logits(model, images):

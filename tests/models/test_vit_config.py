@@ -1,8 +1,11 @@
 """Which shapes a ViT can have, how many parameters they cost, and what is refused."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from vit_pytorch.vit import ViT as VitPytorch
+from vit_pytorch.vit_for_small_dataset import ViT as SmallVitPytorch
 
 from vitkd.errors import ConfigError
 from vitkd.models import ViTConfig, count_parameters
@@ -30,6 +33,49 @@ def test_report_models_are_as_large_as_vit_pytorchs(num_heads, mlp_dim, head_dim
 
     assert count_parameters(ours) == parameters
     assert count_parameters(theirs) == parameters
+
+
+# Five times the pixels in the projection and its first norm, 5·8·8·3 = 960 of 192; the second norm is none.
+SHIFTED = (960 - 192) * 64 + (960 - 192) * 2 - 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "mlp_dim", "depth", "parameters"),
+    [
+        pytest.param(8, 1024, 10, 2_656_164 + SHIFTED + 10 * 8, id="teacher"),
+        pytest.param(4, 512, 5, 680_484 + SHIFTED + 5 * 4, id="student"),
+    ],
+)
+def test_spt_and_lsa_cost_what_they_do_in_vit_pytorch(num_heads, mlp_dim, depth, parameters):
+    """But that its heads share a temperature."""
+    shape = {"num_heads": num_heads, "mlp_dim": mlp_dim, "depth": depth}
+    theirs = SmallVitPytorch(
+        image_size=32, patch_size=8, num_classes=100, dim=64, depth=depth, heads=num_heads, mlp_dim=mlp_dim
+    )
+
+    ours = ViTConfig(**REPORT, **shape, tokenizer="spt", attention="lsa").build()
+
+    assert count_parameters(ours) == parameters
+    assert count_parameters(theirs) == parameters - depth * (num_heads - 1)
+
+
+def test_each_switch_is_independent_of_the_others(tiny):
+    def count(**changes: object) -> int:
+        return count_parameters(tiny(**changes).build())
+
+    plain = count()
+    # 5·4·4·3 = 240 pixels a token instead of 48; 3 blocks of 2 heads; a token, a position and a head.
+    spt, lsa, token = 192 * 12 + 192 * 2 - 2 * 12, 3 * 2, 12 + 12 + 5 * 13
+    assert count(tokenizer="spt") == plain + spt
+    assert count(attention="lsa") == plain + lsa
+    assert count(distillation_token=True) == plain + token
+    assert count(tokenizer="spt", attention="lsa", distillation_token=True) == plain + spt + lsa + token
+
+
+def test_shifted_patches_have_their_own_norm_whatever_patch_norm_says(tiny):
+    both = [tiny(tokenizer="spt", patch_norm=patch_norm).build().state_dict() for patch_norm in (True, False)]
+
+    assert both[0].keys() == both[1].keys()
 
 
 @pytest.mark.parametrize(
@@ -67,6 +113,9 @@ def test_each_patch_is_one_token_in_reading_order(tiny):
         ({"emb_dropout": 1.5}, ["emb_dropout=1.5", "[0, 1)"]),
         *(({name: 0}, [f"{name}=0", "at least 1"]) for name in SIZES),
         ({"depth": -2}, ["depth=-2", "at least 1"]),
+        ({"tokenizer": "shifted"}, ["tokenizer=shifted", "patch or spt"]),
+        ({"attention": "swin"}, ["attention=swin", "msa or lsa"]),
+        ({"tokenizer": "spt", "patch_size": 1}, ["tokenizer=spt", "patch_size=1"]),
     ],
 )
 def test_impossible_shapes_are_refused_in_one_line(tiny, changes, words):
@@ -77,3 +126,58 @@ def test_impossible_shapes_are_refused_in_one_line(tiny, changes, words):
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+OLD_REPR = (
+    "ViTConfig(image_size=32, channels=3, num_classes=100, patch_size=8, embed_dim=64, depth=5, num_heads=4, "
+    "head_dim=64, mlp_dim=512, dropout=0.0, emb_dropout=0.0, qkv_bias=False, patch_norm=True"
+)
+
+
+def test_settings_are_written_as_before_there_were_the_later_ones():
+    """Random streams hang on every character of it."""
+    assert repr(ViTConfig(**REPORT)) == f"{OLD_REPR})"
+    explicit = ViTConfig(**REPORT, tokenizer="patch", attention="msa", distillation_token=False)
+    assert repr(explicit) == f"{OLD_REPR})"
+
+
+@pytest.mark.parametrize(
+    ("changes", "ending"),
+    [
+        ({"tokenizer": "spt"}, ", tokenizer='spt')"),
+        ({"attention": "lsa"}, ", attention='lsa')"),
+        ({"distillation_token": True}, ", distillation_token=True)"),
+        ({"attention": "lsa", "tokenizer": "spt"}, ", tokenizer='spt', attention='lsa')"),
+    ],
+)
+def test_later_settings_are_written_where_they_differ(changes, ending):
+    config = ViTConfig(**REPORT, **changes)
+
+    assert repr(config) == OLD_REPR + ending
+    assert config.facts() == ViTConfig(**REPORT).facts() | changes
+    assert eval(repr(config)) == config
+
+
+def test_facts_are_all_settings_but_later_ones_at_their_first_values():
+    config = ViTConfig(**REPORT)
+
+    left_out = {"tokenizer": "patch", "attention": "msa", "distillation_token": False}
+    assert asdict(config) == config.facts() | left_out
+    assert not config.facts().keys() & left_out.keys()
+    # What was built before there was a setting is what its default builds.
+    assert ViTConfig(**config.facts()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "5×4 blocks×heads, width 64, MLP 512, 4×4 patches + CLS"),
+        (
+            {"tokenizer": "spt", "attention": "lsa", "distillation_token": True},
+            "5×4 blocks×heads, width 64, MLP 512, 4×4 shifted patches + CLS + distillation token, "
+            "locality attention",
+        ),
+    ],
+)
+def test_the_shape_in_words(changes, words):
+    assert str(ViTConfig(**REPORT, **changes)) == words

@@ -51,6 +51,31 @@ def test_the_header_holds_what_is_known_about_the_model(file, model):
     assert build_from_header(header, file).config == model.config
 
 
+def test_every_switch_survives_a_file(tiny, tmp_path):
+    model = tiny(tokenizer="spt", attention="lsa", distillation_token=True).build()
+    torch.nn.init.normal_(model.blocks[1].attention.log_temperature)
+    save_model(model, tmp_path / "student.safetensors")
+
+    loaded = load_model(tmp_path)
+
+    assert loaded.config == model.config
+    images = torch.randn(3, 3, 8, 8)
+    assert torch.equal(loaded(images).logits, model.eval()(images).logits)
+
+
+def test_a_file_older_than_the_newest_settings_still_loads(file, model):
+    settings = json.loads(describe(model)["model"])
+    later = [settings.pop(name) for name in ("tokenizer", "attention", "distillation_token")]
+    assert later == ["patch", "msa", False]
+    rewritten(file, model=json.dumps(settings))
+
+    loaded = load_model(file)
+
+    assert loaded.config == model.config
+    images = torch.randn(3, 2, 8, 8)
+    assert torch.equal(loaded(images).logits, model.eval()(images).logits)
+
+
 def rewritten(file: Path, **changes: str) -> None:
     """The same weights under another header."""
     with safe_open(file, framework="pt") as opened:
@@ -82,6 +107,15 @@ DAMAGES = {
     "deeper": lambda file, model: rewritten(file, model=shape(model, depth=4)),
     "shallower": lambda file, model: rewritten(file, model=shape(model, depth=2)),
     "wider": lambda file, model: rewritten(file, model=shape(model, mlp_dim=17)),
+    "a setting of tomorrow": lambda file, model: rewritten(file, model=shape(model, pooling="mean")),
+    "no such attention": lambda file, model: rewritten(file, model=shape(model, attention="swin")),
+    "attention is a list": lambda file, model: rewritten(file, model=shape(model, attention=["lsa"])),
+    "another attention": lambda file, model: rewritten(file, model=shape(model, attention="lsa")),
+    "another tokenizer": lambda file, model: rewritten(file, model=shape(model, tokenizer="spt")),
+    "a token more": lambda file, model: rewritten(file, model=shape(model, distillation_token=True)),
+    "a convolutional network": lambda file, model: rewritten(
+        file, config="ResNetConfig", model='{"image_size": 8, "channels": 2, "num_classes": 7}'
+    ),
 }
 
 

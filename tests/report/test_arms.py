@@ -1,7 +1,12 @@
 """What is compared with what: never different images, models or lengths, and no seed twice."""
 
-import pytest
+from dataclasses import fields
 
+import pytest
+import yaml
+
+from vitkd.models import ViTConfig
+from vitkd.report import runs as runs_module
 from vitkd.report.arms import Experiment, experiments_of, usual_of
 from vitkd.report.comparison import compare
 from vitkd.report.runs import find_runs
@@ -250,3 +255,158 @@ def test_one_seed_everywhere_cannot_even_say_how_many(runs):
     row = compare(experiments(runs)[0]).rows[1]
 
     assert (row.verdict.kind, row.needed, row.spread) == (Kind.TOO_FEW, None, None)
+
+
+LATER = ["tokenizer", "attention", "distillation_token"]
+
+
+def forget(path, *names):
+    """Make the run in `path` one of a version without these settings."""
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    for name in names:
+        group, key = name.split(".")
+        del config[group][key]
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_a_run_older_than_a_setting_trained_with_its_default(runs):
+    for method in ("attention", "none"):
+        old = runs.add(seed=0, method=method)
+        forget(old, "teacher.trained", *(f"{model}.{n}" for model in ("student", "teacher") for n in LATER))
+        runs.add(seed=1, method=method, method__control=None)
+
+    (found,) = experiments(runs)
+
+    assert [(arm.label, [*arm.runs]) for arm in found.rows] == [
+        *[("student alone", [0, 1]), ("block kl, alpha 0.5", [0, 1])]
+    ]
+
+
+@pytest.mark.parametrize("setting", LATER)
+def test_the_table_of_later_settings_is_that_of_the_models(setting):
+    (default,) = [field.default for field in fields(ViTConfig) if field.name == setting]
+
+    assert {later.partition(".")[2] for later in runs_module.LATER} == {*ViTConfig.LATER, "trained"}
+    assert f"{ViTConfig.__module__.rpartition('.')[0]}.ViTConfig" == runs_module.VIT
+    for model in ("student", "teacher"):
+        assert runs_module.LATER[f"{model}.{setting}"] == default == ViTConfig.LATER[setting]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tokenizer", "spt"), ("attention", "lsa"), ("distillation_token", True)]
+)
+def test_other_students_are_other_experiments_and_other_teachers_other_arms(runs, name, value):
+    forget(runs.add(seed=0), f"student.{name}", f"teacher.{name}")
+    runs.add(seed=0, **{f"student__{name}": value})
+    runs.add(seed=0, **{f"teacher__{name}": value})
+
+    plain, other = sorted(experiments(runs), key=lambda found: found.title)
+
+    typed = "true" if value is True else value
+    assert (plain.title, other.title) == ("digits", f"digits, student.{name}={typed}")
+    assert labels(plain) == ["block kl, alpha 0.5", f"block kl, alpha 0.5, teacher.{name}={typed}"]
+
+
+TOKEN = {
+    "method": "TokenDistillation",
+    "method__targets": "hard",
+    "method__temperature": 3.0,
+    "method__attention_weight": 0.0,
+    "student__distillation_token": True,
+}
+RESNET = {"_target_": "vitkd.models.ResNetConfig", "image_size": 8, "channels": 1, "num_classes": 10}
+RESNET |= {"variant": "resnet18", "stem": "small", "pretrained": False}
+
+
+def with_resnet(runs, model="teacher", **settings):
+    """A run with a residual network in a ViT's place."""
+    path = runs.add(**settings)
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    vit = {field.name for field in fields(ViTConfig)}
+    config[model] = {k: v for k, v in config[model].items() if k not in vit} | RESNET
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_arms_of_a_distillation_token_say_what_it_learns(runs):
+    for weight in (0.0, 1.0):
+        for targets in ("hard", "soft"):
+            for granularity, loss in (("block", "kl"), ("head", "mse")) if weight else (("block", "kl"),):
+                settings = {"method__targets": targets, "method__attention_weight": weight}
+                runs.add(**(TOKEN | settings), granularity=granularity, loss=loss)
+    with_resnet(runs, **TOKEN)
+    runs.add(**(TOKEN | {"method__temperature": 1.0, "method__targets": "soft"}))
+
+    (found,) = experiments(runs)
+
+    assert labels(found) == [
+        "token hard, alpha 0.5",
+        "token hard + 1·block kl, alpha 0.5",
+        "token hard + 1·head mse, alpha 0.5",
+        "token soft, alpha 0.5",
+        "token soft + 1·block kl, alpha 0.5",
+        "token soft + 1·head mse, alpha 0.5",
+        "token soft, alpha 0.5, method.temperature=1",
+        "token hard, alpha 0.5, teacher=ResNet",
+    ]
+
+
+def test_a_plain_student_is_no_baseline_of_one_with_a_distillation_token(runs):
+    """As `-m method=token,none` makes them."""
+    runs.arm({0: 0.9, 1: 0.9}, **TOKEN)
+    runs.arm({0: 0.8, 1: 0.8}, method="none")
+
+    plain, with_token = sorted(map(compare, experiments(runs)), key=lambda found: found.experiment.title)
+
+    assert with_token.experiment.title == "digits, student.distillation_token=true"
+    assert with_token.rows[0].verdict.kind == Kind.NOT_COMPARABLE
+    assert with_token.headline == (
+        "No run of the student alone (method=none student.distillation_token=true, or alpha=1):"
+        " no gain can be told."
+    )
+    assert plain.headline == "Only the student alone: nothing to compare."
+
+
+@pytest.mark.parametrize(
+    "alone", [{"method": "none", "student__distillation_token": True}, TOKEN | {"alpha": 1.0}]
+)
+def test_the_same_student_alone_is_the_baseline(runs, alone):
+    runs.arm({0: 0.9, 1: 0.91, 2: 0.92}, **TOKEN)
+    runs.arm({0: 0.8, 1: 0.82, 2: 0.81}, **alone)
+
+    (found,) = experiments(runs)
+
+    assert labels(found) == ["student alone", "token hard, alpha 0.5"]
+    # 10, 9 and 11 points.
+    assert compare(found).rows[1].gain.difference.mean == pytest.approx(10)
+
+
+def test_teachers_of_another_architecture_are_never_mixed(runs):
+    runs.arm({0: 0.9, 1: 0.9}, method="logit", alpha=0.5)
+    for seed in (0, 1):
+        with_resnet(runs, method="logit", alpha=0.5, seed=seed)
+    path = with_resnet(runs, method="logit", alpha=0.5)
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["teacher"]["variant"] = "resnet34"
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    (found,) = experiments(runs)
+
+    assert [(arm.label, [*arm.runs]) for arm in found.rows] == [
+        ("logit, alpha 0.5", [0, 1]),
+        ("logit, alpha 0.5, teacher=ResNet, teacher.variant=resnet18", [0, 1]),
+        ("logit, alpha 0.5, teacher=ResNet, teacher.variant=resnet34", [0]),
+    ]
+
+
+def test_a_title_names_another_students_class_and_not_what_it_lacks(runs):
+    runs.add(method="none")
+    runs.add(method="none", student__depth=9)
+    with_resnet(runs, "student", method="none")
+
+    depth = yaml.safe_load((runs.add("again", method="none") / "config.yaml").read_text())["student"]["depth"]
+    assert sorted(found.title for found in experiments(runs)) == [
+        f"digits, student.depth={depth}",
+        "digits, student.depth=9",
+        "digits, student=ResNet",
+    ]

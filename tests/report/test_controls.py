@@ -117,6 +117,16 @@ def test_a_control_is_the_same_training_but_for_what_is_taught(runs):
     ]
 
 
+def test_a_distillation_token_that_learns_maps_too_controls_nothing(runs):
+    student = {"student__distillation_token": True, "alpha": 0.5}
+    token = {"method": "TokenDistillation", "method__targets": "hard"}
+    runs.add(**student)
+    runs.add(**student, **token, method__attention_weight=0.0)
+    runs.add(**student, **token, method__attention_weight=1.0)
+
+    assert pairs(comparison(runs)) == [("block kl, alpha 0.5", "token hard")]
+
+
 def test_an_untrained_teacher_may_be_another_for_every_seed(runs):
     for seed in range(3):
         runs.add(seed=seed, alpha=0.5, teacher__checkpoint="/a/run", teacher__seed=4)

@@ -12,11 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitkd.data import Batch
+from vitkd.distill.alignment import align
 from vitkd.distill.logits import LogitTransfer
 from vitkd.distill.losses import KL
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.distill.optimization import AdamW, Constant
 from vitkd.distill.pairing import BlockPair
+from vitkd.distill.token import TokenTransfer
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.explain import cls_attention, figure_1
 from vitkd.explain.recording import evaluating
@@ -240,6 +242,48 @@ def test_look_averages_the_chosen_heads(module, batches):
         weights = scores[block][:, heads[block], 0].softmax(-1).mean(1)[:, 1:]
         torch.testing.assert_close(maps[block].flatten(1), weights / weights.sum(1, keepdim=True))
     assert labels == module.teacher(images).logits.argmax(-1).tolist()
+
+
+SWITCHES = [
+    {},
+    {"attention": "lsa"},
+    {"distillation_token": True},
+    {"attention": "lsa", "distillation_token": True, "tokenizer": "spt"},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda switches: ", ".join(switches) or "none")
+def test_look_shows_the_weights_that_the_model_used(switches, batches):
+    model = vit(depth=3, heads=4, **switches).eval()
+    for block in model.blocks:
+        if "attention" in switches:
+            block.attention.log_temperature.normal_()
+    images = batches[0].image
+
+    maps, labels = look(model, images, {0: [3], 2: [0, 2]})
+
+    trace, prefix = model.trace(images), model.config.prefix
+    for block, heads in {0: [3], 2: [0, 2]}.items():
+        given = sum(trace.weights[block][:, head, reader] for head in heads for reader in range(prefix))
+        to_patches = given[:, prefix:]
+        expected = to_patches / to_patches.sum(1, keepdim=True)
+        torch.testing.assert_close(maps[block].flatten(1), expected)
+    assert labels == trace.logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("maps_too", [False, True])
+def test_a_student_with_a_distillation_token_is_drawn_beside_a_plain_teacher(batches, maps_too):
+    student, teacher = vit(depth=2, heads=2, distillation_token=True), vit(depth=3, heads=4)
+    attention = AttentionTransfer([LAST], KL(), align(student.config, teacher.config), 6)
+    transfer = TokenTransfer("hard", 1.0, attention, 1.0) if maps_too else TokenTransfer("hard", 1.0)
+    module = DistillModule(student, teacher, transfer, 0.5, AdamW(), Constant())
+
+    figure = pictures(batches).draw(module, "epoch 1")
+
+    columns = ["image", "teacher, block 2", "student, block 1"]
+    assert headings(figure) == [*columns, *(["block 0, not distilled"] if maps_too else [])]
+    assert figure.axes[-1].get_ylabel() == "attention weight\nof the classifying tokens"
 
 
 def test_drawing_takes_no_random_number_and_leaves_the_model_as_it_was(partly, batches):

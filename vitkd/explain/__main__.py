@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,8 +27,8 @@ from vitkd.explain.gallery import Answers, EmptyCell, cells, choose, over_repres
 from vitkd.explain.methods import CLASS_SPECIFIC, METHODS
 from vitkd.explain.page import Subject
 from vitkd.explain.panel import denormalise
-from vitkd.explain.recording import timm_model
-from vitkd.explain.subjects import maps_of, regions_of, subject_of
+from vitkd.explain.recording import has_maps, timm_model
+from vitkd.explain.subjects import maps_of, regions_of, subject_of, without_maps
 from vitkd.explain.survey import Comparison, Survey, survey
 from vitkd.finished import Run, load_run
 from vitkd.models import Model, ViT, ViTConfig, digest
@@ -146,7 +146,7 @@ def explain_job(composed: DictConfig, job: Job) -> None:
             )
             for path in settings.runs
         ]
-        runs = [with_maps(run) for run in runs]
+        _check_maps(runs)
         _check_comparable(runs)
         with closing(ImageDataModule(runs[0].config.dataset, runs[0].config.paths.data, 0)) as data:
             data.setup()
@@ -158,16 +158,6 @@ def explain_job(composed: DictConfig, job: Job) -> None:
                 album = of_pictures(settings, models, device, known, _shown_blocks(runs))
     job.folder = str(out)
     write(files_of(album), out)
-
-
-def with_maps(run: Run) -> Run:
-    """The run, without a teacher that has no attention maps; ConfigError if the student has none."""
-    if not isinstance(run.student, ViT):
-        raise ConfigError(f"run={run.path}: {run.student.config} has no attention maps; name a run of a ViT")
-    if run.teacher is None or isinstance(run.teacher, ViT):
-        return run
-    log.info("teacher: %s has no attention maps; the student is shown by itself", run.teacher.config)
-    return replace(run, teacher=None)
 
 
 def shape_of(model: Model) -> ViTConfig:
@@ -189,6 +179,24 @@ def write(files: Mapping[str, bytes], out: Path) -> None:
     log.info("pictures  %s", ", ".join(sorted(name for name in files if name.endswith(".png"))))
     log.info("arrays    %s", out / "maps.npz")
     log.info("page      %s", out / "index.html")
+
+
+def _check_maps(runs: Sequence[Run]) -> None:
+    """ConfigError if a student has no attention maps; a teacher may have none."""
+    for run in runs:
+        if not has_maps(run.student):
+            what = f"its student ({run.student.config}) has no attention maps"
+            raise ConfigError(f"run={run.path}: {what}; name a run whose student is a ViT")
+
+
+def _on_teacher(models: Mapping[str, nn.Module]) -> list[str]:
+    """What there is to say of a teacher that has no attention maps."""
+    teacher = models.get(TEACHER)
+    if teacher is None or has_maps(teacher):
+        return []
+    remark = f"The teacher ({teacher.config}) has no attention maps: of it there are only its answers."
+    log.info("%s", remark)
+    return [remark]
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
@@ -240,8 +248,8 @@ def of_test_split(
     notes = [f"{name}: {run.path}" for name, run in zip(names, runs, strict=True)] if len(runs) > 1 else []
     if len(runs) > 1 and TEACHER in models:
         notes.append(f"Right and wrong in the table and the cells are those of {student}.")
-    comparisons, unlike = _comparisons(runs, names)
-    notes += unlike
+    comparisons, remarks = _comparisons(runs, names)
+    notes += _on_teacher(models) + remarks
     batches = ((b.image, b.label, b.index) for b in data.loader("test", device, rank=0, world_size=1))
     log.info("asking %s about the test split", ", ".join(models))
     seen = survey(models, batches, comparisons)
@@ -269,7 +277,7 @@ def of_test_split(
     log.info("explaining %d images by %s", len(images), ", ".join(settings.methods))
     subjects, regions = _look(settings, models, images, _shown_blocks(runs))
     return Album(
-        title=_title([*models]),
+        title=_title(models),
         source=_source(runs),
         epoch=settings.epoch,
         pixels=denormalise(images.cpu(), mean, std),
@@ -317,7 +325,7 @@ def of_pictures(
     subjects, regions = _look(settings, models, images, blocks)
     classes = 1 + max(max(subject.predicted) for subject in subjects)
     return Album(
-        title=_title([*models]),
+        title=_title(models),
         source=", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else ""),
         pixels=pixels,
         labels=[-1] * len(paths),
@@ -326,6 +334,7 @@ def of_pictures(
         class_names=names or [f"class {number}" for number in range(classes)],
         subjects=subjects,
         regions=regions,
+        notes=_on_teacher(models),
     )
 
 
@@ -355,24 +364,40 @@ def choose_any(answers: Answers, settings: Settings) -> Any:
 
 
 def _comparisons(runs: Sequence[Run], names: Sequence[str]) -> tuple[dict[str, Comparison], list[str]]:
-    """Student → what to hold its maps against; and why not, where that cannot be."""
+    """Student → what to hold its maps against; and what there is to say of that, or why it cannot be."""
     teacher = next((run.teacher for run in runs if run.teacher is not None), None)
-    if teacher is None:
+    if teacher is None or not has_maps(teacher):
         return {}, []
-    found, unlike = {}, []
+    found, remarks = {}, []
     for name, run in zip(names, runs, strict=True):
         ours, theirs = shape_of(run.student), shape_of(teacher)
         if ours.grid != theirs.grid:
             grids = f"{ours.grid}×{ours.grid} patches and the teacher {theirs.grid}×{theirs.grid}"
-            unlike.append(f"{name} has {grids}: their maps are shown, not compared.")
+            remarks.append(f"{name} has {grids}: their maps are shown, not compared.")
             continue
+        remarks += _how_compared(name, ours, theirs)
         others = [n for n, other in zip(names, runs, strict=True) if other is not run and other.is_alone]
-        same = others and runs[names.index(others[0])].student.config == ours
-        pairs, learnt = _pairs(run, teacher)
-        found[name] = Comparison(
-            TEACHER, pairs, learnt, ours.patch_size, others[0] if same and not run.is_alone else None
-        )
-    return found, unlike
+        alone = others[0] if others and not run.is_alone else None
+        if alone is not None and runs[names.index(alone)].student.config != ours:
+            remarks.append(f"{alone} is another model than {name}, so it is no baseline for its maps.")
+            alone = None
+        found[name] = Comparison(TEACHER, *_pairs(run, teacher), ours.patch_size, alone)
+    return found, remarks
+
+
+def _how_compared(name: str, ours: ViTConfig, theirs: ViTConfig) -> list[str]:
+    """What the tables leave out of maps that differ by design, as `survey.comparable` has it, and read."""
+    remarks, found = [], []
+    if ours.prefix == theirs.prefix > 1:
+        remarks.append(f"Class rows of {name} and teacher: the mean of class and distillation token.")
+    for has, lacks, mine, its in ((name, TEACHER, ours, theirs), (TEACHER, name, theirs, ours)):
+        if mine.prefix > its.prefix:
+            found.append(f"the distillation token of {has}, which {lacks} has not")
+        if mine.attention != "lsa" and its.attention == "lsa":
+            found.append(f"what tokens of {has} give to themselves, which those of {lacks} may not")
+    if found:
+        remarks.append(f"Compared without {' and '.join(found)}; the rest of each row is scaled to sum 1.")
+    return remarks
 
 
 def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
@@ -395,10 +420,13 @@ def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
 def _look(
     settings: Settings, models: Mapping[str, nn.Module], images: Tensor, blocks: Mapping[str, int] | None
 ) -> tuple[list[Subject], dict[str, Any]]:
-    """Every model before the images, and its regions in them."""
+    """Every model before the images, and its regions in them; of a teacher without maps the answers."""
     subjects, regions = [], {}
     for name, model in models.items():
         role: Literal["teacher", "student"] = "teacher" if name == TEACHER else "student"
+        if name == TEACHER and not has_maps(model):
+            subjects.append(without_maps(name, role, model, images))
+            continue
         block = (blocks or {}).get(name, -1)
         subject, features = subject_of(name, role, model, images, settings.methods, block)
         subjects.append(subject)
@@ -458,7 +486,7 @@ def _faithfulness(
     pixels = denormalise(images, *scale)
     log.info("removing pixels of %d images, step by step", len(images))
     found = {}
-    for name, model in models.items():
+    for name, model in ((name, model) for name, model in models.items() if has_maps(model)):
         predicted = seen.predicted[name][drawn].to(device)
         maps = {
             method: MapsOfClasses(*(maps_of(method, model, images, each) for each in (predicted, labels)))
@@ -501,7 +529,8 @@ def _format_of(model: nn.Module) -> Format:
     return Format(size, channels, told.get("mean", [0.5] * channels), told.get("std", [0.5] * channels))
 
 
-def _title(names: Sequence[str]) -> str:
+def _title(models: Mapping[str, nn.Module]) -> str:
+    names = [name for name, model in models.items() if has_maps(model)]
     *others, last = names
     return f"Where {', '.join(others)} and {last} look" if others else f"Where {last} looks"
 

@@ -22,12 +22,14 @@ from vitkd.explain.faithfulness import Faithfulness
 from vitkd.explain.figures import (
     RELEVANCE_UNIT,
     Rows,
+    attention_unit,
     curves_figure,
     fidelity_figure,
     figure_1,
     figure_rows,
     png,
     region_figure,
+    whose,
 )
 from vitkd.explain.gallery import BOTH_RIGHT, BOTH_WRONG, CELLS, STUDENT_WRONG, TEACHER_WRONG, OverRepresented
 from vitkd.explain.page import ATTENTION, GalleryPage, Plot, Subject, Table, render
@@ -70,7 +72,7 @@ class Album:
     """[N] positions in the test split"""
     class_names: Sequence[str]
     subjects: Sequence[Subject]
-    """the teacher first, if there is one"""
+    """the teacher first, if there is one; it may have no maps"""
     regions: Mapping[str, NDArray[np.int64]]
     other_block: int | None = None
     """of the first student, one that was not distilled"""
@@ -99,6 +101,16 @@ class Album:
         """The first."""
         return next(subject for subject in self.subjects if subject.role == "student")
 
+    @property
+    def looking(self) -> list[Subject]:
+        """Those that have attention maps."""
+        return [subject for subject in self.subjects if ATTENTION in subject.maps]
+
+    @property
+    def readers(self) -> list[str]:
+        """The tokens that each of them classifies by."""
+        return [subject.readers for subject in self.looking]
+
 
 def files_of(album: Album) -> dict[str, bytes]:
     """File name → content."""
@@ -115,14 +127,14 @@ def files_of(album: Album) -> dict[str, bytes]:
 def figures_of(album: Album) -> dict[str, Figure]:
     """Name → figure, of those that there is something to show in."""
     found = {"methods": _methods(album)}
-    if album.teacher is not None:
+    if album.teacher in album.looking:
         found["figure_1"] = _figure_1(album)
-        of_cells = {
-            "figure_2": (_figure_2, {STUDENT_WRONG}),
-            "figure_3": (_figure_3, {TEACHER_WRONG, BOTH_WRONG}),
-            "gallery": (_sheet, {*CELLS}),
-        }
-        found |= {name: draw(album) for name, (draw, cells) in of_cells.items() if cells & {*album.cells}}
+    of_cells = {
+        "figure_2": (_figure_2, {STUDENT_WRONG}),
+        "figure_3": (_figure_3, {TEACHER_WRONG, BOTH_WRONG}),
+        "gallery": (_sheet, {*CELLS}),
+    }
+    found |= {name: draw(album) for name, (draw, cells) in of_cells.items() if cells & {*album.cells}}
     if album.regions:
         found["regions"] = _regions(album)
     if album.alikeness:
@@ -150,7 +162,8 @@ def _figure_1(album: Album) -> Figure:
         teacher_predictions=[_name(album, teacher.predicted[i]) for i in rows],
         student_predictions=[_name(album, student.predicted[i]) for i in rows],
         columns=columns,
-        caption=f"Where the class token looks, heads averaged. {album.source}",
+        unit=attention_unit(album.readers),
+        caption=f"Attention of the {whose(album.readers)}, heads averaged. {album.source}",
     )
 
 
@@ -171,17 +184,20 @@ def _sheet(album: Album) -> Figure:
 
 def _beside(album: Album, cells: Sequence[str], caption: str, across: int) -> Figure:
     """Each cell's first images beside the maps of all subjects."""
-    maps = _on_one_grid([head_mean(subject) for subject in album.subjects])
+    maps = _on_one_grid([head_mean(subject) for subject in album.looking])
     groups = [_rows(album, _of_cell(album, cell), cell, maps) for cell in cells]
-    columns = ["image", *(f"{subject.name}, block {subject.first_block}" for subject in album.subjects)]
-    return figure_rows(groups, columns=columns, caption=f"Heads averaged. {caption}", across=across)
+    columns = ["image", *(f"{subject.name}, block {subject.first_block}" for subject in album.looking)]
+    unit = attention_unit(album.readers)
+    return figure_rows(
+        groups, columns=columns, unit=unit, caption=f"Heads averaged. {caption}", across=across
+    )
 
 
 def _methods(album: Album) -> Figure:
     """The first images by every method, each map scaled to its own highest value."""
     rows = [*range(len(album.pixels))][:ROWS_OF_A_FIGURE]
     groups = []
-    for subject in album.subjects:
+    for subject in album.looking:
         # As faithfulness has it: of the last block.
         others = (torch.from_numpy(maps) for method, maps in subject.maps.items() if method != ATTENTION)
         maps = [head_mean(subject, -1), *others]
@@ -198,13 +214,13 @@ def _methods(album: Album) -> Figure:
 
 
 def _methods_of(album: Album) -> list[str]:
-    return [*album.subjects[0].maps]
+    return [*album.student.maps]
 
 
 def _rows(
     album: Album, rows: list[int], title: str, maps: Sequence[Tensor], only: Subject | None = None
 ) -> Rows:
-    subjects = album.subjects if only is None else [only]
+    subjects = album.looking if only is None else [only]
     return Rows(
         title,
         album.pixels[rows],

@@ -43,16 +43,16 @@ def token_map(
     matrix: Tensor,
     grid: tuple[int, int],
     prefix: int = 1,
-    query: int | None = 0,
+    readers: Sequence[int] = (0,),
     normalise: bool = False,
 ) -> Tensor:
-    """What one token gives to the patches, of matrices [..., T, T], as maps [..., h, w].
+    """What tokens give to the patches, of matrices [..., T, T], as maps [..., h, w].
 
     Args:
         grid: (h, w).
         prefix: tokens before the patches.
-        query: the token whose row is read, 0 the class token; None for the mean of the patches' rows, which
-            is what a classifier that averages patches reads.
+        readers: the tokens whose rows are read, and averaged if they are several: `Recording.readers` for
+            what the classifier reads.
         normalise: scale each map to sum 1.
 
     Raises:
@@ -61,15 +61,23 @@ def token_map(
     tokens, (rows, columns) = matrix.shape[-1], grid
     if tokens != prefix + rows * columns:
         raise ConfigError(f"{tokens} tokens are not {prefix} and {rows}×{columns} patches: give their grid")
-    if query is not None and not 0 <= query < tokens:
-        raise ConfigError(f"query token {query}: must be 0 to {tokens - 1}, patches from {prefix} on")
-    row = matrix[..., prefix:, :].mean(-2) if query is None else matrix[..., query, :]
-    to_patches = row[..., prefix:]
+    wrong = [reader for reader in readers if not 0 <= reader < tokens]
+    if wrong or not readers:
+        shown = ", ".join(map(str, wrong)) or "none"
+        raise ConfigError(
+            f"tokens {shown}: must be 0 to {tokens - 1}, at least one, patches from {prefix} on"
+        )
+    to_patches = rows_read(matrix, readers)[..., prefix:]
     if normalise:
         # A token that gives all to itself has an empty map rather than 0/0.
         total = to_patches.sum(-1, keepdim=True)
         to_patches = to_patches / total.clamp_min(torch.finfo(total.dtype).tiny)
     return to_patches.unflatten(-1, grid)
+
+
+def rows_read(matrix: Tensor, readers: Sequence[int]) -> Tensor:
+    """The mean of these tokens' rows of matrices [..., T, T]: [..., T]."""
+    return matrix[..., [*readers], :].mean(-2)
 
 
 def _check_heads(heads: Sequence[int], count: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
+from vitkd.explain.attention import rows_read
 from vitkd.models.layers import at_least_float32
 
 COMPARISONS = ("kl", "js", "spearman", "top_k_iou", "cls_overlap")
@@ -73,7 +74,7 @@ class Reading(NamedTuple):
     log: Tensor
     """[B, ...M, T, T]"""
     row: Tensor
-    """[B, ...M, N]: the CLS row over patches, summing to 1"""
+    """[B, ...M, N]: the class row over patches, summing to 1"""
     ranks: Tensor
     """[B, ...M, N]: the ranks of `row`, centred and of norm 1"""
     top: Tensor
@@ -81,25 +82,26 @@ class Reading(NamedTuple):
 
 
 def compare(
-    ours: Tensor, theirs: Tensor, *, prefix: int = 1, k: int | None = None, query: int | None = 0
+    ours: Tensor, theirs: Tensor, *, prefix: int = 1, k: int | None = None, readers: Sequence[int] = (0,)
 ) -> dict[str, Tensor]:
     """Measures [B, ...M] of how alike two maps are, for each image.
+
+    The class row is that of the class token, or the mean of the rows that the classifier reads.
 
     - `kl`: KL(theirs ‖ ours) in nats, mean over query rows. A weight of ours that underflowed to 0 counts as
       the smallest normal number, so that the figure stays finite.
     - `js`: the Jensen-Shannon divergence in nats, mean over query rows, at most log 2.
-    - `spearman`: rank correlation of the CLS rows over patches, ties sharing their mean rank; NaN if all
+    - `spearman`: rank correlation of the class rows over patches, ties sharing their mean rank; NaN if all
       weights of a row are equal.
-    - `top_k_iou`: intersection over union of the k patches with the highest weight in the CLS rows.
-    - `cls_overlap`: Σ min(p, q) of the CLS rows, renormalised over patches: 1 if equal, 0 if disjoint; NaN if
-      a row gives the patches nothing.
+    - `top_k_iou`: intersection over union of the k patches with the highest weight in the class rows.
+    - `cls_overlap`: Σ min(p, q) of the class rows, renormalised over patches: 1 if equal, 0 if disjoint; NaN
+      if a row gives the patches nothing.
 
     Args:
         ours, theirs: [B, ...M, T, T], the student's and the teacher's, rows summing to 1.
         prefix: tokens before the patches.
         k: a quarter of the patches, at least one, if None.
-        query: the token whose row is the CLS row; None for the mean of the patches' rows, which is what a
-            classifier that averages patches reads.
+        readers: the tokens that the classifier reads, as `Recording.readers` has them.
 
     Raises:
         ConfigError: k is not 1 to N.
@@ -107,13 +109,13 @@ def compare(
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"maps of shapes {[*ours.shape]} and {[*theirs.shape]} cannot be compared")
-    return measures(read(ours, prefix, k, query), read(theirs, prefix, k, query))
+    return measures(read(ours, prefix, k, readers), read(theirs, prefix, k, readers))
 
 
-def read(weights: Tensor, prefix: int = 1, k: int | None = None, query: int | None = 0) -> Reading:
+def read(weights: Tensor, prefix: int = 1, k: int | None = None, readers: Sequence[int] = (0,)) -> Reading:
     """A `Reading` of attention weights [B, ...M, T, T]; the arguments are those of `compare`."""
     p = at_least_float32(weights)
-    row = (p[..., prefix:, :].mean(-2) if query is None else p[..., query, :])[..., prefix:].contiguous()
+    row = rows_read(p, readers)[..., prefix:].contiguous()
     descending, order = row.sort(stable=True, dim=-1, descending=True)
     top = torch.zeros_like(row, dtype=torch.bool)
     top.scatter_(-1, order[..., : _top_count(k, row.shape[-1])], True)
@@ -296,7 +298,7 @@ class FidelitySums:
             teacher heads, the mean of their maps is compared with.
         grid: (h, w) patches, of student and teacher alike.
         patch_size: pixels of a patch's side, or (height, width).
-        prefix, k, query: as for `compare`.
+        prefix, k, readers: as for `compare`.
         draws: the most sets of other heads that a map is compared with.
         seed: of their choice.
 
@@ -312,7 +314,7 @@ class FidelitySums:
         patch_size: float | tuple[float, float],
         prefix: int = 1,
         k: int | None = None,
-        query: int | None = 0,
+        readers: Sequence[int] = (0,),
         draws: int = 12,
         seed: int = 0,
     ) -> None:
@@ -320,7 +322,7 @@ class FidelitySums:
         self.pairs = [MapPair(*pair[:3], tuple(pair[3])) for pair in pairs]
         _check_pairs(self.pairs)
         self._grid, self._patch_size, self._prefix = grid, patch_size, prefix
-        self._k, self._query = k, query
+        self._k, self._readers = k, readers
         self._draws, self._seed = draws, seed
         self._images = 0
         self._sums: dict[tuple[str, str], np.ndarray] = {}
@@ -369,7 +371,7 @@ class FidelitySums:
             for head in heads:
                 _check_exists("head", head, maps.shape[1], f"block {block} of the {whose}")
             mean = at_least_float32(maps[:, list(heads)]).mean(1)
-            return read(mean, self._prefix, self._k, self._query)
+            return read(mean, self._prefix, self._k, self._readers)
 
         return reading
 

@@ -4,7 +4,7 @@ Shapes: B images, C channels (1 grey, 3 RGB), h × w patches, L blocks, A heads,
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from textwrap import wrap
 from typing import Any, NamedTuple
@@ -43,7 +43,6 @@ from vitkd.explain.panel import (
     _write,
 )
 
-ATTENTION_UNIT = "attention weight\nof the class token"
 RELEVANCE_UNIT = "relevance,\narbitrary units"
 RANDOM = "random"
 """the order of removal that others are compared with"""
@@ -79,6 +78,17 @@ class Rows(NamedTuple):
     """one [B] a column: probabilities of what is predicted"""
 
 
+def whose(readers: Iterable[str]) -> str:
+    """The tokens that look, in words: of several models' different ones, what they have in common."""
+    named = {*readers}
+    return named.pop() if len(named) == 1 else "classifying tokens"
+
+
+def attention_unit(readers: Iterable[str] = ("class token",)) -> str:
+    """Of maps, at the colour bar; `readers` as `recording.who_reads` names each model's."""
+    return f"attention weight\nof the {whose(readers)}"
+
+
 def figure_1(
     images: Tensor,
     teacher_maps: Tensor,
@@ -89,6 +99,7 @@ def figure_1(
     teacher_predictions: Sequence[str] | None = None,
     student_predictions: Sequence[str] | None = None,
     columns: Sequence[str] = ("image", "teacher", "student, distilled", "student, not distilled"),
+    unit: str | None = None,
     caption: str = "",
 ) -> Figure:
     """The report's Figure 1: image, teacher's map, student's in a block that was distilled and in one not.
@@ -98,6 +109,7 @@ def figure_1(
         teacher_maps, distilled_maps, other_maps: [B, h, w], heads averaged; without `other_maps` the last
             column is left out, as where every block was distilled.
         columns: their headings.
+        unit: of the maps, at the colour bar; None for the class token's attention.
 
     Raises:
         ValueError: there is no image, or an argument has another number of images.
@@ -106,14 +118,14 @@ def figure_1(
     # A student answers once, so its answer stands once.
     predictions = [teacher_predictions, student_predictions, None][: len(maps)]
     group = Rows("", images, maps, labels, predictions)
-    return figure_rows([group], columns=columns[: 1 + len(maps)], caption=caption)
+    return figure_rows([group], columns=columns[: 1 + len(maps)], unit=unit, caption=caption)
 
 
 def figure_rows(
     groups: Sequence[Rows],
     *,
     columns: Sequence[str],
-    unit: str = ATTENTION_UNIT,
+    unit: str | None = None,
     caption: str = "",
     across: int = 1,
 ) -> Figure:
@@ -122,7 +134,7 @@ def figure_rows(
     Args:
         groups: one for Figure 2, two for Figure 3, four for the 2×2 gallery. One without images says so.
         columns: the headings: of the image, then of each map.
-        unit: of the maps, at the colour bar.
+        unit: of the maps, at the colour bar; None for the class token's attention.
         caption: stands below.
         across: so many groups stand side by side.
 
@@ -147,7 +159,7 @@ def figure_rows(
     height = min(bottom - GAP - first, 4 * CELL)
     axes = _axes(figure, MARGIN + inner + GAP, first, BAR, height)
     seen = ListedColormap(_blend(COLOURS(np.linspace(0, 1, 256))[:, :3], 0.5))
-    _draw_bar(figure, axes, scale, seen, unit)
+    _draw_bar(figure, axes, scale, seen, unit or attention_unit())
     _draw_caption(figure, caption, below)
     return figure
 

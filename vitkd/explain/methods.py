@@ -58,9 +58,8 @@ def _of_gradients(combine: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor
 
 
 def _read(matrix: Tensor, recording: Recording) -> Tensor:
-    """What the classifier takes from the patches: the class token's row, or the patches' own where pooled."""
-    query = None if recording.pooled else 0
-    return token_map(matrix, recording.grid, recording.prefix, query).float()
+    """What the classifier takes from the patches: the mean row of the tokens that it reads."""
+    return token_map(matrix, recording.grid, recording.prefix, recording.readers).float()
 
 
 def _grad_cam_of_tokens(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitkd.explain.figures import region_colours
+from vitkd.explain.figures import attention_unit, region_colours
 from vitkd.explain.panel import COLOURS
 
 ATTENTION, REGIONS = "attention", "regions"
@@ -49,7 +49,7 @@ TITLES = {
     REGIONS: "attention regions",
 }
 """of the methods that this package has; others go by their own names"""
-UNITS = {ATTENTION: "attention weight of the class token", REGIONS: "regions by the attention they draw"}
+UNITS = {REGIONS: "regions by the attention they draw"}
 OTHER_UNIT = "relevance, arbitrary units"
 
 Maps = NDArray[np.floating[Any]]
@@ -66,9 +66,11 @@ class Subject:
     confidence: Sequence[float]
     """[N] probabilities in 0..1 of the class predicted"""
     maps: Mapping[str, Maps]
-    """method → [N, h, w]; "attention" → [N, L, A, h, w], the class token's weights; may lack methods"""
+    """method → [N, h, w]; "attention" → [N, L, A, h, w], the weights of `readers`; may lack methods"""
     first_block: int = -1
     """whose attention is shown at first"""
+    readers: str = "class token"
+    """the tokens that it classifies by, in words"""
 
 
 class Table(NamedTuple):
@@ -230,6 +232,8 @@ def _data(page: GalleryPage) -> dict[str, Any]:
     """What the page's script reads."""
     regions = page.regions or {}
     count = 1 + max((int(each.max()) for each in regions.values()), default=0)
+    shown = (subject.readers for subject in page.subjects if ATTENTION in subject.maps)
+    units = UNITS | {ATTENTION: attention_unit(shown).replace("\n", " ")}
     return {
         "images": [image_url(pixels) for pixels in page.images],
         "isSharp": max(page.images.shape[1:3]) <= SHARP_PIXELS,
@@ -238,7 +242,7 @@ def _data(page: GalleryPage) -> dict[str, Any]:
         "counts": {cell: int(count) for cell, count in page.counts.items()},
         "indices": [*map(int, page.indices)],
         "classes": [*page.class_names],
-        "units": {method: UNITS.get(method, OTHER_UNIT) for method in page.methods},
+        "units": {method: units.get(method, OTHER_UNIT) for method in page.methods},
         "titles": {method: TITLES.get(method, method.replace("_", " ")) for method in page.methods},
         "subjects": [_subject(subject, regions.get(subject.name)) for subject in page.subjects],
         "colours": [_bytes(COLOURS(level)[:3]) for level in np.linspace(0, 1, 256)],

@@ -1,4 +1,4 @@
-"""Where the class token looks, and the strokes that every figure of it is drawn with.
+"""Where the tokens look that a model classifies by, and the strokes that every figure of it is drawn with.
 
 Shapes: B images, C channels (1 grey, 3 RGB), H heads, T tokens (prefix + g²), g patches along one side.
 """
@@ -38,27 +38,29 @@ def cls_attention(
     prefix: int = 1,
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """How the class token's attention is spread over the patches.
+    """How the class token's attention is spread over the patches, or its mean with a distillation token's.
 
     Args:
         scores: [B, H, T, T] before softmax, the class token first.
         grid: g.
         heads: those to average, a head named twice counting twice; None for all.
-        prefix: tokens before the patches.
+        prefix: tokens before the patches, all of which the classifier reads: the class token, or that and the
+            distillation token.
         allowed: [T, T], False where the model masks attention; None where it does not.
 
     Returns:
-        [B, g, g]: the mean over heads of the class token's weights, scaled to sum to 1 over the patches.
+        [B, g, g]: the mean over heads and these tokens of their weights, scaled to sum 1 over the patches.
 
     Raises:
         ValueError: T is not prefix + g².
     """
     if scores.shape[-1] != prefix + grid**2:
         raise ValueError(f"{scores.shape[-1]} tokens are not {prefix} and {grid}×{grid} patches")
-    rows = at_least_float32(scores[..., 0, :] if heads is None else scores[..., list(heads), 0, :])
+    rows = at_least_float32(scores[..., :prefix, :])
+    rows = rows if heads is None else rows[..., list(heads), :, :]
     if allowed is not None:
-        rows = rows.masked_fill(~allowed[0], -math.inf)
-    weights = rows.softmax(-1).mean(-2)[..., prefix:]
+        rows = rows.masked_fill(~allowed[:prefix], -math.inf)
+    weights = rows.softmax(-1).mean((-3, -2))[..., prefix:]
     # A class token that looks at itself alone gives an empty map rather than 0/0.
     total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return (weights / total).unflatten(-1, (grid, grid))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, one_line
-from vitkd.models import ViT
+from vitkd.models import Model, ViT
 from vitkd.models.vit import Trace
 
 
@@ -25,8 +25,9 @@ class Layout(NamedTuple):
     """tokens before the patches: class token, distillation token, registers"""
     grid: tuple[int, int]
     """h rows of w patches"""
-    pooled: bool
-    """whether the classifier reads the patches, as global pooling has it, and not token 0"""
+    readers: Sequence[int] = (0,)
+    """the tokens that the classifier reads: the class token; that and the distillation token, where the
+    answer is the mean of two heads; or the patches, where it pools these"""
     sees_itself: bool = True
     """whether a token may attend to itself; in locality attention it may not"""
 
@@ -42,7 +43,7 @@ class Recording(NamedTuple):
     """per block: [B, T, D] after it"""
     prefix: int
     grid: tuple[int, int]
-    pooled: bool = False
+    readers: Sequence[int] = (0,)
     sees_itself: bool = True
 
 
@@ -90,7 +91,7 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
         c = model.config
         _check_size(images.shape[-3:], (c.channels, c.image_size, c.image_size))
         sees_itself = c.attention != "lsa"
-        return Layout(c.prefix, (c.grid, c.grid), pooled=False, sees_itself=sees_itself)
+        return Layout(c.prefix, (c.grid, c.grid), range(c.prefix), sees_itself)
     _blocks(model)
     embed: Any = model.patch_embed
     if getattr(embed, "strict_img_size", False) and embed.img_size is not None:
@@ -103,7 +104,19 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
     elif (grid := getattr(embed, "grid_size", None)) is None:
         raise _no_maps(model, "does not say how its patches are laid out (patch_embed.grid_size)")
     rows, columns = grid
-    return Layout(prefix, (rows, columns), pooled=getattr(model, "global_pool", "token") != "token")
+    return Layout(prefix, (rows, columns), _readers(model, prefix, rows * columns))
+
+
+def has_maps(model: nn.Module) -> bool:
+    """Whether attention maps can be asked for; of vitkd's own models a residual network has none."""
+    return isinstance(model, ViT) or not isinstance(model, Model)
+
+
+def who_reads(place: Layout | Recording) -> str:
+    """The tokens that the classifier reads, in words for a caption."""
+    if place.readers[0] >= place.prefix:
+        return "patches"
+    return "class token" if len(place.readers) == 1 else "class and distillation tokens"
 
 
 def timm_model(name: str, pretrained: bool = False) -> nn.Module:
@@ -142,6 +155,14 @@ def _check_size(given: Sequence[int], taken: Sequence[int]) -> None:
     if tuple(given) != tuple(taken):
         shown, allowed = ("×".join(map(str, shape)) for shape in (given, taken))
         raise ConfigError(f"images of {shown}: the model takes {allowed}; resize them first")
+
+
+def _readers(model: nn.Module, prefix: int, patches: int) -> Sequence[int]:
+    """The tokens that the classifier of something like timm's VisionTransformer reads."""
+    if getattr(model, "global_pool", "token") != "token":
+        return range(prefix, prefix + patches)
+    # timm's distilled models answer by the mean of two heads; registers are read by none.
+    return range(2) if hasattr(model, "head_dist") else range(1)
 
 
 def _no_maps(model: nn.Module, cause: str) -> ConfigError:

@@ -86,7 +86,7 @@ class _Logits(nn.Module):
 
 
 def _last_norm(model: nn.Module) -> nn.Module:
-    """The norm before the last attention: past it only the class token would get a gradient."""
+    """The norm before the last attention: past it only the classifying tokens would get a gradient."""
     last: Any = model.blocks[-1]  # type: ignore[index]
     norm = last.attention.norm if isinstance(model, ViT) else getattr(last, "norm1", None)
     if norm is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
+from vitkd.explain.attention import rows_read
 from vitkd.models.layers import at_least_float32
 
 RESTARTS = 10
@@ -20,29 +21,29 @@ DECIMALS = 5
 
 
 def attention_activity(
-    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, query: int | None = 0
+    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, readers: Sequence[int] = (0,)
 ) -> Tensor:
     """How much attention each patch draws, [B, h, w]: the mean of its `attention_features`.
 
     In units of the even share: every map's mean is 1, and all of it is 1 under uniform attention.
     """
-    return attention_features(weights, grid, prefix, query).mean(-1).unflatten(-1, grid)
+    return attention_features(weights, grid, prefix, readers).mean(-1).unflatten(-1, grid)
 
 
 def attention_features(
-    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, query: int | None = 0
+    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, readers: Sequence[int] = (0,)
 ) -> Tensor:
     """What each patch draws of each block's attention, [B, N, 2·L].
 
     Features 0 … L−1 are the attention received from all tokens, the mean over queries and heads; L … 2·L−1
-    that of the class token, the mean over heads. Each is a share of what all patches draw, times N: 1 is the
-    even share, in any image, so that clusters of many images can be compared.
+    that of the tokens that the classifier reads, the mean over these and heads. Each is a share of what all
+    patches draw, times N: 1 is the even share, in any image, so that clusters of many images can be compared.
 
     Args:
         weights: per block [B, H, T, T].
         grid: (h, w).
         prefix: tokens before the patches.
-        query: the class token; None, where a classifier averages patches, for the mean of the patches' rows.
+        readers: the tokens that the classifier reads, as `Recording.readers` has them.
 
     Raises:
         ValueError: T is not prefix + h·w.
@@ -52,8 +53,8 @@ def attention_features(
         raise ValueError(f"{weights[0].shape[-1]} tokens are not {prefix} and {grid[0]}×{grid[1]} patches")
     of_heads = [at_least_float32(each).mean(1) for each in weights]
     received = [each.mean(-2) for each in of_heads]
-    to_class = [each[:, prefix:].mean(-2) if query is None else each[:, query] for each in of_heads]
-    drawn = torch.stack(received + to_class, -1)[:, prefix:]
+    read = [rows_read(each, readers) for each in of_heads]
+    drawn = torch.stack(received + read, -1)[:, prefix:]
     # Patches that draw nothing at all are at 0 rather than 0/0.
     return patches * drawn / drawn.sum(1, keepdim=True).clamp_min(torch.finfo(drawn.dtype).tiny)
 

@@ -14,37 +14,48 @@ from vitkd.models.layers import at_least_float32
 
 
 def rollout(
-    weights: Sequence[Tensor], *, fusion: Fusion = "mean", discard: float = 0.0, start_block: int = 0
+    weights: Sequence[Tensor],
+    *,
+    fusion: Fusion = "mean",
+    discard: float = 0.0,
+    start_block: int = 0,
+    keep: Sequence[int] = (0,),
 ) -> Tensor:
     """Attention rollout [B, T, T] (Abnar & Zuidema 2020): Â_L ⋯ Â_start with Â = (Ā + I)/row sum.
 
     Args:
         weights: per block [B, H, T, T].
         fusion: how heads become Ā.
-        discard: the share of each Ā's entries, the lowest, that is set to zero first; the class token's row
-            and column are kept, whatever is in them.
+        discard: the share of each Ā's entries, the lowest, that is set to zero first.
         start_block: the lowest block that counts.
+        keep: tokens whose row and column are not discarded, whatever is in them: the class token, and the
+            distillation token where there is one.
 
     Raises:
         ConfigError: a share outside [0, 1), or no such block or fusion.
     """
     _check(discard, start_block, len(weights))
-    return _product([_discard_lowest(fuse(each, fusion), discard) for each in weights[start_block:]])
+    return _product([_discard_lowest(fuse(each, fusion), discard, keep) for each in weights[start_block:]])
 
 
 def gradient_rollout(
-    weights: Sequence[Tensor], gradients: Sequence[Tensor], *, discard: float = 0.0, start_block: int = 0
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    discard: float = 0.0,
+    start_block: int = 0,
+    keep: Sequence[int] = (0,),
 ) -> Tensor:
     """Rollout [B, T, T] of Ā = mean_h((A ⊙ ∇A)⁺), so of what speaks for the class that ∇ is of.
 
     Args:
         weights: per block [B, H, T, T].
         gradients: the class's logit by `weights`, as `relevance.attention_gradients` gives it.
-        discard, start_block: as for `rollout`.
+        discard, start_block, keep: as for `rollout`.
     """
     _check(discard, start_block, len(weights))
     fused = [weighted_by_gradient(a, g) for a, g in zip(weights, gradients, strict=True)]
-    return _product([_discard_lowest(each, discard) for each in fused[start_block:]])
+    return _product([_discard_lowest(each, discard, keep) for each in fused[start_block:]])
 
 
 def weighted_by_gradient(weights: Tensor, gradient: Tensor) -> Tensor:
@@ -59,12 +70,12 @@ def _check(discard: float, start_block: int, blocks: int) -> None:
         raise ConfigError(f"start_block={start_block}: must be 0 to {blocks - 1}")
 
 
-def _discard_lowest(fused: Tensor, share: float) -> Tensor:
-    """[B, T, T] with the lowest ⌊share·T²⌋ entries of each image zero, but for those of the class token."""
+def _discard_lowest(fused: Tensor, share: float, keep: Sequence[int]) -> Tensor:
+    """[B, T, T] with the lowest ⌊share·T²⌋ entries of each image zero, but for those of tokens to keep."""
     entries = fused.flatten(1)
     lowest = entries.topk(int(share * entries.shape[1]), largest=False).indices
     drop = torch.zeros_like(entries, dtype=torch.bool).scatter(1, lowest, True).view_as(fused)
-    drop[:, 0, :] = drop[:, :, 0] = False
+    drop[:, [*keep], :] = drop[:, :, [*keep]] = False
     return fused.masked_fill(drop, 0)
 
 

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vitkd.explain.attention import token_map
 from vitkd.explain.methods import explain_by
 from vitkd.explain.page import ATTENTION, Subject
-from vitkd.explain.recording import Recording, record
+from vitkd.explain.recording import Recording, evaluating, logits_of, record, who_reads
 from vitkd.explain.regions import attention_features, region_map
 
 AT_A_TIME = 64
@@ -35,16 +36,14 @@ def subject_of(
 
     Raises ConfigError if its maps cannot be had, there is no such method, or an optional package is absent.
     """
-    rows, features, confidence, predicted = [], [], [], []
+    rows, features, logits = [], [], []
     for part in images.split(AT_A_TIME):
         with torch.no_grad():
             recording = record(model, part)
             rows.append(class_rows(recording).cpu())
             features.append(features_of(recording).cpu())
-            best = recording.logits.float().softmax(-1).max(-1)
-        confidence.append(best.values.cpu())
-        predicted.append(best.indices)
-    answers = torch.cat(predicted)
+        logits.append(recording.logits)
+    answers, confidence = answers_of(torch.cat(logits))
     attention = torch.cat(rows)
     if attention.numel() > MOST_NUMBERS:
         attention = attention.mean(2, keepdim=True)
@@ -52,10 +51,24 @@ def subject_of(
     for method in methods:
         if method != ATTENTION:
             maps[method] = maps_of(method, model, images, answers).cpu().numpy()
-    subject = Subject(
-        name, role, answers.tolist(), torch.cat(confidence).tolist(), maps, first_block % attention.shape[1]
-    )
+    block = first_block % attention.shape[1]
+    subject = Subject(name, role, answers.tolist(), confidence, maps, block, who_reads(recording))
     return subject, torch.cat(features)
+
+
+@torch.no_grad()
+def without_maps(name: str, role: Literal["teacher", "student"], model: nn.Module, images: Tensor) -> Subject:
+    """The answers, to normalised images [N, C, H, W], of a model that has no attention maps."""
+    with evaluating(model):
+        logits = torch.cat([logits_of(model, part) for part in images.split(AT_A_TIME)])
+    answers, confidence = answers_of(logits)
+    return Subject(name, role, answers.tolist(), confidence, {})
+
+
+def answers_of(logits: Tensor) -> tuple[Tensor, list[float]]:
+    """The classes [N] that logits [N, K] say, and the probability of each."""
+    best = logits.float().softmax(-1).max(-1)
+    return best.indices, best.values.tolist()
 
 
 def maps_of(method: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
@@ -67,20 +80,14 @@ def maps_of(method: str, model: nn.Module, images: Tensor, target: Tensor) -> Te
 
 
 def class_rows(recording: Recording) -> Tensor:
-    """What the classifier takes from each patch, [N, L, A, h, w]: the class token's weights.
-
-    Where the classifier averages patches, the mean of the patches' rows.
-    """
+    """What the classifier takes from each patch, [N, L, A, h, w]: the mean row of the tokens it reads."""
     weights = torch.stack(recording.weights, 1).float()
-    prefix = recording.prefix
-    rows = weights[..., prefix:, :].mean(-2) if recording.pooled else weights[..., 0, :]
-    return rows[..., prefix:].unflatten(-1, recording.grid)
+    return token_map(weights, recording.grid, recording.prefix, recording.readers)
 
 
 def features_of(recording: Recording) -> Tensor:
     """`attention_features` of all blocks, [N, h·w, 2·L]."""
-    query = None if recording.pooled else 0
-    return attention_features(recording.weights, recording.grid, recording.prefix, query)
+    return attention_features(recording.weights, recording.grid, recording.prefix, recording.readers)
 
 
 def regions_of(features: Tensor, clusters: int, subject: Subject) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.explain.fidelity import CKASums, FidelityRow, FidelitySums, MapPair, locality
-from vitkd.explain.recording import Recording, record
+from vitkd.explain.recording import Recording, evaluating, has_maps, logits_of, record
 
 
 class Comparison(NamedTuple):
@@ -55,7 +55,7 @@ class Survey:
     confidence: Mapping[str, Tensor]
     """model → [N] probability of the class predicted"""
     reach: Mapping[str, Tensor]
-    """model → [L, H] mean attention distance over that of uniform attention"""
+    """model → [L, H] mean attention distance over that of uniform attention, of those with maps"""
     alikeness: Mapping[str, Alikeness]
     """student → beside its teacher, where the two can be compared"""
 
@@ -68,26 +68,31 @@ def survey(
 ) -> Survey:
     """Ask all `models` about every batch (images [B, C, H, W], labels [B], positions [B]).
 
+    One without attention maps is asked for its answers alone.
+
     Raises ConfigError if a model's maps cannot be had.
     """
     labels, numbers, found = [], [], {name: _Answers() for name in models}
     sums: dict[str, _Sums] = {}
     for images, label, number in batches:
-        seen = {name: record(model, images) for name, model in models.items()}
+        seen = {name: record(model, images) for name, model in models.items() if has_maps(model)}
         labels.append(label.cpu())
         numbers.append(number.cpu())
+        for name, model in models.items():
+            found[name].add(seen[name].logits if name in seen else _logits(model, images))
         for name, recording in seen.items():
-            found[name].add(recording)
+            found[name].look(recording)
         for student, comparison in comparisons.items():
+            those = _comparable(student, comparison, seen)
             if student not in sums:
-                sums[student] = _Sums(comparison, seen[student], seen[comparison.teacher])
-            sums[student].add(seen[student], seen)
+                sums[student] = _Sums(comparison, those[0])
+            sums[student].add(*those)
     return Survey(
         torch.cat(labels),
         torch.cat(numbers),
         {name: torch.cat(answers.predicted) for name, answers in found.items()},
         {name: torch.cat(answers.confidence) for name, answers in found.items()},
-        {name: torch.cat(answers.reach).nanmean(0) for name, answers in found.items()},
+        {name: torch.cat(answers.reach).nanmean(0) for name, answers in found.items() if answers.reach},
         {student: each.alikeness() for student, each in sums.items()},
     )
 
@@ -100,36 +105,33 @@ class _Answers:
         self.confidence: list[Tensor] = []
         self.reach: list[Tensor] = []
 
-    def add(self, recording: Recording) -> None:
-        confidence, predicted = recording.logits.float().softmax(-1).max(-1)
+    def add(self, logits: Tensor) -> None:
+        confidence, predicted = logits.float().softmax(-1).max(-1)
         self.predicted.append(predicted.cpu())
         self.confidence.append(confidence.cpu())
+
+    def look(self, recording: Recording) -> None:
         self.reach.append(locality(recording.weights, recording.grid, recording.prefix).cpu())
 
 
 class _Sums:
     """One student's beside its teacher's."""
 
-    def __init__(self, comparison: Comparison, recording: Recording, teacher: Recording) -> None:
+    def __init__(self, comparison: Comparison, recording: Recording) -> None:
         self.comparison = comparison
         self.fidelity = FidelitySums(
             comparison.pairs,
             grid=recording.grid,
             patch_size=comparison.patch_size,
-            prefix=min(recording.prefix, teacher.prefix),
-            query=None if recording.pooled else 0,
+            prefix=recording.prefix,
+            readers=recording.readers,
         )
         self.cka = {(pair.student_block, pair.teacher_block): CKASums() for pair in comparison.pairs}
         self.divergence: list[Tensor] = []
 
-    def add(self, student: Recording, seen: Mapping[str, Recording]) -> None:
-        student, teacher, *without = comparable(
-            student,
-            seen[self.comparison.teacher],
-            *([] if self.comparison.alone is None else [seen[self.comparison.alone]]),
-        )
-        alone = _by_block(without[0]) if without else None
-        figures = self.fidelity.add(_by_block(student), _by_block(teacher), alone)
+    def add(self, student: Recording, teacher: Recording, alone: Recording | None = None) -> None:
+        without = None if alone is None else _by_block(alone)
+        figures = self.fidelity.add(_by_block(student), _by_block(teacher), without)
         counted = torch.tensor(self.comparison.learnt)
         counted = counted if counted.any() else ~counted
         self.divergence.append(figures["js"][:, counted].mean(1))
@@ -141,11 +143,23 @@ class _Sums:
         return Alikeness(self.fidelity.table(), self.comparison.learnt, torch.cat(self.divergence), cka)
 
 
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    with evaluating(model):
+        return logits_of(model, images)
+
+
+def _comparable(student: str, comparison: Comparison, seen: Mapping[str, Recording]) -> list[Recording]:
+    """The student's, its teacher's and, if it is compared with, the student's that learned without."""
+    names = [student, comparison.teacher, comparison.alone]
+    return comparable(*(seen[name] for name in names if name is not None))
+
+
 def comparable(*recordings: Recording) -> list[Recording]:
     """Recordings of the same images with weights and tokens that all of the models have.
 
-    A distillation token that another lacks is left out; so is what a token gives to itself, where another's
-    gives itself nothing by design. What is left of a row is scaled to sum 1 again.
+    A distillation token that another lacks is left out, and no longer read by the classifier; so is what a
+    token gives to itself, where another's gives itself nothing by design. What is left of a row is scaled to
+    sum 1 again.
     """
     prefix = min(recording.prefix for recording in recordings)
     alike = len({recording.sees_itself for recording in recordings}) == 1
@@ -156,6 +170,7 @@ def comparable(*recordings: Recording) -> list[Recording]:
             weights=tuple(_whole(each, recording.prefix, prefix, alike) for each in recording.weights),
             tokens=tuple(_kept(each, -2, recording.prefix, prefix) for each in recording.tokens),
             prefix=prefix,
+            readers=_still_there(recording.readers, recording.prefix, prefix),
         )
         for recording in recordings
     ]
@@ -169,6 +184,11 @@ def _whole(weights: Tensor, prefix: int, kept: int, diagonal: bool) -> Tensor:
         weights = weights.masked_fill(own, 0)
     total = weights.sum(-1, keepdim=True)
     return weights / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def _still_there(readers: Sequence[int], prefix: int, kept: int) -> list[int]:
+    """Where those of `readers` stand that are left, without the tokens from `kept` to `prefix`."""
+    return [r if r < kept else r - prefix + kept for r in readers if r < kept or r >= prefix]
 
 
 def _kept(x: Tensor, axis: int, prefix: int, kept: int) -> Tensor:

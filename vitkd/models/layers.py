@@ -25,7 +25,7 @@ class Factors(NamedTuple):
     """What the scores QKᵀ/√head_dim are made of: T·head_dim numbers a head each, where the scores are T·T."""
 
     q: Tensor
-    """[*S, B, H, T, head_dim], as the model computed it, not yet scaled"""
+    """[*S, B, H, T, head_dim], at the attention's own temperature, if it has one, not yet over √head_dim"""
     k: Tensor
     """[*S, B, H, T, head_dim]"""
 

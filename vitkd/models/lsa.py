@@ -24,7 +24,8 @@ class LocalityAttention(Attention):
     def scale(self, q: Tensor) -> Tensor:
         # [*S, H] to [*S, 1, H, 1, 1].
         inverse = (-self.log_temperature).exp()[..., None, :, None, None]
-        return q * inverse.to(q.dtype)
+        # Rounded once, not twice: 1/τ in bf16 would be off by up to 0.4 % for every token alike.
+        return (q * inverse).to(q.dtype)
 
     @staticmethod
     def allowed(tokens: int, device: torch.device | None = None) -> Tensor:

@@ -3,9 +3,10 @@
 Shapes: B batch, C channels, K classes.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 STEMS = ("imagenet", "small")
+IMAGENET_CLASSES = 1000
 
 
 @dataclass(repr=False)
@@ -40,8 +42,8 @@ class ResNetConfig(ModelConfig):
         self.check_choice("stem", STEMS)
         if self.pretrained and (self.stem, self.channels) != ("imagenet", 3):
             raise ConfigError(
-                "pretrained=true: ImageNet's weights are of stem=imagenet and 3 channels, not "
-                f"stem={self.stem} and {self.channels}; set pretrained=false"
+                "pretrained=true: ImageNet's weights are of stem=imagenet and channels=3, not "
+                f"stem={self.stem} and channels={self.channels}; set pretrained=false"
             )
 
     def __str__(self) -> str:
@@ -56,9 +58,8 @@ class ResNetConfig(ModelConfig):
         model = self.architecture()
         if self.pretrained:
             # The last layer tells ImageNet's classes apart, not ours.
-            weights = {k: v for k, v in self._imagenet().items() if not k.startswith("fc.")}
-            unknown = model.network.load_state_dict(weights, strict=False)
-            assert not unknown.unexpected_keys
+            own = {k: v for k, v in model.network.state_dict().items() if k.startswith("fc.")}
+            model.network.load_state_dict(self._imagenet() | own)
         return model
 
     def architecture(self) -> "ResNet":
@@ -70,13 +71,28 @@ class ResNetConfig(ModelConfig):
         place = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
         try:
             found: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        except (EOFError, UnpicklingError) as error:
+            raise self._damaged(place) from error
         except (OSError, RuntimeError) as error:
+            if place.exists():
+                raise self._damaged(place) from error
             raise ConfigError(
                 f"pretrained=true: the ImageNet weights of {self.variant} cannot be had ({one_line(error)}); "
                 f"connect to a network, put {weights.url} at {place}, or set pretrained=false to train from "
                 "random weights"
             ) from error
+        with torch.device("meta"):
+            expected = replace(self, num_classes=IMAGENET_CLASSES, pretrained=False).architecture().network
+        # Only what torch.hub downloads has its digest checked, not what a person puts there.
+        if shapes_of(found) != shapes_of(expected.state_dict()):
+            raise self._damaged(place)
         return found
+
+    def _damaged(self, place: Path) -> ConfigError:
+        return ConfigError(
+            f"pretrained=true: {place} is not the ImageNet weights of {self.variant}; remove it, to have "
+            "them downloaded again"
+        )
 
 
 class ResNet(Model):
@@ -100,6 +116,11 @@ class ResNet(Model):
         """Classify images [B, C, H, W]."""
         assert not record, "a residual network has no attention to record"
         return ModelOutput(self.network(images), {})
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Each weight's shape, but for counters, which older files lack."""
+    return {k: v.shape for k, v in weights.items() if not k.endswith("num_batches_tracked")}
 
 
 def first_convolution(channels: int, kernel_size: int, stride: int) -> nn.Conv2d:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vitkd.report.runs import Run, Setting, Value
+from vitkd.report.runs import LATER, VIT, Run, Setting, Value
 
 LEARNT_FROM = {"teacher", "method", "granularity", "loss", "alpha"}
 """The groups of settings in which arms of one experiment differ."""
@@ -17,6 +17,10 @@ LEARNT_FROM = {"teacher", "method", "granularity", "loss", "alpha"}
 ALONE = "student alone"
 
 GRANULARITIES = {name: place for place, name in enumerate(("head", "block", "encoder"))}
+USUAL: Setting = LATER | {"student._target_": VIT, "teacher._target_": VIT}
+"""Values that go without saying, however many runs have them."""
+OF_TOKEN = {"method.targets", "method.attention_weight"}
+"""Settings that are part of an arm's name."""
 LONGEST_TITLE = 4
 """Settings named in a title; more follow as a number."""
 
@@ -69,18 +73,26 @@ class Arm:
         """What is learned, whatever alpha."""
         if self.is_baseline:
             return ALONE
-        return ", ".join(part for part in (self._what, self.also) if part)
+        return ", ".join(part for part in (self.what, self.also) if part)
 
     @property
     def label(self) -> str:
         if self.is_baseline:
             return ALONE
         at = "" if self.alpha is None else f"alpha {self.alpha:g}"
-        return ", ".join(part for part in (self._what, at, self.also) if part)
+        return ", ".join(part for part in (self.what, at, self.also) if part)
 
     @property
-    def _what(self) -> str:
-        return f"{self.granularity} {self.loss}" if self.teaches_attention else self.method
+    def what(self) -> str:
+        """What is learned, but for settings that need no name."""
+        run = self.first
+        if self.teaches_attention:
+            return f"{self.granularity} {self.loss}"
+        if self.method != "token":
+            return self.method
+        taught = f"token {run.setting.get('method.targets')}"
+        maps = f"{run.attention_weight:g}·{run.granularity} {run.loss}"
+        return f"{taught} + {maps}" if run.attention_weight else taught
 
     @property
     def teachers(self) -> set[str]:
@@ -236,7 +248,7 @@ def name_extras(arms: Sequence[Arm]) -> None:
             values = [setting.get(name) for setting in settings]
             if len({json.dumps(value) for value in values}) == 1:
                 continue
-            usual = usual_of(values)
+            usual = json.dumps(USUAL[name]) if name in USUAL else usual_of(values)
             for arm, value in zip(among, values, strict=True):
                 if json.dumps(value) != usual:
                     arm.extra[name] = value
@@ -246,11 +258,14 @@ def name_extras(arms: Sequence[Arm]) -> None:
 
 def choices(arm: Arm) -> dict[str, str]:
     """Group of settings → what the arm has chosen in it, as far as its settings are comparable."""
+    run = arm.first
+    maps = arm.teaches_attention or run.attention_weight > 0
     return {
-        "teacher": "",
+        "teacher._target_": "",
+        "teacher": str(run.setting.get("teacher._target_")),
         "method": arm.method,
-        "granularity": f"{arm.method} {arm.granularity}",
-        "loss": f"{arm.method} {arm.loss}",
+        "granularity": f"{arm.method} {run.granularity if maps else ''}",
+        "loss": f"{arm.method} {run.loss if maps else ''}",
     }
 
 
@@ -259,9 +274,13 @@ def setting_in(group: str, arm: Arm) -> Setting:
     setting = dict(arm.first.setting)
     if is_tied(arm.runs.values()):
         setting["teacher.seed"] = "${seed}"
-    if group != "teacher" and arm.method == "attention":
-        setting.pop(f"{group}._target_", None)
-    return {name: value for name, value in setting.items() if name.partition(".")[0] == group}
+    setting.pop("method._target_", None)
+    if arm.method == "attention" or arm.first.attention_weight:
+        setting.pop("granularity._target_", None)
+        setting.pop("loss._target_", None)
+    if arm.method == "token":
+        setting = {name: value for name, value in setting.items() if name not in OF_TOKEN}
+    return {name: value for name, value in setting.items() if name == group or name.startswith(f"{group}.")}
 
 
 def usual_of(values: Sequence[Value]) -> str | None:
@@ -277,7 +296,8 @@ def order(arm: Arm) -> tuple[object, ...]:
     """Where an arm stands in the table: the grid by granularity, loss and alpha, then the others."""
     alpha = -1.0 if arm.alpha is None else arm.alpha
     place = GRANULARITIES.get(arm.granularity, len(GRANULARITIES))
-    return (arm.method != "attention", arm.also, arm.method, place, arm.granularity, arm.loss, alpha)
+    kind = "" if arm.method == "attention" else arm.kind
+    return (arm.method != "attention", arm.also, kind, place, arm.granularity, arm.loss, alpha)
 
 
 def titles_of(settings: Sequence[Mapping[str, Value]]) -> list[str]:
@@ -287,13 +307,25 @@ def titles_of(settings: Sequence[Mapping[str, Value]]) -> list[str]:
         dataset = str(setting.get("dataset.name"))
         others = [other for other in settings if other.get("dataset.name") == setting.get("dataset.name")]
         names = sorted({name for other in others for name in other}, key=prominence)
-        differ = [n for n in names if len({json.dumps(other.get(n)) for other in others}) > 1]
+        differ = [n for n in names if differs(n, others) and has_a(n, setting, others)]
+        differ = [n for n in differ if n not in USUAL or setting[n] != USUAL[n]]
         parts = [dataset, told({n: setting.get(n) for n in differ[:LONGEST_TITLE]})]
         if len(differ) > LONGEST_TITLE:
             parts.append(f"and {count(len(differ) - LONGEST_TITLE, 'more setting')}")
         title = ", ".join(part for part in parts if part)
         titles.append(title if title not in titles else f"{title} (no. {len(titles) + 1})")
     return titles
+
+
+def differs(name: str, settings: Sequence[Mapping[str, Value]]) -> bool:
+    """Whether those to which the setting means anything have it at several values."""
+    return len({json.dumps(each.get(name)) for each in settings if has_a(name, each, settings)}) > 1
+
+
+def has_a(name: str, setting: Mapping[str, Value], others: Sequence[Mapping[str, Value]]) -> bool:
+    """Whether a setting means anything for what is chosen in its group; a depth none for a ResNet."""
+    target = f"{name.partition('.')[0]}._target_"
+    return name in setting or any(o.get(target) == setting.get(target) for o in others if name in o)
 
 
 def prominence(name: str) -> tuple[int, str]:
@@ -313,7 +345,7 @@ def shown(value: Value) -> str:
     if isinstance(value, str) and "/" in value:
         return "/".join(Path(value).parts[-2:])
     if isinstance(value, str) and value.startswith("vitkd."):
-        return value.rpartition(".")[2]
+        return value.rpartition(".")[2].removesuffix("Config")
     if isinstance(value, float):
         return f"{value:g}"
     if value is None or isinstance(value, bool):

@@ -67,13 +67,20 @@ class Comparison:
     contrasts: list[Contrast]
 
     @property
+    def _missing(self) -> str:
+        """What would train the student alone, which is the same student: method=token adds a token to it."""
+        if self.experiment.setting.get("student.distillation_token"):
+            return "method=none student.distillation_token=true, or alpha=1"
+        return "method=none or alpha=1"
+
+    @property
     def headline(self) -> str:
         """What came of it, in a sentence."""
         judged = [row.verdict.kind for row in self.rows if row.verdict.kind != Kind.BASELINE]
         if not judged:
             return "Only the student alone: nothing to compare."
         if self.experiment.baseline is None:
-            return "No run of the student alone (method=none or alpha=1): no gain can be told."
+            return f"No run of the student alone ({self._missing}): no gain can be told."
         counts = {
             "hurting": judged.count(Kind.HURTS),
             "without evidence": judged.count(Kind.NO_EVIDENCE),

@@ -22,9 +22,9 @@ def is_plain(arm: Arm) -> bool:
 def is_control(arm: Arm, plain: Arm) -> bool:
     """Whether `arm` trained as `plain` did, but for what it was taught in place of the maps, seed by seed.
 
-    Of another method, which compares no maps, only the teacher and alpha have to be equal.
+    Of another method that compares no maps only the teacher and alpha have to be equal.
     """
-    if is_plain(arm):
+    if is_plain(arm) or arm.first.attention_weight:
         return False
     groups = LEARNT_FROM if arm.method == plain.method else {"teacher", "alpha"}
     free = {*PLAIN}

@@ -404,8 +404,8 @@ def measured(run: Run, read: Reader) -> Iterator[tuple[Unit, float, float]]:
 
 
 def taught(arm: Arm) -> str:
-    """What an arm's students learn, whatever the loss and alpha."""
-    return ", ".join(part for part in (arm.granularity or arm.method, arm.also) if part)
+    """What an arm's students learn, whatever the loss of attention and alpha."""
+    return ", ".join(part for part in (arm.granularity or arm.what, arm.also) if part)
 
 
 def scattered(figure: Figure, unit: Unit, dots: Sequence[Dot], names: Sequence[str]) -> None:

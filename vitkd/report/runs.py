@@ -33,6 +33,14 @@ HOW = {
     # What trainer.max_epochs and teacher.max_epochs are unless told otherwise.
     "dataset.max_epochs",
 }
+VIT = "vitkd.models.ViTConfig"
+LATER: Setting = {
+    **{"student.tokenizer": "patch", "student.attention": "msa", "student.distillation_token": False},
+    **{"teacher.tokenizer": "patch", "teacher.attention": "msa", "teacher.distillation_token": False},
+    "teacher.trained": True,
+}
+"""Settings of ViTs that are younger than some runs, and what these trained with."""
+
 NO_RUNS_INSIDE = {"checkpoints", "stacks", "sweeps", "report", "explain"}
 GROUPS = ("dataset", "student", "method", "trainer")
 STATES = ("done", "running", "stopped", "failed")
@@ -103,6 +111,11 @@ class Run:
     @property
     def is_done(self) -> bool:
         return self.state == "done"
+
+    @property
+    def attention_weight(self) -> float:
+        """How much where the teacher looks counts beside what it says; above 0 for method=token alone."""
+        return number(self.setting.get("method.attention_weight")) or 0.0
 
     @property
     def is_student_alone(self) -> bool:
@@ -241,14 +254,21 @@ def flatten(config: Mapping[Any, Any]) -> Setting | None:
 def material(setting: Setting) -> Setting:
     """What changes figures, but the seed.
 
-    Null is as good as not being there: a run of an earlier version lacks what is null by default since.
+    A run of an earlier version lacks what there is since: what is null by default is left out of all, other
+    defaults are filled in.
     """
     kept = {
         name: value
-        for name, value in setting.items()
+        for name, value in (later_defaults(setting) | setting).items()
         if value is not None and name.partition(".")[0] not in IMMATERIAL | {"seed"} and name not in HOW
     }
     return dict(sorted(kept.items()))
+
+
+def later_defaults(setting: Setting) -> Setting:
+    """What a run trained with unless it says otherwise: it may be older than the setting."""
+    vits = {group for group in ("student", "teacher") if setting.get(f"{group}._target_") == VIT}
+    return {name: value for name, value in LATER.items() if name.partition(".")[0] in vits}
 
 
 def option(setting: Setting, group: str) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 from vitkd.distill.modules import DistillModule
 from vitkd.distill.pairing import BlockPair
 from vitkd.explain import cls_attention, denormalise, figure_1
-from vitkd.explain.recording import evaluating
+from vitkd.explain.figures import attention_unit
+from vitkd.explain.recording import evaluating, layout, who_reads
 from vitkd.models import ViT
 
 IMAGES = 4
@@ -98,6 +99,7 @@ class AttentionPictures(Callback):
         teacher_maps, teacher_says = look(teacher, self.images, {pair.teacher_block: teacher_heads})
         student_maps, student_says = look(student, self.images, student_heads)
         columns = ["image", f"teacher, block {pair.teacher_block}", f"student, block {pair.student_block}"]
+        readers = [who_reads(layout(model, self.images)) for model in (teacher, student)]
         caption = f"{when} · mean over the {'distilled' if module.transfer.pairs else 'blocks’'} heads"
         return figure_1(
             self.pixels,
@@ -108,6 +110,7 @@ class AttentionPictures(Callback):
             teacher_predictions=[self.class_names[label] for label in teacher_says],
             student_predictions=[self.class_names[label] for label in student_says],
             columns=columns if other is None else [*columns, f"block {other}, not distilled"],
+            unit=attention_unit(readers),
             caption=caption if other is None else f"{caption}, in block {other} over all",
         )
 
@@ -155,7 +158,7 @@ def distilling(module: LightningModule) -> DistillModule:
 def look(
     model: ViT, images: Tensor, heads: Mapping[int, Sequence[int]]
 ) -> tuple[dict[int, Tensor], list[int]]:
-    """Where a model's class token looks, and what the model says, by one forward pass.
+    """Where the tokens look that a model classifies by, and what the model says, by one forward pass.
 
     Args:
         model: stays on its device and in its mode.
