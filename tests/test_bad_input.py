@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from vitkd.models import ViTConfig, describe, save_model
+from vitkd.models import ResNetConfig, ViTConfig, describe, save_model
 from vitkd.runs.checkpoints import load_any
 
 # Should a command not be refused after all, it soon ends.
@@ -110,9 +113,23 @@ TRAIN = [
     ("granularity.blocks=[1,-1]", "granularity.blocks=[1, -1]", "only once"),
     ("granularity.head_map=group_mean student.num_heads=3", "num_heads=3", "num_heads=4", "head_map=index"),
     ("teacher.patch_size=4", "4×4", "2×2", "method.resize=bilinear"),
+    # models that do not go together
+    ("teacher=resnet", "teacher=resnet18", "no attention maps", "method=logit", "method=token"),
+    ("student=resnet student.stem=small", "student=resnet18, stem for small images", "no attention maps"),
+    ("method=token student.distillation_token=false", "student.distillation_token=false", "method=logit"),
+    ("method=token teacher=resnet method.attention_weight=1", "teacher=resnet18", "no attention maps"),
+    ("method=token method.targets=firm", "method.targets=firm", "hard or soft"),
+    ("student.attention=local", "student.attention=local", "msa or lsa"),
+    ("method=logit teacher=resnet teacher.depth=4", "teacher.depth"),
+    (
+        "method=logit teacher=resnet teacher.pretrained=true",
+        "pretrained=true",
+        "channels=3",
+        "pretrained=false",
+    ),
     # classes that are not vitkd's, or not whole
     ("loss._target_=os.system", "loss._target_=os.system", "vitkd's own AttentionLoss"),
-    ("student._target_=torch.load", "student._target_=torch.load", "vitkd's own ViTConfig"),
+    ("student._target_=torch.load", "student._target_=torch.load", "vitkd's own ModelConfig"),
     ("dataset._target_=builtins.open", "dataset._target_=builtins.open", "vitkd's own Dataset"),
     ("method._target_=subprocess.Popen", "method._target_=subprocess.Popen", "vitkd's own Method"),
     ("method._target_=vitkd.cli.os", "method._target_=vitkd.cli.os", "vitkd's own Method"),
@@ -284,6 +301,91 @@ def test_evaluate_refuses_a_damaged_run(name, damage, says, command, files, fini
 
     is_one_line(command("evaluate", f"run={tmp_path / 'damaged'}"), name, says)
     assert not (files / "went off").exists()
+    assert [*folder.iterdir()] == []
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Colourful noise of two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for number in range(8):
+            pixels = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch) -> Path:
+    """Where ImageNet's weights of a ResNet-18 belong, on a machine without a network."""
+
+    def no_network(*_: object, **__: object) -> None:
+        raise URLError("[Errno -3] Temporary failure in name resolution")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    place = tmp_path / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    place.parent.mkdir(parents=True)
+    return place
+
+
+def of_photos(photos: Path) -> list[str]:
+    sizes = ["dataset.image_size=32", "dataset.patch_size=8", "dataset.batch_size=4", "student=small"]
+    return ["dataset=image_folder", f"dataset.root={photos}", "paths.outputs=outputs", *sizes]
+
+
+PRETRAINED = [
+    "method=token teacher=resnet teacher.pretrained=true",
+    "method=logit teacher=resnet teacher.pretrained=true teacher.trained=false",
+    "method=none student=resnet student.pretrained=true",
+]
+
+
+@pytest.mark.parametrize("line", PRETRAINED)
+def test_weights_of_imagenet_need_a_network(line, command, photos, imagenet, folder):
+    ended = command("train", *BRIEFLY, *of_photos(photos), *line.split())
+
+    ways_out = ["connect to a network", "pretrained=false", str(imagenet)]
+    is_one_line(ended, "pretrained=true", "resnet18", "name resolution", *ways_out)
+    assert [*folder.iterdir()] == []
+
+
+@pytest.mark.slow
+def test_weights_of_imagenet_put_there_by_hand_need_none(command, photos, imagenet, folder):
+    torch.save(ResNetConfig(32, 3, 1000).build().network.state_dict(), imagenet)
+
+    ended = command("train", *BRIEFLY, *of_photos(photos), *PRETRAINED[1].split())
+
+    assert ended.code == 0, ended.err
+    assert "teacher: resnet18, from ImageNet\n" in ended.out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "bomb",
+        *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("half", "noise", "empty")),
+        *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("a list", "other weights")),
+    ],
+)
+def test_damaged_weights_of_imagenet_are_one_line(damage, command, files, photos, imagenet, folder, tmp_path):
+    weights = ResNetConfig(32, 3, 1000).build().network.state_dict()
+    contents = {
+        "a list": [1, 2],
+        "other weights": {"elsewhere": torch.ones(2)},
+        "bomb": Bomb(tmp_path / "went off"),
+    }
+    torch.save(contents.get(damage, weights), imagenet)
+    whole = imagenet.read_bytes()
+    raw = {"noise": b"0" + bytes(range(256)) * 8, "empty": b"", "half": whole[: len(whole) // 2]}
+    imagenet.write_bytes(raw.get(damage, whole))
+
+    ended = command("train", *BRIEFLY, *of_photos(photos), *PRETRAINED[0].split())
+
+    is_one_line(ended, "pretrained=true", imagenet.name)
+    assert not (tmp_path / "went off").exists()
     assert [*folder.iterdir()] == []
 
 

@@ -210,7 +210,8 @@ def folder_name(settings: dict[str, str]) -> str:
 def warn_of_ignored_settings(method: Method) -> None:
     """Say so when the command line sets something that the chosen method does not look at."""
     for key in overridden():
-        if key.split("@")[0].split(".")[0] in method.ignores:
+        name = key.split("@")[0]
+        if any(f"{name}.".startswith(f"{ignored}.") for ignored in method.ignores):
             log.warning(
                 "warning: %s has no effect with method=%s", key, HydraConfig.get().runtime.choices["method"]
             )

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
@@ -18,8 +18,10 @@ from vitkd.distill.granularity import Encoder
 from vitkd.distill.losses import KL
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.distill.optimization import AdamW, Constant, WarmupCosine
+from vitkd.distill.token import TokenTransfer
 from vitkd.distill.transfer import AttentionTransfer
-from vitkd.models import ViT, build_from_header
+from vitkd.models import Model, ResNetConfig, ViT, build_from_header
+from vitkd.runs.training import warm_average
 
 pytestmark = [
     # Lightning 2.6 asks for a tree's leaves in a way that newer PyTorch deprecates.
@@ -151,6 +153,89 @@ def test_alpha_1_is_the_student_alone_bit_for_bit(student, teacher, run):
     assert len(alone.weights) == 6
     for step, (a, b) in enumerate(zip(alone.weights, beside.weights, strict=True)):
         assert torch.equal(a, b), f"step {step}"
+
+
+def through_a_token(student: ViT, teacher: Model, alpha: float) -> DistillModule:
+    """The token's loss, and that of all attention maps."""
+    maps = AttentionTransfer(
+        Encoder().pairs(student.config, teacher.config), KL(), align(student.config, teacher.config)
+    )
+    transfer = TokenTransfer("hard", 1.0, maps, weight=0.5)
+    return DistillModule(student, teacher, transfer, alpha, AdamW(lr=1e-2), Constant())
+
+
+def test_alpha_1_with_two_heads_is_the_student_alone_bit_for_bit(tiny, teacher, run):
+    student = tiny(distillation_token=True, attention="lsa", dropout=0.1, emb_dropout=0.1).build()
+    train, val = Batches(6, 6, 4), Batches(5)
+    alone, beside = Watch(), Watch()
+
+    run(ClassifyModule(deepcopy(student), AdamW(lr=1e-2), Constant()), train, val, callbacks=[alone])
+    run(through_a_token(deepcopy(student), teacher, alpha=1.0), train, val, callbacks=[beside])
+
+    assert len(alone.weights) == 6
+    for step, (a, b) in enumerate(zip(alone.weights, beside.weights, strict=True)):
+        assert torch.equal(a, b), f"step {step}"
+
+
+def test_each_head_has_a_curve_of_its_own(tiny, teacher, run, tmp_path):
+    student, val, curves = tiny(distillation_token=True).build(), Batches(7, 7, 2), Curves(tmp_path)
+
+    logged = run(
+        through_a_token(student, teacher, alpha=0.5), Batches(6), val, logger=curves
+    ).callback_metrics
+
+    images, labels = (torch.cat(parts) for parts in list(zip(*val, strict=True))[:2])
+    ours, answers = student.eval()(images), teacher(images).logits.argmax(-1)
+    heads = ours.of_tokens
+    expected = {
+        "val/acc": (ours.logits.argmax(-1) == labels).float().mean(),
+        "val/acc_class_token": (heads.class_token.argmax(-1) == labels).float().mean(),
+        "val/acc_distillation_token": (heads.distillation_token.argmax(-1) == labels).float().mean(),
+        "val/teacher_agreement": (ours.logits.argmax(-1) == answers).float().mean(),
+        "val/task_loss": F.cross_entropy(heads.class_token, labels),
+        "val/token_loss": F.cross_entropy(heads.distillation_token, answers),
+    }
+    for name, value in expected.items():
+        assert logged[name].item() == pytest.approx(value.item(), rel=1e-5), name
+    maps = [logged[f"val/map_loss/{block}.{head}"].item() for block in range(3) for head in range(2)]
+    transfer = logged["val/token_loss"].item() + 0.5 * sum(maps) / 6
+    assert logged["val/transfer_loss"].item() == pytest.approx(transfer, rel=1e-5)
+    for name in ("acc_class_token", "acc_distillation_token", "token_loss", "map_loss/0.1"):
+        assert list(curves.of(f"train/{name}")) == [1, 2], name
+
+
+def test_a_student_alone_has_its_heads_curves_too(tiny, run):
+    student = tiny(distillation_token=True).build()
+
+    logged = run(ClassifyModule(student, AdamW(), Constant()), Batches(6), Batches(5)).callback_metrics
+
+    assert {"val/acc_class_token", "val/acc_distillation_token", "train/acc_class_token"} <= logged.keys()
+
+
+def test_a_convolutional_teacher_is_left_as_it_was(tiny, run):
+    """Its running statistics, too."""
+    student, teacher = tiny(distillation_token=True).build(), ResNetConfig(8, 3, 5).build()
+    before = deepcopy(teacher.state_dict())
+    module = DistillModule(student, teacher, TokenTransfer("soft", 2.0), 0.5, AdamW(), Constant())
+
+    run(module, Batches(6, 6), Batches(5))
+
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("attention", ["msa", "lsa"])
+@without_validation
+def test_weights_can_be_averaged_beside_a_mask(attention, tiny, teacher, run):
+    student = tiny(attention=attention).build()
+    alignment = align(student.config, teacher.config)
+    transfer = AttentionTransfer(Encoder().pairs(student.config, teacher.config), KL(), alignment)
+    module = DistillModule(student, teacher, transfer, 0.5, AdamW(), Constant())
+
+    run(module, Batches(6, 6), callbacks=[WeightAveraging(avg_fn=warm_average(0.9))])
+
+    if attention == "lsa":
+        assert torch.equal(transfer.allowed, ~torch.eye(5, dtype=torch.bool))
 
 
 @without_validation

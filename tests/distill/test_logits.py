@@ -10,10 +10,11 @@ from vitkd.data import Batch
 from vitkd.distill.granularity import Block
 from vitkd.distill.logits import LogitDistillation, LogitTransfer
 from vitkd.distill.losses import KL
+from vitkd.distill.modules import DistillModule
 from vitkd.distill.optimization import AdamW, Constant
 from vitkd.distill.teacher_cache import Answer
 from vitkd.errors import ConfigError
-from vitkd.models import ModelOutput
+from vitkd.models import ModelOutput, ResNetConfig
 
 
 def said(logits: torch.Tensor) -> tuple[ModelOutput, Answer]:
@@ -85,6 +86,37 @@ def test_a_step_pulls_towards_the_teachers_classes_and_records_no_map(tiny, monk
 
     assert losses[-1] < losses[0] / 2
     assert recorded == []
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_either_model_may_be_convolutional(of, tiny):
+    models = {"student": tiny(), "teacher": tiny(depth=1)} | {of: ResNetConfig(8, 3, 5)}
+    student, teacher = (models[name].build().double() for name in ("student", "teacher"))
+    module = DistillModule(student, teacher, LogitTransfer(2.0), 0.5, AdamW(), Constant()).train()
+    batch = Batch(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4), torch.arange(4))
+
+    terms = module.terms(batch)
+    terms.total.backward()
+
+    p = (teacher(batch.image).logits / 2).softmax(1)
+    expected = 4 * F.kl_div((terms.logits.detach() / 2).log_softmax(1), p, reduction="batchmean")
+    torch.testing.assert_close(terms.transfer.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_student_with_two_heads_is_taught_as_it_answers(tiny):
+    """By the mean of both; both learn."""
+    student, teacher = tiny(distillation_token=True).build().double(), tiny().build().double()
+    module = DistillModule(student, teacher, LogitTransfer(2.0), 0.5, AdamW(), Constant()).train()
+    batch = Batch(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4), torch.arange(4))
+
+    terms = module.terms(batch)
+    terms.total.backward()
+
+    mean = sum(terms.of_tokens) / 2
+    assert terms.task.item() == pytest.approx(F.cross_entropy(mean, batch.label).item(), rel=1e-12)
+    assert torch.equal(student.head.bias.grad, student.distillation_head.bias.grad)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf")])

@@ -1,17 +1,20 @@
 """From a plan to the module that trains, or to one line that says why not."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vitkd.distill.granularity import Block, Encoder, Head
+from vitkd.distill.logits import LogitDistillation
 from vitkd.distill.losses import KL, MSE
 from vitkd.distill.methods import AttentionDistillation, NoDistillation, record_both
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.distill.optimization import AdamW, Constant
 from vitkd.distill.pairing import BlockPair
 from vitkd.errors import ConfigError
+from vitkd.models import ResNetConfig
 
 
 def plan(**changes: object) -> SimpleNamespace:
@@ -125,6 +128,22 @@ def test_unequal_grids_can_be_resized(tiny, student_patch, teacher_patch, head_m
 def test_what_granularity_refuses_is_found_before_anything_is_built(tiny, student, granularity, words):
     with pytest.raises(ConfigError, match=words):
         AttentionDistillation().check(tiny(**student), tiny(num_heads=2), plan(granularity=granularity))
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_attention_distillation_needs_two_models_with_maps(whose, tiny):
+    models = {"student": tiny(), "teacher": tiny()} | {whose: ResNetConfig(8, 3, 5, stem="small")}
+
+    with pytest.raises(
+        ConfigError, match=rf"^{whose}=resnet18[^\n]*no attention maps[^\n]*method=logit[^\n]*$"
+    ):
+        AttentionDistillation().check(**models, plan=plan())
+
+
+@pytest.mark.parametrize("method", [NoDistillation(), LogitDistillation()])
+def test_other_methods_take_any_model(method, tiny):
+    for student, teacher in product((tiny(), tiny(distillation_token=True), ResNetConfig(8, 3, 5)), repeat=2):
+        method.check(student, teacher, plan())
 
 
 def test_an_unknown_resize_is_refused():

@@ -16,8 +16,9 @@ from vitkd.distill.losses import KL
 from vitkd.distill.modules import DistillModule
 from vitkd.distill.optimization import AdamW, Constant
 from vitkd.distill.teacher_cache import Answer, TeacherCache, TeacherCaching, bytes_per_image
+from vitkd.distill.token import TokenTransfer
 from vitkd.distill.transfer import AttentionTransfer
-from vitkd.models import ViT
+from vitkd.models import ResNetConfig, ViT
 
 pytestmark = [
     # Lightning 2.6 asks for a tree's leaves in a way that newer PyTorch deprecates.
@@ -196,6 +197,30 @@ class TestRun:
         fit(module, data, TeacherCaching(data, ENOUGH))
 
         assert asked.images == TRAIN + VAL
+
+    def test_of_a_convolutional_teacher_the_logits_alone_are_kept(self, tiny, digits, fit):
+        """And teach what they teach when asked for each time."""
+        transfer, weights, asked = TokenTransfer("soft", 2.0), [], []
+        for caching in (True, False):
+            torch.manual_seed(5)
+            student = tiny(channels=1, num_classes=10, distillation_token=True).build()
+            teacher, watch, data = ResNetConfig(8, 1, 10).build(), Watch(), digits()
+            module = DistillModule(student, teacher, transfer, 0.3, AdamW(lr=1e-2), Constant())
+            sizes: list[int] = []
+            teacher.network.conv1.register_forward_hook(lambda *given, s=sizes: s.append(len(given[1][0])))
+            fit(module, data, *([TeacherCaching(data, ENOUGH)] if caching else []), watch, max_epochs=2)
+            weights.append(watch.weights[-1])
+            asked.append(sum(sizes))
+            if caching:
+                assert [(c._scores, c._logits.shape) for c in watch.cached.values()] == [
+                    ({}, (TRAIN, 10)),
+                    ({}, (VAL, 10)),
+                ]
+                size = bytes_per_image(teacher, transfer.teacher_blocks)
+                assert watch.cached["val"]._logits.nbytes == VAL * size
+
+        assert asked == [TRAIN + VAL, 2 * (3 * 400 + VAL)]
+        torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
     def test_without_a_cache_the_teacher_is_asked_in_every_epoch(self, distill, digits, fit):
         module = distill()

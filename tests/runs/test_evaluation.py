@@ -98,3 +98,43 @@ def test_without_a_teacher_there_is_no_agreement(model, images, labels):
 
     assert figures.keys() == {"test/acc_last", "test/acc_best", "test/loss", "test/loss_best"}
     assert predictions.keys() == {"last", "best"}
+
+
+@pytest.fixture
+def two_headed(tiny):
+    return tiny(distillation_token=True).build()
+
+
+@pytest.mark.parametrize("sizes", [(11,), (4, 7)], ids=str)
+def test_each_head_is_measured_by_itself(sizes, two_headed, images):
+    """One says 0, the other 1, and both together 2."""
+    labels = torch.tensor([0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 3])
+    with torch.no_grad():
+        two_headed.head.bias.copy_(torch.tensor([1000.0, 0, 900, 0, 0]))
+        two_headed.distillation_head.bias.copy_(torch.tensor([0, 1000.0, 900, 0, 0]))
+
+    found = evaluate(two_headed, batches(images, labels, *sizes), CPU)
+
+    assert dict(found.of_tokens) == {"class_token": 5 / 11, "distillation_token": 3 / 11}
+    assert found.accuracy == 1 / 11
+    assert found.predictions.tolist() == [2] * 11
+
+
+def test_a_model_with_one_head_has_no_such_figures(model, images, labels):
+    assert evaluate(model, batches(images, labels, 11), CPU).of_tokens == {}
+
+
+def test_the_heads_of_last_and_best_are_told_apart(two_headed, tiny, images, labels):
+    best, data = tiny(distillation_token=True).build(), batches(images, labels, 6, 5)
+
+    figures, predictions = measure(two_headed, best, data, CPU, None)
+
+    heads = {
+        f"test/acc_{epoch}_{token}": value
+        for epoch, each in (("last", two_headed), ("best", best))
+        for token, value in evaluate(each, data, CPU).of_tokens.items()
+    }
+    assert len(heads) == 4
+    assert heads.items() <= figures.items()
+    assert figures.keys() - heads.keys() == {"test/acc_last", "test/acc_best", "test/loss", "test/loss_best"}
+    assert predictions.keys() == {"last", "best"}

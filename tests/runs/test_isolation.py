@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitkd.runs.isolation import isolated, set_signal_handlers
+from vitkd.runs.isolation import isolated, set_matmul_precision, set_signal_handlers
 
 backends: Any = torch.backends
 
@@ -107,6 +107,49 @@ def test_is_put_back_by_a_job_that_breaks_off(name):
         job()
 
     assert whole_state() == before
+
+
+@pytest.mark.usefixtures("without_freeing")
+@pytest.mark.parametrize(("precision", "rounds"), [("highest", False), ("high", True), ("medium", True)])
+def test_convolutions_are_as_exact_as_products(precision, rounds):
+    """By itself cuDNN rounds to TF32; whatever a job asked for is put back."""
+    before = whole_state()
+
+    with isolated():
+        set_matmul_precision(precision)
+
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 == rounds
+        assert torch.backends.cuda.matmul.allow_tf32 == rounds
+
+    assert whole_state() == before
+
+
+@pytest.mark.usefixtures("without_freeing")
+def test_a_precision_can_be_set_again():
+    with isolated():
+        for precision in ("high", "highest", "medium", "highest"):
+            set_matmul_precision(precision)
+
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "error"), [("highest", (0, 1e-5)), ("high", (1e-4, 1e-2))])
+def test_convolutions_and_products_on_a_gpu_are_as_exact_as_asked(precision, error):
+    """Against float64."""
+    images, kernels = torch.randn(8, 64, 16, 16, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
+    left, right = torch.randn(256, 256, device="cuda"), torch.randn(256, 256, device="cuda")
+
+    with isolated():
+        set_matmul_precision(precision)
+        found = [torch.nn.functional.conv2d(images, kernels), left @ right]
+
+    exact = [torch.nn.functional.conv2d(images.double(), kernels.double()), left.double() @ right.double()]
+    for one, other in zip(found, exact, strict=True):
+        assert error[0] <= ((one - other).norm() / other.norm()).item() < error[1]
 
 
 def test_all_at_once():

@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from vitkd.config import CONF_DIR, parse, teacher_run
 from vitkd.errors import ConfigError
-from vitkd.models import save_model
+from vitkd.models import ResNetConfig, save_model
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
 
@@ -68,6 +69,20 @@ def test_what_determines_the_teacher_changes_its_name(setting):
 )
 def test_what_does_not_determine_it_does_not(setting):
     assert mark(setting) == mark()
+
+
+def test_every_architecture_is_another_teacher():
+    changes = ["tokenizer=spt", "attention=lsa", "distillation_token=true"]
+    names = [mark(f"teacher.{change}") for change in changes]
+    names += [mark("teacher=resnet", *more) for more in ([], ["teacher.stem=small"])]
+
+    assert len({*names, mark()}) == 6
+
+
+def test_the_students_architecture_and_what_it_learns_by_are_of_no_account():
+    plain = ["teacher.tokenizer=patch", "teacher.attention=msa", "teacher.distillation_token=false"]
+
+    assert mark(*plain, "student.tokenizer=spt", "student.attention=lsa", "method=token") == mark()
 
 
 def test_other_images_under_the_same_name_make_another_teacher():
@@ -156,6 +171,20 @@ def test_a_fitting_teacher_is_taken(tiny, tmp_path):
 
     for path in (tmp_path, tmp_path / "student.safetensors"):
         assert given_teacher(str(path), Digits()).config == tiny()
+
+
+def test_a_convolutional_teacher_is_stored_and_taken_whole(tmp_path):
+    """Its running statistics are part of what it says."""
+    made = ResNetConfig(8, 3, 5).build()
+    for _ in range(3):
+        made(torch.randn(4, 3, 8, 8))
+
+    loaded = stored_teacher(tmp_path / "abc", {}, lambda folder: save_model(made, folder.student))
+    given = given_teacher(str(tmp_path / "abc"), Digits())
+
+    images = torch.randn(6, 3, 8, 8)
+    for found in (loaded, given):
+        assert torch.equal(found(images).logits, made.eval()(images).logits)
 
 
 @pytest.mark.parametrize(

@@ -111,18 +111,13 @@ class AttentionDistillation(Distillation):
             raise ConfigError(f"resize={self.resize}: choose bilinear or null")
 
     def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
-        ours, theirs = with_maps(student, teacher)
+        ours, theirs = with_maps(student, teacher, "method=logit or method=token, which need none")
         plan.granularity.pairs(ours, theirs)
-        if ours.grid == theirs.grid:
-            return
-        small, large = (f"{model.grid}×{model.grid}" for model in (ours, theirs))
-        grids = f"the student's {small} token grid is not the teacher's {large}"
         if self.resize is None:
-            raise ConfigError(f"{grids}: use equal patch sizes, or method.resize=bilinear")
-        if theirs.attention == "lsa":
-            raise ConfigError(
-                f"{grids}, and teacher.attention=lsa masks entries that cannot be interpolated: use equal "
-                "patch sizes, or a teacher with attention=msa"
+            check_equal_grids(ours, theirs, "method.resize=bilinear")
+        elif theirs.attention == "lsa":
+            check_equal_grids(
+                ours, theirs, "a teacher without teacher.attention=lsa, which masks what would be resized"
             )
 
     def transfer(
@@ -131,17 +126,24 @@ class AttentionDistillation(Distillation):
         return attention_transfer(student, teacher, plan, calibrate, self.control)
 
 
-def with_maps(student: ModelConfig, teacher: ModelConfig) -> tuple[ViTConfig, ViTConfig]:
-    """Both, known to have attention maps; ConfigError if one has none."""
+def with_maps(student: ModelConfig, teacher: ModelConfig, otherwise: str) -> tuple[ViTConfig, ViTConfig]:
+    """Both, known to have attention maps; ConfigError, advising `otherwise`, if one has none."""
     for whose, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, ViTConfig):
-            raise ConfigError(
-                f"{whose}={model}: has no attention maps; choose a ViT, or method=logit or method=token, "
-                "which learn what a teacher says and not where it looks"
-            )
+            raise ConfigError(f"{whose}={model}: has no attention maps; choose a ViT, or {otherwise}")
     assert isinstance(student, ViTConfig)
     assert isinstance(teacher, ViTConfig)
     return student, teacher
+
+
+def check_equal_grids(student: ViTConfig, teacher: ViTConfig, otherwise: str) -> None:
+    """ConfigError, advising `otherwise`, unless both cut the image into as many patches."""
+    ours, theirs = (f"{model.grid}×{model.grid}" for model in (student, teacher))
+    if ours != theirs:
+        raise ConfigError(
+            f"the student's {ours} token grid is not the teacher's {theirs}: use equal patch sizes, or "
+            f"{otherwise}"
+        )
 
 
 def attention_transfer(

@@ -368,7 +368,9 @@ class DistillModule(ClassifyModule):
 
     def _distill(self, batch: Batch, answer: Answer) -> Terms:
         output = self.model(batch.image, self.transfer.student_blocks, self.transfer.streams)
-        task = self.task_loss(self.transfer.task_logits(output), batch.label)
+        # At alpha = 1 nothing but the answer was trained.
+        learns_labels = output.logits if self.alpha == 1 else self.transfer.task_logits(output)
+        task = self.task_loss(learns_labels, batch.label)
         per_map = self.transfer.compare(output, answer)
         transfer = self.transfer.total(per_map)
         total = self.alpha * task + (1 - self.alpha) * transfer

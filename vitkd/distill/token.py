@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from vitkd.distill.logits import softened_divergence
-from vitkd.distill.methods import AttentionDistillation, Calibration, Distillation, Plan, attention_transfer
+from vitkd.distill.methods import (
+    Calibration,
+    Distillation,
+    Plan,
+    attention_transfer,
+    check_equal_grids,
+    with_maps,
+)
 from vitkd.distill.teacher_cache import Answer
 from vitkd.distill.transfer import AttentionTransfer, Transfer
 from vitkd.errors import ConfigError
@@ -105,7 +112,8 @@ class TokenDistillation(Distillation):
 
     @property
     def ignores(self) -> tuple[str, ...]:
-        return () if self.attention_weight else ("granularity", "loss")
+        of_targets = ("method.temperature",) if self.targets == "hard" else ()
+        return of_targets if self.attention_weight else ("granularity", "loss", *of_targets)
 
     def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
         if not isinstance(student, ViTConfig) or not student.distillation_token:
@@ -114,7 +122,9 @@ class TokenDistillation(Distillation):
                 "choose method=logit"
             )
         if self.attention_weight:
-            AttentionDistillation().check(student, teacher, plan)
+            ours, theirs = with_maps(student, teacher, "method.attention_weight=0")
+            plan.granularity.pairs(ours, theirs)
+            check_equal_grids(ours, theirs, "method.attention_weight=0")
 
     def transfer(self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration) -> TokenTransfer:
         attention = attention_transfer(student, teacher, plan, calibrate) if self.attention_weight else None

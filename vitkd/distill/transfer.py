@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from vitkd.distill.alignment import AS_THEY_ARE, Alignment, without_distillation_token
 from vitkd.distill.controls import CONTROLS
-from vitkd.distill.losses import AttentionLoss
+from vitkd.distill.losses import MASKED, AttentionLoss
 from vitkd.distill.pairing import BlockPair
 from vitkd.distill.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
 from vitkd.distill.teacher_cache import Answer
 from vitkd.models import ModelOutput
-from vitkd.models.layers import Factors, Scores
+from vitkd.models.layers import Factors, Scores, at_least_float32
 
 
 class Transfer(nn.Module, ABC):
@@ -73,9 +73,6 @@ class AttentionTransfer(Transfer):
         control: what takes the teacher maps' place (a key of `CONTROLS`), if anything.
     """
 
-    allowed: Tensor | None
-    """as the alignment's"""
-
     def __init__(
         self,
         pairs: Sequence[BlockPair],
@@ -93,10 +90,10 @@ class AttentionTransfer(Transfer):
         # Not buffers: those would be rounded by trainer.precision=bf16-true.
         self.weights = torch.full((len(self.names),), share, dtype=torch.float64)
         self.alignment = alignment
-        # Not a buffer, as the weights.
         self.resize = alignment.resize
+        # Not a buffer either: an average of a model's weights is one of its buffers, too.
+        self.allowed = alignment.allowed
         self.streams = tokens > STREAM_ABOVE
-        self.register_buffer("allowed", alignment.allowed, persistent=False)
         self.control = control
 
     @property
@@ -145,15 +142,21 @@ class AttentionTransfer(Transfer):
 
     def _loss(self, student_scores: Tensor, teacher: Sequence[Scores]) -> Tensor:
         """One value per map [*S, P] of [*S, B, P, N, N]; the mean of several teacher maps is one target."""
+        if self.allowed is not None:
+            self.allowed = self.allowed.to(student_scores.device)
         with torch.autocast(student_scores.device.type, enabled=False):
             targets = [self._target(scores) for scores in teacher]
             target = targets[0] if len(targets) == 1 else self.loss.average(torch.stack(targets), dim=0)
             return self.loss(student_scores, target, self.allowed)
 
     def _target(self, teacher: Scores) -> Tensor:
-        target = self.loss.target(teacher.scores() if isinstance(teacher, Factors) else teacher)
+        scores = teacher.scores() if isinstance(teacher, Factors) else teacher
         if self.resize is None:
-            return target
+            if self.allowed is not None:
+                # Now: a mean of several maps would have spread what is masked over the rest of a row.
+                scores = at_least_float32(scores).masked_fill(~self.allowed, MASKED)
+            return self.loss.target(scores)
+        target = self.loss.target(scores)
         self.resize = self.resize.to(target)
         return self.loss.resize(target, self.resize)
 

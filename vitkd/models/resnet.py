@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import torch
@@ -70,7 +70,8 @@ class ResNetConfig(ModelConfig):
         weights = imagenet_weights(self.variant)
         place = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
         try:
-            found: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+            # What lies there need not have been downloaded, so nothing in it is run.
+            found: Any = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (EOFError, UnpicklingError) as error:
             raise self._damaged(place) from error
         except (OSError, RuntimeError) as error:
@@ -84,7 +85,7 @@ class ResNetConfig(ModelConfig):
         with torch.device("meta"):
             expected = replace(self, num_classes=IMAGENET_CLASSES, pretrained=False).architecture().network
         # Only what torch.hub downloads has its digest checked, not what a person puts there.
-        if shapes_of(found) != shapes_of(expected.state_dict()):
+        if not isinstance(found, dict) or shapes_of(found) != shapes_of(expected.state_dict()):
             raise self._damaged(place)
         return found
 
@@ -119,8 +120,9 @@ class ResNet(Model):
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Each weight's shape, but for counters, which older files lack."""
-    return {k: v.shape for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    """Each tensor's shape, but for counters, which older files lack."""
+    tensors = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+    return {k: v.shape for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
 
 
 def first_convolution(channels: int, kernel_size: int, stride: int) -> nn.Conv2d:

@@ -151,4 +151,4 @@ def hyperparameters(settings: Mapping[str, Any], ignored: Collection[str]) -> di
                 told[group] = value.rpartition(".")[2]
             else:
                 told[f"{group}.{name}"] = value if isinstance(value, int | float | str) else str(value)
-    return told
+    return {name: value for name, value in told.items() if name not in ignored}

@@ -177,6 +177,8 @@ def warm_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """
 
     def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+        if not averaged.is_floating_point():
+            return current  # batch normalisation counts its batches
         kept = ((1 + count) / (10 + count)).clamp(max=decay).to(averaged)
         return kept * averaged + (1 - kept) * current
 

@@ -1,0 +1,203 @@
+"""Students of every architecture train in stacks as they do alone; who cannot be stacked is told why."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.stacked.test_module import CLASSES, EXACT, batch, of_order
+from tests.test_multirun import Sweeps, read
+from vitkd.distill.alignment import align
+from vitkd.distill.granularity import Block, Encoder, Granularity
+from vitkd.distill.logits import LogitDistillation
+from vitkd.distill.losses import JS, KL, MSE, AttentionLoss
+from vitkd.distill.methods import AttentionDistillation
+from vitkd.distill.modules import ClassifyModule, DistillModule
+from vitkd.distill.optimization import AdamW, Constant
+from vitkd.distill.token import TokenDistillation
+from vitkd.distill.transfer import AttentionTransfer
+from vitkd.models import ViT, ViTConfig
+from vitkd.runs.training import Machine
+from vitkd.stacked import StackedModule
+from vitkd.stacking import why_alone
+
+STUDENTS: dict[str, dict[str, Any]] = {
+    "spt": {"tokenizer": "spt"},
+    "lsa": {"attention": "lsa"},
+    "deit": {"distillation_token": True},
+    "all": {"tokenizer": "spt", "attention": "lsa", "distillation_token": True},
+}
+TEACHERS: dict[str, dict[str, Any]] = {"plain": {}, "lsa and deit": STUDENTS["lsa"] | STUDENTS["deit"]}
+CELLS: list[tuple[Granularity, AttentionLoss, float]] = [
+    (Block(), MSE(), 0.3),
+    (Encoder(), KL(temperature=0.7), 0.0),
+    (Encoder(), KL(temperature=1.3), 0.5),
+    (Block(), JS(), 0.6),
+    (Encoder(), KL(), 1.0),
+]
+
+
+def randomised(config: ViTConfig) -> ViT:
+    """In float64, no weight at a telling 0 or 1."""
+    model = config.build().double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("orders", "factors"), [(None, False), (2, True)], ids=["one order, scores", "two orders, factors"]
+)
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_losses_and_gradients_are_those_of_separate_runs(student, teacher, orders, factors, tiny):
+    taught_by = randomised(tiny(depth=4, num_heads=2, **TEACHERS[teacher]))
+    modules = []
+    for granularity, loss, alpha in CELLS:
+        model = randomised(tiny(**STUDENTS[student]))
+        transfer = AttentionTransfer(
+            granularity.pairs(model.config, taught_by.config), loss, align(model.config, taught_by.config),
+            tokens=1000 if factors else 0,
+        )  # fmt: skip
+        modules.append(DistillModule(model, taught_by, transfer, alpha, AdamW(), Constant()).train())
+    order = [s % (orders or 1) for s in range(len(CELLS))]
+    stacked = StackedModule(modules, order, seeds=range(len(CELLS))).train()
+    given = batch(orders)
+
+    together = stacked.terms(given)
+    together.total.sum().backward()
+
+    for s, module in enumerate(modules):
+        expected = module.terms(given if orders is None else of_order(given, order[s]))
+        expected.total.backward()
+        torch.testing.assert_close(together.total[s], expected.total, **EXACT)
+        torch.testing.assert_close(together.logits[s], expected.logits, **EXACT)
+        for name, parameter in module.model.named_parameters():
+            gradient = stacked.model.get_parameter(name).grad[s]
+            # Where alone there is none at all, in a stack others have one.
+            if parameter.grad is None:
+                assert not gradient.any(), name
+            else:
+                torch.testing.assert_close(gradient, parameter.grad, **EXACT)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_each_students_heads_are_told_apart(taught, tiny):
+    teacher = randomised(tiny(num_heads=2))
+    modules: list[ClassifyModule] = []
+    for _ in range(3):
+        model = randomised(tiny(**STUDENTS["all"]))
+        transfer = AttentionTransfer(
+            Block().pairs(model.config, teacher.config), KL(), align(model.config, teacher.config)
+        )
+        modules.append(
+            DistillModule(model, teacher, transfer, 0.5, AdamW(), Constant())
+            if taught
+            else ClassifyModule(model, AdamW(), Constant())
+        )
+    stacked, given = StackedModule(modules, [0, 0, 0], seeds=range(3)).eval(), batch()
+
+    terms = stacked.terms(given)
+
+    for s, module in enumerate(modules):
+        expected = module.eval().terms(given)
+        assert expected.of_tokens.class_token.shape == (len(given.label), CLASSES)
+        for found, alone in zip(terms.of_tokens, expected.of_tokens, strict=True):
+            torch.testing.assert_close(found[s], alone, **EXACT)
+
+
+BRIEFLY = [
+    *(
+        "trainer=cpu",
+        "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=3",
+        "+trainer.limit_val_batches=1",
+    ),
+    *("student.depth=1", "teacher.depth=1", "teacher.max_epochs=1", "dataset.batch_size=32"),
+    *("log_every_n_steps=1", "pictures_every_n_epochs=0"),
+]
+STACKED = "hydra/launcher=stacked"
+
+
+@pytest.fixture
+def sweeps(tmp_path, command) -> Sweeps:
+    return Sweeps(tmp_path / "outputs", command)
+
+
+@pytest.mark.parametrize(
+    "method", [TokenDistillation(), TokenDistillation(attention_weight=1.0), LogitDistillation()]
+)
+def test_what_learns_from_more_than_attention_is_no_member(method):
+    config = SimpleNamespace(
+        method=method,
+        trainer={"precision": "32-true"},
+        student=ViTConfig(8, 1, 10, 2, distillation_token=True),
+    )
+    machine = Machine(torch.device("cpu"), 1, 1)
+    found = cast(Any, SimpleNamespace(config=config, machine=machine, folder=None))
+
+    assert why_alone(found) == f"method={type(method).__name__} learns from more than attention"
+    config.method = AttentionDistillation()
+    assert why_alone(found) is None
+
+
+@pytest.mark.slow
+def test_what_learns_from_more_than_attention_trains_by_itself(sweeps, monkeypatch):
+    """And is told why; the others still stack."""
+    alone: list[int] = []
+    stacks: list[list[int]] = []
+
+    def train_stack(members: list[Any], sweep: str) -> list[Any]:
+        stacks.append([member.job.number for member in members])
+        for member in members:
+            member.job.state = "done"
+        return []
+
+    monkeypatch.setattr("vitkd.train_stacked.train_stack", train_stack)
+    monkeypatch.setattr("vitkd.train.run_job", lambda _, job: alone.append(job.number))
+    told = sweeps.run(
+        STACKED, "method=token,attention,logit", "student.distillation_token=true", "seed=0,1", *BRIEFLY
+    )
+
+    assert told.code == 0, told.err
+    assert (sorted(alone), stacks) == ([0, 1, 4, 5], [[2, 3]])
+    for job, method in ((0, "Token"), (1, "Token"), (4, "Logit"), (5, "Logit")):
+        assert (
+            f"job {job} trains by itself: method={method}Distillation learns from more than attention\n"
+        ) in told.out
+
+
+@pytest.mark.slow
+def test_a_stack_leaves_what_the_jobs_leave_alone(tmp_path, command):
+    """Students with shifted patches, locality attention and two heads, beside a plain teacher."""
+    together, alone = (Sweeps(tmp_path / name / "outputs", command) for name in ("many", "one"))
+    architecture = [f"student.{key}={value}".lower() for key, value in STUDENTS["all"].items()]
+    jobs = ["seed=0,1", "name=run${seed}", *architecture, *BRIEFLY]
+
+    told = together.run(STACKED, *jobs)
+    assert told.states == ["done", "done"], told.err
+    assert "jobs 0-1 train as one stack\n" in told.out
+    shutil.copytree(together.path / "teachers", alone.path / "teachers")
+    assert alone.run(*jobs).states == ["done", "done"]
+
+    for name in ("run0", "run1"):
+        mine, theirs = (read_metrics(sweeps.folder(name)) for sweeps in (together, alone))
+        assert mine.keys() - theirs.keys() == {"stack/students"}
+        heads = [key for key in theirs if key.startswith("test/acc_") and key.endswith("_token")]
+        assert len(heads) == 4
+        for key in (*heads, "test/acc_last", "test/loss", "val/acc_last"):
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-2 if "acc" in key else 1e-4), key
+        predictions = [np.load(sweeps.folder(name) / "test_predictions.npz") for sweeps in (together, alone)]
+        assert (predictions[0]["last"] != predictions[1]["last"]).sum() <= 1
+        again = command("evaluate", f"run={together.folder(name)}")
+        assert again.code == 0, again.err
+        assert again.out.count("equal") == 10
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    return dict(read(run / "metrics.json"))
