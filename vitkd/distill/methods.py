@@ -116,9 +116,7 @@ class AttentionDistillation(Distillation):
         if self.resize is None:
             check_equal_grids(ours, theirs, "method.resize=bilinear")
         elif theirs.attention == "lsa":
-            check_equal_grids(
-                ours, theirs, "a teacher without teacher.attention=lsa, which masks what would be resized"
-            )
+            check_equal_grids(ours, theirs, "no teacher.attention=lsa, whose mask cannot be resized")
 
     def transfer(
         self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration
