@@ -127,6 +127,7 @@ TRAIN = [
         "channels=3",
         "pretrained=false",
     ),
+    ("method=none student=resnet dataset.batch_size=1", "dataset.batch_size=1", "at least 2 images a step"),
     # classes that are not vitkd's, or not whole
     ("loss._target_=os.system", "loss._target_=os.system", "vitkd's own AttentionLoss"),
     ("student._target_=torch.load", "student._target_=torch.load", "vitkd's own ModelConfig"),

@@ -213,7 +213,11 @@ class TestWarnings:
 
         method = re.findall(r"method=(\w+)", line)[0]
         warnings = [row for row in ended.out.splitlines() if row.startswith("warning: ")]
-        assert warnings == [f"warning: {key} has no effect with method={method}" for key in ignored]
+        assert warnings == [
+            f"warning: {key} has no effect with "
+            f"{'the other settings of ' if key.startswith('method.') else ''}method={method}"
+            for key in ignored
+        ]
         assert "nowhere.ckpt" in ended.err
 
 

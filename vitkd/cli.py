@@ -212,6 +212,6 @@ def warn_of_ignored_settings(method: Method) -> None:
     for key in overridden():
         name = key.split("@")[0]
         if any(f"{name}.".startswith(f"{ignored}.") for ignored in method.ignores):
-            log.warning(
-                "warning: %s has no effect with method=%s", key, HydraConfig.get().runtime.choices["method"]
-            )
+            others = "the other settings of " if name.startswith("method.") else ""
+            choice = HydraConfig.get().runtime.choices["method"]
+            log.warning("warning: %s has no effect with %smethod=%s", key, others, choice)

@@ -200,12 +200,18 @@ def parse(composed: DictConfig) -> Config:
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     record_whereabouts(plain)
     root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
+    student = build("student", plain["student"], ModelConfig)
+    if dataset.batch_size < student.LEAST_BATCH:
+        raise ConfigError(
+            f"dataset.batch_size={dataset.batch_size}: {student} trains on at least {student.LEAST_BATCH} "
+            "images a step, for its batch normalisation"
+        )
     if not dataset.validates:
         plain["trainer"]["limit_val_batches"] = 0
     return Config(
         **{f.name: getattr(root, f.name) for f in fields(Root)},
         dataset=dataset,
-        student=build("student", plain["student"], ModelConfig),
+        student=student,
         teacher=_teacher(plain["teacher"]),
         method=build("method", plain["method"], Method),
         granularity=build("granularity", plain["granularity"], Granularity),

@@ -86,7 +86,7 @@ def why_alone(found: Candidate) -> str | None:
         return f"student={student}: its batch normalisation would mix the students of a stack"
     drops = max(student.dropout, student.emb_dropout) > 0
     if not isinstance(method, STACKABLE):
-        return f"method={type(method).__name__} learns from more than attention"
+        return f"{type(method).__name__} learns from more than maps, which are all that a stack compares"
     if found.machine.processes > 1:
         return f"it spreads over {found.machine.processes} processes"
     if precision in ("16-mixed", "16"):

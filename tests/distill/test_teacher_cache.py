@@ -351,7 +351,7 @@ class TestLimit:
         with caplog.at_level(logging.INFO, "vitkd"):
             fit(distill(), data, TeacherCaching(data, gib))
 
-        refused, kept = (line for line in caplog.messages if line.startswith("teacher: its scores"))
+        refused, kept = (line for line in caplog.messages if line.startswith("teacher: its answers"))
         assert f"1,295 training images would take {TRAIN * size / 2**20:.1f} MiB" in refused
         assert f"teacher.cache_gib={gib:g}" in refused
         assert f"143 validation images are computed once and kept ({VAL * size / 2**20:.1f} MiB)" in kept

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from vitkd.models import ViTConfig
-from vitkd.report import runs as runs_module
 from vitkd.report.arms import Experiment, experiments_of, usual_of
 from vitkd.report.comparison import compare
 from vitkd.report.runs import find_runs
 from vitkd.report.verdicts import Kind
+from vitkd.runs import older
 
 
 def experiments(runs) -> list[Experiment]:
@@ -286,10 +286,10 @@ def test_a_run_older_than_a_setting_trained_with_its_default(runs):
 def test_the_table_of_later_settings_is_that_of_the_models(setting):
     (default,) = [field.default for field in fields(ViTConfig) if field.name == setting]
 
-    assert {later.partition(".")[2] for later in runs_module.LATER} == {*ViTConfig.LATER, "trained"}
-    assert f"{ViTConfig.__module__.rpartition('.')[0]}.ViTConfig" == runs_module.VIT
+    assert {later.partition(".")[2] for later in older.LATER} == {*ViTConfig.LATER, "trained"}
+    assert f"{ViTConfig.__module__.rpartition('.')[0]}.ViTConfig" == older.VIT
     for model in ("student", "teacher"):
-        assert runs_module.LATER[f"{model}.{setting}"] == default == ViTConfig.LATER[setting]
+        assert older.LATER[f"{model}.{setting}"] == default == ViTConfig.LATER[setting]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from tests.crashes import SERVER
 from vitkd.errors import ConfigError, RunError
+from vitkd.runs import older
 from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import IMMATERIAL, RunFolder, first_difference
 
@@ -244,6 +245,16 @@ def test_what_may_change_a_figure_is_named(change, name):
 def test_a_setting_that_is_new_and_off_is_no_difference():
     """So that runs of an earlier version can be gone on with."""
     assert first_difference(CONFIG, CONFIG | {"new": None}) is None
+
+
+def test_a_run_older_than_a_setting_is_gone_on_with(tmp_path):
+    """It trained as the setting's default does."""
+    old = {"_target_": older.VIT, "depth": 2}
+    new = old | {"tokenizer": "patch", "attention": "msa", "distillation_token": False}
+    left(tmp_path / "run", CONFIG | {"student": old, "teacher": {"_target_": "else"}})
+
+    assert latest(tmp_path / "run", student=new, teacher={"_target_": "else"}) == tmp_path / "run"
+    assert latest(tmp_path / "run", student=new | {"attention": "lsa"}, teacher={"_target_": "else"}) is None
 
 
 def test_a_setting_of_a_group_is_material_whatever_it_is_called():

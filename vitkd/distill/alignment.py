@@ -24,7 +24,7 @@ class Alignment(NamedTuple):
     allowed: Tensor | None = None
     """[N, N]: False where either model masks attention; those entries stay out of every mean"""
     drop_from_student: bool = False
-    """Whether its distillation token is left out, and what is left of each row made a whole again."""
+    """Whether its distillation token's row and column are left out."""
     drop_from_teacher: bool = False
     """The same of the teacher's."""
 
@@ -35,9 +35,9 @@ AS_THEY_ARE = Alignment()
 def align(student: ViTConfig, teacher: ViTConfig) -> Alignment:
     """How to compare their maps.
 
-    A distillation token that the other has no like of is left out. Where one model masks attention, as
-    locality attention does a token's to itself, the other's there is not compared either: what it gives to
-    such entries is left out and the rest of its row made a whole again.
+    A distillation token is left out unless both have one and equal grids. Where one model masks attention, as
+    locality attention does a token's to itself, the other's there is not compared either. Losses on weights
+    make what is left of a row a whole again.
     """
     resize = None if student.grid == teacher.grid else token_interpolation(teacher.grid, student.grid)
     both = student.distillation_token and teacher.distillation_token and resize is None

@@ -31,14 +31,13 @@ def match_heads(
 
     matched = []
     for pair in pairs:
-        device = student_scores[pair.student_block].device
         teacher_heads = tuple((head,) for head in range(teacher_scores[pair.teacher_block].shape[1]))
         cost = []
         for head in pair.student_heads:
             beside_all = replace(
                 pair, student_heads=(head,) * len(teacher_heads), teacher_heads=teacher_heads
             )
-            compare = AttentionTransfer([beside_all], loss, alignment).to(device)
+            compare = AttentionTransfer([beside_all], loss, alignment)
             cost.append(compare(student_scores, teacher_scores))
         rows, columns = linear_sum_assignment(torch.stack(cost).double().cpu().numpy())
         assert list(rows) == list(range(len(pair.student_heads)))

@@ -111,11 +111,12 @@ class AttentionDistillation(Distillation):
             raise ConfigError(f"resize={self.resize}: choose bilinear or null")
 
     def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
-        ours, theirs = with_maps(student, teacher, "method=logit or method=token, which need none")
+        others = "method=logit or method=token" if isinstance(student, ViTConfig) else "method=logit"
+        ours, theirs = with_maps(student, teacher, f"{others}, without maps")
         plan.granularity.pairs(ours, theirs)
         if self.resize is None:
             check_equal_grids(ours, theirs, "method.resize=bilinear")
-        elif theirs.attention == "lsa":
+        elif theirs.allowed() is not None:
             check_equal_grids(ours, theirs, "no teacher.attention=lsa, whose mask cannot be resized")
 
     def transfer(

@@ -177,7 +177,7 @@ class TeacherCaching(Callback):
             )
 
     def _tell(self, split: str, images: int, size: int, fits: bool) -> None:
-        what = f"teacher: its scores of {images:,} {SPLITS[split]} images"
+        what = f"teacher: its answers to {images:,} {SPLITS[split]} images"
         if fits:
             log.info("%s are computed once and kept (%s); teacher.cache=off asks it anew", what, amount(size))
         else:

@@ -45,6 +45,9 @@ class ModelConfig(ABC):
     # Settings younger than the first trained models, and what these were built as.
     LATER: ClassVar[Mapping[str, Any]] = {}
 
+    # Training images a step without which a model cannot train.
+    LEAST_BATCH: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         self.check_at_least_one("image_size", "channels", "num_classes")
 

@@ -28,6 +28,9 @@ IMAGENET_CLASSES = 1000
 class ResNetConfig(ModelConfig):
     """Everything that determines a residual network."""
 
+    # Batch normalisation compares images.
+    LEAST_BATCH = 2
+
     variant: str = "resnet18"
     """resnet18 | resnet34 | resnet50 | resnet101 | resnet152"""
     stem: str = "imagenet"

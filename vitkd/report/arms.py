@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vitkd.report.runs import LATER, VIT, Run, Setting, Value
+from vitkd.report.runs import Run, Setting, Value
+from vitkd.runs.older import LATER, VIT
 
 LEARNT_FROM = {"teacher", "method", "granularity", "loss", "alpha"}
 """The groups of settings in which arms of one experiment differ."""

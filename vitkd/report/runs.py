@@ -17,6 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from vitkd.errors import ConfigError
+from vitkd.runs.older import completed
 
 Value: TypeAlias = str | int | float | bool | None
 Setting: TypeAlias = dict[str, Value]
@@ -33,14 +34,6 @@ HOW = {
     # What trainer.max_epochs and teacher.max_epochs are unless told otherwise.
     "dataset.max_epochs",
 }
-VIT = "vitkd.models.ViTConfig"
-LATER: Setting = {
-    **{"student.tokenizer": "patch", "student.attention": "msa", "student.distillation_token": False},
-    **{"teacher.tokenizer": "patch", "teacher.attention": "msa", "teacher.distillation_token": False},
-    "teacher.trained": True,
-}
-"""Settings of ViTs that are younger than some runs, and what these trained with."""
-
 NO_RUNS_INSIDE = {"checkpoints", "stacks", "sweeps", "report", "explain"}
 GROUPS = ("dataset", "student", "method", "trainer")
 STATES = ("done", "running", "stopped", "failed")
@@ -174,7 +167,7 @@ def read_run(path: Path) -> Run:
     if config is None or not written:
         why = "has no status.json" if config else "its config.yaml is cut or not a run's"
         return Run(path, "foreign" if not written else "damaged", why)
-    setting = flatten(config)
+    setting = flatten(completed(config))
     assert setting is not None
     status = read_json(path / "status.json")
     run = Run(
@@ -254,21 +247,14 @@ def flatten(config: Mapping[Any, Any]) -> Setting | None:
 def material(setting: Setting) -> Setting:
     """What changes figures, but the seed.
 
-    A run of an earlier version lacks what there is since: what is null by default is left out of all, other
-    defaults are filled in.
+    Null is as good as not being there: a run of an earlier version lacks what is null by default since.
     """
     kept = {
         name: value
-        for name, value in (later_defaults(setting) | setting).items()
+        for name, value in setting.items()
         if value is not None and name.partition(".")[0] not in IMMATERIAL | {"seed"} and name not in HOW
     }
     return dict(sorted(kept.items()))
-
-
-def later_defaults(setting: Setting) -> Setting:
-    """What a run trained with unless it says otherwise: it may be older than the setting."""
-    vits = {group for group in ("student", "teacher") if setting.get(f"{group}._target_") == VIT}
-    return {name: value for name, value in LATER.items() if name.partition(".")[0] in vits}
 
 
 def option(setting: Setting, group: str) -> str:

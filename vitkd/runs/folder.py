@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from vitkd.errors import ConfigError, RunError
 from vitkd.runs.files import NO_ROOM, write_atomically
+from vitkd.runs.older import completed
 from vitkd.runs.processes import is_first
 
 log = logging.getLogger("vitkd")
@@ -166,14 +167,14 @@ class RunFolder:
                 handler.close()
 
     def read_config(self) -> dict[str, Any]:
-        """The run's resolved configuration; ConfigError if it cannot be read."""
+        """The run's resolved configuration, an old one completed; ConfigError if it cannot be read."""
         try:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"{self.config}: cannot be read as a run's configuration") from error
         if not isinstance(config, dict) or not isinstance(config.get("paths"), dict):
             raise ConfigError(f"{self.config}: cannot be read as a run's configuration, it is cut or foreign")
-        return config
+        return completed(config)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the flat `metrics.json`."""
