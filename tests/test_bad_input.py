@@ -106,10 +106,10 @@ TRAIN = [
     ("+trainer.logger=true", "trainer.logger", "decided by vitkd"),
     # which attention maps
     ("student.num_heads=8", "student.num_heads=8", "teacher.num_heads=4", "at most 4"),
-    ("granularity=head granularity.heads=[[0,9]]", "heads", "teacher has no 9", "0 to 3"),
+    ("granularity=head granularity.heads=[[0,9]]", "heads", "teacher has no head 9", "0 to 3"),
     ("granularity=head granularity.heads=[[0,1,2]]", "[[0, 1, 2]]", "for example [[0,2]]"),
     ("granularity=head granularity.heads=[[0,1],[0,2]]", "granularity.heads", "one teacher head only"),
-    ("granularity.blocks=[7]", "granularity.blocks", "student has no 7", "0 to 1"),
+    ("granularity.blocks=[7]", "granularity.blocks", "student has no block 7", "0 to 1"),
     ("granularity.blocks=[1,-1]", "granularity.blocks=[1, -1]", "only once"),
     ("granularity.head_map=group_mean student.num_heads=3", "num_heads=3", "num_heads=4", "head_map=index"),
     ("teacher.patch_size=4", "4×4", "2×2", "method.resize=bilinear"),

@@ -477,7 +477,8 @@ def test_records_of_an_earlier_sweep_are_none_of_this_one(command, tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "job-7.json").write_text(json.dumps(asdict(stale)))
 
-    ended = command("train", "-m", *ALONE, f"paths.outputs={tmp_path}", fixed, "seed=0,1")
+    # Wherever -m stands.
+    ended = command("train", *ALONE, f"paths.outputs={tmp_path}", "-m", fixed, "seed=0,1")
 
     assert ended.code == 0, ended.err
     assert "long ago" not in ended.out

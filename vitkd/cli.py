@@ -52,7 +52,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     `RunError` with 1. In a multirun it ends only its own job; the command then exits with 1.
     """
 
-    arguments = sys.argv[1:]
+    sys.argv[1:] = arguments = flags_first(sys.argv[1:])
 
     def one_line(error: Exception) -> str:
         return explain(error, config_name, arguments)
@@ -142,6 +142,12 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
         yield
     finally:
         setattr(ConfigLoaderImpl, compose.__name__, compose)
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The command line with -m before all settings: Hydra's parser takes no settings on both sides of it."""
+    flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    return flags[:1] + [argument for argument in arguments if argument not in flags]
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

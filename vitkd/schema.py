@@ -17,6 +17,11 @@ ALLOWED_TO_HYDRA = (
     *("vitkd.jobs.Sweep", "hydra._internal.core_plugins.", "hydra_plugins."),
     *("optuna.samplers.", "logging.", "colorlog."),
 )
+# A type as a person calls it.
+IN_WORDS = {
+    **{"None": "null", "bool": "true or false", "str": "text"},
+    **{"float": "a number", "int": "a whole number"},
+}
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
@@ -71,7 +76,7 @@ def type_of(cls: type, name: str) -> str:
     """The type of a dataclass's field, in a person's words."""
     kind = get_type_hints(cls)[name]
     text = kind.__name__ if inspect.isclass(kind) and not get_args(kind) else str(kind)
-    for code, words in {"None": "null", "float": "a number", "int": "a whole number", "str": "text"}.items():
+    for code, words in IN_WORDS.items():
         text = re.sub(rf"\b{code}\b", words, text)
     return text.replace(" | ", " or ")
 

@@ -121,8 +121,8 @@ def test_unequal_grids_can_be_resized(tiny, student_patch, teacher_patch, head_m
     ("student", "granularity", "words"),
     [
         ({"num_heads": 4}, Block(), "student.num_heads=4"),
-        ({}, Head(blocks=[7]), "the student has no 7"),
-        ({}, Head(heads=[[0, 9]]), "the teacher has no 9"),
+        ({}, Head(blocks=[7]), "the student has no block 7"),
+        ({}, Head(heads=[[0, 9]]), "the teacher has no head 9"),
     ],
 )
 def test_what_granularity_refuses_is_found_before_anything_is_built(tiny, student, granularity, words):

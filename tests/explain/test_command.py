@@ -364,6 +364,7 @@ class TestPictures:
         for name in ("one", "two"):
             ended = explain(*arguments, f"out={tmp_path / name}")
             assert (ended.code, ended.err) == (0, "")
+            assert "warning: the weights of timm:vit_tiny_patch16_224 are random" in ended.out
 
         found = arrays_of(tmp_path / "one")
         assert names_in(tmp_path / "one") == ALWAYS
@@ -372,6 +373,7 @@ class TestPictures:
         assert found["pixels"].shape == (1, 3, 224, 224)
         pages = [(tmp_path / name / "index.html").read_bytes() for name in ("one", "two")]
         assert pages[0] == pages[1]
+        assert b"are random: it has learnt nothing" in pages[0]
 
 
 @pytest.fixture(scope="module")

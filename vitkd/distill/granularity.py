@@ -120,6 +120,7 @@ def existing(key: str, number: int, count: int, owner: str) -> int:
     """`number` as a non-negative index below `count`; ConfigError where there is no such block or head."""
     if not -count <= number < count:
         raise ConfigError(
-            f"granularity.{key}: {owner} has no {number}, only 0 to {count - 1} (or -1 for the last)"
+            f"granularity.{key}: {owner} has no {'head' if key == 'heads' else 'block'} {number}, only 0 to "
+            f"{count - 1} (or -1 for the last)"
         )
     return number % count

@@ -231,6 +231,15 @@ def _models(settings: Settings, runs: Sequence[Run], device: torch.device) -> di
     return {name: model.to(device).eval() for name, model in models.items()}
 
 
+def _on_weights(settings: Settings) -> list[str]:
+    """What has to be known of a model that nobody has trained."""
+    if settings.model is None or not settings.model.startswith("timm:") or settings.pretrained:
+        return []
+    note = f"The weights of {settings.model} are random: it has learnt nothing; pretrained=true fetches some."
+    log.warning("warning: %s%s", note[0].lower(), note[1:])
+    return [note]
+
+
 def _names(runs: Sequence[Run]) -> list[str]:
     return ["student"] if len(runs) == 1 else ["student A", "student B"]
 
@@ -334,7 +343,7 @@ def of_pictures(
         class_names=names or [f"class {number}" for number in range(classes)],
         subjects=subjects,
         regions=regions,
-        notes=_on_teacher(models),
+        notes=_on_teacher(models) + _on_weights(settings),
     )
 
 

@@ -281,10 +281,11 @@ def fidelity_figure(
     if len(shapes) != 1:
         raise ValueError(f"heat maps of one shape [L, A], not {sorted(shapes)}")
     ((rows, heads),) = shapes
-    width, height = max(0.46 * heads, 1.3), 0.36 * rows
+    width, height = max(0.46 * heads, 1.3), max(0.36 * rows, 1.1)
     names = [str(block) for block in (blocks or range(rows))]
     left = MARGIN + 0.35 + CHARACTER * max(map(len, names))
-    room = left + len(arrays) * (width + 0.25) + BAR + BAR_TEXT
+    label = wrap(measure, int(height / CHARACTER))
+    room = left + len(arrays) * (width + 0.25) + BAR + BAR_TEXT + (len(label) - 1) * LINE
     figure, below = _blank(room, MARGIN + 0.3 + height + 0.5, caption)
     known = np.concatenate([each[np.isfinite(each)] for each in arrays.values()] or [[]])
     scale = Normalize(known.min(), known.max()) if len(known) else Normalize(0, 1)
@@ -297,7 +298,7 @@ def fidelity_figure(
         if place == 0:
             axes.set_ylabel("block", size=8)
     axes = _axes(figure, left + len(arrays) * (width + 0.25) - 0.1, MARGIN + 0.3, BAR, height)
-    _draw_bar(figure, axes, scale, COLOURS, measure)
+    _draw_bar(figure, axes, scale, COLOURS, "\n".join(label))
     _draw_caption(figure, caption, below)
     return figure
 

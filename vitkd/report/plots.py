@@ -214,10 +214,11 @@ def coloured(figure: Figure, cells: Mapping[tuple[str, float], Row]) -> None:
     for (kind, alpha), row in cells.items():
         gain = gained[kind, alpha]
         is_sure = row.verdict.kind in (Kind.REAL, Kind.HURTS)
+        one_seed = "\n1 seed" if row.last.n == 1 else ""
         axes.text(
             alphas.index(alpha) + 0.5,
             kinds.index(kind) + 0.5,
-            f"{signed(gain)}{' *' if is_sure else ''}{' (1 seed)' if row.last.n == 1 else ''}",
+            f"{signed(gain)}{' *' if is_sure else ''}{one_seed}",
             ha="center",
             va="center",
             size=8,

@@ -78,7 +78,7 @@ class StackLines(L.Callback):
     """One plain line an epoch about the students of a stack: of every figure the median."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        medians = {name: values.nanmedian().item() for name, values in trainer.callback_metrics.items()}
+        medians = {name: values.nanquantile(0.5).item() for name, values in trainer.callback_metrics.items()}
         students = len(next(iter(trainer.callback_metrics.values())))
         told = f"median of {students}: {told_figures(medians)}"
         log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, told)
