@@ -370,7 +370,7 @@ class TestChecks:
         student, settings = tiny(distillation_token=True), plan(granularity=Block(blocks=[7]))
 
         TokenDistillation().check(student, tiny(), settings)
-        with pytest.raises(ConfigError, match="the student has no 7"):
+        with pytest.raises(ConfigError, match="the student has no block 7"):
             TokenDistillation(attention_weight=0.1).check(student, tiny(), settings)
 
     def test_without_maps_token_grids_may_differ(self, tiny):
