@@ -36,6 +36,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """What a benchmark or a command switches on would print in the next test of the same worker."""
+    with logging_as_before():
+        yield
+
+
 @pytest.fixture
 def tiny() -> Callable[..., ViTConfig]:
     """Makes a small shape with 5 tokens; keyword arguments change it."""
@@ -105,18 +112,26 @@ def process() -> Command:
 @contextlib.contextmanager
 def fresh_process(*argv: str) -> Iterator[None]:
     """What a command finds when it starts, and nothing of what it leaves in the process when it ends."""
+    on_termination = signal.getsignal(signal.SIGTERM)
+    with logging_as_before(), mock.patch.dict(os.environ), mock.patch.object(sys, "argv", [*argv]):
+        # They write to where stdout was when they were made.
+        logging.getLogger("vitkd").handlers.clear()
+        GlobalHydra.instance().clear()
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, on_termination)
+            GlobalHydra.instance().clear()
+
+
+@contextlib.contextmanager
+def logging_as_before() -> Iterator[None]:
+    """Whatever happens to the loggers that a command sets up is undone at the end."""
     loggers = [logging.getLogger(name) for name in (None, "vitkd", "lightning.pytorch")]
     before = [(logger, logger.level, logger.propagate, [*logger.handlers]) for logger in loggers]
-    # They write to where stdout was when they were made.
-    logging.getLogger("vitkd").handlers.clear()
-    GlobalHydra.instance().clear()
-    on_termination = signal.getsignal(signal.SIGTERM)
     try:
-        with mock.patch.dict(os.environ), mock.patch.object(sys, "argv", [*argv]):
-            yield
+        yield
     finally:
-        signal.signal(signal.SIGTERM, on_termination)
-        GlobalHydra.instance().clear()
         for logger, level, propagate, handlers in before:
             logger.setLevel(level)
             logger.propagate = propagate
