@@ -9,11 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from tests.photos import noise_photos
 from vitkd.models import ResNetConfig, ViTConfig, describe, save_model
 from vitkd.runs.checkpoints import load_any
 
@@ -307,15 +306,7 @@ def test_evaluate_refuses_a_damaged_run(name, damage, says, command, files, fini
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Colourful noise of two classes."""
-    root = tmp_path_factory.mktemp("photos")
-    random = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (root / name).mkdir()
-        for number in range(8):
-            pixels = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
+    return noise_photos(tmp_path_factory.mktemp("photos"), of_each_class=8, size=32)
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ ENTRY_POINTS = {"train", "train_stacked", "evaluate", "explain/__main__", "repor
 MAY_IMPORT = {
     "errors": set(),
     "data": {"errors"},
+    "holm": set(),
     "models": {"errors"},
-    "explain": {"errors", "models"},
-    "report": {"errors", "runs"},
+    "explain": {"errors", "holm", "models"},
+    "report": {"errors", "holm", "runs"},
     "distill": {"errors", "models", "data"},
     "stacked": {"errors", "models", "data", "distill"},
     "runs": {"errors", "models", "data", "distill", "stacked", "explain"},

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import crashes
 from tests.crashes import Ended, Strike
+from tests.photos import noise_photos
 from vitkd.runs.checkpoints import read_checkpoint
 
 # 3 epochs of 10 steps; with dropout, a warm-up, and windows of 4 steps that are cut by most kills.
@@ -67,15 +67,7 @@ def run_of(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Noise as PNG files, in the folders of two classes."""
-    root = tmp_path_factory.mktemp("photos")
-    random = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (root / name).mkdir()
-        for number in range(80):
-            pixels = random.integers(256, size=(8, 8, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
+    return noise_photos(tmp_path_factory.mktemp("photos"), of_each_class=80, size=8)
 
 
 @pytest.fixture(scope="module")

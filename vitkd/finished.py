@@ -15,8 +15,8 @@ from vitkd.errors import ConfigError
 from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any, load_from_checkpoint
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.seeding import WEIGHTS, seed_generators
-from vitkd.runs.teacher_store import fingerprint
+from vitkd.runs.seeding import first_weights
+from vitkd.runs.teacher_store import fingerprint, given_teacher
 
 log = logging.getLogger("vitkd")
 
@@ -75,12 +75,11 @@ def find_teacher(path: Path, config: Config, given: str | None) -> Model | None:
     if given is None and not config.method.needs_teacher:
         return None
     if (place := given or config.teacher.checkpoint) is not None:
-        return _fitting(load_any(Path(place)), place, config)
+        return given_teacher(place, config.dataset, otherwise="")
     own = teacher_run(config)
     if not config.teacher.trained:
         with torch.random.fork_rng(devices=[]):
-            seed_generators(own.seed, WEIGHTS, own.student)
-            return own.student.build().eval()
+            return first_weights(own.seed, own.student).eval()
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     stores = (parent / "teachers" / own.dataset.name / mark for parent in path.resolve().parents)
     for store in stores:
@@ -104,17 +103,6 @@ def _read_pairs(file: Path) -> list[Mapping[str, Any]]:
     if not are_pairs:
         raise ConfigError(f"{file}: cannot be read, it is no list of pairs of blocks")
     return pairs
-
-
-def _fitting(teacher: Model, place: str, config: Config) -> Model:
-    for name in ("num_classes", "image_size", "channels"):
-        found, expected = getattr(teacher.config, name), getattr(config.dataset, name)
-        if found != expected:
-            raise ConfigError(
-                f"teacher.checkpoint={place}: has {name}={found}, {config.dataset.name} has {expected}; name "
-                "one that was trained on this data set"
-            )
-    return teacher
 
 
 def _checked(teacher: Model, path: Path) -> Model:

@@ -28,7 +28,7 @@ from vitkd.runs.isolation import set_matmul_precision
 from vitkd.runs.pictures import AttentionPictures
 from vitkd.runs.processes import agree, is_first, joined, rank, wait_for_all
 from vitkd.runs.provenance import provenance
-from vitkd.runs.seeding import DROPOUT, ORDER, WEIGHTS, seed_generators, seed_of
+from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
 from vitkd.runs.stack_folder import begin_alone, stacks_folder
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
 from vitkd.runs.training import Fitted, check_trainer, conclude_curves, fit
@@ -126,8 +126,7 @@ def obtain_teacher(config: Config, device: torch.device) -> Model:
     if not config.teacher.trained:
         agree(lambda: prepare("teacher", own.student))
         log.info("teacher: left as it is before training (teacher.trained=false), as a control")
-        seed_generators(own.seed, WEIGHTS, own.student)
-        return own.student.build()
+        return first_weights(own.seed, own.student)
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
     if not store.exists():
@@ -167,8 +166,7 @@ def train(
     with folder.running(config.resolved):
         if is_first():
             begin_alone(folder, stacks_folder(config.paths.outputs))
-        seed_generators(config.seed, WEIGHTS, config.student)
-        student = config.student.build()
+        student = first_weights(config.seed, config.student)
         module = config.method.module(student, teacher, config, lambda: data.first("train", 64).image)
         teacher_test = measure_teacher(teacher, data, device) if teacher and is_first() else None
         # Now: training may change the precision of its weights.

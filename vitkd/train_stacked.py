@@ -25,7 +25,7 @@ from vitkd.runs.console import start_logging
 from vitkd.runs.evaluation import Evaluation
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.isolation import free_memory, isolated, set_matmul_precision
-from vitkd.runs.seeding import DROPOUT, ORDER, WEIGHTS, seed_generators, seed_of
+from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
 from vitkd.runs.stack import fit_stack, room_for, write_checkpoints
 from vitkd.runs.stack_folder import StackFolder, carry_over, leave_place, read_place, stacks_folder
 from vitkd.runs.teacher_store import given_teacher
@@ -224,8 +224,7 @@ def settle_place(members: Sequence[Candidate], path: Path) -> StackFolder:
 def build_module(member: Candidate, beside: Beside) -> ClassifyModule:
     """What the job would train alone, with the same first weights and pairs."""
     config = member.config
-    seed_generators(config.seed, WEIGHTS, config.student)
-    student = config.student.build()
+    student = first_weights(config.seed, config.student)
     calibration = partial(beside.data.first, "train", 64, order_of(member))
     return config.method.module(student, beside.teacher, config, lambda: calibration().image)
 

@@ -20,7 +20,6 @@ from vitkd.explain.gallery import (
     class_index,
     counts_by_class,
     examples,
-    holm,
     over_represented,
 )
 
@@ -235,9 +234,3 @@ class TestOverRepresented:
     def test_an_empty_cell_has_none(self):
         perfect = answers(teacher_errors=0, student_errors=0)
         assert over_represented(cells(perfect)["both wrong"], level=1) == []
-
-    def test_holm_by_hand(self):
-        # In order 0.005·4, 0.01·3, 0.03·2, 0.04·1 → 0.02, 0.03, 0.06, and no less than before: 0.06.
-        assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
-        assert holm([0.9, 0.6]).tolist() == [1, 1]
-        assert holm([]).tolist() == []

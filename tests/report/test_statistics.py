@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from vitkd.holm import holm
 from vitkd.report.statistics import (
     bootstrap_interval,
-    holm,
     p_value,
     paired_gain,
     pooled_std,

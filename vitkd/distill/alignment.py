@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.models import ViTConfig
-from vitkd.models.layers import Factors, Scores
+from vitkd.models.layers import Factors, Scores, without_tokens
 
 # Where a distillation token stands: behind the class token.
 DISTILLATION_TOKEN = 1
@@ -60,9 +60,7 @@ def without_distillation_token(scores: Scores) -> Scores:
 def _without(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """All but the distillation token's entries along `axes`."""
     for axis in axes:
-        behind = DISTILLATION_TOKEN + 1
-        rest = x.narrow(axis, behind, x.shape[axis] - behind)
-        x = torch.cat([x.narrow(axis, 0, DISTILLATION_TOKEN), rest], dim=axis)
+        x = without_tokens(x, axis, DISTILLATION_TOKEN, DISTILLATION_TOKEN + 1)
     return x
 
 

@@ -21,7 +21,7 @@ from vitkd.distill.pairing import BlockPair
 from vitkd.distill.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
 from vitkd.distill.teacher_cache import Answer
 from vitkd.models import ModelOutput
-from vitkd.models.layers import Factors, Scores, at_least_float32
+from vitkd.models.layers import Factors, Scores, at_least_float32, changed
 
 
 class Transfer(nn.Module, ABC):
@@ -124,8 +124,7 @@ class AttentionTransfer(Transfer):
         """The scores that the student is to learn from: the teacher's own, but in a control arm."""
         if self.control is None:
             return teacher
-        change = CONTROLS[self.control]
-        return change(teacher) if isinstance(teacher, Tensor) else Factors(*map(change, teacher))
+        return changed(teacher, CONTROLS[self.control])
 
     def _compare(self, pair: BlockPair, student: Scores, teacher: Scores) -> Tensor:
         """One value per map of `pair` [*S, P]."""
@@ -163,9 +162,7 @@ class AttentionTransfer(Transfer):
 
 def take_heads(scores: Scores, heads: Sequence[int]) -> Scores:
     """The maps of `heads` out of [..., H, N, N]; a run of neighbours is a view, without copy or scatter."""
-    if isinstance(scores, Factors):
-        return Factors(*(_take(factor, heads) for factor in scores))
-    return _take(scores, heads)
+    return changed(scores, lambda x: _take(x, heads))
 
 
 def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
@@ -178,6 +175,4 @@ def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 def part(scores: Scores, images: slice) -> Scores:
     """The scores of some images of the batch; a view."""
-    if isinstance(scores, Factors):
-        return Factors(*(of_images(factor, images) for factor in scores))
-    return of_images(scores, images)
+    return changed(scores, lambda x: of_images(x, images))

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats
 
 from vitkd.errors import ConfigError, suggest
+from vitkd.holm import holm
 
 BOTH_RIGHT = "both right"
 STUDENT_WRONG = "student wrong"
@@ -195,7 +196,7 @@ def over_represented(cell: Cell, level: float = 0.05) -> list[OverRepresented]:
     seen, sizes = _counts(cell.answers, cell.indices)[present], of_class[present]
     total = len(cell.answers.labels)
     p = stats.hypergeom.sf(seen - 1, total, sizes, cell.count)
-    corrected = holm(p)
+    corrected = np.array(holm(p.tolist()), np.float64)
     expected = cell.count * sizes / max(total, 1)
     named = np.flatnonzero((seen > expected) & (corrected <= level))
     return [
@@ -209,15 +210,6 @@ def over_represented(cell: Cell, level: float = 0.05) -> list[OverRepresented]:
         )
         for i in named[np.argsort(p[named], kind="stable")]
     ]
-
-
-def holm(p: ArrayLike) -> NDArray[np.float64]:
-    """p-values [m] corrected for their number (Holm 1979): bounds the chance of any false finding."""
-    p = np.asarray(p, np.float64)
-    order = p.argsort(kind="stable")
-    corrected = np.empty_like(p)
-    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return corrected
 
 
 def class_index(name: str, class_names: Sequence[str]) -> int:

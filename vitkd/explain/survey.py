@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitkd.explain.fidelity import CKASums, FidelityRow, FidelitySums, MapPair, locality
 from vitkd.explain.recording import Recording, evaluating, has_maps, logits_of, record
+from vitkd.models.layers import without_tokens
 
 
 class Comparison(NamedTuple):
@@ -168,7 +169,7 @@ def comparable(*recordings: Recording) -> list[Recording]:
         if alike and recording.prefix == prefix
         else recording._replace(
             weights=tuple(_whole(each, recording.prefix, prefix, alike) for each in recording.weights),
-            tokens=tuple(_kept(each, -2, recording.prefix, prefix) for each in recording.tokens),
+            tokens=tuple(without_tokens(each, -2, prefix, recording.prefix) for each in recording.tokens),
             prefix=prefix,
             readers=_still_there(recording.readers, recording.prefix, prefix),
         )
@@ -178,7 +179,8 @@ def comparable(*recordings: Recording) -> list[Recording]:
 
 def _whole(weights: Tensor, prefix: int, kept: int, diagonal: bool) -> Tensor:
     """Weights [B, H, T, T] of the first `kept` tokens and the patches, perhaps without the diagonal."""
-    weights = _kept(_kept(weights, -1, prefix, kept), -2, prefix, kept)
+    for axis in (-2, -1):
+        weights = without_tokens(weights, axis, kept, prefix)
     if not diagonal:
         own = torch.eye(weights.shape[-1], dtype=torch.bool, device=weights.device)
         weights = weights.masked_fill(own, 0)
@@ -189,12 +191,6 @@ def _whole(weights: Tensor, prefix: int, kept: int, diagonal: bool) -> Tensor:
 def _still_there(readers: Sequence[int], prefix: int, kept: int) -> list[int]:
     """Where those of `readers` stand that are left, without the tokens from `kept` to `prefix`."""
     return [r if r < kept else r - prefix + kept for r in readers if r < kept or r >= prefix]
-
-
-def _kept(x: Tensor, axis: int, prefix: int, kept: int) -> Tensor:
-    """All entries along `axis` but those of the tokens from `kept` to `prefix`."""
-    rest = x.narrow(axis, prefix, x.shape[axis] - prefix)
-    return torch.cat([x.narrow(axis, 0, kept), rest], dim=axis)
 
 
 def _by_block(recording: Recording) -> dict[int, Tensor]:

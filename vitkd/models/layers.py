@@ -7,6 +7,7 @@ Shapes: S stacked students (absent for one model), B batch, T tokens, H heads, D
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,17 @@ class Factors(NamedTuple):
 
 Scores = Tensor | Factors
 """Attention scores before mask and softmax, as a tensor [*S, B, H, T, T] or as their factors."""
+
+
+def changed(scores: Scores, change: Callable[[Tensor], Tensor]) -> Scores:
+    """Scores, or each of their factors, after `change`."""
+    return change(scores) if isinstance(scores, Tensor) else Factors(*map(change, scores))
+
+
+def without_tokens(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    """All entries along the token axis `axis` but those of the tokens `start` to `stop` − 1."""
+    rest = x.narrow(axis, stop, x.shape[axis] - stop)
+    return torch.cat([x.narrow(axis, 0, start), rest], dim=axis)
 
 
 def per_student(parameter: Tensor, x: Tensor) -> Tensor:

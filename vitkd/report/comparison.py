@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vitkd.holm import holm
 from vitkd.report.arms import Arm, Experiment, count
 from vitkd.report.controls import pairs_of
 from vitkd.report.statistics import (
     Gain,
     Summary,
-    holm,
     paired_gain,
     pooled_std,
     seeds_needed,

@@ -5,6 +5,8 @@ import zlib
 import numpy as np
 import torch
 
+from vitkd.models import Model, ModelConfig
+
 WEIGHTS, ORDER, DROPOUT = range(3)
 
 
@@ -22,3 +24,9 @@ def seed_of(seed: int, stream: int, model: object) -> int:
 def seed_generators(seed: int, stream: int, model: object, process: int = 0) -> None:
     """Start PyTorch's generators at `seed_of`, elsewhere in each of a run's processes."""
     torch.manual_seed(seed_of(seed, stream, model) + process)
+
+
+def first_weights(seed: int, config: ModelConfig) -> Model:
+    """A model as training begins with it; its random stream is left where building has brought it."""
+    seed_generators(seed, WEIGHTS, config)
+    return config.build()

@@ -42,10 +42,13 @@ class TeacherRun(Protocol):
     seed: int
 
 
-def given_teacher(checkpoint: str | None, dataset: Dataset) -> Model | None:
+def given_teacher(
+    checkpoint: str | None, dataset: Dataset, otherwise: str = ", or none to train one"
+) -> Model | None:
     """The teacher of `teacher.checkpoint`, or None if none was named.
 
-    Raises ConfigError if it cannot be read or was made for other images or classes.
+    Raises ConfigError, whose advice ends in `otherwise`, if it cannot be read or was made for other images or
+    classes.
     """
     if checkpoint is None:
         return None
@@ -55,7 +58,7 @@ def given_teacher(checkpoint: str | None, dataset: Dataset) -> Model | None:
         if found != expected:
             raise ConfigError(
                 f"teacher.checkpoint={checkpoint}: has {name}={found}, {dataset.name} has {expected}; "
-                "name a teacher trained on this data set, or none to train one"
+                f"name a teacher trained on this data set{otherwise}"
             )
     return model
 

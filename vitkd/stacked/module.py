@@ -24,7 +24,7 @@ from vitkd.distill.transfer import AttentionTransfer
 from vitkd.errors import RunError
 from vitkd.models import Model, ViT
 from vitkd.models.dropout import draw_from
-from vitkd.models.layers import Factors, Scores, at_least_float32
+from vitkd.models.layers import Factors, Scores, at_least_float32, changed
 from vitkd.stacked.dropout import streams_on
 from vitkd.stacked.optimization import Pace, StackedAdamW, StackedSchedule
 from vitkd.stacked.students import along, per_student_norm, stack
@@ -297,11 +297,6 @@ class StackedModule(ClassifyModule):
             parts += [values.new_zeros(cell.start - position, *rest), values]
             position = cell.stop
         return torch.cat([*parts, of_cells[0].new_zeros(self.students - position, *rest)])
-
-
-def changed(scores: Scores, change: Callable[[Tensor], Tensor]) -> Scores:
-    """Scores, or each of their factors, after `change`."""
-    return change(scores) if isinstance(scores, Tensor) else Factors(*map(change, scores))
 
 
 def cells_of(modules: Sequence[ClassifyModule]) -> list[Cell]:
