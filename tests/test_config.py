@@ -381,3 +381,19 @@ def test_every_cell_of_the_grid_fits(granularity, loss, read):
     config = read(f"granularity={granularity}", f"loss={loss}", "alpha=0.00015")
 
     config.method.check(config.student, config.teacher.model, config)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize(("name", "file"), [("evaluate", "evaluate"), ("explain.__main__", "explain")])
+def test_help_without_choices_explains_every_setting(name, file, flag, command):
+    settings = yaml.safe_load((CONF_DIR / f"{file}.yaml").read_text(encoding="utf-8"))
+
+    helped = command(name, flag)
+
+    assert (helped.code, helped.err) == (0, "")
+    assert f"python -m vitkd.{file} run=" in helped.out
+    assert yaml.safe_load(helped.out) == {
+        key: value for key, value in settings.items() if key not in ("defaults", "hydra")
+    }
+    for key in yaml.safe_load(helped.out).keys() - {"seed", "paths", "teacher"}:
+        assert re.search(rf"^(# .*\n)+{key}:", helped.out, re.MULTILINE), f"{key} is explained"

@@ -41,6 +41,8 @@ HYDRA_OPTIONS = {
     *("--info", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
     "--experimental-rerun",
 }
+# Commands whose settings come in groups, which Hydra's own help lists.
+WITH_CHOICES = {"train"}
 # Besides what is immaterial: they stand elsewhere in the path, or do not change what is computed.
 NOT_NAMED = {"experiment", "log_every_n_steps", "trainer", "trainer.accelerator"}
 
@@ -53,6 +55,9 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     """
 
     sys.argv[1:] = arguments = flags_first(sys.argv[1:])
+    if config_name not in WITH_CHOICES and {"-h", "--help"} & {*arguments}:
+        print(commented_settings(config_name))
+        return
 
     def one_line(error: Exception) -> str:
         return explain(error, config_name, arguments)
@@ -142,6 +147,14 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
         yield
     finally:
         setattr(ConfigLoaderImpl, compose.__name__, compose)
+
+
+def commented_settings(config_name: str) -> str:
+    """What a command can be told: its own file, comments and all, without what is Hydra's."""
+    text = (CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8")
+    about, _, rest = text.partition("defaults:\n")
+    settings = rest.partition("\n\n")[2].partition("\nhydra:")[0]
+    return f"{about}\n{settings}".rstrip()
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
