@@ -19,7 +19,7 @@ from vitkd.explain.fidelity import MapPair
 from vitkd.explain.gallery import BOTH_RIGHT, BOTH_WRONG, CELLS, STUDENT_WRONG, TEACHER_WRONG, OverRepresented
 from vitkd.explain.page import render
 from vitkd.explain.subjects import regions_of, subject_of
-from vitkd.explain.survey import Comparison, survey
+from vitkd.explain.survey import Comparison, TokenAlignment, survey
 from vitkd.report.runs import read_fidelity
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -267,13 +267,15 @@ class TestNumbers:
         alikeness = whole.alikeness["student A"]
         first, *others = alikeness.rows
         rows = [replace(first, figures=first.figures | {"spearman": None}, permuted=None), *others]
-        cka = dict.fromkeys(alikeness.cka, float("nan"))
+        nan = float("nan")
+        cka = dict.fromkeys(alikeness.cka, TokenAlignment(nan, None, nan))
         album = replace(whole, alikeness={"student A": replace(alikeness, rows=rows, cka=cka)})
 
         found = strict(album_module._json(fidelity_numbers(album)))
 
         assert found["rows"][0]["figures"]["spearman"] is None
-        assert {*found["cka"].values()} == {None}
+        undefined = {"value": None, "alone": None, "other_images": None}
+        assert all(each == undefined for each in found["cka"].values())
         # Of the distilled first and last rows the last alone has one.
         assert found["summary"]["spearman_distilled"] == pytest.approx(rows[2].figures["spearman"])
         assert album_module._fidelity(album).axes

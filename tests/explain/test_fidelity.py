@@ -16,12 +16,10 @@ from scipy.stats import spearmanr
 from vitkd.errors import ConfigError
 from vitkd.explain.fidelity import (
     COMPARISONS,
-    CKASums,
     FidelitySums,
     compare,
     entropy,
     fidelity_table,
-    linear_cka,
     locality,
     mean_distance,
     other_heads,
@@ -242,57 +240,6 @@ class TestOneMap:
         assert locality([torch.full((1, 1, 2, 2), 0.5)], (1, 1)).isnan().all()
 
 
-def literal_cka(x, y):
-    """By HSIC (Gretton et al. 2005) of the linear kernels, as Kornblith et al. 2019 define it."""
-    n = len(x)
-    centring = np.eye(n) - np.ones((n, n)) / n
-
-    def hsic(k, kernel):
-        return np.trace(k @ centring @ kernel @ centring) / (n - 1) ** 2
-
-    k, kernel = x @ x.T, y @ y.T
-    return hsic(k, kernel) / math.sqrt(hsic(k, k) * hsic(kernel, kernel))
-
-
-class TestCKA:
-    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
-    y = torch.randn(40, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.3 * x[:, :1]
-
-    def test_is_the_literal_formula(self):
-        assert linear_cka(self.x, self.y) == pytest.approx(literal_cka(self.x.numpy(), self.y.numpy()))
-        assert 0.05 < linear_cka(self.x, self.y) < 0.95
-
-    def test_ignores_rotation_scale_and_shift(self):
-        rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-        changed = 7 * self.x @ rotation + 100
-        assert linear_cka(changed, self.y) == pytest.approx(linear_cka(self.x, self.y))
-        assert linear_cka(changed, self.x) == pytest.approx(1)
-
-    def test_does_not_ignore_other_maps(self):
-        stretched = self.x * torch.tensor([10.0, 1, 1, 1, 1, 1])
-        assert linear_cka(stretched, self.x) < 0.9
-
-    def test_is_the_same_over_batches(self):
-        sums = CKASums()
-        for x, y in zip(self.x.split([1, 14, 25]), self.y.split([1, 14, 25]), strict=True):
-            sums.add(x, y)
-        assert sums.value() == pytest.approx(linear_cka(self.x, self.y), rel=1e-12)
-
-    def test_takes_tokens(self):
-        sums = CKASums()
-        sums.add(self.x.view(8, 5, 6), self.y.view(8, 5, 9))
-        assert sums.value() == pytest.approx(linear_cka(self.x, self.y), rel=1e-12)
-
-    def test_constant_features_have_none(self):
-        assert math.isnan(linear_cka(torch.full((7, 3), 0.1), self.y[:7]))
-        assert math.isnan(linear_cka(self.x[:7], torch.full((7, 3), 1e6)))
-        assert math.isnan(CKASums().value())
-
-    def test_needs_the_same_examples(self):
-        with pytest.raises(ValueError, match=r"\[40, 6\] and \[39, 9\] are not"):
-            linear_cka(self.x, self.y[1:])
-
-
 PAIRS = [(0, 0, 0, [0]), (0, 2, 0, [1]), (1, 1, 1, [0, 2])]
 
 
@@ -431,5 +378,3 @@ def test_a_gpu_gives_the_same_table():
     ):
         for part in ("figures", "teacher", "permuted"):
             assert getattr(there, part) == pytest.approx(getattr(here, part), rel=1e-4)
-    features = torch.randn(100, 5), torch.randn(100, 7)
-    assert linear_cka(*(each.cuda() for each in features)) == pytest.approx(linear_cka(*features))

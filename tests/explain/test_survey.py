@@ -116,15 +116,29 @@ def cka(x, y):
 
 
 @torch.no_grad()
-def test_cka_of_tokens_is_that_by_gram_matrices(models, images):
-    found = survey(models, batches(images, 3, 6), {"student": comparison(True, True, True)})
+@pytest.mark.parametrize("alone", [None, "alone"])
+def test_cka_of_tokens_is_that_by_gram_matrices(alone, models, images):
+    comparisons = {"student": comparison(True, True, True, alone=alone)}
 
-    ours, theirs = (models[name].trace(images).tokens for name in ("student", "teacher"))
-    expected = {
-        (i, j): cka(ours[i].flatten(0, 1).numpy(), theirs[j].flatten(0, 1).numpy())
-        for i, j in [(0, 1), (2, 3)]
-    }
-    assert found.alikeness["student"].cka == pytest.approx(expected, rel=1e-9)
+    found = survey(models, batches(images, 3, 1, 5), comparisons).alikeness["student"].cka
+
+    tokens = {name: model.trace(images).tokens for name, model in models.items()}
+    # Each image beside the one before it; the first has none, so the last of its batch stands in.
+    another = [2, *range(8)]
+
+    def expected(name, block, of_teacher, order=slice(None)):
+        theirs = tokens["teacher"][of_teacher][order]
+        return cka(tokens[name][block].flatten(0, 1).numpy(), theirs.flatten(0, 1).numpy())
+
+    assert found.keys() == {(0, 1), (2, 3)}
+    for (ours, theirs), alignment in found.items():
+        assert alignment.value == pytest.approx(expected("student", ours, theirs), rel=1e-9)
+        assert alignment.other_images == pytest.approx(expected("student", ours, theirs, another), rel=1e-9)
+        assert alignment.other_images < alignment.value
+        if alone is None:
+            assert alignment.alone is None
+        else:
+            assert alignment.alone == pytest.approx(expected("alone", ours, theirs), rel=1e-9)
 
 
 @torch.no_grad()
@@ -152,7 +166,7 @@ def test_a_student_that_is_its_teacher_is_fully_faithful(models, images):
 
     assert [row.figures["js"] for row in found["alone"].rows] == pytest.approx([0] * 3, abs=1e-12)
     assert [row.figures["top_k_iou"] for row in found["alone"].rows] == [1, 1, 1]
-    assert [*found["alone"].cka.values()] == pytest.approx([1] * 3)
+    assert [each.value for each in found["alone"].cka.values()] == pytest.approx([1] * 3)
     assert min(row.figures["js"] for row in found["student"].rows) > 1e-6
 
 
@@ -260,7 +274,7 @@ def test_fidelity_of_models_that_differ_by_design(ours, theirs, drop, mask, tiny
     of_student, of_teacher = (models[name].trace(images).tokens for name in ("student", "teacher"))
     kept = [0, 2, 3, 4, 5] if drop else [*range(5)]
     expected = cka(of_student[2][:, kept].flatten(0, 1).numpy(), of_teacher[3].flatten(0, 1).numpy())
-    assert found.cka[2, 3] == pytest.approx(expected, rel=1e-9)
+    assert found.cka[2, 3].value == pytest.approx(expected, rel=1e-9)
 
 
 @torch.no_grad()

@@ -350,7 +350,8 @@ def _fidelity_table(student: str, alikeness: Alikeness) -> Table:
     columns = ["student map", "teacher map", "distilled"]
     for measure in ("js", "spearman", "cls_overlap"):
         columns += [MEASURES[measure], *(f"… {baseline}" for baseline in baselines)]
-    columns += ["top-k IoU", "entropy, nats", "distance, px", "CKA of tokens"]
+    columns += ["top-k IoU", "entropy, nats", "distance, px"]
+    columns += ["CKA of tokens", *(["… alone"] if has_alone else []), "… other images"]
     rows: list[list[str | float | int | None]] = []
     for row, learnt in zip(alikeness.rows, alikeness.learnt, strict=True):
         values: list[str | float | int | None] = [
@@ -361,12 +362,15 @@ def _fidelity_table(student: str, alikeness: Alikeness) -> Table:
         for measure in ("js", "spearman", "cls_overlap"):
             values += [row.figures[measure], *((getattr(row, b) or {}).get(measure) for b in baselines)]
         values += [row.figures["top_k_iou"], row.figures["entropy"], row.figures["mean_distance"]]
-        rows.append([*values, _finite(alikeness.cka[row.student_block, row.teacher_block])])
+        cka = alikeness.cka[row.student_block, row.teacher_block]
+        alone = [] if cka.alone is None else [_finite(cka.alone)]
+        rows.append([*values, _finite(cka.value), *alone, _finite(cka.other_images)])
     return Table(
         f"Fidelity of {student}, block.head",
         "Means over all test images, each beside "
         + ("the student that learned without the teacher, and " if has_alone else "")
-        + "the same map held against other heads of the teacher's block.",
+        + "the same map held against other heads of the teacher's block; CKA beside that with the teacher's "
+        "tokens of other images.",
         columns,
         rows,
     )
@@ -500,7 +504,7 @@ def fidelity_numbers(album: Album) -> dict[str, Any]:
         asdict(row) | {"distilled": learnt}
         for row, learnt in zip(alikeness.rows, alikeness.learnt, strict=True)
     ]
-    cka = {f"{ours}.{theirs}": _finite(value) for (ours, theirs), value in alikeness.cka.items()}
+    cka = {f"{ours}.{theirs}": each._asdict() for (ours, theirs), each in alikeness.cka.items()}
     return {"epoch": album.epoch, "summary": summary, "rows": rows, "cka": cka}
 
 

@@ -4,7 +4,7 @@ All maps are attention weights after the softmax. Where a figure is undefined (t
 of equal weights, for one) it is NaN, and averages leave it out.
 
 Shapes: B images, H heads, M maps (any number of axes), T tokens (prefix + h·w), N = h·w patches, P pairs,
-L blocks, D and D' features.
+L blocks.
 """
 
 import math
@@ -203,67 +203,6 @@ def locality(
     """
     distances = [mean_distance(each, grid, patch_size, prefix) for each in weights]
     return torch.stack(distances, 1) / uniform_distance(grid, patch_size)
-
-
-def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of features [N, D] and [N, D'] of the same N examples, 0 to 1.
-
-    ‖YᵀX‖² / (‖XᵀX‖·‖YᵀY‖) in Frobenius norms, the features centred (Kornblith et al. 2019): unmoved by
-    rotation and isotropic scaling of either. NaN if the features of either are constant.
-    """
-    sums = CKASums()
-    sums.add(x, y)
-    return sums.value()
-
-
-class CKASums:
-    """`linear_cka` over batches: what is kept are D × D matrices, whatever the number of examples."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._mean: Tensor | None = None
-        """[D + D'] of x and y side by side"""
-        self._scatter: Tensor | None = None
-        """[D + D', D + D']: Σ (z − z̄)(z − z̄)ᵀ"""
-        self._split = 0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add features [..., D] and [..., D'] of the same examples, for instance tokens [B, T, D].
-
-        Raises ValueError if the examples cannot be the same.
-        """
-        if x.shape[:-1] != y.shape[:-1]:
-            raise ValueError(f"features {[*x.shape]} and {[*y.shape]} are not of the same examples")
-        # float64, which MPS has not.
-        dtype = torch.float32 if x.device.type == "mps" else torch.float64
-        z = torch.cat([x.detach().to(dtype), y.detach().to(dtype)], -1).flatten(0, -2)
-        count, mean = len(z), z.mean(0)
-        z = z - mean
-        scatter = z.mT @ z
-        if self._mean is None or self._scatter is None:
-            self._count, self._mean, self._scatter, self._split = count, mean, scatter, x.shape[-1]
-            return
-        # Chan et al. 1979: scatter about the common mean without the cancellation in Σzzᵀ − n·z̄z̄ᵀ.
-        total, shift = self._count + count, mean - self._mean
-        self._scatter = self._scatter + scatter + torch.outer(shift, shift) * (self._count * count / total)
-        self._mean = self._mean + shift * (count / total)
-        self._count = total
-
-    def value(self) -> float:
-        """The alignment of everything added; NaN before anything was, or if x or y is constant."""
-        x, y = slice(self._split), slice(self._split, None)
-        if self._scatter is None or self._is_constant(x) or self._is_constant(y):
-            return math.nan
-        yx, xx, yy = (torch.linalg.matrix_norm(self._scatter[s]).item() for s in ((y, x), (x, x), (y, y)))
-        return min(yx**2 / (xx * yy), 1.0)
-
-    def _is_constant(self, side: slice) -> bool:
-        """Whether nothing but the rounding of the mean is left of the features on one side."""
-        assert self._mean is not None
-        assert self._scatter is not None
-        variation = self._scatter[side, side].trace().item()
-        size = self._count * self._mean[side].square().sum().item()
-        return variation <= (100 * torch.finfo(self._mean.dtype).eps) ** 2 * size
 
 
 def fidelity_table(

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitkd.explain.fidelity import CKASums, FidelityRow, FidelitySums, MapPair, locality
+from vitkd.explain.cka import CKASums
+from vitkd.explain.fidelity import FidelityRow, FidelitySums, MapPair, locality
 from vitkd.explain.recording import Recording, evaluating, has_maps, logits_of, record
 from vitkd.models.layers import without_tokens
 
@@ -29,6 +30,16 @@ class Comparison(NamedTuple):
     """the name of a student that learned without the teacher, the other baseline"""
 
 
+class TokenAlignment(NamedTuple):
+    """The linear CKA of a student block's tokens with a teacher block's; NaN if either's are constant."""
+
+    value: float
+    alone: float | None
+    """of the student that learned without the teacher; None if none was given"""
+    other_images: float
+    """with the teacher's tokens of another image: what their places alone have in common"""
+
+
 @dataclass(frozen=True, eq=False)
 class Alikeness:
     """How alike a student attends to its teacher."""
@@ -39,8 +50,8 @@ class Alikeness:
     """[P] whether that pair was distilled"""
     divergence: Tensor
     """[N] Jensen–Shannon divergence in nats, the mean over distilled pairs, or over all if none was"""
-    cka: Mapping[tuple[int, int], float]
-    """(student block, teacher block) → linear CKA of their tokens"""
+    cka: Mapping[tuple[int, int], TokenAlignment]
+    """(student block, teacher block) → how their tokens align"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +138,7 @@ class _Sums:
             prefix=recording.prefix,
             readers=recording.readers,
         )
-        self.cka = {(pair.student_block, pair.teacher_block): CKASums() for pair in comparison.pairs}
+        self.cka = _TokenSums(comparison)
         self.divergence: list[Tensor] = []
 
     def add(self, student: Recording, teacher: Recording, alone: Recording | None = None) -> None:
@@ -136,12 +147,46 @@ class _Sums:
         counted = torch.tensor(self.comparison.learnt)
         counted = counted if counted.any() else ~counted
         self.divergence.append(figures["js"][:, counted].mean(1))
-        for (ours, theirs), sums in self.cka.items():
-            sums.add(student.tokens[ours], teacher.tokens[theirs])
+        self.cka.add(student, teacher, alone)
 
     def alikeness(self) -> Alikeness:
-        cka = {blocks: sums.value() for blocks, sums in self.cka.items()}
-        return Alikeness(self.fidelity.table(), self.comparison.learnt, torch.cat(self.divergence), cka)
+        return Alikeness(
+            self.fidelity.table(), self.comparison.learnt, torch.cat(self.divergence), self.cka.values()
+        )
+
+
+class _TokenSums:
+    """The alignment of one student's tokens with its teacher's, over batches."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.blocks = [*dict.fromkeys((pair.student_block, pair.teacher_block) for pair in comparison.pairs)]
+        self.has_alone = comparison.alone is not None
+        self.before: Tensor | None = None
+        """the teacher's tokens [L, 1, T, D] of the last image of the last batch"""
+        ours = ["student", *(["alone"] if self.has_alone else [])]
+        pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in ours]
+        self.sums = CKASums([*pairs, *((("student", s), ("another's", t)) for s, t in self.blocks)])
+
+    def add(self, student: Recording, teacher: Recording, alone: Recording | None) -> None:
+        theirs = torch.stack(teacher.tokens)
+        before = theirs[:, -1:] if self.before is None else self.before
+        self.before = theirs[:, -1:]
+        models = {"student": student.tokens, "teacher": theirs}
+        models["another's"] = torch.cat([before, theirs[:, :-1]], 1)
+        if alone is not None:
+            models["alone"] = alone.tokens
+        self.sums.add({(who, block): x for who, tokens in models.items() for block, x in enumerate(tokens)})
+
+    def values(self) -> dict[tuple[int, int], TokenAlignment]:
+        value = self.sums.value
+        return {
+            (ours, theirs): TokenAlignment(
+                value(("student", ours), ("teacher", theirs)),
+                value(("alone", ours), ("teacher", theirs)) if self.has_alone else None,
+                value(("student", ours), ("another's", theirs)),
+            )
+            for ours, theirs in self.blocks
+        }
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
