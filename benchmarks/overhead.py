@@ -33,7 +33,7 @@ from benchmarks.harness import Bar, Row, Settings, in_turns, row, synchronize
 from benchmarks.harness import main as run
 from vitkd.config import Config
 from vitkd.data import Batch
-from vitkd.distill.modules import ClassifyModule, measures
+from vitkd.distill.modules import ClassifyModule, measures, trained_by
 from vitkd.runs.console import start_logging
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.training import fit
@@ -123,7 +123,7 @@ def own_work(config: Config, device: torch.device) -> float:
         module.guard.watch(terms.named_losses(), batch.index)
         module.train_meter.add(measures(terms, batch), len(batch.label))
         terms.total.backward()
-        if not module.guard.hold_back(optimizer, module.model.parameters()):
+        if not module.guard.hold_back(optimizer, trained_by(optimizer)):
             module.guard.check(0, 0)
         optimizer.step()
         optimizer.zero_grad()

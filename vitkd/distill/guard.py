@@ -3,11 +3,12 @@
 Shapes: S stacked students (absent for one model), B batch, n losses.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitkd.errors import RunError
 
@@ -54,7 +55,7 @@ class FiniteGuard:
         """Note the norm [*S] of the gradients that the batches since the last step have led to."""
         self._seen.append(_Seen(("gradient norm",), norm[..., None], self._seen[-1].images))
 
-    def hold_back(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter] = ()) -> bool:
+    def hold_back(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor] = ()) -> bool:
         """Note the gradients of `parameters`, and keep `optimizer` from taking a step that is not finite.
 
         Returns whether it can; if not, `check` has to be called before the step.
@@ -119,7 +120,8 @@ class FiniteGuard:
         """Whether all that was noted is finite, where that is known without the tables; forgets it then."""
         if self._steps is not None:
             return False
-        if self._seen and torch.cat([seen.values.flatten() for seen in self._seen]).isfinite().all():
+        values = [seen.values.flatten() for seen in self._seen]
+        if values and all(map(math.isfinite, torch.cat(values).tolist())):
             self._seen = []
         return not self._seen
 

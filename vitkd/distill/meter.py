@@ -32,11 +32,11 @@ class Meter:
         self.images += images
         self._stale -= means.keys()
         for name, mean in means.items():
-            value = at_least_float32(mean.detach()) * images
+            value = at_least_float32(mean.detach())
             if name in self._sums:
-                self._sums[name] += value
+                self._sums[name].add_(value, alpha=images)
             else:
-                self._sums[name] = value
+                self._sums[name] = value * images
 
     def added_again(self, images: int) -> None:
         """Count one more batch of the last one's kind, whose values a CUDA graph has added."""
