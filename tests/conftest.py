@@ -20,6 +20,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from vitkd.models import ViTConfig
+from vitkd.runs.memory import pass_over_what_is_imported
 
 # Tensors here are tiny: a second thread costs more than it brings, above all where other work runs beside.
 torch.set_num_threads(1)
@@ -29,6 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that have most slow tests: a long one begun last would leave a worker idle."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """As a command does: each of those that run in this process collects garbage at its end."""
+    pass_over_what_is_imported()
 
 
 @pytest.fixture(autouse=True)

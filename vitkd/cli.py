@@ -28,7 +28,7 @@ from vitkd.runs.console import Job, print_jobs
 from vitkd.runs.files import NO_ROOM
 from vitkd.runs.folder import IMMATERIAL
 from vitkd.runs.isolation import isolated
-from vitkd.runs.memory import keep_freed_memory
+from vitkd.runs.memory import keep_freed_memory, pass_over_what_is_imported
 from vitkd.runs.processes import is_first, rank
 from vitkd.runs.signals import TERMINATED, exit_on_termination
 from vitkd.schema import refuse_foreign_code
@@ -86,6 +86,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     # Read once a process, so it has to be there before the first job, should any ask for determinism.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()
+    pass_over_what_is_imported()
     exit_on_termination()
     with summed_up(), ended_by_one_line(one_line), checked_by(refuse_foreign_code):
         check_arguments(arguments)
