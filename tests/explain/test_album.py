@@ -192,7 +192,9 @@ class TestFigures:
 
     def test_beside_a_teacher_without_maps_the_student_stands_alone_in_the_cells(self, whole):
         teacher, student, _ = whole.subjects
-        figure = album_module._figure_2(replace(whole, subjects=[replace(teacher, maps={}), student]))
+        figure = album_module._figure_2(
+            replace(whole, subjects=[replace(teacher, maps={}, patches=None), student])
+        )
 
         assert "student A, block 1" in texts(figure)
         assert "teacher, block" not in texts(figure)
@@ -201,7 +203,7 @@ class TestFigures:
         teacher, student, _ = whole.subjects
         album = replace(
             whole,
-            subjects=[replace(teacher, maps={}), student],
+            subjects=[replace(teacher, maps={}, patches=None), student],
             regions={"student A": whole.regions["student A"]},
             alikeness={},
             faithfulness={},
@@ -323,6 +325,7 @@ class TestArrays:
                 assert np.array_equal(found[f"{subject.name}/{method}"], maps)
             assert found[f"{subject.name}/predicted"].tolist() == subject.predicted
             assert found[f"{subject.name}/confidence"].tolist() == subject.confidence
+            assert np.array_equal(found[f"{subject.name}/patches"], subject.patches)
             assert np.array_equal(found[f"{subject.name}/regions"], whole.regions[subject.name])
         assert np.array_equal(found["pixels"], whole.pixels)
         assert found["labels"].tolist() == whole.labels

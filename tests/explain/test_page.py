@@ -41,6 +41,7 @@ def page_of(count=8, size=16, seed=0, **changed):
                     "relevance": random.random((count, 4, 4)) * 5,
                     "signed_thing": random.normal(size=(count, 3, 4)),
                 },
+                patches=random.random((count, 3, 2, 16, 4, 4)) / 16,
             ),
             Subject(
                 "student",
@@ -52,6 +53,8 @@ def page_of(count=8, size=16, seed=0, **changed):
                     "relevance": random.random((count, 2, 2)),
                 },
                 first_block=0,
+                # Of its three heads the mean.
+                patches=random.random((count, 2, 1, 4, 2, 2)) / 4,
             ),
         ],
         counts={"both right": 1200, "student wrong": 30, "teacher wrong": 7, "both wrong": 5},
@@ -66,7 +69,7 @@ def page_of(count=8, size=16, seed=0, **changed):
 def with_a_teacher_without_maps(page):
     teacher, student = page.subjects
     regions = {"student": page.regions["student"]}
-    return replace(page, subjects=[replace(teacher, maps={}), student], regions=regions)
+    return replace(page, subjects=[replace(teacher, maps={}, patches=None), student], regions=regions)
 
 
 def without_teacher(page):
@@ -115,6 +118,7 @@ def test_the_page_holds_what_was_given():
     for given, held in zip(page.subjects, data["subjects"], strict=True):
         for method, maps in given.maps.items():
             np.testing.assert_allclose(decode(held["maps"][method]), maps, atol=1e-4)
+        np.testing.assert_allclose(decode(held["patches"]), given.patches, atol=1e-5)
         np.testing.assert_array_equal(decode(held["maps"]["regions"]).round(), page.regions[given.name])
         np.testing.assert_allclose(held["confidence"], given.confidence, atol=1e-4)
     assert [subject["firstBlock"] for subject in data["subjects"]] == [2, 0]
@@ -130,16 +134,20 @@ def test_large_images_are_jpeg():
     assert np.abs(picture(url).astype(int) - smooth[0]).max() < 8
 
 
-def test_what_the_report_shows_takes_less_than_two_megabytes():
+def test_what_the_report_shows_takes_less_than_three_megabytes():
     random = np.random.default_rng(0)
     maps = [{"attention": random.random((128, *shape, 4, 4))} for shape in ((10, 8), (5, 4))]
     others = ["rollout", "gradient_rollout", "relevance", "grad_cam", "integrated_gradients", "random"]
     page = page_of(128, 32)
     subjects = [
-        replace(subject, maps=each | {name: random.random((128, 4, 4)) for name in others})
+        replace(
+            subject,
+            maps=each | {name: random.random((128, 4, 4)) for name in others},
+            patches=random.random((128, each["attention"].shape[1], 1, 16, 4, 4)),
+        )
         for subject, each in zip(page.subjects, maps, strict=True)
     ]
-    assert len(render(replace(page, subjects=subjects, plots=())).encode()) < 2e6
+    assert len(render(replace(page, subjects=subjects, plots=())).encode()) < 3e6
 
 
 def test_the_page_is_the_same_each_time_and_names_no_other_place():
@@ -243,7 +251,24 @@ def test_what_does_not_belong_together_is_refused(changed, message):
 def test_maps_of_another_shape_are_refused(maps, message):
     page = page_of()
     with pytest.raises(ValueError, match=message):
-        replace(page, subjects=[replace(page.subjects[0], maps=maps), page.subjects[1]])
+        replace(page, subjects=[replace(page.subjects[0], maps=maps, patches=None), page.subjects[1]])
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 3, 3, 16, 4, 4), (8, 2, 1, 16, 4, 4), (8, 3, 2, 4, 4, 4), (7, 3, 2, 16, 4, 4)]
+)
+def test_patches_of_other_models_are_refused(shape):
+    page = page_of()
+    with pytest.raises(ValueError, match="teacher's patches"):
+        replace(page, subjects=[replace(page.subjects[0], patches=np.zeros(shape)), page.subjects[1]])
+
+
+def test_where_no_patch_can_be_asked_there_is_no_such_choice():
+    page = page_of()
+    bare = replace(page, subjects=[replace(each, patches=None) for each in page.subjects])
+
+    assert 'id="query"' in render(page)
+    assert 'id="query"' not in render(bare)
 
 
 def picture(url):

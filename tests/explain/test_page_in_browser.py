@@ -312,6 +312,73 @@ def test_every_head_can_be_chosen_by_its_picture(show):
     assert not tab.is_visible("dialog")
 
 
+def test_a_patch_can_be_asked_what_it_attends_to(show):
+    page = page_of()
+    teacher, student = page.subjects
+    tab = show(page)
+    tab.uncheck("#smooth")
+    tab.click('.card[data-index="17"] .open')
+    assert tab.locator("#query option").count() == 1 + 16
+    assert tab.input_value("#query") == ""
+
+    # Row 2, column 1 of the teacher's 4×4 patches; of the student's 2×2 that is row 1, column 0.
+    tab.select_option("#query", "2,1")
+    maps = [teacher.patches[1, 2, :, 9].mean(0), student.patches[1, 0, 0, 2]]
+    highest = max(each.max() for each in maps)
+    for subject, each in enumerate(maps):
+        assert_close(pixels(tab, 17, subject, "#large-tiles"), coloured(each, 0, highest))
+    assert tab.locator("#large-tiles .unit").text_content() == "attention weight given by that patch"
+    assert tab.text_content("#readout") == (
+        "Colours: attention weight given by the patch in row 2, column 1; heads averaged (student)."
+    )
+    frame = tab.locator("#large-tiles .frame").first.bounding_box()
+    mark = tab.locator("#large-tiles .here").first.bounding_box()
+    assert mark["x"] - frame["x"] == pytest.approx(frame["width"] / 4, abs=1)
+    assert mark["y"] - frame["y"] == pytest.approx(frame["height"] / 2, abs=1)
+    assert mark["width"] == pytest.approx(frame["width"] / 4, abs=1)
+    # The card behind shows what the classifier reads, as ever.
+    assert tab.locator('.card[data-index="17"] .here').first.is_hidden()
+
+    tab.get_by_role("button", name="teacher: block 0, head 1").click()
+    tab.get_by_role("button", name="student: block 1, mean of heads").click()
+    maps = [teacher.patches[1, 0, 1, 9], student.patches[1, 1, 0, 2]]
+    highest = max(each.max() for each in maps)
+    for subject, each in enumerate(maps):
+        assert_close(pixels(tab, 17, subject, "#large-tiles"), coloured(each, 0, highest))
+
+
+def test_a_patch_is_chosen_by_pointing_at_the_image(show):
+    page = page_of()
+    teacher = page.subjects[0]
+    tab = show(page)
+    tab.uncheck("#smooth")
+    tab.click('.card[data-index="10"] .open')
+    image = tab.locator("#large-tiles .frame").first
+    box = image.bounding_box()
+    corner = {"x": 0.99 * box["width"], "y": 0.01 * box["height"]}
+    image.click(position=corner)
+    assert tab.input_value("#query") == "0,3"
+    map_box = tab.locator('#large-tiles canvas[data-subject="0"]').bounding_box()
+    tab.mouse.move(map_box["x"] + 0.2 * map_box["width"], map_box["y"] + 0.2 * map_box["height"])
+    said = re.search(r"teacher (\S+) \(patch 0, 0\)", tab.text_content("#readout"))
+    assert float(said[1]) == pytest.approx(teacher.patches[0, 2, :, 3, 0, 0].mean(), rel=0.01)
+    image.click(position=corner)
+    assert tab.input_value("#query") == ""
+
+    # Other methods have no such rows, and a closed image leaves no choice behind.
+    tab.select_option("#query", "1,1")
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("Escape")
+    tab.click('.card[data-index="10"] .open')
+    assert tab.input_value("#query") == ""
+    tab.click("#close")
+    choose(tab, method="relevance")
+    tab.click('.card[data-index="10"] .open')
+    assert tab.is_hidden("#query")
+    tab.locator("#large-tiles .frame").first.click()
+    assert tab.locator("#large-tiles .unit").text_content() == "relevance, arbitrary units"
+
+
 def test_only_cards_near_the_window_are_drawn(show):
     tab = show(page_of(200))
     assert len(shown(tab)) == 30

@@ -138,6 +138,28 @@ def test_beyond_so_many_numbers_heads_are_averaged(model, images, monkeypatch):
     torch.testing.assert_close(head_mean(averaged), head_mean(subject(model, images, ["attention"])))
 
 
+@torch.no_grad()
+def test_what_patches_attend_to_is_kept_by_head_by_mean_or_not_at_all(model, images, in_parts, monkeypatch):
+    scores = model.scores(images, range(3))
+    weights = torch.stack([scores[block].softmax(-1) for block in range(3)], 1)
+    by_head = weights[..., 1:, 1:].unflatten(-1, (3, 3))
+    whole = by_head.numel()
+
+    for most, expected in [
+        (whole, by_head),
+        (whole - 1, by_head.mean(2, keepdim=True)),
+        (whole // 2, by_head.mean(2, keepdim=True)),
+        (whole // 2 - 1, None),
+    ]:
+        monkeypatch.setattr(subjects, "MOST_OF_PATCHES", most)
+        found = subject(model, images).patches
+        if expected is None:
+            assert found is None
+        else:
+            assert found.shape == expected.shape == (7, 3, expected.shape[2], 9, 3, 3)
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("asked", "block"), [(-1, 2), (0, 0), (1, 1), (-3, 0)])
 def test_the_block_shown_first_counts_from_either_end(asked, block, model, images):
     found = subject(model, images, first_block=asked)

@@ -453,6 +453,8 @@ def arrays(album: Album) -> bytes:
         content[f"{subject.name}/predicted"] = np.asarray(subject.predicted)
         content[f"{subject.name}/confidence"] = np.asarray(subject.confidence)
         content |= {f"{subject.name}/{method}": maps for method, maps in subject.maps.items()}
+        if subject.patches is not None:
+            content[f"{subject.name}/patches"] = subject.patches
     content |= {f"{name}/regions": labels for name, labels in album.regions.items()}
     file = BytesIO()
     np.savez_compressed(file, **content)

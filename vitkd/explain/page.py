@@ -4,6 +4,7 @@ The page holds its arrays as base64 of 16-bit integers, 2.7 bytes a number, and 
 above 64 pixels a side. That makes 1 MB of 128 images of 32×32 with every head of ten and of five blocks on a
 4×4 grid. Large grids cost more: 128 images with twelve blocks of twelve heads on a 14×14 grid take 10 MB a
 subject, and twice the images twice as much; browsers open that, but it is no longer a file for an e-mail.
+What every patch attends to may stand beside what the classifier does; `subjects` bounds it.
 
 Shapes: N images shown, H × W pixels, L blocks, A heads, h × w patches, K classes.
 """
@@ -22,7 +23,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitkd.explain.figures import attention_unit, region_colours
+from vitkd.explain.figures import attention_unit, region_colours, whose
 from vitkd.explain.panel import COLOURS
 
 ATTENTION, REGIONS = "attention", "regions"
@@ -71,6 +72,9 @@ class Subject:
     """whose attention is shown at first"""
     readers: str = "class token"
     """the tokens that it classifies by, in words"""
+    patches: Maps | None = None
+    """[N, L, A or 1, h·w, h, w]: what each patch gives to every patch, by each head or by their mean; None
+    if that is not to be shown"""
 
 
 class Table(NamedTuple):
@@ -146,6 +150,8 @@ def render(page: GalleryPage) -> str:
         classes=sorted({*page.labels} - {-1}, key=lambda label: page.class_names[label]),
         plots=[(plot, picture_url(plot.picture)) for plot in page.plots],
         aspect=f"{width} / {height}",
+        patches=_finest_grid(page.subjects),
+        readers=whose(subject.readers for subject in page.subjects if ATTENTION in subject.maps),
         gradient=", ".join(_css(COLOURS(level)[:3]) for level in np.linspace(0, 1, 17)),
         data=_as_script(_data(page)),
     )
@@ -204,6 +210,13 @@ def _check(page: GalleryPage) -> None:
         of_images |= {f"{subject.name}'s predictions": subject.predicted}
         of_images |= {f"{subject.name}'s confidences": subject.confidence}
         of_images |= {f"{subject.name}'s {method}": maps for method, maps in subject.maps.items()}
+        if subject.patches is not None:
+            of_images |= {f"{subject.name}'s patches": subject.patches}
+            expected = _shape_of_patches(subject)
+            if subject.patches.shape[1:] not in expected:
+                raise ValueError(
+                    f"{subject.name}'s patches: {[*subject.patches.shape]}, not [N, …] of {expected}"
+                )
         for method, maps in subject.maps.items():
             axes = 5 if method == ATTENTION else 3
             if maps.ndim != axes or not np.isfinite(maps).all():
@@ -217,6 +230,14 @@ def _check(page: GalleryPage) -> None:
     _check_names(page)
 
 
+def _shape_of_patches(subject: Subject) -> list[tuple[int, ...]]:
+    """What `patches` may be for one image."""
+    if ATTENTION not in subject.maps:
+        return []
+    blocks, heads, height, width = subject.maps[ATTENTION].shape[1:]
+    return [(blocks, each, height * width, height, width) for each in (heads, 1)]
+
+
 def _check_names(page: GalleryPage) -> None:
     known = {cell for row in CELLS for cell in row}
     if {*page.cells} != {""} and not {*page.cells, *page.counts} <= known:
@@ -226,6 +247,12 @@ def _check_names(page: GalleryPage) -> None:
         raise ValueError(f"classes beyond the {len(page.class_names)} that have names")
     if unnamed := {*(page.regions or {})} - {subject.name for subject in page.subjects}:
         raise ValueError(f"regions of {sorted(unnamed)}, who are among no subjects")
+
+
+def _finest_grid(subjects: Sequence[Subject]) -> tuple[int, int] | None:
+    """(h, w) of the patches that can be asked what they attend to, if any can."""
+    grids = [subject.patches.shape[-2:] for subject in subjects if subject.patches is not None]
+    return max(grids, key=lambda grid: grid[0] * grid[1], default=None)
 
 
 def _data(page: GalleryPage) -> dict[str, Any]:
@@ -255,6 +282,7 @@ def _subject(subject: Subject, regions: NDArray[np.integer[Any]] | None) -> dict
     if regions is not None:
         maps[REGIONS] = regions
     blocks = subject.maps[ATTENTION].shape[1] if ATTENTION in subject.maps else 1
+    patches = None if subject.patches is None else encode(np.asarray(subject.patches, np.float64))
     return {
         "name": subject.name,
         "role": subject.role,
@@ -262,6 +290,7 @@ def _subject(subject: Subject, regions: NDArray[np.integer[Any]] | None) -> dict
         "confidence": [round(float(each), 4) for each in subject.confidence],
         "firstBlock": subject.first_block % blocks,
         "maps": {method: encode(np.asarray(each, np.float64)) for method, each in maps.items()},
+        "patches": patches,
     }
 
 

@@ -20,6 +20,8 @@ from vitkd.explain.regions import attention_features, region_map
 AT_A_TIME = 64
 MOST_NUMBERS = 16_000_000
 """of one subject's attention maps; beyond, heads are averaged, or the page would be too large to open"""
+MOST_OF_PATCHES = 1_000_000
+"""of the maps of all its patches; beyond, heads are averaged, and beyond that there are none"""
 
 
 def subject_of(
@@ -36,11 +38,13 @@ def subject_of(
 
     Raises ConfigError if its maps cannot be had, there is no such method, or an optional package is absent.
     """
-    rows, features, logits = [], [], []
+    rows, patches, features, logits = [], [], [], []
     for part in images.split(AT_A_TIME):
         with torch.no_grad():
             recording = record(model, part)
             rows.append(class_rows(recording).cpu())
+            if (of_patches := patch_rows(recording, MOST_OF_PATCHES // len(images))) is not None:
+                patches.append(of_patches.cpu())
             features.append(features_of(recording).cpu())
         logits.append(recording.logits)
     answers, confidence = answers_of(torch.cat(logits))
@@ -51,8 +55,16 @@ def subject_of(
     for method in methods:
         if method != ATTENTION:
             maps[method] = maps_of(method, model, images, answers).cpu().numpy()
-    block = first_block % attention.shape[1]
-    subject = Subject(name, role, answers.tolist(), confidence, maps, block, who_reads(recording))
+    subject = Subject(
+        name,
+        role,
+        answers.tolist(),
+        confidence,
+        maps,
+        first_block % attention.shape[1],
+        who_reads(recording),
+        torch.cat(patches).numpy() if patches else None,
+    )
     return subject, torch.cat(features)
 
 
@@ -83,6 +95,21 @@ def class_rows(recording: Recording) -> Tensor:
     """What the classifier takes from each patch, [N, L, A, h, w]: the mean row of the tokens it reads."""
     weights = torch.stack(recording.weights, 1).float()
     return token_map(weights, recording.grid, recording.prefix, recording.readers)
+
+
+def patch_rows(recording: Recording, most: int) -> Tensor | None:
+    """What each patch gives to every patch, [N, L, A, h·w, h, w], of the same images as `class_rows`.
+
+    Heads are averaged where they are more than `most` numbers an image; None where their mean is too.
+    """
+    prefix = recording.prefix
+    weights = [each[..., prefix:, prefix:] for each in recording.weights]
+    numbers = sum(each[0].numel() for each in weights)
+    if numbers > most * weights[0].shape[1]:
+        return None
+    if numbers > most:
+        weights = [each.mean(1, keepdim=True) for each in weights]
+    return torch.stack(weights, 1).float().unflatten(-1, recording.grid)
 
 
 def features_of(recording: Recording) -> Tensor:
