@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.distill.test_methods import plan
 from tests.distill.test_transfer import pool_queries_and_keys
-from vitkd.distill.alignment import Alignment, align, token_interpolation, without_distillation_token
+from vitkd.distill.alignment import Alignment, align, without_distillation_token
 from vitkd.distill.granularity import Encoder
 from vitkd.distill.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
 from vitkd.distill.matching import match_heads
@@ -18,6 +18,7 @@ from vitkd.distill.transfer import AttentionTransfer
 from vitkd.errors import ConfigError
 from vitkd.models import ViTConfig
 from vitkd.models.layers import Factors
+from vitkd.models.tokens import token_interpolation
 
 LOSSES = [MSE(), MSE(center="row"), CE(), KL(), KL(temperature=0.7), ReverseKL(), JS()]
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=repr)

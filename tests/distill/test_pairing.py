@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitkd.distill.alignment import Alignment, token_interpolation
+from vitkd.distill.alignment import Alignment
 from vitkd.distill.losses import CE, JS, KL, MSE
 from vitkd.distill.matching import match_heads
 from vitkd.distill.pairing import BlockPair, map_block, map_heads
 from vitkd.errors import ConfigError
+from vitkd.models.tokens import token_interpolation
 
 
 @pytest.mark.parametrize(

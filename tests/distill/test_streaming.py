@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.memory import LiveBytes, storages
 from vitkd.distill import streaming
 from vitkd.distill import transfer as transfer_module
-from vitkd.distill.alignment import Alignment, token_interpolation
+from vitkd.distill.alignment import Alignment
 from vitkd.distill.granularity import Block, Encoder, Granularity, Head
 from vitkd.distill.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
 from vitkd.distill.pairing import BlockPair
@@ -17,6 +17,7 @@ from vitkd.distill.streaming import STREAM_ABOVE, images_at_a_time, streamed
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.models import ViT
 from vitkd.models.layers import Attention, Factors
+from vitkd.models.tokens import token_interpolation
 
 EXACT = {"atol": 1e-12, "rtol": 0}
 LOSSES = [

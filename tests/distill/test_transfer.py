@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitkd.distill.alignment import Alignment, token_interpolation
+from vitkd.distill.alignment import Alignment
 from vitkd.distill.losses import CE, JS, KL, MSE, ReverseKL
 from vitkd.distill.pairing import BlockPair
 from vitkd.distill.transfer import AttentionTransfer, take_heads
+from vitkd.models.tokens import token_interpolation
 
 EVERY_LOSS = pytest.mark.parametrize("loss", [MSE(), CE(), KL(), ReverseKL(), JS()], ids=repr)
 PAIRS = [BlockPair(0, 1, (0, 2), ((3,), (0,))), BlockPair(2, 5, (1,), ((2,),))]

@@ -220,6 +220,43 @@ def test_recordings_of_alike_models_are_not_touched(changes, tiny, images):
     assert all(mine is own for mine, own in zip(comparable(*recordings), recordings, strict=True))
 
 
+@pytest.mark.parametrize("student", [{}, {"distillation_token": True}, {"attention": "lsa"}])
+@torch.no_grad()
+def test_a_teacher_of_other_patches_is_resized(student, tiny, images):
+    """From 4×4 patches to 2×2 bilinear means: of four queries the mean, of four keys the sum."""
+    of_four = np.zeros((5, 17))
+    of_four[0, 0] = 1
+    for i in range(16):
+        of_four[1 + i // 8 * 2 + i % 4 // 2, 1 + i] = 1
+    mean_of_four = of_four / of_four.sum(1, keepdims=True)
+    models = {
+        "teacher": tiny(depth=4, num_heads=3, patch_size=2).build().double().eval(),
+        "student": tiny(**student).build().double().eval(),
+    }
+
+    (found,) = survey(
+        models, batches(images, 4, 5), {"student": comparison(True, True, True)}
+    ).alikeness.values()
+
+    drop, mask = [1] if "distillation_token" in student else [], "attention" in student
+    q = numpy_weights(models["student"], images, drop, mask)
+    for pair, row in zip(PAIRS, found.rows, strict=True):
+        mine = q[pair.student_block][:, pair.student_head]
+        theirs = models["teacher"].trace(images).weights[pair.teacher_block][:, [*pair.teacher_heads]]
+        target = mean_of_four @ theirs.numpy() @ of_four.T
+        if mask:
+            target[..., range(5), range(5)] = 0
+            target = target / target.sum(-1, keepdims=True)
+        kl = rel_entr(target.mean(1), mine).sum(-1).mean()
+        assert row.figures["kl"] == pytest.approx(kl, rel=1e-6)
+        rows = [each[:, 0, 1:] / each[:, 0, 1:].sum(-1, keepdims=True) for each in (mine, target.mean(1))]
+        assert row.figures["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-6)
+    kept = [0, 2, 3, 4, 5] if drop else [*range(5)]
+    ours = models["student"].trace(images).tokens[2][:, kept].flatten(0, 1).numpy()
+    theirs = (mean_of_four @ models["teacher"].trace(images).tokens[3].numpy()).reshape(len(ours), -1)
+    assert found.cka[2, 3].value == pytest.approx(cka(ours, theirs), rel=1e-6)
+
+
 def test_patches_that_are_read_are_found_where_they_stand_afterwards():
     pooled = recording_of([[0.25] * 4] * 4, prefix=2, readers=range(2, 4))
 

@@ -6,11 +6,11 @@ Shapes: N tokens of the maps that are compared, N' of the teacher's before they 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.models import ViTConfig
-from vitkd.models.layers import Factors, Scores, without_tokens
+from vitkd.models.layers import Factors, Scores
+from vitkd.models.tokens import token_interpolation, without_tokens
 
 # Where a distillation token stands: behind the class token.
 DISTILLATION_TOKEN = 1
@@ -62,14 +62,3 @@ def _without(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     for axis in axes:
         x = without_tokens(x, axis, DISTILLATION_TOKEN, DISTILLATION_TOKEN + 1)
     return x
-
-
-def token_interpolation(from_grid: int, to_grid: int) -> Tensor:
-    """The matrix [1 + to_grid², 1 + from_grid²] that resizes a token axis bilinearly and keeps CLS.
-
-    Each row sums to 1.
-    """
-    tokens = from_grid**2
-    basis = torch.eye(tokens).reshape(tokens, 1, from_grid, from_grid)
-    resized = F.interpolate(basis, size=(to_grid, to_grid), mode="bilinear", align_corners=False)
-    return torch.block_diag(torch.ones(1, 1), resized.reshape(tokens, to_grid**2).T)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitkd.errors import ConfigError
 from vitkd.models.layers import at_least_float32
+from vitkd.models.tokens import resized_weights
 
 # Stands for −∞ where attention is masked: exp() of it is exactly 0, and 0 times it is not NaN.
 MASKED = -1e30
@@ -103,11 +104,8 @@ class DistributionLoss(AttentionLoss):
         return targets.logsumexp(dim) - math.log(targets.shape[dim])
 
     def resize(self, target: Tensor, matrix: Tensor) -> Tensor:
-        # A key's weight is spread over the patches of its area, so that the class token keeps its share.
-        area = torch.ones_like(matrix[:, :1])
-        area[1:] = (matrix.shape[1] - 1) / (matrix.shape[0] - 1)
-        mixed = matrix @ target.exp() @ (area * matrix).mT
-        return (mixed / mixed.sum(-1, keepdim=True)).clamp(min=torch.finfo(mixed.dtype).tiny).log()
+        weights = resized_weights(target.exp(), matrix)
+        return weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
 
     def __call__(self, student_scores: Tensor, target: Tensor, allowed: Tensor | None = None) -> Tensor:
         scores = self.softened(student_scores)

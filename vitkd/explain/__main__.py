@@ -381,9 +381,12 @@ def _comparisons(runs: Sequence[Run], names: Sequence[str]) -> tuple[dict[str, C
     for name, run in zip(names, runs, strict=True):
         ours, theirs = shape_of(run.student), shape_of(teacher)
         if ours.grid != theirs.grid:
-            grids = f"{ours.grid}×{ours.grid} patches and the teacher {theirs.grid}×{theirs.grid}"
-            remarks.append(f"{name} has {grids}: their maps are shown, not compared.")
-            continue
+            grids = f"{name} has {ours.grid}×{ours.grid} patches and the teacher {theirs.grid}×{theirs.grid}"
+            if theirs.attention == "lsa":
+                # Where its tokens may not look at themselves is no longer to be told.
+                remarks.append(f"{grids} of locality attention: their maps are shown, not compared.")
+                continue
+            remarks.append(f"{grids}: the teacher's maps are resized to be compared.")
         remarks += _how_compared(name, ours, theirs)
         others = [n for n, other in zip(names, runs, strict=True) if other is not run and other.is_alone]
         alone = others[0] if others and not run.is_alone else None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitkd.explain.cka import CKASums
 from vitkd.explain.fidelity import FidelityRow, FidelitySums, MapPair, locality
 from vitkd.explain.recording import Recording, evaluating, has_maps, logits_of, record
-from vitkd.models.layers import without_tokens
+from vitkd.models.tokens import resized_weights, token_interpolation, without_tokens
 
 
 class Comparison(NamedTuple):
@@ -205,30 +205,54 @@ def comparable(*recordings: Recording) -> list[Recording]:
 
     A distillation token that another lacks is left out, and no longer read by the classifier; so is what a
     token gives to itself, where another's gives itself nothing by design. What is left of a row is scaled to
-    sum 1 again.
+    sum 1 again. Patches on another grid than the first's are resized to that, as a student's targets are, and
+    of the tokens before them the class token alone is kept then.
     """
-    prefix = min(recording.prefix for recording in recordings)
-    alike = len({recording.sees_itself for recording in recordings}) == 1
-    return [
-        recording
-        if alike and recording.prefix == prefix
-        else recording._replace(
-            weights=tuple(_whole(each, recording.prefix, prefix, alike) for each in recording.weights),
-            tokens=tuple(without_tokens(each, -2, prefix, recording.prefix) for each in recording.tokens),
-            prefix=prefix,
-            readers=_still_there(recording.readers, recording.prefix, prefix),
-        )
-        for recording in recordings
-    ]
+    grid = recordings[0].grid
+    has_one_grid = all(recording.grid == grid for recording in recordings)
+    prefix = min(recording.prefix for recording in recordings) if has_one_grid else 1
+    found = [_on_grid(_of_first_tokens(recording, prefix), grid) for recording in recordings]
+    if len({recording.sees_itself for recording in found}) > 1:
+        return [_without_itself(recording) for recording in found]
+    return found
 
 
-def _whole(weights: Tensor, prefix: int, kept: int, diagonal: bool) -> Tensor:
-    """Weights [B, H, T, T] of the first `kept` tokens and the patches, perhaps without the diagonal."""
-    for axis in (-2, -1):
-        weights = without_tokens(weights, axis, kept, prefix)
-    if not diagonal:
-        own = torch.eye(weights.shape[-1], dtype=torch.bool, device=weights.device)
-        weights = weights.masked_fill(own, 0)
+def _of_first_tokens(recording: Recording, kept: int) -> Recording:
+    """A recording of the first `kept` tokens and the patches."""
+    prefix = recording.prefix
+    if kept == prefix:
+        return recording
+    weights = (
+        without_tokens(without_tokens(w, -1, kept, prefix), -2, kept, prefix) for w in recording.weights
+    )
+    return recording._replace(
+        weights=tuple(map(_scaled, weights)),
+        tokens=tuple(without_tokens(each, -2, kept, prefix) for each in recording.tokens),
+        prefix=kept,
+        readers=_still_there(recording.readers, prefix, kept),
+    )
+
+
+def _on_grid(recording: Recording, grid: tuple[int, int]) -> Recording:
+    """A recording of the class token and a square of patches as if their grid had been `grid`."""
+    if recording.grid == grid:
+        return recording
+    matrix = token_interpolation(recording.grid[0], grid[0]).to(recording.weights[0])
+    return recording._replace(
+        weights=tuple(resized_weights(each, matrix) for each in recording.weights),
+        tokens=tuple(matrix @ each for each in recording.tokens),
+        grid=grid,
+    )
+
+
+def _without_itself(recording: Recording) -> Recording:
+    """A recording without what tokens give to themselves."""
+    own = torch.eye(recording.weights[0].shape[-1], dtype=torch.bool, device=recording.weights[0].device)
+    return recording._replace(weights=tuple(_scaled(w.masked_fill(own, 0)) for w in recording.weights))
+
+
+def _scaled(weights: Tensor) -> Tensor:
+    """Rows that sum to 1 again; one that has nothing left stays empty."""
     total = weights.sum(-1, keepdim=True)
     return weights / total.clamp_min(torch.finfo(total.dtype).tiny)
 

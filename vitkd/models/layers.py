@@ -50,12 +50,6 @@ def changed(scores: Scores, change: Callable[[Tensor], Tensor]) -> Scores:
     return change(scores) if isinstance(scores, Tensor) else Factors(*map(change, scores))
 
 
-def without_tokens(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    """All entries along the token axis `axis` but those of the tokens `start` to `stop` − 1."""
-    rest = x.narrow(axis, stop, x.shape[axis] - stop)
-    return torch.cat([x.narrow(axis, 0, start), rest], dim=axis)
-
-
 def per_student(parameter: Tensor, x: Tensor) -> Tensor:
     """Reshape a stacked [S, D] vector to [S, 1, …, 1, D], so that it broadcasts against `x` [S, …, D]."""
     return parameter.reshape(len(parameter), *[1] * (x.ndim - 2), -1)
