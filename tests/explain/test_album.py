@@ -187,6 +187,8 @@ class TestFigures:
         figure = album_module._figure_1
 
         assert "block 0, not distilled" in texts(figure(whole))
+        for subject in (whole.teacher, whole.student):
+            assert f"{100 * subject.confidence[0]:.0f} %" in texts(figure(whole))
         assert "student A, block" not in texts(figure(whole))
         assert "not distilled" not in texts(figure(replace(whole, other_block=None)))
 

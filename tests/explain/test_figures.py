@@ -65,9 +65,10 @@ def test_figure_1_has_a_column_for_a_block_that_was_not_distilled():
         labels=["seal", "bed"],
         teacher_predictions=["seal", "bed"],
         student_predictions=["seal", "seal"],
+        student_confidences=[0.9, 0.4],
     )
     assert written(figure)[:4] == ["image", "teacher", "student, distilled", "student, not distilled"]
-    assert titles(figure)[:8] == ["seal", "seal ✓", "seal ✓", "", "bed", "bed ✓", "seal ✗", ""]
+    assert titles(figure)[:8] == ["seal", "seal ✓", "seal ✓ 90 %", "", "bed", "bed ✓", "seal ✗ 40 %", ""]
     assert len(figure.axes) == 2 * 4 + 1
 
 

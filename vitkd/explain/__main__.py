@@ -1,37 +1,37 @@
 """Where a student looks, and whether it learnt that: `python -m vitkd.explain run=outputs/…`."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from vitkd.cli import run_command
 from vitkd.config import Config
 from vitkd.data import ImageDataModule
 from vitkd.distill.pairing import map_block
-from vitkd.errors import ConfigError, suggest
+from vitkd.errors import ConfigError
 from vitkd.evaluate import device_of
 from vitkd.explain.album import FILES, Album, files_of
 from vitkd.explain.correctness import Correlation, correctness_correlation
 from vitkd.explain.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.fidelity import MapPair
-from vitkd.explain.gallery import Answers, EmptyCell, cells, choose, over_represented
-from vitkd.explain.methods import CLASS_SPECIFIC, METHODS
+from vitkd.explain.gallery import Answers, Cell, EmptyCell, cells, choose, over_represented
+from vitkd.explain.methods import CLASS_SPECIFIC
 from vitkd.explain.page import Subject
 from vitkd.explain.panel import denormalise
+from vitkd.explain.pictures import Format, format_of, normalise, read_picture
 from vitkd.explain.recording import has_maps, timm_model
+from vitkd.explain.settings import Settings
 from vitkd.explain.subjects import maps_of, regions_of, subject_of, without_maps
 from vitkd.explain.survey import Comparison, Survey, survey
 from vitkd.finished import Run, load_run
-from vitkd.models import Model, ViT, ViTConfig, digest
+from vitkd.models import Model, ViTConfig, digest
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.console import Job, start_logging
 from vitkd.runs.files import write_atomically
@@ -42,82 +42,6 @@ log = logging.getLogger("vitkd")
 TEACHER = "teacher"
 # Settings of a data set that change its test images, or what a model is given of them.
 SAME_IMAGES = ("source", "root", "image_size", "channels", "mean", "std", "num_classes", "split_seed")
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-@dataclass
-class Settings:
-    """What the command line says; conf/explain.yaml tells of each."""
-
-    run: Any
-    model: str | None
-    pretrained: bool
-    image: Any
-    teacher: dict[str, Any]
-    epoch: str
-    images: int
-    of_class: str | None
-    seed: int
-    methods: list[str]
-    faithfulness_images: int
-    regions: int
-    out: str | None
-    root: str | None
-    paths: dict[str, Any]
-    accelerator: str
-
-    def __post_init__(self) -> None:
-        if (self.run is None) == (self.model is None):
-            raise ConfigError("give either run=FOLDER (or run=[A,B]) or model=timm:NAME")
-        if self.model is not None and self.image is None:
-            raise ConfigError(f"model={self.model}: has no test split; name pictures by image=PATH")
-        if not 1 <= len(self.runs) <= 2 and self.run is not None:
-            raise ConfigError(f"run={self.run}: name one run, or two to compare as run=[A,B]")
-        if self.epoch not in ("best", "last"):
-            raise ConfigError(f"epoch={self.epoch}: choose best or last")
-        for name, least in (("images", 1), ("faithfulness_images", 0), ("regions", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if not self.methods:
-            raise ConfigError(f"methods=[]: name at least one of {', '.join(METHODS)}")
-        for method in self.methods:
-            if method not in METHODS:
-                raise ConfigError(f"methods={method}: {suggest(method, METHODS)}")
-
-    @property
-    def runs(self) -> list[Path]:
-        return [Path(str(each)) for each in _listed(self.run)]
-
-    @property
-    def pictures(self) -> list[Path]:
-        """The files that `image` names."""
-        found: list[Path] = []
-        for place in (Path(str(each)) for each in _listed(self.image)):
-            if not place.exists():
-                raise ConfigError(f"image={place}: there is no such file or folder")
-            inside = (
-                sorted(p for p in place.iterdir() if p.suffix.lower() in PICTURES)
-                if place.is_dir()
-                else [place]
-            )
-            if not inside:
-                raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(PICTURES))})")
-            found += inside
-        if not found:
-            raise ConfigError(
-                f"image={self.image}: names no picture; give a file, a folder or a list of them"
-            )
-        return found
-
-
-class Format(NamedTuple):
-    """The images that a model takes."""
-
-    size: int
-    """pixels a side"""
-    channels: int
-    mean: Sequence[float]
-    std: Sequence[float]
 
 
 def main() -> None:
@@ -264,22 +188,8 @@ def of_test_split(
     seen = survey(models, batches, comparisons)
     answers = _answers(seen, student, data.class_names)
     found = cells(answers)
-    picked = (
-        {
-            name: choose(cell, settings.images, settings.seed, of_class=settings.of_class)
-            for name, cell in found.items()
-        }
-        if TEACHER in models
-        else {"": choose_any(answers, settings)}
-    )
-    for each in picked.values():
-        if isinstance(each, EmptyCell):
-            notes.append(f"There is {each.message}.")
-    chosen = [
-        (int(i), name) for name, each in picked.items() if not isinstance(each, EmptyCell) for i in each
-    ]
-    if not chosen:
-        raise ConfigError(f"of_class={settings.of_class}: no image of that class is in the test split")
+    chosen, remarks = _chosen(settings, answers, found if TEACHER in models else None)
+    notes += remarks
     positions = [position for position, _ in chosen]
     images = _images(data, seen.numbers[positions], device)
     mean, std = config.dataset.mean, config.dataset.std
@@ -310,6 +220,26 @@ def of_test_split(
     )
 
 
+def _chosen(
+    settings: Settings, answers: Answers, found: Mapping[str, Cell] | None
+) -> tuple[list[tuple[int, str]], list[str]]:
+    """Positions of images to show, each with its cell, and what there is to say; without cells any images."""
+    if found is None:
+        picked = {"": choose_any(answers, settings)}
+    else:
+        picked = {
+            name: choose(cell, settings.images, settings.seed, of_class=settings.of_class)
+            for name, cell in found.items()
+        }
+    empty = [f"There is {each.message}." for each in picked.values() if isinstance(each, EmptyCell)]
+    chosen = [
+        (int(i), name) for name, each in picked.items() if not isinstance(each, EmptyCell) for i in each
+    ]
+    if not chosen:
+        raise ConfigError(f"of_class={settings.of_class}: no image of that class is in the test split")
+    return chosen, empty
+
+
 def of_pictures(
     settings: Settings,
     models: Mapping[str, nn.Module],
@@ -325,12 +255,12 @@ def of_pictures(
     """
     paths = settings.pictures
     if known is None:
-        given, names = _format_of(next(iter(models.values()))), list[str]()
+        given, names = format_of(next(iter(models.values()))), list[str]()
     else:
         data, names = known[0].dataset, known[1]
         given = Format(data.image_size, data.channels, data.mean, data.std)
     pixels = torch.stack([read_picture(path, given.size, given.channels) for path in paths])
-    images = _normalised(pixels, given.mean, given.std).to(device)
+    images = normalise(pixels, given.mean, given.std).to(device)
     subjects, regions = _look(settings, models, images, blocks)
     classes = 1 + max(max(subject.predicted) for subject in subjects)
     return Album(
@@ -345,18 +275,6 @@ def of_pictures(
         regions=regions,
         notes=_on_teacher(models) + _on_weights(settings),
     )
-
-
-def read_picture(path: Path, size: int, channels: int) -> Tensor:
-    """A picture's middle square as [C, size, size] in 0..1; ConfigError if it cannot be read."""
-    try:
-        with Image.open(path) as file:
-            turned = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"image={path}: cannot be read as a picture ({type(error).__name__})") from error
-    fitted = ImageOps.fit(turned, (size, size), Image.Resampling.BILINEAR)
-    array = np.asarray(fitted, np.float32) / 255
-    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
 
 
 def choose_any(answers: Answers, settings: Settings) -> Any:
@@ -507,7 +425,7 @@ def _faithfulness(
             for method in settings.methods
         }
         found[name] = faithfulness(
-            model, pixels, lambda x: _normalised(x, *scale), maps, predicted, labels, seed=settings.seed
+            model, pixels, lambda x: normalise(x, *scale), maps, predicted, labels, seed=settings.seed
         )
     return found
 
@@ -525,22 +443,6 @@ def _images(data: ImageDataModule, numbers: Tensor, device: torch.device) -> Ten
     return torch.stack([found[place] for place in range(len(wanted))])
 
 
-def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    shift, scale = (pixels.new_tensor(each)[:, None, None] for each in (mean, std))
-    return (pixels - shift) / scale
-
-
-def _format_of(model: nn.Module) -> Format:
-    """What a model takes, as far as it says so."""
-    if isinstance(model, ViT):
-        channels = model.config.channels
-        log.warning("warning: the model does not say how images are normalised; 0.5 ± 0.5 is assumed")
-        return Format(model.config.image_size, channels, [0.5] * channels, [0.5] * channels)
-    told: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
-    channels, _, size = told.get("input_size", (3, 224, 224))
-    return Format(size, channels, told.get("mean", [0.5] * channels), told.get("std", [0.5] * channels))
-
-
 def _title(models: Mapping[str, nn.Module]) -> str:
     names = [name for name, model in models.items() if has_maps(model)]
     *others, last = names
@@ -556,12 +458,6 @@ def _source(runs: Sequence[Run]) -> str:
 def _place(settings: Settings) -> Path:
     name = "explain" if settings.image is None else "explain_pictures"
     return settings.runs[0] / name if settings.runs else Path(name)
-
-
-def _listed(value: Any) -> Iterator[Any]:
-    if value is None:
-        return iter(())
-    return iter(value) if isinstance(value, list | tuple) else iter((value,))
 
 
 if __name__ == "__main__":

@@ -161,6 +161,8 @@ def _figure_1(album: Album) -> Figure:
         labels=_labels(album, rows),
         teacher_predictions=[_name(album, teacher.predicted[i]) for i in rows],
         student_predictions=[_name(album, student.predicted[i]) for i in rows],
+        teacher_confidences=[teacher.confidence[i] for i in rows],
+        student_confidences=[student.confidence[i] for i in rows],
         columns=columns,
         unit=attention_unit(album.readers),
         caption=f"Attention of the {whose(album.readers)}, heads averaged. {album.source}",

@@ -98,6 +98,8 @@ def figure_1(
     labels: Sequence[str] | None = None,
     teacher_predictions: Sequence[str] | None = None,
     student_predictions: Sequence[str] | None = None,
+    teacher_confidences: Sequence[float] | None = None,
+    student_confidences: Sequence[float] | None = None,
     columns: Sequence[str] = ("image", "teacher", "student, distilled", "student, not distilled"),
     unit: str | None = None,
     caption: str = "",
@@ -108,6 +110,7 @@ def figure_1(
         images: [B, C, H, W] in 0..1.
         teacher_maps, distilled_maps, other_maps: [B, h, w], heads averaged; without `other_maps` the last
             column is left out, as where every block was distilled.
+        teacher_confidences, student_confidences: probabilities in 0..1 of the classes predicted.
         columns: their headings.
         unit: of the maps, at the colour bar; None for the class token's attention.
 
@@ -117,7 +120,8 @@ def figure_1(
     maps = [teacher_maps, distilled_maps, *([] if other_maps is None else [other_maps])]
     # A student answers once, so its answer stands once.
     predictions = [teacher_predictions, student_predictions, None][: len(maps)]
-    group = Rows("", images, maps, labels, predictions)
+    confidences = [teacher_confidences, student_confidences, None][: len(maps)]
+    group = Rows("", images, maps, labels, predictions, confidences)
     return figure_rows([group], columns=columns[: 1 + len(maps)], unit=unit, caption=caption)
 
 
