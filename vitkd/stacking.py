@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 
 from vitkd.cli import run_path
 from vitkd.config import Config, parse
-from vitkd.distill.methods import AttentionDistillation, NoDistillation
 from vitkd.jobs import as_job, overridden
 from vitkd.models import ViTConfig
 from vitkd.runs.compilation import check_compiler
@@ -24,9 +23,6 @@ from vitkd.stacked.grouping import in_stack_order, portions, shared_settings
 from vitkd.train import earlier_run
 
 log = logging.getLogger("vitkd")
-
-# Their students differ in what they learn from alone.
-STACKABLE = (AttentionDistillation, NoDistillation)
 
 
 @dataclass
@@ -80,13 +76,10 @@ def candidate(composed: DictConfig) -> Candidate | None:
 
 def why_alone(found: Candidate) -> str | None:
     """What keeps a job from being stacked with any other, or None."""
-    method, precision = found.config.method, str(found.config.trainer.get("precision"))
-    student = found.config.student
+    student, precision = found.config.student, str(found.config.trainer.get("precision"))
     if not isinstance(student, ViTConfig):
         return f"student={student}: its batch normalisation would mix the students of a stack"
     drops = max(student.dropout, student.emb_dropout) > 0
-    if not isinstance(method, STACKABLE):
-        return f"{type(method).__name__} learns from more than maps, which are all that a stack compares"
     if found.machine.processes > 1:
         return f"it spreads over {found.machine.processes} processes"
     if precision in ("16-mixed", "16"):
@@ -117,7 +110,8 @@ def stacks_of(candidates: Sequence[Candidate], most: int) -> list[list[Candidate
     """The candidates by stack of at most so many, in stack order; says what keeps one stack from another."""
     groups: list[tuple[dict[str, Any], Path | None, list[Candidate]]] = []
     for member in candidates:
-        shared = shared_settings(member.config.resolved)
+        # Of the method just that: a stack asks one teacher, or none.
+        shared = shared_settings(member.config.resolved) | {"method": member.config.method.needs_teacher}
         saved = member.place.folder.path if member.place else None
         for other, other_saved, members in groups:
             if (shared, saved) == (other, other_saved):

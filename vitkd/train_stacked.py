@@ -18,7 +18,7 @@ from vitkd.cli import say, warn_of_ignored_settings
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.errors import ConfigError, RunError
 from vitkd.jobs import all_recorded, as_job
-from vitkd.models import Model
+from vitkd.models import Model, ViT
 from vitkd.runs import results
 from vitkd.runs.compilation import compile_training
 from vitkd.runs.console import start_logging
@@ -177,7 +177,7 @@ def train_members(members: Sequence[Candidate], beside: Beside, sweep: str) -> N
         place = settle_place(members, stacks_folder(first.paths.outputs) / sweep)
         modules = [build_module(member, beside) for member in members]
         for member, module in zip(members, modules, strict=True):
-            if isinstance(module, DistillModule):
+            if isinstance(module, DistillModule) and module.transfer.pairs:
                 results.write_pairs(member.run, module.transfer.pairs)
         dropout = [seed_of(member.config.seed, DROPOUT, member.config.student) for member in members]
         orders = [data.seeds.index(order_of(member)) for member in members]
@@ -234,7 +234,7 @@ def finish(
 ) -> None:
     """Leave a trained student's picture, figures and checkpoints."""
     config, data = member.config, beside.data
-    if isinstance(module, DistillModule):
+    if isinstance(module, DistillModule) and isinstance(module.teacher, ViT):
         module.model.load_state_dict(student.last.state_dict())
         epochs, steps = student.metrics["epochs"], student.metrics["steps"]
         pictures(config, data, member.run).conclude(module, student.loggers, epochs, steps)

@@ -2,8 +2,7 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +13,12 @@ from tests.stacked.test_module import CLASSES, EXACT, batch, of_order
 from tests.test_multirun import Sweeps, read
 from vitkd.distill.alignment import align
 from vitkd.distill.granularity import Block, Encoder, Granularity
-from vitkd.distill.logits import LogitDistillation
 from vitkd.distill.losses import JS, KL, MSE, AttentionLoss
-from vitkd.distill.methods import AttentionDistillation
 from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.distill.optimization import AdamW, Constant
-from vitkd.distill.token import TokenDistillation
 from vitkd.distill.transfer import AttentionTransfer
 from vitkd.models import ViT, ViTConfig
-from vitkd.runs.training import Machine
 from vitkd.stacked import StackedModule
-from vitkd.stacking import why_alone
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "spt": {"tokenizer": "spt"},
@@ -129,55 +123,14 @@ def sweeps(tmp_path, command) -> Sweeps:
     return Sweeps(tmp_path / "outputs", command)
 
 
-@pytest.mark.parametrize(
-    "method", [TokenDistillation(), TokenDistillation(attention_weight=1.0), LogitDistillation()]
-)
-def test_what_learns_from_more_than_attention_is_no_member(method):
-    config = SimpleNamespace(
-        method=method,
-        trainer={"precision": "32-true"},
-        student=ViTConfig(8, 1, 10, 2, distillation_token=True),
-    )
-    machine = Machine(torch.device("cpu"), 1, 1)
-    found = cast(Any, SimpleNamespace(config=config, machine=machine, folder=None))
-
-    assert why_alone(found) == (
-        f"{type(method).__name__} learns from more than maps, which are all that a stack compares"
-    )
-    config.method = AttentionDistillation()
-    assert why_alone(found) is None
-
-
 @pytest.mark.slow
-def test_what_learns_from_more_than_attention_trains_by_itself(sweeps, monkeypatch):
-    """And is told why; the others still stack."""
-    alone: list[int] = []
-    stacks: list[list[int]] = []
-
-    def train_stack(members: list[Any], sweep: str) -> list[Any]:
-        stacks.append([member.job.number for member in members])
-        for member in members:
-            member.job.state = "done"
-        return []
-
-    monkeypatch.setattr("vitkd.train_stacked.train_stack", train_stack)
-    monkeypatch.setattr("vitkd.train.run_job", lambda _, job: alone.append(job.number))
-    told = sweeps.run(
-        STACKED, "method=token,attention,logit", "student.distillation_token=true", "seed=0,1", *BRIEFLY
-    )
-
-    assert told.code == 0, told.err
-    assert (sorted(alone), stacks) == ([0, 1, 4, 5], [[2, 3]])
-    for job, method in ((0, "Token"), (1, "Token"), (4, "Logit"), (5, "Logit")):
-        assert (f"job {job} trains by itself: {method}Distillation learns from more than maps") in told.out
-
-
-@pytest.mark.slow
-def test_a_stack_leaves_what_the_jobs_leave_alone(tmp_path, command):
-    """Students with shifted patches, locality attention and two heads, beside a plain teacher."""
+@pytest.mark.parametrize("taught", [[], ["method=token", "teacher=resnet", "teacher.stem=small"]])
+def test_a_stack_leaves_what_the_jobs_leave_alone(taught, tmp_path, command):
+    """Students with shifted patches, locality attention and two heads, beside a plain ViT or a network."""
     together, alone = (Sweeps(tmp_path / name / "outputs", command) for name in ("many", "one"))
     architecture = [f"student.{key}={value}".lower() for key, value in STUDENTS["all"].items()]
-    jobs = ["seed=0,1", "name=run${seed}", *architecture, *BRIEFLY]
+    briefly = [each for each in BRIEFLY if not (taught and each == "teacher.depth=1")]
+    jobs = ["seed=0,1", "name=run${seed}", *architecture, *taught, *briefly]
 
     told = together.run(STACKED, *jobs)
     assert told.states == ["done", "done"], told.err

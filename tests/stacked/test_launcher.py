@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tests.test_multirun import Sweeps, Told, read, state_of
 from vitkd import train
 from vitkd.config import CONF_DIR
-from vitkd.distill.methods import AttentionDistillation
+from vitkd.distill.methods import AttentionDistillation, Method
 from vitkd.errors import RunError
 from vitkd.models import ResNetConfig, ViTConfig
 from vitkd.runs.console import Job
@@ -31,6 +31,7 @@ from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack import room_for
 from vitkd.runs.stack_folder import Place, StackFolder
 from vitkd.runs.training import Machine
+from vitkd.schema import build
 from vitkd.stacked import StackedModule
 from vitkd.stacking import Candidate, stacks_of, why_alone
 
@@ -98,7 +99,7 @@ def stacked(resolved, monkeypatch) -> Callable[..., tuple[list[list[int]], list[
                 *groups, last = key.split(".")
                 node = reduce(getitem, groups, settings)
                 node[last] = value
-            config = SimpleNamespace(resolved=settings)
+            config = SimpleNamespace(resolved=settings, method=build("method", settings["method"], Method))
             place = Place(StackFolder(Path(f"stack-{number}")), 0, 1) if number in saved else None
             members.append(SimpleNamespace(job=Job(number, {}), config=config, place=place))
         found = stacks_of(cast(Any, members), most)
@@ -111,6 +112,8 @@ class TestWhatTrainsTogether:
     @pytest.mark.parametrize(
         ("setting", "value"),
         [
+            ("method", {"_target_": "vitkd.distill.logits.LogitDistillation"}),
+            ("method.control", "shuffled"),
             ("granularity", {"_target_": "vitkd.distill.granularity.Head", "heads": [[0, 1]]}),
             ("loss", {"_target_": "vitkd.distill.losses.MSE"}),
             ("schedule", {"_target_": "vitkd.distill.optimization.Constant"}),

@@ -4,6 +4,7 @@ Shapes: S stacked students (absent for one), B batch, K classes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +25,10 @@ class LogitTransfer(Transfer):
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
+
+    @property
+    def kind(self) -> Any:
+        return type(self), self.temperature
 
     def compare(self, student: ModelOutput, teacher: Answer) -> Tensor:
         """The mean over images [*S, 1] of logits [*S, B, K] and [B, K]."""

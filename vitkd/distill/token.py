@@ -13,6 +13,7 @@ Shapes: S stacked students (absent for one), B batch, K classes.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,11 @@ class TokenTransfer(Transfer):
     @property
     def curves(self) -> list[str]:
         return [] if self.attention is None else ["token_loss", *self.attention.curves]
+
+    @property
+    def kind(self) -> Any:
+        maps = None if self.attention is None else (self.attention.kind, self.attention.loss, self.weight)
+        return type(self), self.targets, self.temperature, maps
 
     def task_logits(self, student: ModelOutput) -> Tensor:
         assert student.of_tokens is not None

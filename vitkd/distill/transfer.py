@@ -10,6 +10,8 @@ Shapes: S stacked students (absent for one), B batch, H heads, P student maps of
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,11 @@ class Transfer(nn.Module, ABC):
     def curves(self) -> list[str]:
         """A curve's name for each value that `compare` gives; none where the transfer loss says it all."""
         return []
+
+    @property
+    def kind(self) -> Any:
+        """Equal for transfers of which a stack of students needs but one; else each is a kind of its own."""
+        return id(self)
 
     def task_logits(self, student: ModelOutput) -> Tensor:
         """The student's logits [*S, B, K] that learn the labels."""
@@ -99,6 +106,12 @@ class AttentionTransfer(Transfer):
     @property
     def curves(self) -> list[str]:
         return [f"map_loss/{name}" for name in self.names]
+
+    @property
+    def kind(self) -> Any:
+        # A stack gives each of its students a temperature.
+        settings = {key: value for key, value in asdict(self.loss).items() if key != "temperature"}
+        return type(self.loss), settings, self.pairs, self.control
 
     def compare(self, student: ModelOutput, teacher: Answer) -> Tensor:
         """One value per student map [*S, P]."""

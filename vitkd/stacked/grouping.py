@@ -7,7 +7,7 @@ from typing import Any
 
 # What each student of a stack has of its own, by where it stands in a run's resolved configuration.
 OWN = (
-    *(("alpha",), ("seed",), ("label_smoothing",), ("granularity",), ("loss",), ("schedule",)),
+    *(("alpha",), ("seed",), ("label_smoothing",), ("method",), ("granularity",), ("loss",), ("schedule",)),
     *(("optimizer", "lr"), ("optimizer", "weight_decay")),
 )
 # What a stack takes from its first student. Not `paths`: the images lie there.
@@ -27,9 +27,10 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_stack_order(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Sorts runs so that those of equal granularity and loss are neighbours, and labels alone come last."""
+    """Sorts runs so that those of equal method, granularity and loss are neighbours; labels alone is last."""
     return (
         config["alpha"] == 1,
+        json.dumps(config["method"], sort_keys=True),
         json.dumps(config["granularity"], sort_keys=True),
         # Not before: losses that differ in their temperature alone are compared in one go.
         json.dumps(config["loss"], sort_keys=True),

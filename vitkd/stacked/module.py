@@ -7,7 +7,6 @@ H heads, P distilled maps, T tokens.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple, Self
 
@@ -20,9 +19,9 @@ from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.losses import DistributionLoss
 from vitkd.distill.modules import ClassifyModule, DistillModule, Terms, measures, share_equal
 from vitkd.distill.teacher_cache import Answer, TeacherCache
-from vitkd.distill.transfer import AttentionTransfer
+from vitkd.distill.transfer import AttentionTransfer, Transfer
 from vitkd.errors import RunError
-from vitkd.models import Model, ViT
+from vitkd.models import Model, ModelOutput, TokenLogits, ViT
 from vitkd.models.dropout import draw_from
 from vitkd.models.layers import Factors, Scores, at_least_float32, changed
 from vitkd.stacked.dropout import streams_on
@@ -31,11 +30,11 @@ from vitkd.stacked.students import along, per_student_norm, stack
 
 
 class Cell(NamedTuple):
-    """Neighbours in the stack that compare the same maps by the same loss."""
+    """Neighbours in the stack that learn the same from their teacher, in the same way."""
 
     start: int
     stop: int
-    transfer: AttentionTransfer
+    transfer: Transfer
     trains: bool
     """whether that counts in training: not at alpha = 1"""
 
@@ -43,9 +42,9 @@ class Cell(NamedTuple):
 class StackedModule(ClassifyModule):
     """Trains S students at once; student s becomes what `modules[s]` would have made of it alone.
 
-    What a student learns from is data: its share of the scores goes to its cell's loss, and alpha, label
-    smoothing, learning rate, weight decay and temperature are tensors. Neighbours of equal granularity and
-    loss share a cell, so order `modules` by these.
+    What a student learns from is data: its share of the output goes to its cell's transfer, and alpha, label
+    smoothing, learning rate, weight decay and a loss's temperature are tensors. Neighbours of equal method,
+    granularity and loss share a cell, so order `modules` by these.
 
     Args:
         modules: how each student would train alone, all beside one teacher or all without.
@@ -68,7 +67,7 @@ class StackedModule(ClassifyModule):
         self.paces = [Pace(module.optimizer, module.schedule) for module in modules]
         self.cells = cells_of(modules)
         self._records_factors = any(cell.transfer.streams for cell in self.cells)
-        self._most_maps = max((len(cell.transfer.names) for cell in self.cells), default=0)
+        self._most_values = max((len(cell.transfer.curves) or 1 for cell in self.cells), default=0)
         self.streams = streams_on(torch.device(device), seeds)
         draw_from(self.streams, self.model.modules())
         # In a tuple, as in DistillModule.
@@ -86,8 +85,11 @@ class StackedModule(ClassifyModule):
 
     @property
     def active_cells(self) -> list[Cell]:
-        """Those whose maps are compared: in validation all."""
-        return [cell for cell in self.cells if cell.trains or not self.training]
+        """Those whose teacher is asked: in validation all."""
+        return self._asked("train" if self.training else "val")
+
+    def _asked(self, split: str) -> list[Cell]:
+        return [cell for cell in self.cells if cell.trains or split == "val"]
 
     @property
     def teacher(self) -> Model:
@@ -96,20 +98,22 @@ class StackedModule(ClassifyModule):
 
     def teacher_blocks(self, split: str) -> list[int] | None:
         """The blocks whose scores "train" or "val" needs; None where the teacher is not asked."""
-        cells = [cell for cell in self.cells if cell.trains or split == "val"]
-        return sorted({block for cell in cells for block in cell.transfer.teacher_blocks}) or None
+        cells = self._asked(split)
+        return sorted({block for cell in cells for block in cell.transfer.teacher_blocks}) if cells else None
 
     @torch.no_grad()
     def ask_teacher(self, images: Tensor, split: str) -> Answer:
-        """Run the teacher on `images` [*U, B, C, H, W]; its classes are asked for in validation alone."""
-        blocks = self.teacher_blocks(split) or []
-        if split == "val":
-            output = self.teacher(images, blocks, self._records_factors)
-            return Answer(output.scores, output.logits)
-        assert isinstance(self.teacher, ViT)
-        scores = self.teacher.scores(images.flatten(0, -4), blocks, self._records_factors)
-        many = images.shape[:-3]
-        return Answer({b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()})
+        """Run the teacher on `images` [*U, B, C, H, W]; validation always asks for its logits."""
+        blocks, many = self.teacher_blocks(split) or [], images.shape[:-3]
+        given = images.flatten(0, -4), blocks, self._records_factors
+        if split == "train" and not any(cell.transfer.needs_logits for cell in self._asked(split)):
+            assert isinstance(self.teacher, ViT)
+            scores, logits = self.teacher.scores(*given), None
+        else:
+            output = self.teacher(*given)
+            scores, logits = output.scores, output.logits.unflatten(0, many)
+        apart = {b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()}
+        return Answer(apart, logits)
 
     def answer(self, batch: Batch, split: str) -> Answer:
         """What the teacher says of the batch's images, given now or before."""
@@ -128,15 +132,14 @@ class StackedModule(ClassifyModule):
 
     def terms(self, batch: Batch) -> Terms:
         """The losses [S] of a batch, [B, …] or [U, B, …]."""
-        scores = self.answer(batch, "train").scores if self.active_cells else {}
-        return self._compare(batch, scores)
+        return self._compare(batch, self.answer(batch, "train") if self.active_cells else Answer({}))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not self._teachers:
             super().validation_step(batch, batch_idx)
             return
         answer = self.answer(batch, "val")
-        terms = self._compare(batch, answer.scores)
+        terms = self._compare(batch, answer)
         agreement = share_equal(terms.logits.argmax(-1), answer.predicted)
         self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
 
@@ -200,8 +203,8 @@ class StackedModule(ClassifyModule):
         for cell in self.active_cells if "map_loss" in means else ():
             for student in range(cell.start, cell.stop):
                 curves[student]["transfer_loss"] = means["transfer_loss"][student]
-                own = iter(means["map_loss"][student * self._most_maps :])
-                curves[student] |= {f"map_loss/{name}": next(own) for name in cell.transfer.names}
+                own = means["map_loss"][student * self._most_values :]
+                curves[student] |= dict(zip(cell.transfer.curves, own, strict=False))
         return curves
 
     def window_curves(self) -> list[dict[str, float]]:
@@ -231,7 +234,7 @@ class StackedModule(ClassifyModule):
         sums = checkpoint["curves"]["window"]["sums"]
         if "map_loss" in sums:
             # It may come from a larger stack, in which another student had more maps.
-            sums["map_loss"] = sums["map_loss"][:, : self._most_maps].clone()
+            sums["map_loss"] = sums["map_loss"][:, : self._most_values].clone()
         super().on_load_checkpoint(checkpoint)
         self.failed = dict(checkpoint["failed"])
         self.streams.load_state_dict(checkpoint["streams"])
@@ -246,49 +249,62 @@ class StackedModule(ClassifyModule):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
-    def _compare(self, batch: Batch, teacher_scores: Mapping[int, Scores]) -> Terms:
-        """The losses of all students; the teacher's scores are [B, H, T, T] or [U, B, H, T, T] a block."""
+    def _compare(self, batch: Batch, answer: Answer) -> Terms:
+        """The losses of all students; the teacher's answer is to images [B] or [U, B]."""
         seen = self.as_seen(batch)
         images = batch.image if batch.image.ndim == 4 else batch.image[self.orders]
         cells = self.active_cells
         blocks = {block for cell in cells for block in cell.transfer.student_blocks}
         output = self.model(images, blocks, self._records_factors)
-        task = self.task_loss(output.logits, seen.label)
         if not cells:
+            task = self.task_loss(output.logits, seen.label)
             return Terms(output.logits, task, total=task, of_tokens=output.of_tokens)
-        own = {block: self._shares(found) for block, found in output.scores.items()}
-        of_orders = batch.label.ndim == 2
-        per_map = [self._compare_cell(cell, own, teacher_scores, of_orders) for cell in cells]
+        shares = self._shares(output)
+        task = self.task_loss(self._task_logits(output, shares), seen.label)
+        answers = [self._answer_to(cell, answer, batch.label.ndim == 2) for cell in cells]
+        per_map = [
+            cell.transfer.compare(shares[cell.start], told) for cell, told in zip(cells, answers, strict=True)
+        ]
         transfer = self._spread([cell.transfer.total(v) for cell, v in zip(cells, per_map, strict=True)])
         self.alphas = self.alphas.to(task)
         total = self.alphas * task + (1 - self.alphas) * transfer
-        padded = [F.pad(values, (0, self._most_maps - values.shape[-1])) for values in per_map]
+        padded = [F.pad(values, (0, self._most_values - values.shape[-1])) for values in per_map]
         return Terms(output.logits, task, total, transfer, self._spread(padded), output.of_tokens)
 
-    def _compare_cell(
-        self,
-        cell: Cell,
-        scores: Mapping[int, Mapping[int, Scores]],
-        teacher_scores: Mapping[int, Scores],
-        of_orders: bool,
-    ) -> Tensor:
-        """One value per student map of the cell, [students, P]; `scores` by block and first student."""
-        own = {block: scores[block][cell.start] for block in cell.transfer.student_blocks}
-        theirs = {block: teacher_scores[block] for block in cell.transfer.teacher_blocks}
-        if of_orders:
-            orders = self.orders[cell.start : cell.stop]
-            theirs = {block: changed(found, lambda t: t[orders]) for block, found in theirs.items()}
-        return cell.transfer(own, theirs)
+    def _task_logits(self, output: ModelOutput, shares: Mapping[int, ModelOutput]) -> Tensor:
+        """The logits [S, B, K] that learn the labels: at alpha = 1 nothing but the answer does."""
+        transfers = {cell.start: cell.transfer for cell in self.active_cells if cell.trains}
+        learnt = [
+            transfers[start].task_logits(share) if start in transfers else share.logits
+            for start, share in shares.items()
+        ]
+        are_answers = all(mine is share.logits for mine, share in zip(learnt, shares.values(), strict=True))
+        return output.logits if are_answers else torch.cat(learnt)
 
-    def _shares(self, scores: Scores) -> dict[int, Scores]:
-        """`scores` [S, …] cut at the cells' ends, by each part's first student."""
+    def _answer_to(self, cell: Cell, answer: Answer, of_orders: bool) -> Answer:
+        """What the cell's students are told: each about the images that it sees."""
+        scores = {block: answer.scores[block] for block in cell.transfer.teacher_blocks}
+        if not of_orders:
+            return Answer(scores, answer.logits)
+        orders = self.orders[cell.start : cell.stop]
+        own = {block: changed(found, lambda t: t[orders]) for block, found in scores.items()}
+        return Answer(own, None if answer.logits is None else answer.logits[orders])
+
+    def _shares(self, output: ModelOutput) -> dict[int, ModelOutput]:
+        """The output cut at the cells' ends, by each part's first student."""
         ends = sorted({0, self.students} | {end for cell in self.cells for end in (cell.start, cell.stop)})
         sizes = [stop - start for start, stop in pairwise(ends)]
         # One cut, not a slice a cell: each slice's gradient would be as large as the whole.
-        if isinstance(scores, Tensor):
-            return dict(zip(ends, scores.split(sizes), strict=False))
-        factors = zip(*(factor.split(sizes) for factor in scores), strict=True)
-        return {start: Factors(*parts) for start, parts in zip(ends, factors, strict=False)}
+        logits = output.logits.split(sizes)
+        scores = {block: _cut(found, sizes) for block, found in output.scores.items()}
+        tokens: Sequence[TokenLogits | None] = [None] * len(sizes)
+        if output.of_tokens is not None:
+            halves = zip(*(each.split(sizes) for each in output.of_tokens), strict=True)
+            tokens = [TokenLogits(*parts) for parts in halves]
+        return {
+            start: ModelOutput(logits[i], {block: parts[i] for block, parts in scores.items()}, tokens[i])
+            for i, start in enumerate(ends[:-1])
+        }
 
     def _spread(self, of_cells: list[Tensor]) -> Tensor:
         """The cells' values [students, …] as [S, …], 0 for students outside."""
@@ -305,35 +321,32 @@ def cells_of(modules: Sequence[ClassifyModule]) -> list[Cell]:
     for _, group in groupby(modules, key=_cell_key):
         members = list(group)
         if distilled := [module for module in members if isinstance(module, DistillModule)]:
-            transfer, trains = shared_transfer(distilled), distilled[0].alpha < 1
-            cells.append(Cell(start, start + len(members), transfer, trains))
+            transfer = shared_transfer([module.transfer for module in distilled])
+            cells.append(Cell(start, start + len(members), transfer, distilled[0].alpha < 1))
         start += len(members)
     return cells
 
 
+def _cut(scores: Scores, sizes: list[int]) -> Sequence[Scores]:
+    """`scores` [S, …] as parts of so many students."""
+    if isinstance(scores, Tensor):
+        return scores.split(sizes)
+    return [Factors(*parts) for parts in zip(*(each.split(sizes) for each in scores), strict=True)]
+
+
 def _cell_key(module: ClassifyModule) -> Any:
-    if not isinstance(module, DistillModule):
-        return None
-    transfer = transfer_of(module)
-    settings = {key: value for key, value in asdict(transfer.loss).items() if key != "temperature"}
-    return type(transfer.loss), settings, transfer.pairs, module.alpha < 1
+    return (module.transfer.kind, module.alpha < 1) if isinstance(module, DistillModule) else None
 
 
-def transfer_of(module: DistillModule) -> AttentionTransfer:
-    """What compares the module's maps; a stack compares nothing else."""
-    assert isinstance(module.transfer, AttentionTransfer)
-    return module.transfer
-
-
-def shared_transfer(modules: Sequence[DistillModule]) -> AttentionTransfer:
-    """The comparison that all of `modules` make, with a temperature each where these differ."""
-    transfer = transfer_of(modules[0])
-    losses = [transfer_of(module).loss for module in modules]
+def shared_transfer(transfers: Sequence[Transfer]) -> Transfer:
+    """One for all `transfers`, which are of one kind; with a temperature for each where these differ."""
+    first = transfers[0]
+    losses = [transfer.loss for transfer in transfers if isinstance(transfer, AttentionTransfer)]
     temperatures = [loss.temperature for loss in losses if isinstance(loss, DistributionLoss)]
-    if len(set(temperatures)) < 2:
-        return transfer
-    shared = copy(transfer)
-    shared.loss = copy(transfer.loss)
+    if not isinstance(first, AttentionTransfer) or len(set(temperatures)) < 2:
+        return first
+    shared = copy(first)
+    shared.loss = copy(first.loss)
     exact = torch.tensor(temperatures, dtype=torch.float64)
     shared.loss.temperature = exact.reshape(-1, 1, 1, 1, 1)  # type: ignore[attr-defined]
     return shared
