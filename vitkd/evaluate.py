@@ -3,6 +3,7 @@
 import gc
 
 # Importing makes hardly any garbage, and looking for it time and again takes half a second of four.
+COLLECTS = gc.isenabled()
 gc.disable()
 
 import sys
@@ -25,7 +26,8 @@ from vitkd.runs.console import Job, print_comparison, start_logging
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.isolation import set_matmul_precision
 
-gc.enable()
+if COLLECTS:
+    gc.enable()
 
 
 def main() -> None:

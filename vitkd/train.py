@@ -3,6 +3,7 @@
 import gc
 
 # Importing makes hardly any garbage, and looking for it time and again takes half a second of four.
+COLLECTS = gc.isenabled()
 gc.disable()
 
 import logging
@@ -38,7 +39,8 @@ from vitkd.runs.stack_folder import begin_alone, stacks_folder
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
 from vitkd.runs.training import Fitted, check_trainer, conclude_curves, fit
 
-gc.enable()
+if COLLECTS:
+    gc.enable()
 log = logging.getLogger("vitkd")
 
 

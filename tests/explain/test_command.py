@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vitkd.config import parse
+from vitkd.config import CONF_DIR, parse
 from vitkd.data import ImageDataModule
+from vitkd.explain import __main__ as main
 from vitkd.explain import album
 from vitkd.explain.gallery import BOTH_RIGHT, CELLS, STUDENT_WRONG
 from vitkd.explain.methods import METHODS
@@ -498,3 +500,44 @@ def test_an_extra_that_is_absent_is_named(explain, broken, monkeypatch):
     assert ended.code == 2
     assert "vitkd[explain]" in ended.err
     assert len(ended.err.splitlines()) == 1
+
+
+BOTH = {"distillation_token": True}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "remark"),
+    [
+        ({}, {}, None),
+        ({}, {"patch_size": 2}, None),
+        (BOTH, BOTH, "Class rows of student and teacher: the mean of class and distillation token."),
+        (BOTH, {}, "the distillation token of student, which teacher has not"),
+        ({}, {"attention": "lsa"}, "what tokens of student give to themselves"),
+        (BOTH, BOTH | {"patch_size": 2}, "Compared without distillation tokens"),
+    ],
+)
+def test_what_the_tables_leave_out_is_said(ours, theirs, remark, tiny):
+    said = main._how_compared("student", tiny(**ours), tiny(**theirs))
+
+    assert len(said) == (remark is not None)
+    assert remark is None or remark in said[0]
+
+
+def test_the_test_split_is_gone_through_in_any_order():
+    """The images of a folder lie class by class, and an image's neighbour is to be any other."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = parse(compose("train"))
+    data = ImageDataModule(config.dataset, config.paths.data, 0)
+
+    def numbers(seed):
+        seen = [*main._in_any_order(data, seed, torch.device("cpu"))]
+        for images, labels, positions in seen:
+            whole = data.loader("test", "cpu").first(10**6)
+            assert torch.equal(images, whole.image[positions])
+            assert torch.equal(labels, whole.label[positions])
+        return torch.cat([positions for *_, positions in seen]).tolist()
+
+    first = numbers(0)
+
+    assert sorted(first) == [*range(len(first))] != first
+    assert numbers(0) == first != numbers(1)

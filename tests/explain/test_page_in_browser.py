@@ -336,6 +336,11 @@ def test_a_patch_can_be_asked_what_it_attends_to(show):
     assert mark["x"] - frame["x"] == pytest.approx(frame["width"] / 4, abs=1)
     assert mark["y"] - frame["y"] == pytest.approx(frame["height"] / 2, abs=1)
     assert mark["width"] == pytest.approx(frame["width"] / 4, abs=1)
+    # On the student's tile it is the student's patch.
+    map_box = tab.locator('#large-tiles canvas[data-subject="1"]').bounding_box()
+    mark = tab.locator("#large-tiles .here").last.bounding_box()
+    assert mark["width"] == pytest.approx(map_box["width"] / 2, abs=1)
+    assert mark["y"] - map_box["y"] == pytest.approx(map_box["height"] / 2, abs=1)
     # The card behind shows what the classifier reads, as ever.
     assert tab.locator('.card[data-index="17"] .here').first.is_hidden()
 
@@ -345,6 +350,38 @@ def test_a_patch_can_be_asked_what_it_attends_to(show):
     highest = max(each.max() for each in maps)
     for subject, each in enumerate(maps):
         assert_close(pixels(tab, 17, subject, "#large-tiles"), coloured(each, 0, highest))
+
+    # Of the student's heads there is the mean alone, and one scale for all images would be another thing's.
+    tab.click("#close")
+    tab.select_option('[data-head="1"]', "2")
+    choose(tab, scale="page")
+    tab.click('.card[data-index="17"] .open')
+    tab.select_option("#query", "2,1")
+    for subject, each in enumerate(maps):
+        assert_close(pixels(tab, 17, subject, "#large-tiles"), coloured(each, 0, highest))
+
+
+def test_the_arrows_choose_a_patch_and_no_other_image(show):
+    page = page_of()
+    tab = show(page)
+    tab.click('.card[data-index="10"] .open')
+    tab.focus("#query")
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowRight")
+    assert tab.input_value("#query") != ""
+    assert "#10" in tab.text_content("#large-title")
+
+
+def test_who_cannot_be_asked_shows_nothing_else_instead(show):
+    page = page_of()
+    teacher, student = page.subjects
+    tab = show(replace(page, subjects=[teacher, replace(student, patches=None)]))
+    tab.click('.card[data-index="10"] .open')
+    assert tab.locator("#heads table").count() == 2
+    tab.select_option("#query", "0,0")
+    assert tab.locator("#large-tiles .none").all_inner_texts() == ["its patches’ attention is not kept here"]
+    assert tab.locator("#heads caption").all_inner_texts()[0].startswith("teacher:")
+    assert tab.locator("#heads table").count() == 1
 
 
 def test_a_patch_is_chosen_by_pointing_at_the_image(show):

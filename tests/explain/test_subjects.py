@@ -145,13 +145,14 @@ def test_what_patches_attend_to_is_kept_by_head_by_mean_or_not_at_all(model, ima
     by_head = weights[..., 1:, 1:].unflatten(-1, (3, 3))
     whole = by_head.numel()
 
-    for most, expected in [
-        (whole, by_head),
-        (whole - 1, by_head.mean(2, keepdim=True)),
-        (whole // 2, by_head.mean(2, keepdim=True)),
-        (whole // 2 - 1, None),
+    for of_heads, of_patches, expected in [
+        (whole, whole, by_head),
+        (whole - 1, whole, by_head.mean(2, keepdim=True)),
+        (whole - 1, whole // 2, by_head.mean(2, keepdim=True)),
+        (whole - 1, whole // 2 - 1, None),
     ]:
-        monkeypatch.setattr(subjects, "MOST_OF_PATCHES", most)
+        monkeypatch.setattr(subjects, "MOST_OF_HEADS", of_heads)
+        monkeypatch.setattr(subjects, "MOST_OF_PATCHES", of_patches)
         found = subject(model, images).patches
         if expected is None:
             assert found is None

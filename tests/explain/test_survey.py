@@ -142,6 +142,27 @@ def test_cka_of_tokens_is_that_by_gram_matrices(alone, models, images):
 
 
 @torch.no_grad()
+def test_one_image_has_no_other(models, images):
+    comparisons = {"student": comparison(True, True, True)}
+
+    one = survey(models, [(images[:1], LABELS[:1], NUMBERS[:1])], comparisons).alikeness["student"].cka
+
+    assert all(np.isnan(each.other_images) and each.value > 0 for each in one.values())
+
+
+@torch.no_grad()
+def test_how_many_images_are_added_at_once_changes_nothing(models, images, monkeypatch):
+    comparisons = {"student": comparison(True, True, True, alone="alone")}
+    at_once = survey(models, batches(images, 9), comparisons).alikeness["student"].cka
+    monkeypatch.setattr("vitkd.explain.survey.AT_A_TIME", 2)
+
+    in_parts = survey(models, batches(images, 9), comparisons).alikeness["student"].cka
+
+    for blocks, alignment in at_once.items():
+        assert in_parts[blocks] == pytest.approx(alignment, rel=1e-9)
+
+
+@torch.no_grad()
 def test_reach_is_the_mean_distance_over_that_of_uniform_attention(models, images):
     seen = survey(models, batches(images, 1, 8), {})
 

@@ -1,7 +1,7 @@
 """Where a student looks, and whether it learnt that: `python -m vitkd.explain run=outputs/…`."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitkd.cli import run_command
 from vitkd.config import Config
 from vitkd.data import ImageDataModule
+from vitkd.data.order import EpochOrder
 from vitkd.distill.pairing import map_block
 from vitkd.errors import ConfigError
 from vitkd.evaluate import device_of
@@ -164,6 +165,15 @@ def _on_weights(settings: Settings) -> list[str]:
     return [note]
 
 
+def _on_patches(subjects: Sequence[Subject]) -> list[str]:
+    """Whose patches cannot be asked what they attend to."""
+    left_out = [each.name for each in subjects if each.maps and each.patches is None]
+    if not left_out:
+        return []
+    whose = " and ".join(left_out)
+    return [f"What single patches of {whose} attend to is left out, for it is much: choose fewer images."]
+
+
 def _names(runs: Sequence[Run]) -> list[str]:
     return ["student"] if len(runs) == 1 else ["student A", "student B"]
 
@@ -183,9 +193,8 @@ def of_test_split(
         notes.append(f"Right and wrong in the table and the cells are those of {student}.")
     comparisons, remarks = _comparisons(runs, names)
     notes += _on_teacher(models) + remarks
-    batches = ((b.image, b.label, b.index) for b in data.loader("test", device, rank=0, world_size=1))
     log.info("asking %s about the test split", ", ".join(models))
-    seen = survey(models, batches, comparisons)
+    seen = survey(models, _in_any_order(data, settings.seed, device), comparisons)
     answers = _answers(seen, student, data.class_names)
     found = cells(answers)
     chosen, remarks = _chosen(settings, answers, found if TEACHER in models else None)
@@ -216,7 +225,7 @@ def of_test_split(
         correlations={name: _correlations(seen, name) for name in seen.alikeness},
         reach=seen.reach,
         faithfulness=_faithfulness(settings, models, seen, data, device, (mean, std)),
-        notes=notes,
+        notes=notes + _on_patches(subjects),
     )
 
 
@@ -273,7 +282,7 @@ def of_pictures(
         class_names=names or [f"class {number}" for number in range(classes)],
         subjects=subjects,
         regions=regions,
-        notes=_on_teacher(models) + _on_weights(settings),
+        notes=_on_teacher(models) + _on_weights(settings) + _on_patches(subjects),
     )
 
 
@@ -318,8 +327,10 @@ def _comparisons(runs: Sequence[Run], names: Sequence[str]) -> tuple[dict[str, C
 def _how_compared(name: str, ours: ViTConfig, theirs: ViTConfig) -> list[str]:
     """What the tables leave out of maps that differ by design, as `survey.comparable` has it, and read."""
     remarks, found = [], []
-    if ours.prefix == theirs.prefix > 1:
+    if ours.prefix == theirs.prefix > 1 and ours.grid == theirs.grid:
         remarks.append(f"Class rows of {name} and teacher: the mean of class and distillation token.")
+    elif ours.prefix == theirs.prefix > 1:
+        found.append("distillation tokens, for of resized patches the class token alone is kept beside")
     for has, lacks, mine, its in ((name, TEACHER, ours, theirs), (TEACHER, name, theirs, ours)):
         if mine.prefix > its.prefix:
             found.append(f"the distillation token of {has}, which {lacks} has not")
@@ -428,6 +439,17 @@ def _faithfulness(
             model, pixels, lambda x: normalise(x, *scale), maps, predicted, labels, seed=settings.seed
         )
     return found
+
+
+def _in_any_order(
+    data: ImageDataModule, seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The test split's images, labels and positions in batches; a folder's images lie class by class."""
+    loader = data.loader("test", device, rank=0, world_size=1)
+    order = loader.sampler
+    lots = np.random.default_rng(seed).permutation(len(order.index))
+    loader.sampler = EpochOrder(order.index[torch.from_numpy(lots).to(order.index.device)], order.batch_size)
+    return ((batch.image, batch.label, batch.index) for batch in loader)
 
 
 def _images(data: ImageDataModule, numbers: Tensor, device: torch.device) -> Tensor:

@@ -20,8 +20,8 @@ from vitkd.explain.regions import attention_features, region_map
 AT_A_TIME = 64
 MOST_NUMBERS = 16_000_000
 """of one subject's attention maps; beyond, heads are averaged, or the page would be too large to open"""
-MOST_OF_PATCHES = 1_000_000
-"""of the maps of all its patches; beyond, heads are averaged, and beyond that there are none"""
+MOST_OF_HEADS, MOST_OF_PATCHES = 1_000_000, 4_000_000
+"""of the maps of all its patches: up to the first by every head, up to the second by their mean, else none"""
 
 
 def subject_of(
@@ -43,7 +43,7 @@ def subject_of(
         with torch.no_grad():
             recording = record(model, part)
             rows.append(class_rows(recording).cpu())
-            if (of_patches := patch_rows(recording, MOST_OF_PATCHES // len(images))) is not None:
+            if (of_patches := patch_rows(recording, len(images))) is not None:
                 patches.append(of_patches.cpu())
             features.append(features_of(recording).cpu())
         logits.append(recording.logits)
@@ -97,17 +97,17 @@ def class_rows(recording: Recording) -> Tensor:
     return token_map(weights, recording.grid, recording.prefix, recording.readers)
 
 
-def patch_rows(recording: Recording, most: int) -> Tensor | None:
-    """What each patch gives to every patch, [N, L, A, h·w, h, w], of the same images as `class_rows`.
+def patch_rows(recording: Recording, images: int) -> Tensor | None:
+    """What each patch gives to every patch, [N, L, A or 1, h·w, h, w], as `class_rows` for the class token.
 
-    Heads are averaged where they are more than `most` numbers an image; None where their mean is too.
+    By every head, by their mean or not at all, as that many `images` allow.
     """
     prefix = recording.prefix
     weights = [each[..., prefix:, prefix:] for each in recording.weights]
-    numbers = sum(each[0].numel() for each in weights)
-    if numbers > most * weights[0].shape[1]:
+    numbers = images * sum(each[0].numel() for each in weights)
+    if numbers > MOST_OF_PATCHES * weights[0].shape[1]:
         return None
-    if numbers > most:
+    if numbers > MOST_OF_HEADS:
         weights = [each.mean(1, keepdim=True) for each in weights]
     return torch.stack(weights, 1).float().unflatten(-1, recording.grid)
 

@@ -3,6 +3,7 @@
 Shapes: B images of a batch, N of the split, L blocks, H heads, P pairs of maps.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from vitkd.explain.cka import CKASums
 from vitkd.explain.fidelity import FidelityRow, FidelitySums, MapPair, locality
 from vitkd.explain.recording import Recording, evaluating, has_maps, logits_of, record
 from vitkd.models.tokens import resized_weights, token_interpolation, without_tokens
+
+AT_A_TIME = 64
+"""Images whose tokens are in float64 at once."""
 
 
 class Comparison(NamedTuple):
@@ -37,7 +41,7 @@ class TokenAlignment(NamedTuple):
     alone: float | None
     """of the student that learned without the teacher; None if none was given"""
     other_images: float
-    """with the teacher's tokens of another image: what their places alone have in common"""
+    """with the teacher's tokens of another image: what their places have in common; NaN if there is none"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,7 @@ def survey(
 ) -> Survey:
     """Ask all `models` about every batch (images [B, C, H, W], labels [B], positions [B]).
 
+    The batches' order is to be random: the baseline of CKA takes the image before for any other one.
     One without attention maps is asked for its answers alone.
 
     Raises ConfigError if a model's maps cannot be had.
@@ -161,21 +166,27 @@ class _TokenSums:
     def __init__(self, comparison: Comparison) -> None:
         self.blocks = [*dict.fromkeys((pair.student_block, pair.teacher_block) for pair in comparison.pairs)]
         self.has_alone = comparison.alone is not None
-        self.before: Tensor | None = None
-        """the teacher's tokens [L, 1, T, D] of the last image of the last batch"""
+        self.images = 0
+        self.before: dict[int, Tensor] = {}
+        """teacher block → its tokens [1, T, D] of the last image so far"""
         ours = ["student", *(["alone"] if self.has_alone else [])]
         pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in ours]
         self.sums = CKASums([*pairs, *((("student", s), ("another's", t)) for s, t in self.blocks)])
 
     def add(self, student: Recording, teacher: Recording, alone: Recording | None) -> None:
-        theirs = torch.stack(teacher.tokens)
-        before = theirs[:, -1:] if self.before is None else self.before
-        self.before = theirs[:, -1:]
-        models = {"student": student.tokens, "teacher": theirs}
-        models["another's"] = torch.cat([before, theirs[:, :-1]], 1)
-        if alone is not None:
-            models["alone"] = alone.tokens
-        self.sums.add({(who, block): x for who, tokens in models.items() for block, x in enumerate(tokens)})
+        self.images += len(student.tokens[0])
+        recordings = {"student": student, "teacher": teacher} | ({} if alone is None else {"alone": alone})
+        features = {
+            (who, block): tokens
+            for who, recording in recordings.items()
+            for block, tokens in enumerate(recording.tokens)
+        }
+        for block in {block for _, block in self.blocks}:
+            theirs = teacher.tokens[block]
+            features["another's", block] = torch.cat([self.before.get(block, theirs[-1:]), theirs[:-1]])
+            self.before[block] = theirs[-1:]
+        for start in range(0, len(student.tokens[0]), AT_A_TIME):
+            self.sums.add({name: each[start : start + AT_A_TIME] for name, each in features.items()})
 
     def values(self) -> dict[tuple[int, int], TokenAlignment]:
         value = self.sums.value
@@ -183,7 +194,7 @@ class _TokenSums:
             (ours, theirs): TokenAlignment(
                 value(("student", ours), ("teacher", theirs)),
                 value(("alone", ours), ("teacher", theirs)) if self.has_alone else None,
-                value(("student", ours), ("another's", theirs)),
+                value(("student", ours), ("another's", theirs)) if self.images > 1 else math.nan,
             )
             for ours, theirs in self.blocks
         }

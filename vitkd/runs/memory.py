@@ -25,7 +25,10 @@ def keep_freed_memory() -> None:
 
 
 def pass_over_what_is_imported() -> None:
-    """Spare the garbage collector what lives as long as the process: a collection takes 0.2 s less."""
+    """Spare the garbage collector all that lives by now: a collection takes 0.2 s less.
+
+    For programs: whatever else a caller has made before would stay until the process ends.
+    """
     if not gc.get_freeze_count():
         gc.freeze()
         # Extension modules complain at the end of whatever nobody collects.
