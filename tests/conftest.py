@@ -1,6 +1,7 @@
 """What many tests start from."""
 
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -17,10 +18,14 @@ from unittest import mock
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 
 from vitkd.models import ViTConfig
 from vitkd.runs.memory import pass_over_what_is_imported
+
+GET_MODE = Hydra.get_mode
 
 # Tensors here are tiny: a second thread costs more than it brings, above all where other work runs beside.
 torch.set_num_threads(1)
@@ -33,8 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """As a command does: each of those that run in this process collects garbage at its end."""
+    """Commands collect garbage at their end, in this process as well; elsewhere there is little of it."""
     pass_over_what_is_imported()
+    gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +130,17 @@ def fresh_process(*argv: str) -> Iterator[None]:
         logging.getLogger("vitkd").handlers.clear()
         GlobalHydra.instance().clear()
         try:
-            yield
+            with mock.patch.object(Hydra, "get_mode", mode_asked_for):
+                yield
         finally:
             signal.signal(signal.SIGTERM, on_termination)
             GlobalHydra.instance().clear()
+
+
+def mode_asked_for(hydra: Hydra, config_name: str, overrides: list[str]) -> RunMode | None:
+    """For which Hydra composes everything once more, a third of many a test's time; few files set it."""
+    may_be_set = any(override.startswith(("sweep", "experiment", "hydra", "+")) for override in overrides)
+    return GET_MODE(hydra, config_name, overrides) if may_be_set else None
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ assert gc.collect() > 0
 """
 
 
-@pytest.mark.parametrize("collector", ["on", "off"])
+@pytest.mark.parametrize("collector", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_imports_are_passed_over_once_and_the_end_is_silent(collector):
     """Garbage that a second call passed over would stay for good; extensions complain of what stays."""
     line = [sys.executable, "-c", PROGRAM, collector]

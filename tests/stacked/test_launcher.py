@@ -394,6 +394,7 @@ class TestTooLittleMemory:
         students = [read(sweeps.folder(f"seed{n}") / "metrics.json")["stack/students"] for n in range(5)]
         assert students == [2, 2, 1, 2, 2]
 
+    @pytest.mark.slow
     def test_while_students_are_concluded_leaves_the_concluded_ones_alone(
         self, sweeps, tmp_path, monkeypatch
     ):
