@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.stacked.test_module import CLASSES, EXACT, batch, of_order
+from tests.stacked.test_module import CLASSES, EXACT, assert_trains_as_alone, batch
 from tests.test_multirun import Sweeps, read
 from vitkd.distill.alignment import align
 from vitkd.distill.granularity import Block, Encoder, Granularity
@@ -59,25 +59,8 @@ def test_losses_and_gradients_are_those_of_separate_runs(student, teacher, order
             tokens=1000 if factors else 0,
         )  # fmt: skip
         modules.append(DistillModule(model, taught_by, transfer, alpha, AdamW(), Constant()).train())
-    order = [s % (orders or 1) for s in range(len(CELLS))]
-    stacked = StackedModule(modules, order, seeds=range(len(CELLS))).train()
-    given = batch(orders)
 
-    together = stacked.terms(given)
-    together.total.sum().backward()
-
-    for s, module in enumerate(modules):
-        expected = module.terms(given if orders is None else of_order(given, order[s]))
-        expected.total.backward()
-        torch.testing.assert_close(together.total[s], expected.total, **EXACT)
-        torch.testing.assert_close(together.logits[s], expected.logits, **EXACT)
-        for name, parameter in module.model.named_parameters():
-            gradient = stacked.model.get_parameter(name).grad[s]
-            # Where alone there is none at all, in a stack others have one.
-            if parameter.grad is None:
-                assert not gradient.any(), name
-            else:
-                torch.testing.assert_close(gradient, parameter.grad, **EXACT)
+    assert_trains_as_alone(modules, [s % (orders or 1) for s in range(len(CELLS))], batch(orders))
 
 
 @pytest.mark.parametrize("taught", [True, False])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.stacked.test_architectures import randomised
-from tests.stacked.test_module import EXACT, batch, of_order
+from tests.stacked.test_module import assert_trains_as_alone, batch
 from vitkd.distill.granularity import Block
 from vitkd.distill.logits import LogitDistillation
 from vitkd.distill.losses import KL
@@ -72,23 +72,8 @@ def alone(tiny, method: Method, alpha: float, teacher: Model, smoothing: float) 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_losses_and_gradients_are_those_of_separate_runs(teacher, orders, members):
     modules = members(teacher)
-    order = [s % (orders or 1) for s in range(len(modules))]
-    stacked, given = StackedModule(modules, order, seeds=range(len(modules))).train(), batch(orders)
 
-    together = stacked.terms(given)
-    together.total.sum().backward()
-
-    for s, module in enumerate(modules):
-        expected = module.terms(given if orders is None else of_order(given, order[s]))
-        expected.total.backward()
-        torch.testing.assert_close(together.total[s], expected.total, **EXACT)
-        torch.testing.assert_close(together.task[s], expected.task, **EXACT)
-        for name, parameter in module.model.named_parameters():
-            gradient = stacked.model.get_parameter(name).grad[s]
-            if parameter.grad is None:
-                assert not gradient.any(), name
-            else:
-                torch.testing.assert_close(gradient, parameter.grad, **EXACT)
+    assert_trains_as_alone(modules, [s % (orders or 1) for s in range(len(modules))], batch(orders))
 
 
 @torch.no_grad()

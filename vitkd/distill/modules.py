@@ -23,6 +23,7 @@ from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.distill.teacher_cache import Answer, TeacherCache
 from vitkd.distill.transfer import Transfer
 from vitkd.models import Model, TokenLogits, ViT, describe
+from vitkd.models.layers import changed
 
 log = logging.getLogger("vitkd")
 
@@ -274,7 +275,72 @@ class ClassifyModule(L.LightningModule):
         return self.trainer.strategy.reduce(sums, reduce_op="sum") if self.trainer.world_size > 1 else sums
 
 
-class DistillModule(ClassifyModule):
+class TaughtModule(ClassifyModule):
+    """Trains beside a frozen teacher, if there is one, whose answers may be kept."""
+
+    def __init__(
+        self,
+        model: Model,
+        teacher: Model | None,
+        optimizer: AdamW,
+        schedule: Schedule,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(model, optimizer, schedule, label_smoothing)
+        # In a tuple PyTorch does not see it: it goes where the module goes, but is no part of what is
+        # trained, averaged, saved or shared among processes.
+        frozen = () if teacher is None else (teacher.requires_grad_(False).eval(),)
+        self._teachers: tuple[Model, ...] = frozen
+        self.cached: dict[str, TeacherCache] = {}
+        """by split, the answers that the teacher has given already"""
+
+    def teacher_blocks(self, split: str) -> list[int] | None:
+        """The blocks whose scores "train" or "val" needs; None where the teacher is not asked."""
+        raise NotImplementedError
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether training asks the teacher for its logits, too."""
+        raise NotImplementedError
+
+    @property
+    def records_factors(self) -> bool:
+        """Whether the models record just their scores' factors."""
+        raise NotImplementedError
+
+    @property
+    def teacher(self) -> Model:
+        """Frozen and in eval mode."""
+        return self._teachers[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # They lie on the old device, in the old precision.
+        self.cached.clear()
+        for teacher in self._teachers:
+            teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor, split: str) -> Answer:
+        """Run the teacher on `images` [*U, B, C, H, W]; validation always asks for its logits."""
+        blocks, many = self.teacher_blocks(split) or [], images.shape[:-3]
+        given = images.flatten(0, -4), blocks, self.records_factors
+        if split == "train" and not self.needs_logits:
+            assert isinstance(self.teacher, ViT)
+            scores, logits = self.teacher.scores(*given), None
+        else:
+            output = self.teacher(*given)
+            scores, logits = output.scores, output.logits.unflatten(0, many)
+        apart = {b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()}
+        return Answer(apart, logits)
+
+    def answer(self, batch: Batch, split: str) -> Answer:
+        """What the teacher says of the batch's images, given now or before."""
+        cache = self.cached.get(split)
+        return self.ask_teacher(batch.image, split) if cache is None else cache.answer(batch.index)
+
+
+class DistillModule(TaughtModule):
     """Trains a student on labels and on what a frozen teacher says.
 
     `alpha` weighs the *class* loss: alpha·task + (1 − alpha)·transfer (DeiT's and vit-pytorch's alpha weigh
@@ -291,44 +357,20 @@ class DistillModule(ClassifyModule):
         schedule: Schedule,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(model, optimizer, schedule, label_smoothing)
-        # In a tuple PyTorch does not see it: it goes where the module goes, but is no part of what is
-        # trained, averaged, saved or shared among processes.
-        self._teacher = (teacher.requires_grad_(False).eval(),)
+        super().__init__(model, teacher, optimizer, schedule, label_smoothing)
         self.transfer = transfer
         self.alpha = alpha
-        self.cached: dict[str, TeacherCache] = {}
-        """by split, the answers that the teacher has given already"""
-
-    @property
-    def teacher(self) -> Model:
-        """Frozen and in eval mode."""
-        return self._teacher[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # They lie on the old device, in the old precision.
-        self.cached.clear()
-        self.teacher._apply(fn, recurse)
-        return super()._apply(fn, recurse)
 
     def teacher_blocks(self, split: str) -> list[int] | None:
-        """The blocks whose scores "train" or "val" needs; None where the teacher is not asked."""
         return None if split == "train" and self.alpha == 1 else self.transfer.teacher_blocks
 
-    @torch.no_grad()
-    def ask_teacher(self, images: Tensor, split: str) -> Answer:
-        """Run the teacher on `images`; validation always asks for its logits, for their classes."""
-        blocks, factors = self.transfer.teacher_blocks, self.transfer.streams
-        if split == "train" and not self.transfer.needs_logits:
-            assert isinstance(self.teacher, ViT)
-            return Answer(self.teacher.scores(images, blocks, factors))
-        output = self.teacher(images, blocks, factors)
-        return Answer(output.scores, output.logits)
+    @property
+    def needs_logits(self) -> bool:
+        return self.transfer.needs_logits
 
-    def answer(self, batch: Batch, split: str) -> Answer:
-        """What the teacher says of the batch's images, given now or before."""
-        cache = self.cached.get(split)
-        return self.ask_teacher(batch.image, split) if cache is None else cache.answer(batch.index)
+    @property
+    def records_factors(self) -> bool:
+        return self.transfer.streams
 
     def terms(self, batch: Batch) -> Terms:
         if self.alpha == 1:

@@ -5,10 +5,10 @@ H heads, P distilled maps, T tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from torch import Tensor
 from vitkd.data import Batch
 from vitkd.distill.guard import FiniteGuard
 from vitkd.distill.losses import DistributionLoss
-from vitkd.distill.modules import ClassifyModule, DistillModule, Terms, measures, share_equal
-from vitkd.distill.teacher_cache import Answer, TeacherCache
+from vitkd.distill.modules import ClassifyModule, DistillModule, TaughtModule, Terms, measures, share_equal
+from vitkd.distill.teacher_cache import Answer
 from vitkd.distill.transfer import AttentionTransfer, Transfer
 from vitkd.errors import RunError
-from vitkd.models import Model, ModelOutput, TokenLogits, ViT
+from vitkd.models import ModelOutput, TokenLogits
 from vitkd.models.dropout import draw_from
 from vitkd.models.layers import Factors, Scores, at_least_float32, changed
 from vitkd.stacked.dropout import streams_on
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
     """whether that counts in training: not at alpha = 1"""
 
 
-class StackedModule(ClassifyModule):
+class StackedModule(TaughtModule):
     """Trains S students at once; student s becomes what `modules[s]` would have made of it alone.
 
     What a student learns from is data: its share of the output goes to its cell's transfer, and alpha, label
@@ -61,25 +61,22 @@ class StackedModule(ClassifyModule):
         device: torch.device | str = "cpu",
     ) -> None:
         first = modules[0]
-        super().__init__(stack([module.model for module in modules]), first.optimizer, first.schedule)
+        stacked = stack([module.model for module in modules])
+        teacher = first.teacher if isinstance(first, DistillModule) else None
+        super().__init__(stacked, teacher, first.optimizer, first.schedule)
         self.guard = FiniteGuard("this student is given up, the others of its stack go on")
         self.students = len(modules)
         self.paces = [Pace(module.optimizer, module.schedule) for module in modules]
         self.cells = cells_of(modules)
-        self._records_factors = any(cell.transfer.streams for cell in self.cells)
         self._most_values = max((len(cell.transfer.curves) or 1 for cell in self.cells), default=0)
         self.streams = streams_on(torch.device(device), seeds)
         draw_from(self.streams, self.model.modules())
-        # In a tuple, as in DistillModule.
-        self._teachers: tuple[Model, ...] = (first.teacher,) if isinstance(first, DistillModule) else ()
         # Not buffers: those would be rounded by trainer.precision=bf16-true.
         alphas = [module.alpha if isinstance(module, DistillModule) else 1.0 for module in modules]
         self.alphas = torch.tensor(alphas, dtype=torch.float64)
         smoothings = [module.label_smoothing for module in modules]
         self.smoothings = torch.tensor(smoothings, dtype=torch.float64) if any(smoothings) else None
         self.orders = torch.tensor(orders)
-        self.cached: dict[str, TeacherCache] = {}
-        """by split, the answers that the teacher has given already"""
         self.failed: dict[int, str] = {}
         """student → the line that says since when its figures are of no use"""
 
@@ -91,34 +88,17 @@ class StackedModule(ClassifyModule):
     def _asked(self, split: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.trains or split == "val"]
 
-    @property
-    def teacher(self) -> Model:
-        """Frozen and in eval mode."""
-        return self._teachers[0]
-
     def teacher_blocks(self, split: str) -> list[int] | None:
-        """The blocks whose scores "train" or "val" needs; None where the teacher is not asked."""
         cells = self._asked(split)
         return sorted({block for cell in cells for block in cell.transfer.teacher_blocks}) if cells else None
 
-    @torch.no_grad()
-    def ask_teacher(self, images: Tensor, split: str) -> Answer:
-        """Run the teacher on `images` [*U, B, C, H, W]; validation always asks for its logits."""
-        blocks, many = self.teacher_blocks(split) or [], images.shape[:-3]
-        given = images.flatten(0, -4), blocks, self._records_factors
-        if split == "train" and not any(cell.transfer.needs_logits for cell in self._asked(split)):
-            assert isinstance(self.teacher, ViT)
-            scores, logits = self.teacher.scores(*given), None
-        else:
-            output = self.teacher(*given)
-            scores, logits = output.scores, output.logits.unflatten(0, many)
-        apart = {b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()}
-        return Answer(apart, logits)
+    @property
+    def needs_logits(self) -> bool:
+        return any(cell.transfer.needs_logits for cell in self._asked("train"))
 
-    def answer(self, batch: Batch, split: str) -> Answer:
-        """What the teacher says of the batch's images, given now or before."""
-        cache = self.cached.get(split)
-        return self.ask_teacher(batch.image, split) if cache is None else cache.answer(batch.index)
+    @property
+    def records_factors(self) -> bool:
+        return any(cell.transfer.streams for cell in self.cells)
 
     def as_seen(self, batch: Batch) -> Batch:
         if batch.label.ndim == 1:
@@ -239,13 +219,6 @@ class StackedModule(ClassifyModule):
         self.failed = dict(checkpoint["failed"])
         self.streams.load_state_dict(checkpoint["streams"])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # They lie on the old device, in the old precision.
-        self.cached.clear()
-        for teacher in self._teachers:
-            teacher._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
@@ -255,7 +228,7 @@ class StackedModule(ClassifyModule):
         images = batch.image if batch.image.ndim == 4 else batch.image[self.orders]
         cells = self.active_cells
         blocks = {block for cell in cells for block in cell.transfer.student_blocks}
-        output = self.model(images, blocks, self._records_factors)
+        output = self.model(images, blocks, self.records_factors)
         if not cells:
             task = self.task_loss(output.logits, seen.label)
             return Terms(output.logits, task, total=task, of_tokens=output.of_tokens)
