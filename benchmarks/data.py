@@ -28,7 +28,7 @@ from vitkd.config import Config
 from vitkd.data import Loader
 from vitkd.data.loader import Pixels
 from vitkd.data.order import EpochOrder
-from vitkd.distill.graph import WARM_UP
+from vitkd.train.cuda_graph import WARM_UP
 
 OURS = "vitkd, resident"
 BAR = Bar(8, at_least=True)

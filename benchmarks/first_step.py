@@ -8,14 +8,14 @@ import os
 import time
 from typing import Any
 
-from vitkd import train
+from vitkd.train import __main__, job
 
 IMPORTED = time.monotonic()
 
 
 def stop_at_first_step() -> None:
     """Make the first training step of a distilled student the last thing that happens."""
-    module = train.DistillModule
+    module = job.DistillModule
     step = module.training_step
 
     def first(self: Any, *arguments: Any) -> None:
@@ -28,4 +28,4 @@ def stop_at_first_step() -> None:
 
 if __name__ == "__main__":
     stop_at_first_step()
-    train.main()
+    __main__.main()

@@ -31,9 +31,9 @@ from benchmarks import subject
 from benchmarks.harness import Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
 from vitkd.data import Batch
-from vitkd.distill.granularity import Block, Encoder, Granularity, Head
-from vitkd.distill.losses import KL, MSE, AttentionLoss
-from vitkd.distill.transfer import AttentionTransfer
+from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
+from vitkd.methods.maps.losses import KL, MSE, AttentionLoss
+from vitkd.methods.maps.objective import AttentionTransfer
 from vitkd.models import ViT, ViTConfig
 
 GRANULARITIES: dict[str, Granularity] = {"head": Head(), "block": Block(), "encoder": Encoder()}

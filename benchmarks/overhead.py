@@ -3,7 +3,7 @@
 Steps: a model so small that the arithmetic is next to nothing, alone and beside a teacher, on digits.
 `bare loop` computes the same losses on the same batches, with backward and fused AdamW, and nothing else.
 `own work` adds what vitkd does at every step: the check for NaN, the curves' means, the learning rate.
-`Lightning` trains by a Trainer without loggers or callbacks. `run` is `vitkd.runs.training.fit` with all
+`Lightning` trains by a Trainer without loggers or callbacks. `run` is `vitkd.train.fit.fit` with all
 that a run has: TensorBoard, metrics.csv, checkpoints, signals. The first steps and what comes at an epoch's
 end (validation, checkpoints) are left out. The last three are shown less the bare loop of the same round.
 
@@ -31,13 +31,13 @@ from torch import Tensor
 from benchmarks import subject
 from benchmarks.harness import Bar, Row, Settings, in_turns, row, synchronize
 from benchmarks.harness import main as run
+from vitkd.cli.console import start_logging
 from vitkd.config import Config
 from vitkd.data import Batch
-from vitkd.distill.modules import ClassifyModule, measures, trained_by
-from vitkd.runs.console import start_logging
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.training import fit
-from vitkd.train import load_data
+from vitkd.train.fit import fit
+from vitkd.train.job import load_data
+from vitkd.train.module import ClassifyModule, measures, trained_by
 
 ROOT = Path(__file__).parents[1]
 STEP_BAR, START_BAR = Bar(0.15), Bar(5)

@@ -48,11 +48,11 @@ from benchmarks.harness import main as run
 from benchmarks.step import DRY
 from vitkd.config import Config
 from vitkd.data import Batch
-from vitkd.distill.granularity import Block, Encoder, Granularity
-from vitkd.distill.graph import WARM_UP
-from vitkd.distill.losses import KL, AttentionLoss
-from vitkd.distill.transfer import AttentionTransfer
+from vitkd.methods.maps.granularity import Block, Encoder, Granularity
+from vitkd.methods.maps.losses import KL, AttentionLoss
+from vitkd.methods.maps.objective import AttentionTransfer
 from vitkd.models import ViT, ViTConfig, count_parameters
+from vitkd.train.cuda_graph import WARM_UP
 
 NO_SLOWER, TRUNCATED = Bar(1, at_least=True), Bar(1.5, at_least=True)
 ON_GPU = Bar(10, at_least=True)

@@ -22,11 +22,11 @@ from benchmarks.harness import main as run
 from benchmarks.step import DRY, GRANULARITIES, LOSSES
 from vitkd.config import Config
 from vitkd.data import Batch
-from vitkd.distill.graph import GraphedStep, set_capturable
-from vitkd.distill.modules import ClassifyModule, DistillModule
 from vitkd.models import ViT
-from vitkd.stacked import StackedModule
-from vitkd.stacked.optimization import StackedAdamW
+from vitkd.train.cuda_graph import GraphedStep, set_capturable
+from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.stacked import StackedModule
+from vitkd.train.stacked.optimization import StackedAdamW
 
 Step = Callable[[Batch], object]
 

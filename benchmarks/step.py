@@ -22,10 +22,11 @@ from benchmarks.harness import Bar, Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
 from vitkd.config import Config
 from vitkd.data import Batch
-from vitkd.distill.granularity import Block, Encoder, Granularity, Head
-from vitkd.distill.losses import CE, KL, MSE, AttentionLoss
-from vitkd.distill.teacher_cache import Answer, TeacherCache
+from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
+from vitkd.methods.maps.losses import CE, KL, MSE, AttentionLoss
 from vitkd.models import ViT
+from vitkd.models.base import Answer
+from vitkd.train.teacher_cache import TeacherCache
 
 GRANULARITIES: dict[str, Granularity] = {"head": Head(), "block": Block(), "encoder": Encoder()}
 LOSSES: dict[str, AttentionLoss] = {"mse": MSE(), "ce": CE(), "kl": KL()}

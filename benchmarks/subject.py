@@ -14,12 +14,12 @@ from torch import Tensor
 from benchmarks.harness import Settings
 from vitkd.config import CONF_DIR, Config, parse
 from vitkd.data import Batch
-from vitkd.distill.granularity import Granularity
-from vitkd.distill.graph import GraphedStep, set_capturable
-from vitkd.distill.losses import AttentionLoss
-from vitkd.distill.optimization import AdamW
-from vitkd.distill.transfer import AttentionTransfer
+from vitkd.methods.maps.granularity import Granularity
+from vitkd.methods.maps.losses import AttentionLoss
+from vitkd.methods.maps.objective import AttentionTransfer
 from vitkd.models import ViT
+from vitkd.optim import AdamW
+from vitkd.train.cuda_graph import GraphedStep, set_capturable
 
 TINY = [
     *(

@@ -1,6 +1,6 @@
 """`hydra/launcher=stacked`: a multirun's jobs trained together, as many as can be.
 
-Hydra looks for launchers in this namespace alone; the work is done by `vitkd.train_stacked`.
+Hydra looks for launchers in this namespace alone; the work is done by `vitkd.train.stacked.job`.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class StackedLauncher(Launcher):
         if self.task_function.command != "train":  # type: ignore[attr-defined]
             return {}
         # Hydra imports every launcher whenever it starts; this one's needs take seconds.
-        from vitkd.train_stacked import run_together
+        from vitkd.train.stacked.job import run_together
 
         return run_together(jobs, self.max_students, self.task_function.explain)  # type: ignore[attr-defined]
 

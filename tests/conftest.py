@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from vitkd.models import ViTConfig
-from vitkd.runs.memory import pass_over_what_is_imported
+from vitkd.process.memory import pass_over_what_is_imported
 
 GET_MODE = Hydra.get_mode
 
@@ -83,7 +83,7 @@ def command() -> Command:
     """command("train", "alpha=0.3") is `python -m vitkd.train alpha=0.3` without the seconds of imports."""
 
     def run(name: str, *arguments: str) -> Outcome:
-        module = import_module(f"vitkd.{name}")
+        module = import_module(f"vitkd.{name}.__main__")
         out, err, code = io.StringIO(), io.StringIO(), 0
         streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
         with streams[0], streams[1], fresh_process(module.__name__, *arguments):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["vitkd.train", "tests.crashes"])
+SERVER.set_forkserver_preload(["vitkd.train.__main__", "tests.crashes"])
 
 
 class Ended(NamedTuple):
@@ -93,7 +93,7 @@ def _run(
             streams.enter_context(redirect(file))
             # What it starts itself, and Python on its way out, print there too.
             os.dup2(file.fileno(), {"out": 1, "err": 2}[kind])
-        import_module(f"vitkd.{command}").main()
+        import_module(f"vitkd.{command}.__main__").main()
 
 
 def _arm(strike: Strike) -> None:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tests import crashes
 from tests.crashes import Strike
 from vitkd.data.hashing import key_of, random_bits
-from vitkd.distill.guard import FiniteGuard
-from vitkd.distill.modules import DistillModule
 from vitkd.errors import RunError
-from vitkd.stacked import StackedModule
-from vitkd.stacked.dropout import KeyedStreams
+from vitkd.train.guard import FiniteGuard
+from vitkd.train.module import DistillModule
+from vitkd.train.stacked import StackedModule
+from vitkd.train.stacked.dropout import KeyedStreams
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +70,7 @@ def test_a_whole_run(command, tmp_path, precision):
 def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path):
     settings = ["trainer=gpu", "trainer.deterministic=true", "trainer.max_epochs=3", "teacher.max_epochs=1"]
     settings += ["+trainer.limit_train_batches=10", "student.dropout=0.1", "name=run", "resume=auto"]
-    step = "vitkd.distill.modules:DistillModule.training_step"
+    step = "vitkd.train.module:DistillModule.training_step"
 
     def student(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(folder / "outputs" / "digits" / "run" / "student.safetensors")
@@ -215,7 +215,7 @@ def test_a_stack_of_several_temperatures_ends_as_its_students_alone(command, tmp
 def test_a_stack_that_a_gpu_has_saved_goes_on_on_the_cpu_and_back(tmp_path):
     settings = ["-m", "hydra/launcher=stacked", "seed=0,1", "trainer.max_epochs=2", "method=none"]
     settings += ["+trainer.limit_train_batches=6", "optimizer.lr=0.00${seed}1", "checkpoint_minutes=0"]
-    step = "vitkd.distill.modules:ClassifyModule.training_step"
+    step = "vitkd.train.module:ClassifyModule.training_step"
     # trainer=auto takes what there is.
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
 

@@ -12,13 +12,13 @@ import yaml
 
 import vitkd.data.spec
 from tests.bombs import Bomb
+from vitkd.config.schema import allowed_class, build
 from vitkd.data import Dataset, Digits, ImageFolder
-from vitkd.distill.losses import KL, AttentionLoss
-from vitkd.distill.methods import Method
 from vitkd.errors import ConfigError
+from vitkd.methods.base import Method
+from vitkd.methods.maps.losses import KL, AttentionLoss
 from vitkd.models import ViTConfig
 from vitkd.runs.checkpoints import load_any
-from vitkd.schema import allowed_class, build
 
 # Should a command not be refused after all, it soon ends.
 BRIEFLY = ["trainer.max_epochs=1", "teacher.max_epochs=1", "trainer.limit_train_batches=1"]
@@ -55,15 +55,19 @@ HOSTILE = {
     "subprocess.Popen": {"_target_": "subprocess.Popen", "args": ["touch", "went_off"]},
     "pathlib.Path.touch": {"_target_": "pathlib.Path.touch", "_args_": ["went_off"]},
     "torch.load": {"_target_": "torch.load", "f": "BOMB", "weights_only": False},
-    "vitkd.train.torch.load": {"_target_": "vitkd.train.torch.load", "f": "BOMB", "weights_only": False},
+    "vitkd.train.job.torch.load": {
+        "_target_": "vitkd.train.job.torch.load",
+        "f": "BOMB",
+        "weights_only": False,
+    },
     "vitkd.cli.os.system": {"_target_": "vitkd.cli.os.system", "command": "touch went_off"},
-    "vitkd.train.Path": {"_target_": "vitkd.train.Path", "_args_": ["went_off"]},
+    "vitkd.train.job.Path": {"_target_": "vitkd.train.job.Path", "_args_": ["went_off"]},
     "hydra.utils.instantiate": {
         "_target_": "hydra.utils.instantiate",
         "_args_": [{"_target_": "os.mkdir", "_args_": ["went_off"]}],
     },
 }
-LIKELIEST = {"os.system", "builtins.open", "subprocess.Popen", "torch.load", "vitkd.train.torch.load"}
+LIKELIEST = {"os.system", "builtins.open", "subprocess.Popen", "torch.load", "vitkd.train.job.torch.load"}
 # Where it could stand: the places below a group where Hydra's instantiate would look, and the groups.
 NESTED = ["teacher.optimizer", "dataset.augment", "trainer.strategy", "trainer.logger", "loss.temperature"]
 GROUPS = [
@@ -129,7 +133,7 @@ def test_a_target_in_any_place_of_somebody_elses_experiment(place, hostile, comm
     is_refused(ended, place.split(".")[0])
 
 
-@pytest.mark.parametrize("name", ["os.system", "vitkd.train.torch.load"])
+@pytest.mark.parametrize("name", ["os.system", "vitkd.train.job.torch.load"])
 def test_a_target_in_somebody_elses_group(name, hostile, command, tmp_path):
     (tmp_path / "theirs" / "loss").mkdir(parents=True)
     (tmp_path / "theirs" / "loss" / "evil.yaml").write_text(yaml.safe_dump(hostile(name)))
@@ -159,7 +163,7 @@ def test_hydras_other_keys_are_settings_that_no_class_has(key, command):
         *("vitkd.data.spec.Path", "vitkd.data.module.L.LightningDataModule", "vitkd.data.ImageDataModule"),
         *("vitkd.data.Dataset", "vitkd.data.spec.Dataset", "vitkd.data.spec.ABC", "vitkd.data.split.Split"),
         *(
-            "vitkd.schema.build",
+            "vitkd.config.schema.build",
             "vitkd.data.split.hold_out",
             "vitkd.models.ViTConfig",
             "vitkd_evil.data.Digits",
@@ -190,14 +194,14 @@ def test_a_class_that_was_merely_imported_is_not_vitkds(monkeypatch):
     assert allowed_class("dataset", "vitkd.data.spec.Ours", Dataset) is ImageFolder
 
 
-@pytest.mark.parametrize("target", [None, 5, ["vitkd.distill.losses.KL"], {"_target_": "os.system"}])
+@pytest.mark.parametrize("target", [None, 5, ["vitkd.methods.maps.losses.KL"], {"_target_": "os.system"}])
 def test_a_target_that_is_no_text(target):
     with pytest.raises(ConfigError, match="only vitkd's own"):
         build("loss", {"_target_": target}, AttentionLoss)
 
 
 def test_what_is_allowed():
-    assert allowed_class("loss", "vitkd.distill.losses.KL", AttentionLoss) is KL
+    assert allowed_class("loss", "vitkd.methods.maps.losses.KL", AttentionLoss) is KL
     assert allowed_class("student", "vitkd.models.ViTConfig", ViTConfig) is ViTConfig
 
 

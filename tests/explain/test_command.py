@@ -32,7 +32,7 @@ OF_TEACHER = {"figure_1.png", "fidelity.json", "fidelity.png", "gallery.png"}
 @pytest.fixture(scope="module")
 def explain(command):
     """The command, and what it has to say."""
-    return lambda *arguments: command("explain.__main__", *arguments)
+    return lambda *arguments: command("explain", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,7 @@ from vitkd.explain import subjects
 from vitkd.explain.methods import METHODS, explain_by
 from vitkd.explain.recording import record
 from vitkd.explain.regions import region_map
-from vitkd.explain.subjects import (
-    class_rows,
-    features_of,
-    head_mean,
-    regions_of,
-    subject_of,
-    without_maps,
-)
+from vitkd.explain.subjects import class_rows, features_of, head_mean, regions_of, subject_of, without_maps
 from vitkd.models import ResNetConfig
 
 # Noise is drawn a call, and the others need packages that are slow to import.

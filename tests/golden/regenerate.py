@@ -10,11 +10,11 @@ import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from vitkd.cli.console import start_logging
 from vitkd.config import CONF_DIR, Config, parse
 from vitkd.models import ViT
-from vitkd.runs.console import start_logging
 from vitkd.runs.seeding import DROPOUT, WEIGHTS, seed_generators
-from vitkd.train import load_data
+from vitkd.train.job import load_data
 
 FILE = Path(__file__).with_name("losses.json")
 TERMS = ("task", "transfer", "total")

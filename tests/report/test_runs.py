@@ -185,12 +185,12 @@ def test_no_such_folder_and_no_runs(tmp_path):
 @pytest.mark.parametrize(
     ("group", "target", "name"),
     [
-        ("loss", "vitkd.distill.losses.ReverseKL", "reverse_kl"),
-        ("loss", "vitkd.distill.losses.MSE", "mse"),
-        ("granularity", "vitkd.distill.granularity.Encoder", "encoder"),
-        ("method", "vitkd.distill.methods.AttentionDistillation", "attention"),
-        ("method", "vitkd.distill.methods.NoDistillation", "none"),
-        ("method", "vitkd.distill.methods.LogitDistillation", "logit"),
+        ("loss", "vitkd.methods.maps.losses.ReverseKL", "reverse_kl"),
+        ("loss", "vitkd.methods.maps.losses.MSE", "mse"),
+        ("granularity", "vitkd.methods.maps.granularity.Encoder", "encoder"),
+        ("method", "vitkd.methods.base.AttentionDistillation", "attention"),
+        ("method", "vitkd.methods.base.NoDistillation", "none"),
+        ("method", "vitkd.methods.base.LogitDistillation", "logit"),
     ],
 )
 def test_options_are_called_as_they_are_typed(group, target, name):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vitkd.holm import holm
 from vitkd.report.statistics import (
     bootstrap_interval,
     p_value,
@@ -16,6 +15,7 @@ from vitkd.report.statistics import (
     seeds_needed,
     summarise,
 )
+from vitkd.statistics import holm
 
 ARM = [95.6, 94.2, 96.1, 95.0, 95.9]
 ALONE = [95.1, 94.4, 95.2, 94.1, 95.0]

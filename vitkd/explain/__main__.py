@@ -11,13 +11,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from vitkd.cli import run_command
+from vitkd.cli.command import run_command
+from vitkd.cli.console import Job, start_logging
 from vitkd.config import Config
+from vitkd.config.schema import instantiate
 from vitkd.data import ImageDataModule
 from vitkd.data.order import EpochOrder
-from vitkd.distill.pairing import map_block
 from vitkd.errors import ConfigError
-from vitkd.evaluate import device_of
+from vitkd.evaluate.__main__ import device_of
 from vitkd.explain.album import FILES, Album, files_of
 from vitkd.explain.correctness import Correlation, correctness_correlation
 from vitkd.explain.faithfulness import MapsOfClasses, faithfulness
@@ -31,12 +32,11 @@ from vitkd.explain.recording import has_maps, timm_model
 from vitkd.explain.settings import Settings
 from vitkd.explain.subjects import maps_of, regions_of, subject_of, without_maps
 from vitkd.explain.survey import Comparison, Survey, survey
-from vitkd.finished import Run, load_run
+from vitkd.methods.maps.pairing import map_block
 from vitkd.models import Model, ViTConfig, digest
 from vitkd.runs.checkpoints import load_any
-from vitkd.runs.console import Job, start_logging
 from vitkd.runs.files import write_atomically
-from vitkd.schema import instantiate
+from vitkd.runs.load import Run, load_run
 
 log = logging.getLogger("vitkd")
 

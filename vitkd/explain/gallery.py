@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vitkd.errors import ConfigError, suggest
-from vitkd.holm import holm
+from vitkd.statistics import holm
 
 BOTH_RIGHT = "both right"
 STUDENT_WRONG = "student wrong"

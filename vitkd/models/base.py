@@ -101,3 +101,18 @@ class Model(nn.Module, ABC):
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())
+
+
+class Answer(NamedTuple):
+    """What a teacher says of some images."""
+
+    scores: Mapping[int, Scores]
+    """block → its pre-softmax scores [*I, H, T, T], or their factors"""
+    logits: Tensor | None = None
+    """[*I, K], where they were asked for"""
+
+    @property
+    def predicted(self) -> Tensor:
+        """Its classes [*I]."""
+        assert self.logits is not None, "the teacher was not asked for classes"
+        return self.logits.argmax(-1)

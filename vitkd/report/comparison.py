@@ -4,18 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitkd.holm import holm
 from vitkd.report.arms import Arm, Experiment, count
 from vitkd.report.controls import pairs_of
-from vitkd.report.statistics import (
-    Gain,
-    Summary,
-    paired_gain,
-    pooled_std,
-    seeds_needed,
-    summarise,
-)
+from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std, seeds_needed, summarise
 from vitkd.report.verdicts import FEWEST_SEEDS, Kind, Spread, Verdict, judge
+from vitkd.statistics import holm
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def material(setting: Setting) -> Setting:
 
 
 def option(setting: Setting, group: str) -> str:
-    """What is chosen in a group, as one would type it: `reverse_kl` for vitkd.distill.losses.ReverseKL."""
+    """What is chosen in a group, as typed: `reverse_kl` for vitkd.methods.maps.losses.ReverseKL."""
     name = str(setting.get(f"{group}._target_", "")).rpartition(".")[2]
     name = name.removesuffix("Distillation") if group == "method" else name
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()

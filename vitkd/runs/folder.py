@@ -15,9 +15,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from vitkd.errors import ConfigError, RunError
+from vitkd.process.distributed import is_first
 from vitkd.runs.files import NO_ROOM, write_atomically
 from vitkd.runs.older import completed
-from vitkd.runs.processes import is_first
 
 log = logging.getLogger("vitkd")
 

@@ -9,10 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vitkd.runs.checkpoints import newest_good, previous, write_checkpoint
+from vitkd.runs.checkpoints import previous
 from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import RunFolder
-from vitkd.stacked.checkpoint import take_students
 
 log = logging.getLogger("vitkd")
 
@@ -100,14 +99,3 @@ def begin_alone(run: RunFolder, stacks: Path) -> None:
     # A stack leaves its students weights alone, nothing to go on from.
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     leave_place(run, stacks)
-
-
-def carry_over(before: StackFolder, students: Sequence[int], count: int, to: StackFolder) -> None:
-    """Let `students` of the `count` that were saved in `before` go on in another stack."""
-    found = newest_good(before.last)
-    if found is None:
-        return
-    content = take_students(found[1], students, count)
-    failed = found[1]["failed"]
-    content["failed"] = {new: failed[old] for new, old in enumerate(students) if old in failed}
-    write_checkpoint(to.last, content)

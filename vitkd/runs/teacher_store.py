@@ -13,12 +13,12 @@ from typing import Any, Protocol
 from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 
 from vitkd.data import Dataset
-from vitkd.distill.optimization import AdamW, Schedule
 from vitkd.errors import ConfigError
 from vitkd.models import Model, ModelConfig
+from vitkd.optim import AdamW, Schedule
+from vitkd.process.distributed import agree, is_first
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.processes import agree, is_first
 
 log = logging.getLogger("vitkd")
 

@@ -1,0 +1,400 @@
+"""Every file in conf/ composes, fits its class and says what it is; experiments are what their names say."""
+
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hydra
+import pytest
+import torch
+import yaml
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig
+
+from vitkd.config import CONF_DIR, Config, parse, teacher_run
+from vitkd.data import ImageFolder, TfFlowers, Torchvision
+from vitkd.errors import ConfigError
+from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.logit import LogitDistillation
+from vitkd.methods.maps.granularity import Block, Encoder, Head
+from vitkd.methods.maps.losses import CE, KL, MSE
+from vitkd.methods.none import NoDistillation
+from vitkd.methods.token import TokenDistillation
+from vitkd.models import ResNetConfig, count_parameters
+from vitkd.optim import AdamW, Constant, WarmupCosine
+from vitkd.train.fit import check_trainer
+
+OPTIONS = sorted(path for path in CONF_DIR.rglob("*.yaml") if path.parent != CONF_DIR)
+# Their keys are not fields of one class: settings of the root, of Hydra and of Lightning's Trainer.
+PATCHES = {"experiment", "sweep", "hydra/help", "hydra/launcher"}
+CLASSLESS = PATCHES | {"trainer"}
+
+
+def group_of(path: Path) -> str:
+    """`loss` for loss/kl.yaml; an experiment may lie deeper."""
+    parts = path.relative_to(CONF_DIR).parts
+    return parts[0] if parts[0] != "hydra" else "/".join(parts[:-1])
+
+
+def choice(path: Path) -> str:
+    """The option as typed: `experiment=report/teacher`."""
+    group = group_of(path)
+    return f"{group}={path.relative_to(CONF_DIR / group).with_suffix('').as_posix()}"
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """What an option file sets in its own group, without the choices it makes of others."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    settings = settings.get(path.parent.name, settings)
+    for base in settings.pop("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            name = base.partition("@")[0]
+            file = CONF_DIR / name[1:] if name.startswith("/") else path.parent / name
+            settings = settings_of(file.with_suffix(".yaml")) | settings
+    return settings
+
+
+def class_named(target: str) -> type:
+    module, _, name = target.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+SETTINGS = [path for path in OPTIONS if group_of(path) not in CLASSLESS]
+EXPERIMENTS = [path for path in OPTIONS if group_of(path) == "experiment"]
+every_option = pytest.mark.parametrize("path", OPTIONS, ids=choice)
+every_setting = pytest.mark.parametrize("path", SETTINGS, ids=choice)
+every_experiment = pytest.mark.parametrize("path", EXPERIMENTS, ids=choice)
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return hydra.compose("train", [*overrides], return_hydra_config=True)
+
+
+@pytest.fixture
+def read(monkeypatch) -> Callable[..., Config]:
+    """read("alpha=0.3"): the checked configuration; no data set has to be there."""
+    for kind in (Torchvision, ImageFolder, TfFlowers):
+        monkeypatch.setattr(kind, "inspect", lambda self, root: self.num_classes or 7)
+
+    def read(*overrides: str) -> Config:
+        composed = compose(*overrides)
+        del composed.__dict__["_content"]["hydra"]
+        return parse(composed)
+
+    return read
+
+
+@every_option
+def test_every_option_composes_and_fits(path, read):
+    group, _, option = choice(path).partition("=")
+    if group == "trainer" and option == "gpu" and not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="gpu"):
+            check_trainer(read(choice(path)).trainer)
+    elif group == "student" and option in ("report_teacher", "resnet"):
+        read(choice(path), "method=none")
+    elif group == "teacher" and option == "resnet":
+        config = read(choice(path), "method=logit")
+        config.method.check(config.student, config.teacher.model, config)
+    else:
+        config = read(choice(path), *(["dataset.root=photos"] if option == "image_folder" else []))
+        config.method.check(config.student, config.teacher.model, config)
+
+
+@every_option
+def test_every_option_opens_with_what_it_is(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if lines[0].startswith("# @package"):
+        lines.pop(0)
+
+    assert re.fullmatch(r"# \S.{5,}", lines[0]), "open with a comment that says what it is"
+
+
+@every_option
+def test_every_option_belongs_to_a_choice(path):
+    """A folder that train.yaml does not list would be of no effect."""
+    assert group_of(path) in compose().hydra.runtime.choices
+
+
+@every_setting
+def test_an_option_sets_exactly_what_its_class_takes(path):
+    settings = settings_of(path)
+    cls = class_named(settings.pop("_target_"))
+
+    # The whole encoder is every block, so it offers no choice of them.
+    inherited = {"blocks"} if cls is Encoder else set()
+
+    assert {*settings} == {field.name for field in fields(cls)} - inherited
+
+
+def test_trainers_set_the_same_and_what_lightning_takes():
+    trainers = {path.stem: settings_of(path) for path in OPTIONS if group_of(path) == "trainer"}
+
+    own = {name: dict(settings.items() - trainers["auto"].items()) for name, settings in trainers.items()}
+
+    assert all(settings.keys() == trainers["auto"].keys() for settings in trainers.values())
+    assert own == {
+        "auto": {},
+        "cpu": {"accelerator": "cpu"},
+        "gpu": {"accelerator": "gpu"},
+        "ddp": {"strategy": "ddp", "devices": 2},
+        "fsdp": {"strategy": "fsdp", "devices": 2, "accelerator": "gpu"},
+    }
+    check_trainer(trainers["cpu"] | {"max_epochs": 1})
+
+
+@every_setting
+def test_every_class_is_vitkds_own_and_says_what_it_is(path):
+    cls = class_named(settings_of(path)["_target_"])
+
+    assert cls.__module__.startswith("vitkd.")
+    assert cls.__doc__
+
+
+# The report's protocol; every experiment follows it, each cell changes what is listed under its name.
+REPORT = {
+    "dataset": "cifar100",
+    "method": AttentionDistillation,
+    "epochs": 100,
+    "student": (5, 4, 512),
+    "teacher": (10, 8, 1024),
+    "tokenizer": "patch",
+}
+EXPERIMENT = {
+    "report/teacher": {"method": NoDistillation, "student": (10, 8, 1024)},
+    "report/student_alone": {"method": NoDistillation},
+    "report/encoder_mse": {"granularity": Encoder, "loss": MSE, "alpha": 0.00015},
+    "report/block_mse": {"granularity": Block, "loss": MSE, "alpha": 0.015},
+    "report/block_kl": {"granularity": Block, "loss": KL, "alpha": 0.5},
+    "report/spt_teacher": {"method": NoDistillation, "student": (10, 8, 1024), "tokenizer": "spt"},
+    "report/spt_student_alone": {"method": NoDistillation, "tokenizer": "spt"},
+    "report/spt_block_kl": {"granularity": Block, "loss": KL, "alpha": 0.5, "tokenizer": "spt"},
+    "report_cifar10": {"dataset": "cifar10"},
+    "report_mnist": {"dataset": "mnist", "epochs": 10, "student": (2, 4, 64), "teacher": (6, 4, 256)},
+}
+
+
+# Each arm changes one thing of the distilled run that the command line describes.
+CONTROL = {
+    "control/attention": {},
+    "control/student_alone": {"method": NoDistillation()},
+    "control/untrained_teacher": {"trained": False},
+    "control/shuffled_maps": {"method": AttentionDistillation(control="shuffled")},
+    "control/uniform_maps": {"method": AttentionDistillation(control="uniform")},
+    "control/logits": {"method": LogitDistillation()},
+}
+
+
+def test_every_experiment_is_told_of():
+    told = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
+    assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == told
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_a_control_changes_one_thing(name, read):
+    settings = ["granularity=head", "loss=mse", "alpha=0.25", "teacher.max_epochs=7"]
+    expected = {"method": AttentionDistillation(), "trained": True} | CONTROL[name]
+
+    plain, config = read(*settings), read(f"experiment={name}", *settings)
+
+    assert config.method == expected["method"]
+    assert config.teacher.trained == expected["trained"]
+    same = replace(config.teacher, trained=True)
+    assert (config.student, same, config.alpha) == (plain.student, plain.teacher, 0.25)
+    assert (config.granularity, config.loss) == (plain.granularity, plain.loss)
+
+
+@pytest.mark.parametrize("name", EXPERIMENT)
+def test_an_experiment_is_what_its_name_says(name, read):
+    expected = REPORT | EXPERIMENT[name]
+
+    config = read(f"experiment={name}")
+
+    assert config.dataset.name == expected["dataset"]
+    assert type(config.method) is expected["method"]
+    for model, shape in ((config.student, expected["student"]), (config.teacher.model, expected["teacher"])):
+        assert (model.depth, model.num_heads, model.mlp_dim) == shape
+        assert model.embed_dim == 64
+        assert model.grid in (4, 7)
+    assert config.trainer["max_epochs"] == config.teacher.max_epochs == expected["epochs"]
+    assert config.dataset.batch_size == 64
+    assert config.optimizer == AdamW(lr=1e-3)
+    assert config.schedule == Constant()
+    if "loss" in expected:
+        assert type(config.granularity) is expected["granularity"]
+        assert type(config.loss) is expected["loss"]
+        assert config.loss.reduction == "mean"
+        assert config.alpha == expected["alpha"]
+    assert config.student.tokenizer == expected["tokenizer"]
+    if config.method.needs_teacher:
+        assert config.teacher.model.tokenizer == expected["tokenizer"]
+        assert config.teacher.optimizer == AdamW(lr=1e-3)
+        assert config.teacher.schedule == Constant()
+    config.method.check(config.student, config.teacher.model, config)
+
+
+def test_deit_on_flowers_is_what_its_name_says(read):
+    config = read("experiment=report/deit_flowers")
+
+    assert config.dataset.name == "tf_flowers"
+    assert config.method == TokenDistillation(targets="hard")
+    assert config.teacher.model == ResNetConfig(64, 3, 5, variant="resnet18", pretrained=False)
+    assert config.student.distillation_token
+    assert config.alpha == 0.5
+    config.method.check(config.student, config.teacher.model, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("report/teacher", 2_656_164), ("report/student_alone", 680_484)],
+)
+def test_the_reports_models_have_their_sizes(name, parameters, read):
+    assert count_parameters(read(f"experiment={name}").student.build()) == parameters
+
+
+@every_experiment
+def test_an_experiment_tells_its_command_and_the_reports_figure(path):
+    header = path.read_text(encoding="utf-8").partition("defaults:")[0]
+
+    assert re.search(rf"^# python -m vitkd\.train .*{re.escape(choice(path))}\b", header, re.MULTILINE)
+    assert re.search(r"\d ?%|no figures", header)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "teacher_depth", "student_depth", "epochs"),
+    [
+        ("digits", 4, 2, 20),
+        ("mnist", 6, 2, 10),
+        ("fashion_mnist", 6, 2, 20),
+        ("cifar10", 10, 5, 100),
+        ("cifar100", 10, 5, 100),
+        ("tf_flowers", 10, 5, 50),
+    ],
+)
+def test_models_and_epochs_follow_the_data_set(dataset, teacher_depth, student_depth, epochs, read):
+    config = read(f"dataset={dataset}")
+
+    assert (config.teacher.model.depth, config.student.depth) == (teacher_depth, student_depth)
+    assert config.trainer["max_epochs"] == config.teacher.max_epochs == epochs
+    for model in (config.student, config.teacher.model):
+        assert (model.image_size, model.channels) == (config.dataset.image_size, config.dataset.channels)
+        assert (model.num_classes, model.patch_size) == (
+            config.dataset.num_classes,
+            config.dataset.patch_size,
+        )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_data_sets_choice_of_models_can_be_overridden(order, read):
+    config = read(*["dataset=cifar100", "teacher=small", "student=mnist"][::order])
+
+    assert (config.teacher.model.depth, config.teacher.model.mlp_dim) == (4, 128)
+    assert (config.student.depth, config.student.mlp_dim) == (2, 64)
+    assert config.student.num_classes == 100
+
+
+def test_an_experiment_can_be_overridden(read):
+    config = read("experiment=report/block_kl", "alpha=0.1", "loss=ce", "dataset=cifar10", "schedule=cosine")
+
+    assert config.alpha == 0.1
+    assert type(config.loss) is CE
+    assert config.dataset.name == "cifar10"
+    assert type(config.schedule) is WarmupCosine
+
+
+def test_nested_settings_from_the_command_line(read):
+    config = read(
+        "granularity=head",
+        "granularity.blocks=[1]",
+        "granularity.heads=[[0,2],[3,1]]",
+        "optimizer.betas=[0.8,0.95]",
+        "teacher.optimizer.lr=2e-3",
+        "teacher.max_epochs=3",
+        "dataset.augment.flip=true",
+        "trainer.max_epochs=2",
+    )
+
+    assert config.granularity == Head(blocks=[1], heads=[[0, 2], [3, 1]])
+    (pair,) = config.granularity.pairs(config.student, config.teacher.model)
+    assert (pair.student_heads, pair.teacher_heads) == ((0, 3), ((2,), (1,)))
+    assert config.optimizer.betas == [0.8, 0.95]
+    assert (config.optimizer.lr, config.teacher.optimizer.lr) == (1e-3, 2e-3)
+    assert (config.trainer["max_epochs"], config.teacher.max_epochs) == (2, 3)
+    assert config.dataset.augment.flip
+
+
+def test_the_teachers_run_is_the_teacher_without_distillation(read):
+    config = read("teacher.seed=5", "teacher.max_epochs=3", "teacher.optimizer.lr=0.1", "seed=1")
+
+    own = teacher_run(config)
+
+    assert own.student == config.teacher.model
+    assert type(own.method) is NoDistillation
+    assert (own.seed, own.optimizer.lr, own.trainer["max_epochs"]) == (5, 0.1, 3)
+    assert own.resolved["seed"] == 5
+    assert own.resolved["student"]["depth"] == config.teacher.model.depth
+
+
+def test_what_was_resolved_reads_back_as_the_same_run(read):
+    """A run folder's config.yaml is a configuration again."""
+    config = read("loss=mse", "granularity=encoder", "alpha=0.00015", "teacher.dropout=0.2")
+
+    text = yaml.safe_dump(config.resolved, allow_unicode=True)
+
+    assert parse(DictConfig(yaml.safe_load(text))) == config
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[list[str]]:
+    """The jobs of a multirun, as they would be launched."""
+    jobs: list[list[str]] = []
+    launcher = SimpleNamespace(launch=lambda overrides, initial_job_idx: jobs.extend(overrides) or [])
+    monkeypatch.setattr(Plugins, "instantiate_launcher", lambda self, **_: launcher)
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        pytest.param("sweep=grid", 108, marks=pytest.mark.slow),
+        ("sweep=grid loss=kl seed=0,1", 24),
+        ("sweep=controls", 30),
+        ("-m granularity=head,encoder loss=mse,kl alpha=0.015,0.5", 8),
+        ("-m experiment=report_mnist student.embed_dim=64,128,256", 3),
+    ],
+)
+def test_a_grid_is_so_many_different_jobs(line, count, command, launched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    ended = command("train", *line.split())
+
+    assert ended.code == 0, ended.err
+    assert len({tuple(sorted(job)) for job in launched}) == len(launched) == count
+
+
+@pytest.mark.parametrize("granularity", ["head", "block", "encoder"])
+@pytest.mark.parametrize("loss", ["mse", "ce", "kl"])
+def test_every_cell_of_the_grid_fits(granularity, loss, read):
+    config = read(f"granularity={granularity}", f"loss={loss}", "alpha=0.00015")
+
+    config.method.check(config.student, config.teacher.model, config)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize(("name", "file"), [("evaluate", "evaluate"), ("explain.__main__", "explain")])
+def test_help_without_choices_explains_every_setting(name, file, flag, command):
+    settings = yaml.safe_load((CONF_DIR / f"{file}.yaml").read_text(encoding="utf-8"))
+
+    helped = command(name, flag)
+
+    assert (helped.code, helped.err) == (0, "")
+    assert f"python -m vitkd.{file} run=" in helped.out
+    assert yaml.safe_load(helped.out) == {
+        key: value for key, value in settings.items() if key not in ("defaults", "hydra")
+    }
+    for key in yaml.safe_load(helped.out).keys() - {"seed", "paths", "teacher"}:
+        assert re.search(rf"^(# .*\n)+{key}:", helped.out, re.MULTILINE), f"{key} is explained"

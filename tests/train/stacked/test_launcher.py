@@ -1,0 +1,479 @@
+"""Which jobs `hydra/launcher=stacked` trains together, what it says of the others, and what goes wrong."""
+
+import resource
+import shutil
+import weakref
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from copy import deepcopy
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.cli.test_multirun import Sweeps, Told, read, state_of
+from vitkd.cli.console import Job
+from vitkd.config import CONF_DIR
+from vitkd.config.schema import build
+from vitkd.errors import RunError
+from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.base import Method
+from vitkd.models import ResNetConfig, ViTConfig
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.stack_folder import Place, StackFolder
+from vitkd.train import job as train
+from vitkd.train.fit import Machine
+from vitkd.train.stacked import StackedModule
+from vitkd.train.stacked.candidates import Candidate, stacks_of, why_alone
+from vitkd.train.stacked.fit import room_for
+
+STACKED = "hydra/launcher=stacked"
+ALONE = [
+    *("method=none", "student.depth=1", "trainer=cpu", "trainer.max_epochs=1", "dataset.batch_size=32"),
+    *("+trainer.limit_train_batches=2", "pictures_every_n_epochs=0"),
+]
+OVERFLOW = "one student's overflow would hold all others back"
+BESIDE_A_TEACHER = [*ALONE[1:], "teacher.depth=1", "teacher.max_epochs=1"]
+
+
+@pytest.fixture
+def sweeps(tmp_path, command) -> Sweeps:
+    return Sweeps(tmp_path / "outputs", command)
+
+
+@pytest.fixture
+def plan(sweeps, monkeypatch) -> Callable[..., tuple[list[list[int]], list[int], Told]]:
+    """plan(*arguments) is the jobs of each stack, those that run alone, and what is said; none is trained."""
+
+    def make(*arguments: str) -> tuple[list[list[int]], list[int], Told]:
+        stacks: list[list[int]] = []
+        alone: list[int] = []
+
+        def train_stack(members: list[Candidate], sweep: str) -> list[Any]:
+            stacks.append([member.job.number for member in members])
+            for member in members:
+                member.job.state = "done"
+            return []
+
+        monkeypatch.setattr("vitkd.train.stacked.job.train_stack", train_stack)
+        monkeypatch.setattr("vitkd.train.job.run_job", lambda _, job: alone.append(job.number))
+        told = sweeps.run(STACKED, *arguments)
+        assert told.code == 0, told.err
+        return stacks, alone, told
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def resolved() -> dict[str, Any]:
+    """A job's resolved configuration."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        composed = OmegaConf.to_container(compose("train"), resolve=True)
+    return cast(dict[str, Any], composed)
+
+
+@pytest.fixture
+def stacked(resolved, monkeypatch) -> Callable[..., tuple[list[list[int]], list[str]]]:
+    """stacked(changes, …) is the jobs of each stack, and what is said; each job has `changes` of its own.
+
+    Those of `saved` were cut off in a stack each.
+    """
+
+    def stacks(
+        *jobs: dict[str, Any], most: int = 9, saved: Collection[int] = ()
+    ) -> tuple[list[list[int]], list[str]]:
+        said: list[str] = []
+        monkeypatch.setattr(
+            "vitkd.train.stacked.candidates.log.info", lambda text, *args: said.append(text % args)
+        )
+        members = []
+        for number, changes in enumerate(jobs):
+            settings = deepcopy(resolved)
+            for key, value in changes.items():
+                *groups, last = key.split(".")
+                node = reduce(getitem, groups, settings)
+                node[last] = value
+            config = SimpleNamespace(resolved=settings, method=build("method", settings["method"], Method))
+            place = Place(StackFolder(Path(f"stack-{number}")), 0, 1) if number in saved else None
+            members.append(SimpleNamespace(job=Job(number, {}), config=config, place=place))
+        found = stacks_of(cast(Any, members), most)
+        return [[member.job.number for member in stack] for stack in found], said
+
+    return stacks
+
+
+class TestWhatTrainsTogether:
+    @pytest.mark.parametrize(
+        ("setting", "value"),
+        [
+            ("method", {"_target_": "vitkd.methods.logit.LogitDistillation"}),
+            ("method.control", "shuffled"),
+            ("granularity", {"_target_": "vitkd.methods.maps.granularity.Head", "heads": [[0, 1]]}),
+            ("loss", {"_target_": "vitkd.methods.maps.losses.MSE"}),
+            ("schedule", {"_target_": "vitkd.optim.Constant"}),
+            *(("loss.temperature", 3.0), ("alpha", 1), ("seed", 7), ("label_smoothing", 0.1)),
+            *(("optimizer.lr", 0.1), ("optimizer.weight_decay", 0.3)),
+            *(("name", "other"), ("checkpoint_minutes", 3), ("pictures_every_n_epochs", 0)),
+        ],
+    )
+    def test_differs_in_what_each_has_of_its_own(self, setting, value, stacked):
+        stacks, said = stacked({}, {setting: value})
+
+        assert [sorted(stack) for stack in stacks] == [[0, 1]]
+        assert said == []
+
+    @pytest.mark.parametrize(
+        ("setting", "value", "named"),
+        [
+            *(("student.depth", 7, None), ("student.dropout", 0.5, None), ("teacher.seed", 3, None)),
+            *(("trainer.precision", "bf16-mixed", None), ("trainer.max_epochs", 7, None)),
+            *(
+                ("optimizer.betas", [0.5, 0.9], None),
+                ("dataset.batch_size", 7, None),
+                ("compile", True, None),
+            ),
+            *(("matmul_precision", "high", None), ("ema_decay", 0.9, None), ("paths.data", "there", "paths")),
+            ("method", {"_target_": "vitkd.methods.base.NoDistillation"}, "method"),
+        ],
+    )
+    def test_differs_in_nothing_else_and_that_is_named(self, setting, value, named, stacked):
+        stacks, said = stacked({}, {setting: value}, {"seed": 1}, {setting: value, "seed": 1})
+
+        assert stacks == [[0, 2], [1, 3]]
+        assert said == [f"jobs 1, 3 cannot be stacked with jobs 0, 2: another {named or setting}"]
+
+    def test_goes_on_from_one_checkpoint_and_that_is_told_beside_jobs_of_the_same_settings(self, stacked):
+        other = {"student.depth": 7}
+
+        stacks, said = stacked({}, other, {"seed": 1}, other | {"seed": 1}, saved=[2, 3])
+
+        assert stacks == [[0], [1], [2], [3]]
+        reason = "what was cut off goes on from where it was saved"
+        assert said == [
+            "job 1 cannot be stacked with job 0: another student.depth",
+            f"job 2 cannot be stacked with job 0: {reason}",
+            f"job 3 cannot be stacked with job 1: {reason}",
+        ]
+
+    @pytest.mark.parametrize(
+        ("most", "sizes"),
+        [(1, [1] * 5), (2, [1, 2, 2]), (3, [2, 3]), (4, [2, 3]), (5, [5]), (9, [5])],
+    )
+    def test_makes_stacks_of_even_size_up_to_a_limit(self, most, sizes, stacked):
+        stacks, said = stacked(*({"seed": seed} for seed in range(5)), most=most)
+
+        assert [len(stack) for stack in stacks] == sizes
+        assert said == [f"jobs 0-4 make {len(sizes)} stacks of at most {most} students"] * (len(sizes) > 1)
+
+    def test_puts_equal_losses_beside_each_other(self, stacked):
+        other = {"_target_": "vitkd.methods.maps.losses.MSE"}
+
+        stacks, _ = stacked({"alpha": 1}, {"loss": other}, {}, {"loss": other, "seed": 1}, {"seed": 1})
+
+        assert stacks == [[2, 4, 1, 3, 0]]
+
+    def test_puts_temperatures_of_one_loss_and_granularity_beside_each_other(self, stacked):
+        head = {"granularity": {"_target_": "vitkd.methods.maps.granularity.Head"}}
+        warm = {"loss.temperature": 2.0}
+
+        stacks, _ = stacked({}, head, warm, head | warm)
+
+        assert stacks == [[0, 2, 1, 3]]
+
+    def test_is_no_more_than_files_may_be_open(self, monkeypatch):
+        limits = [1024, 2048]
+        monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+        monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.__setitem__(slice(None), new))
+
+        assert (room_for(100), limits) == (100, [1024, 2048])
+        assert (room_for(400), limits) == (400, [1856, 2048])
+        assert (room_for(4000), limits) == (448, [2048, 2048])
+
+    def test_is_settled_by_the_command(self, plan):
+        swept = ["student.depth=1,2", "alpha=0.5,0.50,0.7", "hydra.launcher.max_students=2"]
+        stacks, alone, told = plan(
+            "sweep=grid", "granularity=head", "loss=kl", "seed=0", *swept, "trainer=cpu"
+        )
+
+        # Of the same job twice, the second one finds it done.
+        assert (stacks, alone) == ([[0, 4], [1, 5]], [2, 3])
+        assert "jobs 1, 5 cannot be stacked with jobs 0, 4: another student.depth\n" in told.out
+
+    def test_is_no_single_job(self, plan):
+        assert plan("seed=3", "trainer=cpu")[:2] == ([], [0])
+
+
+class TestWhatRunsAlone:
+    @pytest.mark.parametrize(
+        ("processes", "precision", "reason"),
+        [
+            (1, "bf16-mixed", None),
+            (2, "32-true", "it spreads over 2 processes"),
+            (
+                1,
+                "16-mixed",
+                "under trainer.precision=16-mixed one student's overflow would hold all others back",
+            ),
+            (1, 16, "under trainer.precision=16 one student's overflow would hold all others back"),
+        ],
+    )
+    def test_is_what_needs_a_process_to_itself(self, processes, precision, reason):
+        found = self.candidate(torch.device("cpu"), processes, precision, dropout=0.5)
+
+        assert why_alone(found) == reason
+
+    def test_is_what_keeps_figures_of_the_whole_batch(self):
+        found = self.candidate(torch.device("cpu"), 1, "32-true")
+        found.config.student = ResNetConfig(32, 3, 10)
+
+        assert "batch normalisation" in (why_alone(found) or "")
+
+    @pytest.mark.parametrize("name", ["dropout", "emb_dropout"])
+    @pytest.mark.parametrize(
+        ("device", "triton", "share", "reason"),
+        [
+            *(("cpu", None, 0.1, None), ("cuda:0", "spec", 0.1, None), ("cuda:0", None, 0.0, None)),
+            ("cuda:0", None, 0.1, "its dropout masks need Triton on a GPU, and cuda:0 has none"),
+            ("mps", "spec", 0.1, "its dropout masks need Triton on a GPU, and mps has none"),
+            ("mps", None, 0.0, None),
+        ],
+    )
+    def test_is_what_drops_where_there_is_no_kernel(self, name, device, triton, share, reason, monkeypatch):
+        monkeypatch.setattr("vitkd.train.stacked.dropout.find_spec", lambda _: triton)
+
+        assert why_alone(self.candidate(torch.device(device), 1, "32-true", **{name: share})) == reason
+
+    @staticmethod
+    def candidate(device: torch.device, processes: int, precision: Any, **student: float) -> Candidate:
+        config = SimpleNamespace(
+            method=AttentionDistillation(),
+            trainer={"precision": precision},
+            student=ViTConfig(8, 1, 10, 2, **cast(Any, student)),
+        )
+        machine = Machine(device, processes, 1)
+        return cast(Any, SimpleNamespace(config=config, machine=machine, folder=None))
+
+    def test_is_what_goes_on_from_a_checkpoint_of_its_own(self, plan, finished, sweeps):
+        shutil.copytree(finished, sweeps.folder("run0"))
+        (sweeps.folder("run0") / "status.json").write_text('{"state": "stopped"}')
+        briefly = ["trainer.max_epochs=1", "teacher.max_epochs=1", "trainer.limit_train_batches=1"]
+
+        stacks, alone, told = plan("seed=0,1,2", "name=run${seed}", *briefly)
+
+        assert (stacks, alone) == ([[1, 2]], [0])
+        assert "job 0 trains by itself: it goes on from a checkpoint of its own\n" in told.out
+
+
+@pytest.mark.parametrize("most", ["0", "-1", "many", "2.5", "true"])
+def test_a_wrong_limit_is_one_line(most, sweeps):
+    told = sweeps.command("train", "-m", STACKED, "seed=0,1", f"hydra.launcher.max_students={most}", *ALONE)
+
+    assert told.code == 2
+    most = most.capitalize() if most == "true" else most
+    assert told.err == (
+        f"error: hydra.launcher.max_students={most}: must be a whole number of at least 1, or null\n"
+    )
+
+
+def test_a_bad_job_is_told_of_once_and_the_others_train(sweeps):
+    ended = sweeps.run("seed=0,1", "optimizer.weight_decay=0,-1", *ALONE, STACKED)
+
+    assert (ended.code, ended.states) == (1, ["done", "failed"] * 2)
+    assert "jobs 0, 2 train as one stack\n" in ended.out
+    assert [line.split(":")[1] for line in ended.err.splitlines()] == [f" job {n} failed" for n in (1, 3)]
+    assert "weight_decay=-1" in ended.err
+
+
+@pytest.mark.slow
+def test_what_cannot_learn_from_its_teacher_is_told_of_once(sweeps):
+    jobs = ["alpha=7,0.5", "granularity=head", "granularity.heads=[[0,0]],[[0,1]],[[9,0]]"]
+    ended = sweeps.run(*jobs, *BESIDE_A_TEACHER, STACKED)
+
+    assert ended.code == 1
+    assert ended.states == ["failed"] * 3 + ["done", "done", "failed"]
+    assert "jobs 3-4 train as one stack\n" in ended.out
+    told = ended.err.splitlines()
+    assert [line.split(":")[1] for line in told] == [f" job {n} failed" for n in (0, 1, 2, 5)]
+    assert "alpha=7.0" in told[0]
+    assert "granularity.heads" in told[3]
+
+
+@pytest.mark.slow
+def test_images_that_workers_decode_train_one_by_one(sweeps, tmp_path):
+    random = np.random.default_rng(0)
+    photos = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (photos / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = random.integers(256, size=(8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(photos / name / f"{number}.png")
+    files = ["dataset=image_folder", f"dataset.root={photos}", "dataset.image_size=8"]
+    decoded = ["dataset.patch_size=4", "dataset.resident_limit_gib=0", "dataset.workers=0", "student=small"]
+    settings = [setting for setting in ALONE if "batch_size" not in setting]
+
+    ended = sweeps.run("alpha=0.5,1", *files, *decoded, *settings, "dataset.batch_size=2", STACKED)
+
+    assert ended.states == ["done", "done"], ended.err
+    assert "jobs 0-1 train one by one: workers decode their images" in ended.out
+    assert ended.out.count("warning: alpha has no effect with method=none") == 2
+
+
+def test_what_another_process_has_taken_meanwhile_is_left_to_it(sweeps, monkeypatch):
+    jobs = ["seed=0,1,2", "name=seed${seed}", *ALONE, STACKED]
+    with monkeypatch.context() as patch:
+        patch.setattr("vitkd.train.stacked.job.fit_stack", fail)
+        assert sweeps.run(*jobs).states == ["failed"] * 3
+    taken = RunFolder(sweeps.folder("seed1"))
+
+    with ExitStack() as other:
+
+        def take(*_: Any) -> None:
+            other.enter_context(taken.running(taken.read_config()))
+
+        # When all has been planned.
+        monkeypatch.setattr("vitkd.train.stacked.job.announce", take)
+        ended = sweeps.run(*jobs)
+
+    assert (ended.code, ended.states) == (0, ["done", "running elsewhere", "done"]), ended.err
+    assert "jobs 0, 2 train as one stack\n" in ended.out
+    assert f"{sweeps.folder('seed1')}: another process is at work there; left alone\n" in ended.out
+
+
+def fail(*_: Any) -> None:
+    raise RunError("the disk is full")
+
+
+def on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def on_a_cpu() -> None:
+    """Ask for more than there are addresses."""
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+class TestTooLittleMemory:
+    @pytest.fixture
+    def failed(self, monkeypatch) -> Callable[..., list[weakref.ref[StackedModule]]]:
+        """failed(n) lets stacks of more than n students run out of memory; gives those that did."""
+
+        def limit(most: int, run_out: Callable[[], Any] = on_a_gpu) -> list[weakref.ref[StackedModule]]:
+            stacks: list[weakref.ref[StackedModule]] = []
+            original = StackedModule.terms
+
+            def terms(self: StackedModule, batch: Any) -> Any:
+                if self.students > most:
+                    stacks.append(weakref.ref(self))
+                    run_out()
+                assert [stack for stack in stacks if stack() is not None] == [], "they hold memory still"
+                return original(self, batch)
+
+            monkeypatch.setattr(StackedModule, "terms", terms)
+            return stacks
+
+        return limit
+
+    @pytest.mark.parametrize("run_out", [on_a_gpu, on_a_cpu])
+    def test_halves_stacks_until_they_fit(self, run_out, failed, sweeps):
+        stacks = failed(2, run_out)
+
+        ended = sweeps.run("seed=range(5)", "name=seed${seed}", *ALONE, STACKED)
+
+        assert (ended.code, ended.states) == (0, ["done"] * 5), ended.err
+        assert len(stacks) == 2
+        assert "jobs 0-4: too little memory on cpu for one stack; two of half the size\n" in ended.out
+        assert "jobs 2-4: too little memory on cpu" in ended.out
+        assert {path.name for path in sweeps.path.iterdir()} == {"digits", "sweeps"}
+        assert {path.name for path in (sweeps.path / "digits").iterdir()} == {f"seed{n}" for n in range(5)}
+        students = [read(sweeps.folder(f"seed{n}") / "metrics.json")["stack/students"] for n in range(5)]
+        assert students == [2, 2, 1, 2, 2]
+
+    @pytest.mark.slow
+    def test_while_students_are_concluded_leaves_the_concluded_ones_alone(
+        self, sweeps, tmp_path, monkeypatch
+    ):
+        jobs = ["seed=range(5)", "name=seed${seed}", *ALONE, STACKED]
+        reference = Sweeps(tmp_path / "reference", sweeps.command)
+        assert reference.run(*jobs).code == 0
+        measured: list[int] = []
+
+        def measure(config: Any, *rest: Any) -> Any:
+            measured.append(config.seed)
+            if len(measured) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return train.measure(config, *rest)
+
+        monkeypatch.setattr("vitkd.train.stacked.job.measure", measure)
+        ended = sweeps.run(*jobs)
+
+        assert (ended.code, ended.states) == (0, ["done"] * 5), ended.err
+        assert measured == [0, 1, 2, 2, 3, 4]
+        assert "jobs 2-4: too little memory on cpu" in ended.out
+        students = [read(sweeps.folder(f"seed{n}") / "metrics.json")["stack/students"] for n in range(5)]
+        assert students == [5, 5, 1, 2, 2]
+        assert {path.name for path in sweeps.path.iterdir()} == {"digits", "sweeps"}
+        for n in range(5):
+            runs = [outputs.folder(f"seed{n}") for outputs in (sweeps, reference)]
+            mine, theirs = (load_file(run / "student.safetensors") for run in runs)
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+    @pytest.mark.slow
+    def test_for_one_student_is_one_line_a_job(self, failed, sweeps):
+        failed(0)
+
+        ended = sweeps.run("seed=0,1", "name=seed${seed}", *ALONE, STACKED)
+
+        assert (ended.code, ended.states) == (1, ["failed"] * 2)
+        assert ended.err.splitlines() == [
+            f"error: job {n} failed: cpu: too little memory even for one student" for n in (0, 1)
+        ]
+        assert state_of(sweeps.folder("seed1")) == "failed"
+
+
+class TestAStudentThatIsNotFinite:
+    def test_fails_alone_and_leaves_the_others_as_they_are(self, sweeps, tmp_path):
+        jobs = ["optimizer.lr=0.001,1e30,0.01", "name=lr${optimizer.lr}", "+trainer.limit_train_batches=5"]
+        settings = [setting for setting in ALONE if "limit_train" not in setting]
+
+        ended = sweeps.run(*jobs, *settings, "trainer.max_epochs=2", "schedule.warmup=0", STACKED)
+        without = Sweeps(tmp_path / "without", sweeps.command)
+        good = ["optimizer.lr=0.001,0.01", *jobs[1:]]
+        assert without.run(*good, *settings, "trainer.max_epochs=2", "schedule.warmup=0", STACKED).code == 0
+
+        assert (ended.code, ended.states) == (1, ["done", "failed", "done"])
+        (line,) = ended.err.splitlines()
+        assert line.startswith("error: job 1 failed: step ")
+        assert "is not finite: class loss nan, on training images " in line
+        status = read(sweeps.folder("lr1e+30") / "status.json")
+        assert status["state"] == "failed"
+        assert "is not finite" in status["error"]
+        for name in ("lr0.001", "lr0.01"):
+            mine, theirs = (
+                load_file(place.folder(name) / "student.safetensors") for place in (sweeps, without)
+            )
+            torch.testing.assert_close(mine, theirs)
+        assert {path.name for path in sweeps.path.iterdir()} == {"digits", "sweeps"}
+        warning = f"warning: {sweeps.folder('lr1e+30')}: step "
+        assert ended.out.count(warning) == 1
+        assert ended.out.index(warning) < ended.out.index("epoch 2/2"), "at once"
+        assert "nan" not in ended.out.replace("class loss nan", "")
+
+    @pytest.mark.slow
+    def test_where_none_is_left_each_gets_its_own_line(self, sweeps):
+        lr = "optimizer.lr=1e30,1e25"
+        settings = [setting for setting in ALONE if "limit_train" not in setting]
+
+        ended = sweeps.run(lr, "schedule.warmup=0", *settings, "trainer.max_epochs=3", STACKED)
+
+        assert (ended.code, ended.states) == (1, ["failed"] * 2)
+        assert [line.split(": ")[1] for line in ended.err.splitlines()] == ["job 0 failed", "job 1 failed"]
+        assert ended.err.count("is not finite") == 2

@@ -1,0 +1,130 @@
+"""Whatever students learn from their teacher, in a stack they learn it as they would alone."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.stacked.test_architectures import randomised
+from tests.train.stacked.test_module import assert_trains_as_alone, batch
+from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.base import Method
+from vitkd.methods.logit import LogitDistillation
+from vitkd.methods.maps.granularity import Block
+from vitkd.methods.maps.losses import KL
+from vitkd.methods.maps.objective import Transfer
+from vitkd.methods.token import TokenDistillation
+from vitkd.models import Model, ResNetConfig
+from vitkd.optim import AdamW, Constant
+from vitkd.train.module import ClassifyModule
+from vitkd.train.stacked import StackedModule
+
+OF_LOGITS: list[tuple[Method, float]] = [
+    (LogitDistillation(temperature=2.0), 0.4),
+    (LogitDistillation(temperature=4.0), 0.4),
+    (LogitDistillation(temperature=4.0), 0.0),
+    (TokenDistillation(), 0.5),
+    (TokenDistillation(targets="soft", temperature=2.0), 0.7),
+    (TokenDistillation(), 1.0),
+    (LogitDistillation(), 1.0),
+]
+OF_MAPS: list[tuple[Method, float]] = [
+    (AttentionDistillation(), 0.3),
+    (AttentionDistillation(control="shuffled"), 0.3),
+    (AttentionDistillation(control="uniform"), 0.3),
+    (TokenDistillation(targets="soft", attention_weight=0.7), 0.2),
+    (TokenDistillation(attention_weight=0.2), 0.2),
+    (AttentionDistillation(), 1.0),
+]
+TEACHERS = ["a ViT", "a ViT with both tokens", "a network"]
+
+
+@pytest.fixture
+def members(tiny):
+    """members(teacher) is that teacher's students, each as it would train alone."""
+
+    def make(kind: str) -> list[ClassifyModule]:
+        teacher: Model
+        if kind == "a network":
+            teacher = ResNetConfig(image_size=8, channels=3, num_classes=5, stem="small").build().double()
+        else:
+            teacher = randomised(tiny(depth=4, num_heads=2, distillation_token="both" in kind))
+        methods = OF_LOGITS if kind == "a network" else OF_LOGITS + OF_MAPS
+        smoothings = [0.1 * (s % 3) for s in range(len(methods))]
+        return [
+            alone(tiny, method, alpha, teacher, smoothing)
+            for (method, alpha), smoothing in zip(methods, smoothings, strict=True)
+        ]
+
+    return make
+
+
+def alone(tiny, method: Method, alpha: float, teacher: Model, smoothing: float) -> ClassifyModule:
+    plan: Any = SimpleNamespace(
+        granularity=Block(), loss=KL(), alpha=alpha, optimizer=AdamW(), schedule=Constant(),
+        label_smoothing=smoothing,
+    )  # fmt: skip
+    student = randomised(tiny(distillation_token=True))
+    return method.module(student, teacher, plan, lambda: torch.empty(0)).train()
+
+
+@pytest.mark.parametrize("orders", [None, 3], ids=["one order", "three orders"])
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_losses_and_gradients_are_those_of_separate_runs(teacher, orders, members):
+    modules = members(teacher)
+
+    assert_trains_as_alone(modules, [s % (orders or 1) for s in range(len(modules))], batch(orders))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_curves_are_those_of_separate_runs(teacher, members):
+    modules, given = members(teacher), batch()
+    stacked = StackedModule(modules, [0] * len(modules), seeds=range(len(modules))).eval()
+
+    stacked.validation_step(given, 0)
+    together = stacked.curves(stacked.val_meter.means())
+
+    for found, module in zip(together, modules, strict=True):
+        module.eval().validation_step(given, 0)
+        (expected,) = module.curves(module.val_meter.means())
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_students_of_one_kind_share_a_cell_and_no_others_do(members):
+    cells = StackedModule(members("a ViT"), [0] * 13, seeds=range(13)).cells
+
+    assert [(cell.start, cell.stop) for cell in cells if cell.stop - cell.start > 1] == [(1, 3)]
+    assert len(cells) == 12
+
+
+def test_a_transfer_that_says_nothing_of_its_kind_is_one_of_its_own():
+    class Mine(Transfer):
+        def compare(self, student, teacher):
+            return student.logits.mean((-2, -1), keepdim=False).unsqueeze(-1)
+
+        def total(self, values):
+            return values.squeeze(-1)
+
+    one, other = Mine(), Mine()
+
+    assert one.kind == one.kind
+    assert one.kind != other.kind
+
+
+@pytest.mark.parametrize(
+    ("methods", "asked"),
+    [
+        ([AttentionDistillation()], False),
+        ([AttentionDistillation(), LogitDistillation()], True),
+        ([TokenDistillation()], True),
+    ],
+)
+def test_logits_are_asked_for_where_some_student_learns_from_them(methods, asked, tiny):
+    teacher = randomised(tiny())
+    modules = [alone(tiny, method, 0.5, teacher, 0.0) for method in methods]
+    stacked = StackedModule(modules, [0] * len(modules), seeds=range(len(modules))).train()
+
+    assert (stacked.ask_teacher(batch().image, "train").logits is not None) is asked
+    assert stacked.ask_teacher(batch().image, "val").logits is not None

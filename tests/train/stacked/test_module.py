@@ -1,0 +1,131 @@
+"""A stack of students computes what each of them computes alone."""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import pytest
+import torch
+
+from vitkd.data import Batch
+from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
+from vitkd.methods.maps.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
+from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.models import ViT
+from vitkd.optim import AdamW, Constant
+from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.stacked import StackedModule
+
+EXACT = {"atol": 1e-12, "rtol": 1e-12}
+IMAGES, CLASSES = 6, 5
+
+GRANULARITIES: list[Granularity] = [
+    Head(),
+    Head(heads=[[1, 3], [0, 2]]),
+    Block(head_map="group_mean"),
+    Encoder(),
+]
+LOSSES: list[AttentionLoss] = [
+    MSE(),
+    MSE(center="row"),
+    CE(),
+    KL(temperature=0.7),
+    KL(temperature=1.3),
+    ReverseKL(),
+    JS(reduction="sum"),
+]
+GRID = [*product(GRANULARITIES, LOSSES, (0.0, 0.3)), (Head(), MSE(), 1.0), (Encoder(), KL(), 1.0)]
+
+
+@pytest.fixture
+def teacher(tiny) -> ViT:
+    return tiny(depth=6, num_heads=4).build().double()
+
+
+@pytest.fixture
+def alone(tiny, teacher) -> Callable[..., DistillModule]:
+    """alone(granularity, loss, alpha) is a student that trains by itself."""
+
+    def build(granularity: Granularity, loss: AttentionLoss, alpha: float, **settings: float):
+        student = tiny(num_heads=2).build().double()
+        transfer = AttentionTransfer(granularity.pairs(student.config, teacher.config), loss)
+        return DistillModule(student, teacher, transfer, alpha, AdamW(), Constant(), **settings).train()
+
+    return build
+
+
+def test_temperatures_go_where_the_scores_are_and_stay_there(alone):
+    modules = [alone(Encoder(), KL(temperature=t), 0.5) for t in (0.7, 1.3)]
+    (cell,) = StackedModule(modules, [0, 0], seeds=[0, 1]).cells
+    elsewhere = torch.ones(2, 1, 1, 3, 3, device="meta")
+
+    assert cell.transfer.loss.softened(elsewhere).shape == elsewhere.shape
+
+    assert cell.transfer.loss.temperature.is_meta
+
+
+def test_students_of_several_temperatures_share_all_else_of_their_comparison(alone):
+    modules = [alone(Encoder(), KL(temperature=t), 0.5) for t in (0.7, 1.3)]
+    for module in modules:
+        pairs, loss = module.transfer.pairs, module.transfer.loss
+        module.transfer = AttentionTransfer(pairs, loss, tokens=1000, control="uniform")
+
+    (cell,) = StackedModule(modules, [0, 0], seeds=[0, 1]).cells
+
+    assert cell.transfer.streams
+    assert cell.transfer.control == "uniform"
+    assert [module.transfer.loss.temperature for module in modules] == [0.7, 1.3], "theirs are as before"
+
+
+def test_settings_are_not_rounded_as_bf16_weights_are(alone):
+    modules = [alone(Encoder(), KL(), alpha, label_smoothing=0.3) for alpha in (0.1, 0.7)]
+    stacked = StackedModule(modules, [0, 0], seeds=[0, 1]).train().to(torch.bfloat16)
+    given = batch()
+
+    terms = stacked.terms(given._replace(image=given.image.bfloat16()))
+
+    expected = torch.tensor([0.1, 0.7]) * terms.task + torch.tensor([0.9, 0.3]) * terms.transfer
+    torch.testing.assert_close(terms.total, expected, rtol=1e-6, atol=0)
+    assert stacked.smoothings.tolist() == pytest.approx([0.3, 0.3], rel=1e-6)
+
+
+def batch(orders: int | None = None) -> Batch:
+    many = [] if orders is None else [orders]
+    return Batch(
+        torch.randn(*many, IMAGES, 3, 8, 8, dtype=torch.float64),
+        torch.randint(CLASSES, (*many, IMAGES)),
+        torch.randint(100, (*many, IMAGES)),
+    )
+
+
+def of_order(batch: Batch, order: int) -> Batch:
+    return Batch(*(part[order] for part in batch))
+
+
+@pytest.mark.parametrize("orders", [None, 3], ids=["one-order", "three-orders"])
+def test_losses_and_gradients_are_those_of_separate_runs(alone, orders):
+    modules = [alone(*cell, label_smoothing=0.1 * (s % 3)) for s, cell in enumerate(GRID)]
+    order = [s % (orders or 1) for s in range(len(GRID))]
+
+    assert_trains_as_alone(modules, order, batch(orders))
+    assert all(p.grad is not None for module in modules for p in module.model.parameters())
+
+
+def assert_trains_as_alone(modules: Sequence[ClassifyModule], order: Sequence[int], given: Batch) -> None:
+    """One step of the stack of `modules` has the losses, logits and gradients of each one's own."""
+    stacked = StackedModule(modules, order, seeds=range(len(modules))).train()
+
+    together = stacked.terms(given)
+    together.total.sum().backward()
+
+    for s, module in enumerate(modules):
+        expected = module.terms(given if given.label.ndim == 1 else of_order(given, order[s]))
+        expected.total.backward()
+        for part in ("total", "task", "logits"):
+            torch.testing.assert_close(getattr(together, part)[s], getattr(expected, part), **EXACT)
+        for name, parameter in module.model.named_parameters():
+            gradient = stacked.model.get_parameter(name).grad[s]
+            # Where alone there is none at all, in a stack others have one.
+            if parameter.grad is None:
+                assert not gradient.any(), name
+            else:
+                torch.testing.assert_close(gradient, parameter.grad, **EXACT)

@@ -1,0 +1,151 @@
+"""What a person reads while a run goes on: what was chosen, one line an epoch, and a table at the end."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+
+from vitkd.process.distributed import is_first
+from vitkd.runs.folder import RunFolder
+
+log = logging.getLogger("vitkd")
+
+JOB_COLUMNS = {
+    "teacher/test_acc": "teacher",
+    "val/acc_best": "val best",
+    "test/acc_best": "test best",
+    "test/acc_last": "test last",
+}
+
+KNOWN_AND_MEANT = (
+    # The data lies on the device already; loader workers would only slow it down.
+    ".*does not have many workers.*",
+    # The last batch of an epoch is always logged.
+    ".*smaller than the logging interval.*",
+    # The optimiser of steps that are replayed; the first ones are not yet.
+    ".*constructed with capturable=True.*",
+    # trainer=cpu is meant.
+    ".*GPU available but not used.*",
+    # A step that is replayed from a CUDA graph takes its loss with it.
+    ".*`training_step` returned `None`.*",
+    # Lightning 2.6 under a newer PyTorch.
+    ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+)
+
+
+@dataclass
+class Job:
+    """What a sweep's record and its closing table tell of one of its jobs."""
+
+    number: int
+    settings: dict[str, str]
+    """What the command line set: {"alpha": "0.5", "loss": "kl"}."""
+    state: str = "not run"
+    """done, done before, failed, stopped, running elsewhere, or not run."""
+    folder: str | None = None
+    error: str | None = None
+    figures: dict[str, float | None] = field(default_factory=dict)
+    """By the names of JOB_COLUMNS."""
+
+
+class ConsoleLines(logging.Handler):
+    """Prints to whatever stdout is at that moment, so that a progress bar can keep below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+def start_logging() -> None:
+    """Send the log's lines to the console, and quieten what Lightning says about itself."""
+    if not log.handlers:
+        log.addHandler(ConsoleLines() if is_first() else logging.NullHandler())
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in KNOWN_AND_MEANT:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def is_terminal() -> bool:
+    """Whether a person watches, so that a progress bar makes sense."""
+    return sys.stdout.isatty()
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with two decimals; a dash for None."""
+    return "–" if value is None else f"{value:.2%}"
+
+
+def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: str) -> None:
+    """The closing table: every model's accuracy, then where everything lies."""
+    table = new_table("", "parameters", "val acc", "test acc", "agrees with teacher")
+    if metrics["teacher/parameters"]:
+        size = f"{metrics['teacher/parameters']:,}"
+        table.add_row("teacher", size, "", percent(metrics["teacher/test_acc"]), "")
+    for key, label, epoch, suffix in (
+        ("last", "last", "epochs", ""),
+        ("best", "best-on-val", "best_epoch", "_best"),
+    ):
+        agreement = metrics.get(f"test/teacher_agreement{suffix}")
+        table.add_row(
+            f"student, {label} epoch ({metrics[epoch]})",
+            f"{metrics['student/parameters']:,}",
+            percent(metrics[f"val/acc_{key}"]),
+            percent(metrics[f"test/acc_{key}"]),
+            "" if agreement is None else percent(agreement),
+        )
+        for token in ("class_token", "distillation_token"):
+            if (alone := metrics.get(f"test/acc_{key}_{token}")) is not None:
+                table.add_row(f"  its {token.replace('_', ' ')} alone", "", "", percent(alone), "")
+    places = {"run": folder.path, "pictures": folder.pictures, "model": folder.student}
+    lines = [f"{name:<9} {path}" for name, path in places.items() if path.exists()]
+    show("", table, "", *lines, f"curves    tensorboard --logdir {outputs}")
+
+
+def print_jobs(jobs: Sequence[Job]) -> None:
+    """All jobs of a sweep beside each other, those that failed or never ran as well; nothing for no jobs."""
+    if not jobs or all(job.state == "not run" for job in jobs):
+        return
+    table = new_table("job", "state", *JOB_COLUMNS.values(), "folder", text=("state", "folder"))
+    for job in jobs:
+        settings = job.settings.items()
+        told = {key: value for key, value in settings if any(value != j.settings.get(key) for j in jobs)}
+        name = " ".join(f"{key}={value}" for key, value in (told or job.settings).items())
+        place = Path(job.folder).name if job.folder else ""
+        accuracies = (percent(job.figures.get(key)) for key in JOB_COLUMNS)
+        table.add_row(f"{job.number} {name}", job.state, *accuracies, place)
+    parents = dict.fromkeys(str(Path(job.folder).parent) for job in jobs if job.folder)
+    errors = [f"job {job.number} failed: {job.error}" for job in jobs if job.error]
+    show("", table, "", *(f"folders   {parent}" for parent in parents), *errors)
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines to the terminal, or plainly to a file or pipe."""
+    console = Console(highlight=False, width=None if is_terminal() else 120)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def new_table(first: str, *columns: str, text: Collection[str] = ()) -> Table:
+    """A table without lines; its first column and those of `text` hold text, the others figures."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in (first, *columns):
+        justify: JustifyMethod = "left" if column == first or column in text else "right"
+        table.add_column(column, justify=justify, overflow="fold")
+    return table
+
+
+def print_comparison(reported: Mapping[str, Any], measured: Mapping[str, float]) -> bool:
+    """The figures measured again, each beside the reported one; returns whether all are equal."""
+    table = new_table("", "measured now", "reported by the run", "")
+    for name, value in measured.items():
+        verdict = "equal" if value == reported.get(name) else "differs"
+        table.add_row(name, repr(value), repr(reported.get(name)), verdict)
+    show(table)
+    return all(value == reported.get(name) for name, value in measured.items())

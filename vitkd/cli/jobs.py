@@ -1,0 +1,158 @@
+"""The jobs of one command: what each was told, how each ended, and that none stops the others.
+
+In a multirun every job leaves a record in `hydra.sweep.dir`, whichever process it ran in, so that the
+command can tell of all of them at its end, of those that never ran as well.
+"""
+
+import json
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from vitkd.cli.console import JOB_COLUMNS, Job
+from vitkd.errors import ConfigError, RunError
+from vitkd.process.distributed import is_first
+from vitkd.runs.files import write_atomically
+
+
+class Sweep(Callback):
+    """A multirun; Hydra calls it (`hydra.callbacks`) when one begins."""
+
+    current: ClassVar["Sweep | None"] = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Remember where records go and, where Hydra knows beforehand, which jobs there will be."""
+        self.folder = Path(config.hydra.sweep.dir)
+        for earlier in self.folder.glob("job-*.json"):
+            earlier.unlink()  # of a sweep before this one, where the folder is always the same
+        self.planned = planned_jobs(config)
+        Sweep.current = self
+
+    def jobs(self) -> list[Job]:
+        """All jobs in order: those on record, and those planned that never ran."""
+        known = {job.number: job for job in self.planned}
+        for record in self.folder.glob("job-*.json"):
+            job = Job(**json.loads(record.read_text(encoding="utf-8")))
+            # The command is over, so the process that wrote this was killed.
+            known[job.number] = replace(job, state="stopped") if job.state == "running" else job
+        return [known[number] for number in sorted(known)]
+
+
+def planned_jobs(config: DictConfig) -> list[Job]:
+    """The jobs of Hydra's own sweeper; other sweepers settle theirs as they go."""
+    if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        return []
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    # `glob` looks at the options that there are.
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    overrides = parser.parse_overrides([*params, *as_typed(config.hydra)])
+    (batch,) = BasicSweeper.split_arguments(overrides, None)
+    return [Job(number, as_settings(job)) for number, job in enumerate(batch)]
+
+
+def is_multirun() -> bool:
+    """Whether this job is one of several."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def overridden() -> dict[str, str]:
+    """What this job's command line set, as text: {"alpha": "0.5", "loss": "kl"}."""
+    return as_settings(as_typed(HydraConfig.get()))
+
+
+def as_typed(hydra: Any) -> list[str]:
+    """The overrides of a job or sweep, letter by letter: what `${…}` in them means is for the job to say."""
+    return cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
+
+
+def as_settings(overrides: Sequence[str]) -> dict[str, str]:
+    """["alpha=0.5", "+x=1"] as {"alpha": "0.5", "x": "1"}."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {o.get_key_element().lstrip("+~"): o.get_value_element_as_str() for o in parsed}
+
+
+@contextmanager
+def as_job(composed: DictConfig) -> Iterator[DictConfig]:
+    """What the job's own task would be given, while Hydra's node is as it would be then."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(composed)
+    own = composed.copy()
+    with open_dict(own):
+        del own["hydra"]
+    try:
+        yield own
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+@contextmanager
+def recorded(explain: Callable[[Exception], str], say: Callable[[str], None]) -> Iterator[Job]:
+    """Run a multirun's job in the body, which fills in the record; an error ends the job, not the others.
+
+    Args:
+        explain: gives an error's one line.
+        say: takes that line.
+    """
+    job = Job(HydraConfig.get().job.num, overridden(), state="running")
+    folder = Path(HydraConfig.get().sweep.dir)
+    with all_recorded([job], folder, explain, say):
+        yield job
+        job.state = "done" if job.state == "running" else job.state
+
+
+@contextmanager
+def all_recorded(
+    jobs: Sequence[Job], folder: Path, explain: Callable[[Exception], str], say: Callable[[str], None]
+) -> Iterator[None]:
+    """As `recorded`, for jobs that run together: what ends the body ends all that are still running."""
+
+    def write() -> None:
+        for job in jobs if is_first() else ():
+            record = folder / f"job-{job.number}.json"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(record, json.dumps(asdict(job), indent=2) + "\n")
+            except OSError as error:
+                say(f"{record}: cannot be written ({error.strerror}); the table will lack job {job.number}")
+
+    write()
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        end(jobs, "stopped")
+        raise
+    except Exception as error:
+        line = explain(error)
+        if not isinstance(error, OmegaConfBaseException | ConfigError | RunError):
+            traceback.print_exc()
+            line = f"{type(error).__name__}: {line}"
+        for job in end(jobs, "failed"):
+            job.error = line
+            say(f"job {job.number} failed: {line}")
+    finally:
+        write()
+
+
+def end(jobs: Sequence[Job], state: str) -> list[Job]:
+    """Those of `jobs` that were still running; from now on they are `state`."""
+    running = [job for job in jobs if job.state == "running"]
+    for job in running:
+        job.state = state
+    return running
+
+
+def figures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Those of a run's metrics that its record repeats."""
+    return {name: metrics[name] for name in JOB_COLUMNS}

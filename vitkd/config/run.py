@@ -1,0 +1,267 @@
+"""The typed configuration: what Hydra composed, checked as a whole before anything is loaded or written.
+
+Every group's option names a class by `_target_`. That class, a dataclass, *is* the option's schema: its
+fields are the keys and types, its `__post_init__` the ranges. So a new option is one class and one YAML;
+`schema` does the checking.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from vitkd.config.schema import build, instantiate
+from vitkd.data import Dataset
+from vitkd.errors import ConfigError
+from vitkd.methods.base import Method
+from vitkd.methods.maps.granularity import Granularity
+from vitkd.methods.maps.losses import AttentionLoss
+from vitkd.methods.none import NoDistillation
+from vitkd.models import ModelConfig
+from vitkd.optim import AdamW, Schedule
+
+PACKAGE = Path(__file__).parents[1]
+# In a wheel conf/ lies inside the package, in a checkout beside it.
+CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+
+# File systems take 255 bytes a name; the rest is for suffixes.
+LONGEST_NAME = 160
+
+GROUPS = (
+    *("dataset", "student", "teacher", "method", "granularity", "loss"),
+    *("optimizer", "schedule", "trainer"),
+)
+
+
+@dataclass
+class Paths:
+    """Where things lie; relative paths start from the working folder."""
+
+    data: str
+    outputs: str
+
+    def __post_init__(self) -> None:
+        for name in ("data", "outputs"):
+            place = Path(getattr(self, name))
+            nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
+            if not nearest.is_dir():
+                raise ConfigError(f"{name}={place}: {nearest} is a file; name a folder")
+
+
+@dataclass
+class SweepSettings:
+    """How a multirun treats jobs that an earlier one has run."""
+
+    rerun: str
+    """`missing` runs what is not done yet, and goes on with what was cut off; `all` runs every job anew."""
+
+    def __post_init__(self) -> None:
+        if self.rerun not in ("missing", "all"):
+            raise ConfigError(f"sweep.rerun={self.rerun}: choose missing or all")
+
+
+@dataclass
+class TeacherSource:
+    """What a teacher is besides its shape, optimiser and schedule."""
+
+    checkpoint: str | None
+    """A run folder, .safetensors or .ckpt file; null takes the teacher from the store, trained at need."""
+    seed: int
+    max_epochs: int
+    trained: bool
+    """False leaves it with the random weights that training would begin with: a control arm."""
+    cache: str
+    """`auto` asks the teacher once for what it says of images that always look the same; `off` every time."""
+    cache_gib: float
+    """What those answers may take of the device's memory."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.max_epochs < 1:
+            raise ConfigError(f"max_epochs={self.max_epochs}: must be at least 1")
+        if not self.trained and self.checkpoint is not None:
+            raise ConfigError(f"trained=false: {self.checkpoint} is trained; set one of the two")
+        self.cache = unquoted(self.cache)
+        if self.cache not in ("auto", "off"):
+            raise ConfigError(f"cache={self.cache}: choose auto or off")
+        if not 0 < self.cache_gib < math.inf:
+            raise ConfigError(f"cache_gib={self.cache_gib}: must be above 0; cache=off keeps nothing")
+
+
+@dataclass
+class Teacher(TeacherSource):
+    """The teacher and how it is trained, should it not be there yet."""
+
+    model: ModelConfig
+    optimizer: AdamW
+    schedule: Schedule
+
+
+# What stands in the teacher's group beside its model's settings.
+TEACHER_KEYS = {f.name for f in fields(Teacher)} - {"model"}
+
+
+@dataclass
+class Root:
+    """The settings that belong to no group."""
+
+    alpha: float
+    """Weight of the *class* loss: alpha·L_class + (1 − alpha)·L_att. 1 is the student alone. DeiT's and
+    vit-pytorch's alpha weigh the other term."""
+    label_smoothing: float
+    """What the student's labels share among all classes (Szegedy et al. 2016); 0 for none."""
+    seed: int
+    name: str | None
+    """The run folder's name; null makes one from the overrides."""
+    log_every_n_steps: int
+    pictures_every_n_epochs: int
+    """How often attention pictures go to TensorBoard; 0 is never."""
+    checkpoint_minutes: float
+    """A checkpoint is written when so much time has passed since the last, besides every epoch's end."""
+    resume: str | None
+    """`auto` goes on with a run of the same configuration that was cut off; null begins anew, beside it."""
+    ema_decay: float | None
+    """Validate and keep the exponential moving average of the student's weights; null keeps the weights.
+    The decay starts low and grows to this value."""
+    matmul_precision: str
+    """Of products of float32 matrices, and convolutions: `highest` is float32; `high` and `medium` may round
+    the factors, on NVIDIA GPUs to TF32."""
+    cuda_graph: str
+    """`auto` replays training steps on a GPU from a CUDA graph, where that can be done; `off` never does."""
+    compile: bool
+    """Compile the losses of a training step, models included (torch.compile)."""
+    sweep: SweepSettings
+    paths: Paths
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(
+                f"alpha={self.alpha}: must lie in [0, 1]; it weighs the class loss "
+                "(1 is labels alone, 0 attention alone)"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
+        check_seed(self.seed)
+        if self.log_every_n_steps < 1:
+            raise ConfigError(f"log_every_n_steps={self.log_every_n_steps}: must be at least 1")
+        if self.pictures_every_n_epochs < 0:
+            raise ConfigError(
+                f"pictures_every_n_epochs={self.pictures_every_n_epochs}: must be 0 (never) or more"
+            )
+        if not self.checkpoint_minutes >= 0:
+            raise ConfigError(f"checkpoint_minutes={self.checkpoint_minutes}: must be 0 (every step) or more")
+        self.cuda_graph = unquoted(self.cuda_graph)
+        if self.cuda_graph not in ("auto", "off"):
+            raise ConfigError(f"cuda_graph={self.cuda_graph}: choose auto or off")
+        if self.resume not in (None, "auto"):
+            raise ConfigError(f"resume={self.resume}: choose auto or null")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay}: must lie between 0 and 1, or be null")
+        if self.matmul_precision not in ("highest", "high", "medium"):
+            raise ConfigError(f"matmul_precision={self.matmul_precision}: choose highest, high or medium")
+        if self.name is not None and (Path(self.name).name != self.name or self.name in ("", ".", "..")):
+            raise ConfigError(f"name={self.name}: must be one folder name, without slashes")
+        if self.name is not None and len(self.name.encode()) > LONGEST_NAME:
+            raise ConfigError(f"name={self.name}: must be at most {LONGEST_NAME} bytes long")
+
+
+@dataclass
+class Config(Root):
+    """A whole run, typed and checked."""
+
+    dataset: Dataset
+    student: ModelConfig
+    teacher: Teacher
+    method: Method
+    granularity: Granularity
+    loss: AttentionLoss
+    optimizer: AdamW
+    schedule: Schedule
+    trainer: dict[str, Any]
+    """Arguments of Lightning's Trainer."""
+    resolved: dict[str, Any] = field(repr=False)
+    """The plain configuration that this was read from, with every interpolation resolved."""
+
+
+def parse(composed: DictConfig) -> Config:
+    """Check a composed configuration and turn it into objects; reads no images and writes nothing.
+
+    Raises ConfigError, with one line, for the first thing that is wrong.
+    """
+    composed = composed.copy()
+    for group in (*GROUPS, "paths"):
+        if composed.get(group) is None:
+            raise ConfigError(f"{group}: is missing, and nothing can do without it")
+    dataset = build("dataset", composed.dataset, Dataset)
+    if dataset.num_classes is None:
+        # A folder of one's own images shows its number of classes only when looked at.
+        composed.dataset.num_classes = dataset.num_classes = dataset.inspect(Path(composed.paths.data))
+    plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    record_whereabouts(plain)
+    root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
+    student = build("student", plain["student"], ModelConfig)
+    if dataset.batch_size < student.LEAST_BATCH:
+        raise ConfigError(
+            f"dataset.batch_size={dataset.batch_size}: {student} trains on at least {student.LEAST_BATCH} "
+            "images a step, for its batch normalisation"
+        )
+    if not dataset.validates:
+        plain["trainer"]["limit_val_batches"] = 0
+    return Config(
+        **{f.name: getattr(root, f.name) for f in fields(Root)},
+        dataset=dataset,
+        student=student,
+        teacher=_teacher(plain["teacher"]),
+        method=build("method", plain["method"], Method),
+        granularity=build("granularity", plain["granularity"], Granularity),
+        loss=build("loss", plain["loss"], AttentionLoss),
+        optimizer=build("optimizer", plain["optimizer"], AdamW),
+        schedule=build("schedule", plain["schedule"], Schedule),
+        trainer=plain["trainer"],
+        resolved=plain,
+    )
+
+
+def record_whereabouts(plain: dict[str, Any]) -> None:
+    """Make the paths of what is read absolute, so that the record is true in any folder."""
+    for group, key in (("paths", "data"), ("dataset", "root"), ("teacher", "checkpoint")):
+        if (place := plain[group].get(key)) is not None:
+            if not isinstance(place, str):
+                raise ConfigError(f"{group}.{key}={place}: must be text, the path of a file or folder")
+            plain[group][key] = str(Path(place).resolve())
+
+
+def teacher_run(config: Config) -> Config:
+    """The run that trains the teacher: the same job without distillation, with the teacher as its student."""
+    node = config.resolved["teacher"]
+    model = {key: value for key, value in node.items() if key not in TEACHER_KEYS}
+    none = {"_target_": f"{NoDistillation.__module__}.{NoDistillation.__name__}"}
+    trainer = config.trainer | {"max_epochs": node["max_epochs"]}
+    own = {"student": model, "method": none, "trainer": trainer, "ema_decay": None, "label_smoothing": 0.0}
+    own |= {key: node[key] for key in ("optimizer", "schedule", "seed")}
+    return parse(OmegaConf.create(config.resolved | own))
+
+
+def unquoted(choice: str) -> str:
+    """A choice as it was meant: a file's bare `off` is YAML's word for false."""
+    return "off" if choice == "False" else choice
+
+
+def check_seed(seed: int) -> None:
+    """ConfigError unless PyTorch takes `seed`."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed}: must be a whole number from 0 to {2**32 - 1}")
+
+
+def _teacher(node: dict[str, Any]) -> Teacher:
+    """Split the group's node into the model's settings and the teacher's own."""
+    own_keys = [f.name for f in fields(TeacherSource) if f.name in node]
+    own = instantiate("teacher", TeacherSource, {key: node[key] for key in own_keys})
+    return Teacher(
+        **vars(own),
+        model=build("teacher", {k: v for k, v in node.items() if k not in TEACHER_KEYS}, ModelConfig),
+        optimizer=build("teacher.optimizer", node.get("optimizer", {}), AdamW),
+        schedule=build("teacher.schedule", node.get("schedule", {}), Schedule),
+    )

@@ -1,0 +1,1 @@
+"""What a student learns from besides labels: one file a method."""

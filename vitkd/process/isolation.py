@@ -1,0 +1,93 @@
+"""Several jobs in one process: each starts from the state in which the process itself started."""
+
+import gc
+import os
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitkd.process.signals import in_main_thread
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Run a job, then put back what it, Lightning or a class of one's own changed in the process.
+
+    As a decorator, `@isolated()`, it also frees what the job's variables held. What a library reads once a
+    process stays as the first job had it; so cuBLAS reads CUBLAS_WORKSPACE_CONFIG.
+    """
+    with warnings.catch_warnings(), ExitStack() as stack:
+        stack.callback(free_memory)
+        for owner, name in FLAGS:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+        for read, write in SETTINGS:
+            stack.callback(write, read())
+        yield
+
+
+def set_environment(variables: Mapping[str, str]) -> None:
+    """Make `variables` the whole environment."""
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
+
+
+def signal_handlers() -> dict[int, Any]:
+    """What each signal does."""
+    return {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+
+def set_signal_handlers(handlers: Mapping[int, Any]) -> None:
+    """Make each signal do that again, where this thread may say so."""
+    if not in_main_thread():
+        return
+    for number, handler in handlers.items():
+        # None was not installed from Python, and cannot be.
+        if handler is not None and handler != signal.getsignal(number):
+            signal.signal(number, handler)
+
+
+def set_matmul_precision(precision: str) -> None:
+    """Let products of float32 matrices and convolutions be as exact as "highest", "high" or "medium" is."""
+    torch.set_float32_matmul_precision(precision)
+    # By itself cuDNN rounds to TF32 whatever was asked of products.
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
+def free_memory() -> None:
+    """Give up what the job held: images, models, a GPU's memory."""
+    # A Trainer, its module and its data hold each other: left to themselves, those of several jobs pile up.
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+# What mypy takes for modules are objects with properties.
+backends: Any = torch.backends
+# Put back after SETTINGS, and from the last to the first: the older ways to ask for TF32 (the precision of
+# matrix products, `allow_tf32`) set `fp32_precision`s along with their own.
+FLAGS: tuple[tuple[Any, str], ...] = (
+    *((kind, "fp32_precision") for kind in (backends, backends.cudnn, backends.cuda.matmul)),
+    *((getattr(backends.mkldnn, kind), "fp32_precision") for kind in ("matmul", "conv", "rnn")),
+    *((backends.cudnn, name) for name in ("allow_tf32", "benchmark", "deterministic")),
+    (torch.utils.deterministic, "fill_uninitialized_memory"),
+)
+# PyTorch's generators of other devices are not among them: `seed_generators` starts those anew in every job.
+SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (torch.get_rng_state, torch.set_rng_state),
+    (np.random.get_state, np.random.set_state),
+    (random.getstate, random.setstate),
+    (lambda: dict(os.environ), set_environment),
+    (signal_handlers, set_signal_handlers),
+)

@@ -1,0 +1,1 @@
+"""Training a student: the job, the step, and the machinery around it."""

@@ -1,0 +1,213 @@
+"""When a run is saved, and all that has to be saved so that it goes on bit for bit."""
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from signal import Signals
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch import Tensor
+
+from vitkd.models import Model, describe
+from vitkd.process.distributed import gather, rank
+from vitkd.process.signals import TERMINATED, PostponedSignals
+from vitkd.runs.checkpoints import write_checkpoint
+
+log = logging.getLogger("vitkd")
+
+# What Lightning's validation loop counts when it is about to see its first batch: resumed from such a count,
+# it validates from the front.
+NO_BATCH_YET = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+class Destination(Protocol):
+    """Where checkpoints go: a run folder, say."""
+
+    last: Path
+    best: Path
+
+
+class Checkpointing(Callback):
+    """Saves last.ckpt at every epoch's end, every few minutes and before a signal has its effect.
+
+    Everything that a resumed run needs lies in that one file, the best epoch's weights included, so there
+    are no two files that could disagree. best.ckpt is a copy of those for whoever wants them.
+
+    Args:
+        folder: the run's.
+        minutes: the time after which a step's end is saved too; 0 saves every step.
+        signals: what waits for a checkpoint.
+    """
+
+    def __init__(self, folder: Destination, minutes: float, signals: PostponedSignals) -> None:
+        self.folder, self.seconds, self.signals = folder, 60 * minutes, signals
+        self.acc_last: float | None = None
+        self.acc_best: float | None = None
+        self.best: dict[str, Any] | None = None
+        self._has_improved = False
+        self._seconds_before = 0.0
+        self._start = self._saved = time.perf_counter()
+        self._random_state: dict[str, Tensor] | None = None
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Counted from 1; None while nothing has been validated."""
+        return None if self.best is None else self.best["epoch"] + 1
+
+    @property
+    def wall_seconds(self) -> float:
+        """How long this run has trained, over all attempts, less what an attempt did after its last save."""
+        return self._seconds_before + time.perf_counter() - self._start
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning has put a handler of its own in front, which ends the run without saving.
+        self.signals.install()
+        if self._random_state is not None:
+            set_random_state(self._random_state, trainer.strategy.root_device)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # An epoch without validation must not pass off the figures of the one before as its own.
+        for name in [name for name in trainer.callback_metrics if name.startswith("val/")]:
+            del trainer.callback_metrics[name]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # A run that goes on from a step does not validate after it.
+        if has_stepped(trainer) and not is_validation_next(trainer) and self._is_due(trainer):
+            self._save(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.sanity_checking or not has_stepped(trainer):
+            return
+        if self._anywhere(trainer, bool(self.signals.waiting)):
+            with training_weights(trainer):
+                self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        accuracy = trainer.callback_metrics.get("val/acc")
+        self.acc_last = None if accuracy is None else accuracy.item()
+        if self.acc_last is not None and (self.acc_best is None or self.acc_last > self.acc_best):
+            self.acc_best, self._has_improved = self.acc_last, True
+        self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["random_state"] = random_state(trainer.strategy.root_device)
+        if trainer.validating:
+            progress = {"total": dict(NO_BATCH_YET), "current": dict(NO_BATCH_YET)}
+            checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] |= progress
+        if self._has_improved:
+            # Not from the module: where weights are averaged, these are the average, as it was validated.
+            weights = {k: v.detach().to("cpu", copy=True) for k, v in checkpoint["state_dict"].items()}
+            self.best, self._has_improved = {"epoch": trainer.current_epoch, "state_dict": weights}, False
+        checkpoint["training"] = {
+            "acc_last": self.acc_last,
+            "acc_best": self.acc_best,
+            "best": self.best,
+            "wall_seconds": self.wall_seconds,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        saved = checkpoint["training"]
+        self.acc_last, self.acc_best, self.best = saved["acc_last"], saved["acc_best"], saved["best"]
+        self._seconds_before = saved["wall_seconds"]
+        self._random_state = checkpoint["random_state"]
+
+    def write_best(self, model: Model) -> None:
+        """Write the best epoch's weights, shaped as `model`, to best.ckpt."""
+        if self.best is not None:
+            write_checkpoint(self.folder.best, {**self.best, "model": describe(model)})
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        waited_long = time.perf_counter() - self._saved >= self.seconds
+        return self._anywhere(trainer, waited_long or bool(self.signals.waiting))
+
+    @staticmethod
+    def _anywhere(trainer: L.Trainer, condition: bool) -> bool:
+        """Whether it holds in any of the run's processes, so that all of them save together."""
+        return trainer.strategy.reduce_boolean_decision(condition, all=False)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Write the curves, then the checkpoint, then let signals have their effect."""
+        for logger in trainer.loggers:
+            logger.save()
+        improved = self._has_improved
+        trainer.save_checkpoint(self.folder.last)
+        if improved and trainer.is_global_zero:
+            self.write_best(trainer.lightning_module.model)  # type: ignore[arg-type]
+        self._saved = time.perf_counter()
+        if not self._anywhere(trainer, bool(self.signals.waiting)):
+            # One that arrives from here on waits for the next save: all processes have to stop together.
+            return
+        if trainer.is_global_zero:
+            names = " ".join(Signals(number).name for number in self.signals.waiting)
+            log.info("%s: saved at step %d; resume=auto goes on from there", names, trainer.global_step)
+        if not self.signals.waiting:
+            # Another process of this run was told to end.
+            sys.exit(TERMINATED)
+        self.signals.deliver()
+
+
+def has_stepped(trainer: L.Trainer) -> bool:
+    """Whether no gradients wait for more batches; those are not saved."""
+    batches = trainer.fit_loop.epoch_loop.batch_idx + 1
+    return trainer.is_last_batch or batches % trainer.accumulate_grad_batches == 0
+
+
+def is_validation_next(trainer: L.Trainer) -> bool:
+    """Whether this training batch is one after which Lightning looks whether to validate."""
+    loop = trainer.fit_loop.epoch_loop
+    batches = 1 + (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx)
+    return trainer.is_last_batch or batches % (trainer.val_check_batch or math.inf) == 0
+
+
+@contextmanager
+def training_weights(trainer: L.Trainer) -> Iterator[None]:
+    """During validation, put the weights that are being trained back where their average stands in."""
+    module = trainer.lightning_module
+    averages = [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
+    for average in averages:
+        average.on_validation_epoch_end(trainer, module)
+    yield
+    for average in averages:
+        average.on_validation_epoch_start(trainer, module)
+
+
+def callbacks_of(trainer: L.Trainer) -> list[Callback]:
+    """The Trainer's callbacks; Lightning's types hide them."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the generators that training on `device` draws from: [processes, bytes] each."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return {name: gather(state) for name, state in states.items()}
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put this process's generators into the state that `random_state` found there."""
+    if rank() >= len(states["cpu"]):
+        return  # there were fewer processes then; this one goes on as it was seeded
+    # Clones: PyTorch reads past the end of a row that does not lie at its storage's beginning.
+    own = {name: state[rank()].clone() for name, state in states.items()}
+    torch.set_rng_state(own["cpu"])
+    if device.type == "cuda" and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"], device)
+    elif device.type == "mps" and "mps" in own:
+        torch.mps.set_rng_state(own["mps"])

@@ -1,0 +1,49 @@
+"""`compile=true`: training losses by compiled code (torch.compile), everything else as ever."""
+
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from vitkd.data import Batch
+from vitkd.errors import ConfigError, RunError, one_line
+from vitkd.train.module import ClassifyModule, Terms
+
+
+def check_compiler(device: torch.device) -> None:
+    """ConfigError unless what torch.compile generates for `device` can be compiled."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ConfigError("compile=true: needs Triton on a GPU; pip install triton, or compile=false")
+    # The one that PyTorch calls.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"compile=true: there is no C++ compiler {compiler}; install one or set CXX, or compile=false"
+        )
+
+
+def compile_training(module: ClassifyModule) -> None:
+    """Compile `module.terms`, the forward passes of student and teacher and the losses, for training steps.
+
+    Not for validation, whose last batch is of another size, nor for pictures: each would be compiled anew.
+    Nor for the steps that are logged, whose gradients are measured term by term: a compiled graph gives up
+    its buffers in the first backward pass. Names of weights, checkpoints and averages stay as they are.
+    """
+    # What was compiled for the process's earlier jobs counts against the number of times it may be.
+    torch._dynamo.reset()
+    eager = module.terms
+    compiled = torch.compile(eager, dynamic=False)
+
+    def terms(batch: Batch) -> Terms:
+        if not module.training or module.is_logging_step:
+            return eager(batch)
+        try:
+            return compiled(batch)
+        except TorchDynamoException as error:
+            first = str(error).strip().partition("\n")[0]
+            raise RunError(f"compile=true: {one_line(Exception(first))}; train with compile=false") from error
+
+    module.terms = terms  # type: ignore[method-assign]

@@ -1,0 +1,192 @@
+"""Attention pictures of a run as it goes on: where the teacher looks, and where its student has learnt to.
+
+Shapes: B images, C channels, g patches along one side.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from vitkd.explain import cls_attention, denormalise, figure_1
+from vitkd.explain.figures import attention_unit
+from vitkd.explain.recording import evaluating, layout, who_reads
+from vitkd.methods.maps.pairing import BlockPair
+from vitkd.models import ViT
+from vitkd.train.module import DistillModule
+
+IMAGES = 4
+
+
+class AttentionPictures(Callback):
+    """Draws the report's Figure 1 of a `DistillModule`: where the teacher looks, and where its student does.
+
+    The student is shown in its last distilled block, beside that block's teacher, and in a block that was not
+    distilled, if there is one.
+
+    Drawing takes no random number and leaves the model as it was, so training is the same with and without.
+
+    Args:
+        images: [B, C, H, W], normalised, on the CPU; the first four are drawn.
+        labels: [B], what they show.
+        class_names: what each label means.
+        mean, std: one value a channel, to undo the normalisation.
+        every_n_epochs: how often a picture goes to TensorBoard, besides the end; 0 is never.
+        path: the PNG file to write at the end; None for none.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        class_names: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+        every_n_epochs: int,
+        path: Path | None,
+    ) -> None:
+        self.images = images[:IMAGES]
+        self.pixels = denormalise(self.images, mean, std)
+        self.labels = [class_names[label] for label in labels[:IMAGES].tolist()]
+        self.class_names = class_names
+        self.every_n_epochs = every_n_epochs
+        self.path = path
+        self._logged_step = -1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if trainer.is_global_zero and self.every_n_epochs and epoch % self.every_n_epochs == 0:
+            module = distilling(pl_module)
+            picture = rendered(self.draw(module, f"epoch {epoch}"))
+            self._log(module, trainer.loggers, picture, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.conclude(distilling(pl_module), trainer.loggers, trainer.current_epoch, trainer.global_step)
+
+    def conclude(self, module: DistillModule, loggers: Sequence[Logger], epoch: int, step: int) -> None:
+        """Draw the trained `module`, for TensorBoard and as a file."""
+        is_logged = not self.every_n_epochs or self._logged_step == step
+        if is_logged and self.path is None:
+            return
+        picture = rendered(self.draw(module, f"epoch {epoch}"))
+        if not is_logged:
+            self._log(module, loggers, picture, step)
+        if self.path is not None:
+            save(picture, self.path)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"logged_step": self._logged_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._logged_step = state_dict["logged_step"]
+
+    def draw(self, module: DistillModule, when: str) -> Figure:
+        """Figure 1 of the last distilled pair; `when` opens its caption."""
+        student, teacher = both(module)
+        pair, other = shown_pair(module), other_block(module)
+        teacher_heads = [head for heads in pair.teacher_heads for head in heads]
+        student_heads: dict[int, Sequence[int]] = {pair.student_block: pair.student_heads}
+        if other is not None:
+            student_heads[other] = range(student.config.num_heads)
+        teacher_maps, teacher_says = look(teacher, self.images, {pair.teacher_block: teacher_heads})
+        student_maps, student_says = look(student, self.images, student_heads)
+        columns = ["image", f"teacher, block {pair.teacher_block}", f"student, block {pair.student_block}"]
+        readers = [who_reads(layout(model, self.images)) for model in (teacher, student)]
+        caption = f"{when} · mean over the {'distilled' if module.transfer.pairs else 'blocks’'} heads"
+        return figure_1(
+            self.pixels,
+            teacher_maps[pair.teacher_block],
+            student_maps[pair.student_block],
+            None if other is None else student_maps[other],
+            labels=self.labels,
+            teacher_predictions=[self.class_names[label] for label in teacher_says],
+            student_predictions=[self.class_names[label] for label in student_says],
+            columns=columns if other is None else [*columns, f"block {other}, not distilled"],
+            unit=attention_unit(readers),
+            caption=caption if other is None else f"{caption}, in block {other} over all",
+        )
+
+    def _log(self, module: DistillModule, loggers: Sequence[Logger], picture: np.ndarray, step: int) -> None:
+        pair = shown_pair(module)
+        tag = f"attention/block{pair.student_block}_from_{pair.teacher_block}"
+        for logger in loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # Not add_figure: it imports pyplot, which looks for a display.
+                logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+        self._logged_step = step
+
+
+def shown_pair(module: DistillModule) -> BlockPair:
+    """The last distilled pair; where no map is distilled, the last blocks."""
+    if module.transfer.pairs:
+        return module.transfer.pairs[-1]
+    ours, theirs = (model.config for model in both(module))
+    every_head = (tuple(range(theirs.num_heads)),) * ours.num_heads
+    return BlockPair(ours.depth - 1, theirs.depth - 1, tuple(range(ours.num_heads)), every_head)
+
+
+def other_block(module: DistillModule) -> int | None:
+    """The last student block that is not distilled; None where every block is, or no map at all."""
+    distilled = set(module.transfer.student_blocks)
+    others = [block for block in range(both(module)[0].config.depth) if block not in distilled]
+    return others[-1] if distilled and others else None
+
+
+def both(module: DistillModule) -> tuple[ViT, ViT]:
+    """The student and its teacher, known to have attention maps."""
+    student, teacher = module.model, module.teacher
+    assert isinstance(student, ViT)
+    assert isinstance(teacher, ViT)
+    return student, teacher
+
+
+def distilling(module: LightningModule) -> DistillModule:
+    """`module`, known to have a teacher and a student."""
+    assert isinstance(module, DistillModule), f"{type(module).__name__} has no two attention maps to compare"
+    return module
+
+
+@torch.no_grad()
+def look(
+    model: ViT, images: Tensor, heads: Mapping[int, Sequence[int]]
+) -> tuple[dict[int, Tensor], list[int]]:
+    """Where the tokens look that a model classifies by, and what the model says, by one forward pass.
+
+    Args:
+        model: stays on its device and in its mode.
+        images: [B, C, H, W], normalised.
+        heads: block → the heads whose attention is averaged.
+
+    Returns:
+        block → [B, g, g] on the CPU, and B labels.
+    """
+    weight = model.head.weight
+    with evaluating(model):
+        output = model(images.to(weight.device, weight.dtype), record=[*heads])
+    c = model.config
+    allowed = c.allowed(weight.device)
+    maps = {b: cls_attention(output.scores[b], c.grid, heads[b], c.prefix, allowed).cpu() for b in heads}
+    return maps, output.logits.argmax(-1).tolist()
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """The figure's pixels, [H, W, 3] uint8."""
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def save(picture: np.ndarray, path: Path) -> None:
+    """Write a PNG file; a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    Image.fromarray(picture).save(temporary, format="png")
+    temporary.replace(path)

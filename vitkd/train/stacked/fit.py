@@ -1,0 +1,226 @@
+"""Fitting a stack of students: one training, and for each student what a run of its own would leave.
+
+Shapes: S stacked students.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from vitkd.errors import RunError
+from vitkd.models import describe
+from vitkd.process.signals import PostponedSignals
+from vitkd.runs.checkpoints import write_checkpoint
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.stack_folder import StackFolder
+from vitkd.train.checkpointing import Checkpointing, callbacks_of
+from vitkd.train.fit import (
+    Fitted,
+    Settings,
+    averaging,
+    build_trainer,
+    curves_of,
+    progress_bar,
+    run_trainer,
+    where_to_go_on,
+)
+from vitkd.train.progress import StackLines, told_figures
+from vitkd.train.stacked import StackedImages, StackedModule, unstack
+
+log = logging.getLogger("vitkd")
+
+# A student's lock, log and TensorBoard events; and what everything else has open.
+FILES_A_STUDENT, OTHER_FILES = 4, 256
+
+
+def room_for(students: int) -> int:
+    """How many of the students may be stacked at once, as open files go; asks for more files if need be."""
+    if sys.platform == "win32":
+        return students
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OTHER_FILES + FILES_A_STUDENT * students
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(students, (soft - OTHER_FILES) // FILES_A_STUDENT))
+
+
+class StackCheckpointing(Checkpointing):
+    """Saves a stack every few minutes, before a signal has its effect, and when training ends.
+
+    Not at every epoch's end, as a single student is: an epoch of many small students takes less time than
+    writing all of them down.
+    """
+
+    def __init__(self, folder: StackFolder, minutes: float, signals: PostponedSignals) -> None:
+        super().__init__(folder, minutes, signals)
+        self.last_accuracies: list[float] | None = None
+        self.best_accuracies: list[float] = []
+        self.best_epochs: list[int] = []
+        """counted from 1"""
+        self.best_weights: dict[str, Tensor] = {}
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        accuracies = trainer.callback_metrics.get("val/acc")
+        self.last_accuracies = None if accuracies is None else accuracies.tolist()
+        if self.last_accuracies is not None:
+            self._keep_best(self.last_accuracies, validated_weights(trainer), trainer.current_epoch + 1)
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs
+        if is_last or self._is_due(trainer):
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["training"] |= {
+            "last_accuracies": self.last_accuracies,
+            "best_accuracies": self.best_accuracies,
+            "best_epochs": self.best_epochs,
+            "best_weights": self.best_weights,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        saved = checkpoint["training"]
+        self.last_accuracies, self.best_accuracies = saved["last_accuracies"], saved["best_accuracies"]
+        self.best_epochs = saved["best_epochs"]
+        device = trainer.strategy.root_device
+        self.best_weights = {name: values.to(device) for name, values in saved["best_weights"].items()}
+
+    def _keep_best(self, accuracies: list[float], weights: dict[str, Tensor], epoch: int) -> None:
+        """Keep the weights of those students that were never better; the earliest of equals stays."""
+        if not self.best_epochs:
+            self.best_accuracies, self.best_epochs = list(accuracies), [epoch] * len(accuracies)
+            self.best_weights = {name: values.clone() for name, values in weights.items()}
+            return
+        pairs = zip(accuracies, self.best_accuracies, strict=True)
+        improved = [student for student, (now, best) in enumerate(pairs) if now > best]
+        for student in improved:
+            self.best_accuracies[student], self.best_epochs[student] = accuracies[student], epoch
+            for name, values in weights.items():
+                self.best_weights[name][student] = values[student]
+
+
+def validated_weights(trainer: L.Trainer) -> dict[str, Tensor]:
+    """The weights that validation saw: the model's, or their average."""
+    module: torch.nn.Module = trainer.lightning_module
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            module = callback._average_model.module
+    model = module.get_submodule("model")
+    return {name: values.detach() for name, values in model.state_dict().items()}
+
+
+class StudentLines(Callback):
+    """One plain line an epoch in each student's own run.log, and a warning when one is given up."""
+
+    def __init__(self, folders: Sequence[RunFolder]) -> None:
+        self.folders = folders
+        self._given_up: set[int] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        failed: dict[int, str] = pl_module.failed  # type: ignore[assignment]
+        for student in sorted(failed.keys() - self._given_up):
+            log.warning("warning: %s: %s", self.folders[student].path, failed[student])
+            self._given_up.add(student)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {name: values.tolist() for name, values in trainer.callback_metrics.items()}
+        epoch = f"{datetime.now():%Y-%m-%d %H:%M:%S} epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        for student, folder in enumerate(self.folders):
+            told = told_figures({name: values[student] for name, values in metrics.items()})
+            with folder.log.open("a", encoding="utf-8") as file:
+                file.write(f"{epoch}  {told}\n")
+
+
+def fit_stack(
+    module: StackedModule,
+    data: StackedImages,
+    place: StackFolder,
+    folders: Sequence[RunFolder],
+    settings: Settings,
+    callbacks: Sequence[Callback],
+) -> list[Fitted | str]:
+    """Train the stack, from where it was saved in `place` if it was.
+
+    Returns what each student's own fit would, or the line that says why it failed.
+
+    Raises:
+        RunError: the disk is full.
+        ConfigError: a setting of the Trainer does not suit it after all.
+    """
+    checkpoint, start = where_to_go_on(place.last)
+    loggers: list[list[Logger]] = [curves_of(folder, start) for folder in folders]
+    lines = [StackLines(), StudentLines(folders), *progress_bar()]
+    with PostponedSignals() as signals:
+        checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
+        trainer = build_trainer(
+            place.path,
+            settings,
+            [*averaging(settings), *callbacks, *lines, checkpointing],
+            [logger for own in loggers for logger in own],
+        )
+        try:
+            run_trainer(trainer, module, data, checkpoint)
+        except RunError:
+            if len(module.failed) < module.students:
+                raise
+    last = validated_weights(trainer)
+    return [
+        module.failed[student]
+        if student in module.failed
+        else fitted(student, own, trainer, checkpointing, last)
+        for student, own in enumerate(loggers)
+    ]
+
+
+def fitted(
+    student: int,
+    loggers: list[Logger],
+    trainer: L.Trainer,
+    checkpointing: StackCheckpointing,
+    weights: dict[str, Tensor],
+) -> Fitted:
+    """One student's models and figures; `weights` are the stack's after the last step."""
+    module = trainer.lightning_module
+    assert isinstance(module, StackedModule)
+    validated = bool(checkpointing.best_epochs)
+    last = unstack(module.model, weights, student).eval()
+    best = unstack(module.model, checkpointing.best_weights, student).eval() if validated else last
+    accuracies = checkpointing.last_accuracies
+    metrics = {
+        "val/acc_last": accuracies[student] if accuracies else None,
+        "val/acc_best": checkpointing.best_accuracies[student] if validated else None,
+        "best_epoch": checkpointing.best_epochs[student] if validated else trainer.current_epoch,
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "wall_seconds": checkpointing.wall_seconds,
+        "images_per_second": module.images_trained / module.seconds_trained,
+        "stack/students": module.students,
+    }
+    return Fitted(trainer, loggers, last, best, metrics)
+
+
+def write_checkpoints(folder: RunFolder, student: Fitted) -> None:
+    """Leave a student's checkpoints; there is nothing in them to go on from, since it is done."""
+    epochs = {folder.last: student.metrics["epochs"]}
+    if student.best is not student.last:
+        epochs[folder.best] = student.metrics["best_epoch"]
+    for path, epoch in epochs.items():
+        model = student.last if path == folder.last else student.best
+        weights = {f"model.{name}": values for name, values in model.state_dict().items()}
+        about = {"model": describe(model), "global_step": student.metrics["steps"], "epoch": epoch - 1}
+        write_checkpoint(path, {**about, "state_dict": weights})

@@ -1,0 +1,141 @@
+"""AdamW and schedules for stacked students, each with its own learning rate and weight decay.
+
+Shapes: S stacked students.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitkd.optim import AdamW, Schedule
+from vitkd.train.stacked.students import along
+
+
+class Pace(NamedTuple):
+    """How fast one student learns."""
+
+    optimizer: AdamW
+    schedule: Schedule
+
+    def rate(self, step: int, total_steps: int) -> float:
+        """The learning rate at `step`, counted from 0."""
+        return self.optimizer.lr * self.schedule.factor(step, total_steps)
+
+
+class StackedAdamW(torch.optim.AdamW):
+    """AdamW whose students each have a pace of their own.
+
+    Adam's direction depends neither on the learning rate nor on the weight decay, so one fused step finds it
+    for all students, and each then goes its own share of it. Where all paces are equal that is PyTorch's own
+    step, bit for bit.
+
+    Args:
+        parameters: [S, …] each.
+        paces: one a student, with equal betas and eps.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], paces: Sequence[Pace]) -> None:
+        parameters = list(parameters)
+        settings, like = [pace.optimizer for pace in paces], parameters[0]
+        first = settings[0]
+        assert all((s.betas, s.eps) == (first.betas, first.eps) for s in settings)
+        self.alike = len({repr(pace) for pace in paces}) == 1
+        lr, decay = (first.lr, first.weight_decay) if self.alike else (1.0, 0.0)
+        super().__init__(
+            parameters,
+            lr,
+            (first.betas[0], first.betas[1]),
+            first.eps,
+            decay,
+            fused=like.device.type in ("cpu", "cuda") or None,
+        )
+        # Under bf16-true weights are rounded, rates are not.
+        exact = torch.promote_types(like.dtype, torch.float32)
+        self.rates = torch.zeros(len(paces), dtype=exact, device=like.device)
+        decays = torch.tensor([s.weight_decay for s in settings], dtype=torch.float64)
+        self.decays = decays.to(exact).to(like.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict` at this stack's own pace: in a larger one paces may have differed."""
+        super().load_state_dict({**state_dict, "param_groups": self.state_dict()["param_groups"]})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every student."""
+        if self.alike:
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [parameter.clone() for parameter in parameters]
+        super().step()
+        for parameter, old in zip(parameters, before, strict=True):
+            kept = along(1 - self.rates * self.decays, old)
+            parameter.sub_(old).mul_(along(self.rates, old)).addcmul_(old, kept)
+        return loss
+
+
+class StackedSchedule:
+    """Sets every student's learning rate at every step; Lightning takes it for a scheduler.
+
+    Args:
+        optimizer: whose rates.
+        paces: one a student.
+        total_steps: of the whole run.
+    """
+
+    def __init__(self, optimizer: StackedAdamW, paces: Sequence[Pace], total_steps: int) -> None:
+        self.optimizer, self.paces, self.total_steps = optimizer, paces, total_steps
+        self._taken = 0
+        if not optimizer.alike:
+            self._table, self._column = self._rates_of_all_steps()
+        self._set_rates()
+
+    def step(self) -> None:
+        """Go on to the next step's rates."""
+        self._taken += 1
+        self._set_rates()
+
+    def get_last_lr(self) -> list[float]:
+        """The rates [S] as they are now."""
+        return self._rates_at(self._taken)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were taken."""
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after as many steps."""
+        self._taken = state["taken"]
+        self._set_rates()
+
+    def _rates_of_all_steps(self) -> tuple[Tensor, Tensor]:
+        """The rates [steps, distinct paces], and which of these each student has [S].
+
+        On the device: a copy a step from the host would have to wait for it.
+        """
+        distinct = {repr(pace): pace for pace in self.paces}
+        steps = range(self.total_steps + 1)
+        rates = [[pace.rate(step, self.total_steps) for step in steps] for pace in distinct.values()]
+        column = [list(distinct).index(repr(pace)) for pace in self.paces]
+        like = self.optimizer.rates
+        table = torch.tensor(rates, dtype=torch.float64).T.to(like.dtype)
+        return table.to(like.device), torch.tensor(column, device=like.device)
+
+    def _rates_at(self, step: int) -> list[float]:
+        return [pace.rate(step, self.total_steps) for pace in self.paces]
+
+    def _set_rates(self) -> None:
+        if self.optimizer.alike:
+            group, rate = self.optimizer.param_groups[0], self.paces[0].rate(self._taken, self.total_steps)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        else:
+            now = self._table[min(self._taken, self.total_steps)]
+            self.optimizer.rates.copy_(now[self._column])
