@@ -350,7 +350,7 @@ def test_other_images_are_not_set_beside_the_reports_figures():
 
 
 def test_an_arm_is_named_by_what_its_student_learns_from():
-    method = {"_target_": "vitkd.methods.base.AttentionDistillation"}
+    method = {"_target_": "vitkd.methods.attention.AttentionDistillation"}
     cell = {
         "method": method,
         "granularity": {"_target_": "vitkd.methods.maps.granularity.Encoder"},
@@ -361,7 +361,7 @@ def test_an_arm_is_named_by_what_its_student_learns_from():
     assert arm_of(cell) == "encoder mse 0.00015"
     assert arm_of(cell) in REPORTED
     assert arm_of(cell | {"alpha": 1.0}) == ALONE
-    assert arm_of(cell | {"method": {"_target_": "vitkd.methods.base.NoDistillation"}}) == ALONE
+    assert arm_of(cell | {"method": {"_target_": "vitkd.methods.none.NoDistillation"}}) == ALONE
 
 
 def test_curves_are_kept_in_six_digits(tmp_path):

@@ -385,7 +385,7 @@ def test_every_cell_of_the_grid_fits(granularity, loss, read):
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-@pytest.mark.parametrize(("name", "file"), [("evaluate", "evaluate"), ("explain.__main__", "explain")])
+@pytest.mark.parametrize(("name", "file"), [("evaluate", "evaluate"), ("explain", "explain")])
 def test_help_without_choices_explains_every_setting(name, file, flag, command):
     settings = yaml.safe_load((CONF_DIR / f"{file}.yaml").read_text(encoding="utf-8"))
 

@@ -188,8 +188,8 @@ def test_no_such_folder_and_no_runs(tmp_path):
         ("loss", "vitkd.methods.maps.losses.ReverseKL", "reverse_kl"),
         ("loss", "vitkd.methods.maps.losses.MSE", "mse"),
         ("granularity", "vitkd.methods.maps.granularity.Encoder", "encoder"),
-        ("method", "vitkd.methods.base.AttentionDistillation", "attention"),
-        ("method", "vitkd.methods.base.NoDistillation", "none"),
+        ("method", "vitkd.methods.attention.AttentionDistillation", "attention"),
+        ("method", "vitkd.methods.none.NoDistillation", "none"),
         ("method", "vitkd.methods.base.LogitDistillation", "logit"),
     ],
 )

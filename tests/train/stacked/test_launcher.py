@@ -142,7 +142,7 @@ class TestWhatTrainsTogether:
                 ("compile", True, None),
             ),
             *(("matmul_precision", "high", None), ("ema_decay", 0.9, None), ("paths.data", "there", "paths")),
-            ("method", {"_target_": "vitkd.methods.base.NoDistillation"}, "method"),
+            ("method", {"_target_": "vitkd.methods.none.NoDistillation"}, "method"),
         ],
     )
     def test_differs_in_nothing_else_and_that_is_named(self, setting, value, named, stacked):
