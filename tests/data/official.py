@@ -5,7 +5,7 @@ import hashlib
 import io
 import pickle
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +50,11 @@ def offer(server: Server, option: str, patch: pytest.MonkeyPatch) -> Official:
     return (_offer_cifar if "cifar" in option else _offer_mnist)(server, _CLASSES[option], patch)
 
 
-def tar_of(files: Mapping[str, bytes]) -> bytes:
+def tar_of(files: Mapping[str, bytes], first: Iterable[tarfile.TarInfo] = ()) -> bytes:
+    """A tar.gz of `files`, behind the empty members `first`."""
     with tarfile.open(fileobj=(out := io.BytesIO()), mode="w:gz") as tar:
+        for member in first:
+            tar.addfile(member)
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -95,19 +98,31 @@ def _offer_mnist(server: Server, source: str, patch: pytest.MonkeyPatch) -> Offi
 
 def _offer_cifar(server: Server, source: str, patch: pytest.MonkeyPatch) -> Official:
     official = getattr(torchvision.datasets, source)
+    publish_cifar(server, source, cifar_files(source), patch)
+    return Official([official.url], [official.tgz_md5], official.base_folder, "")
+
+
+def cifar_files(source: str) -> dict[str, bytes]:
+    """The official files by name, with one image a class in each."""
+    official = getattr(torchvision.datasets, source)
     kinds = 10 if source == "CIFAR10" else 100
     content = {official.meta["filename"]: {official.meta["key"]: [f"kind {n}" for n in range(kinds)]}}
     for name, _ in official.train_list + official.test_list:
         pixels = _RNG.integers(0, 256, (kinds, 3 * 32 * 32), dtype=np.uint8)
         content[name] = {"data": pixels, "labels" if kinds == 10 else "fine_labels": [*range(kinds)]}
-    publish_cifar(server, source, {name: pickle.dumps(value) for name, value in content.items()}, patch)
-    return Official([official.url], [official.tgz_md5], official.base_folder, "")
+    return {name: pickle.dumps(value) for name, value in content.items()}
 
 
-def publish_cifar(server: Server, source: str, files: Mapping[str, bytes], patch: pytest.MonkeyPatch) -> None:
-    """Have `server` give these files, and torchvision take them for the official ones."""
+def publish_cifar(
+    server: Server,
+    source: str,
+    files: Mapping[str, bytes],
+    patch: pytest.MonkeyPatch,
+    first: Iterable[tarfile.TarInfo] = (),
+) -> None:
+    """Serve these files, behind the members `first`, and make torchvision take them for the official ones."""
     official = getattr(torchvision.datasets, source)
-    content = tar_of({f"{official.base_folder}/{name}": file for name, file in files.items()})
+    content = tar_of({f"{official.base_folder}/{name}": file for name, file in files.items()}, first)
     server.files = {official.filename: content}
     patch.setattr(official, "url", server.url + official.filename)
     patch.setattr(official, "tgz_md5", md5(content))

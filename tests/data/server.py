@@ -106,6 +106,10 @@ def not_found(handler: _Handler) -> None:
     handler.send_error(404)
 
 
+def whole_or_not_found(handler: _Handler) -> None:
+    (whole if handler.path[1:] in handler.server.files else not_found)(handler)
+
+
 def broken(handler: _Handler) -> None:
     handler.send_error(500)
 

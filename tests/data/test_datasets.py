@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vitkd.data import Augment, Dataset, ImageDataModule
-from vitkd.data.staging import filled
+from vitkd.data.staging import has_files
 from vitkd.data.torchvision_sets import FOLDERS
 from vitkd.errors import ConfigError
 
@@ -164,7 +164,7 @@ def test_damaged_files_are_left_for_the_user(make: Make, tmp_path: Path) -> None
 @pytest.mark.parametrize("option", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_official_files(option: str, make: Make, real_data: Path) -> None:
     dataset = make(option)
-    if not filled(real_data / FOLDERS[dataset.source]):  # type: ignore[attr-defined]
+    if not has_files(real_data / FOLDERS[dataset.source]):  # type: ignore[attr-defined]
         pytest.skip(f"{option} is not in {real_data}")
     splits = dataset.load(real_data)
     train, test = splits["train"], splits["test"]

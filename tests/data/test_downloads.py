@@ -1,20 +1,20 @@
-"""Whatever goes wrong with a download is one line that says how to mend it, and leaves nothing behind."""
+"""Whatever goes wrong with a download is one line that says how to fix it, and leaves nothing behind."""
 
 import contextlib
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torchvision
 
 from vitkd.data import Dataset, staging
 from vitkd.errors import ConfigError
@@ -49,7 +49,6 @@ def complaint(dataset: Dataset, root: Path, official: Official, state: str = "ab
     with pytest.raises(ConfigError) as error:
         dataset.inspect(root)
     line = str(error.value)
-    let_go_of_sockets(error.value)
     assert "\n" not in line
     assert f"dataset {dataset.name}: {root / official.folder} is {state}" in line
     for url, mark in zip(official.urls, official.hashes, strict=True):
@@ -57,15 +56,6 @@ def complaint(dataset: Dataset, root: Path, official: Official, state: str = "ab
         assert mark in line
     assert f" in {root / official.by_hand} by hand" in line
     return line
-
-
-def let_go_of_sockets(error: BaseException | None) -> None:
-    """Torchvision does not close what a server refused; better here than in somebody else's test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        while error:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__
 
 
 def everything_below(folder: Path) -> list[str]:
@@ -115,6 +105,27 @@ def test_a_bad_server(
     assert capfd.readouterr() == ("", "")
     server.answer = None
     is_had(make(option), root, official)
+
+
+def test_a_bad_mirror_is_passed_over(
+    server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    official, root = offer(server, "mnist", monkeypatch), tmp_path / "data"
+    files, first = dict(server.files), f"{server.url}first/"
+    server.files |= {f"first/{name}": content[:-1] for name, content in files.items()}
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [first, server.url])
+    official.urls = [first + name for name in files]
+
+    is_had(make("mnist"), root, official)
+    assert server.asked == [place + name for name in files for place in ("first/", "")]
+    shutil.rmtree(root)
+
+    del server.files["t10k-labels-idx1-ubyte.gz"]
+    server.answer = how.whole_or_not_found
+    line = complaint(make("mnist"), root, official)
+    assert "not the official" in line
+    assert "404" in line
+    assert everything_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -323,7 +334,6 @@ def together(dataset: Dataset, root: Path) -> Iterator[list[str]]:
             dataset.inspect(root)
         except ConfigError as error:
             failures.append(str(error))
-            let_go_of_sockets(error)
 
     threads = [threading.Thread(target=need) for _ in range(2)]
     for thread in threads:
@@ -416,7 +426,7 @@ def test_many_processes_download_once(archive: staging.Archive, server: Server, 
 
 
 def test_a_download_of_another_data_set_is_no_leftover(archive: staging.Archive, tmp_path: Path) -> None:
-    with staging.staging(tmp_path / "another") as stage:
+    with staging.staging_folder(tmp_path / "another") as stage:
         (stage / "file").touch()
         archive.install(tmp_path)
         assert (stage / "file").exists()

@@ -1,5 +1,10 @@
-"""CIFAR's files are pickles: none is read unless its checksum is the official one."""
+"""CIFAR's files are pickles: none is read unless its checksum is the official one.
 
+An archive writes inside its own folder alone, whatever its members are named.
+"""
+
+import gzip
+import io
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -13,7 +18,7 @@ from tests.bombs import Bomb
 from vitkd.data import Dataset
 from vitkd.errors import ConfigError
 
-from .official import offer, publish_cifar, tar_of, unpack
+from .official import cifar_files, md5, offer, publish_cifar, tar_of, unpack
 from .server import Server
 
 Make = Callable[..., Dataset]
@@ -90,17 +95,101 @@ def test_a_downloaded_bomb_is_not_unpickled(
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="torchvision refuses since Python 3.11.4")
-@pytest.mark.parametrize("name", ["../escaped", "../../../escaped"])
+def member(name: str, kind: bytes = tarfile.REGTYPE, linkname: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.devmajor, info.devminor = kind, linkname, 1, 3
+    return info
+
+
+def tree(folder: Path) -> dict[Path, str | bytes | None]:
+    """Everything below `folder`: links by their target, files by their content, folders."""
+    return {
+        path: str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+ESCAPES = {
+    "beside its folder": [member("../escaped")],
+    "three folders up": [member("../../../escaped")],
+    "from inside its folder": [member("BASE/../../escaped")],
+    "an absolute path": [member("OUTSIDE/escaped")],
+    "over a file": [member("OUTSIDE/victim")],
+    "a folder": [member("../escaped", tarfile.DIRTYPE)],
+    "through a symlink": [member("BASE/link", tarfile.SYMTYPE, "OUTSIDE"), member("BASE/link/escaped")],
+    "over a symlink": [member("BASE/link", tarfile.SYMTYPE, "OUTSIDE/victim"), member("BASE/link")],
+    "through a relative symlink": [member("link", tarfile.SYMTYPE, "../../outside"), member("link/escaped")],
+    "a symlink as its folder": [member("BASE", tarfile.SYMTYPE, "OUTSIDE")],
+    "a hardlink": [member("BASE/link", tarfile.LNKTYPE, "OUTSIDE/victim"), member("BASE/link")],
+    "a relative hardlink": [member("link", tarfile.LNKTYPE, "../../../outside/victim"), member("link")],
+    "a device": [member("BASE/device", tarfile.CHRTYPE)],
+    "a pipe": [member("BASE/pipe", tarfile.FIFOTYPE)],
+}
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+@pytest.mark.parametrize("source", ["CIFAR10", "CIFAR100"])
 def test_a_member_of_a_torchvision_archive_does_not_escape(
-    name: str, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, escape: str, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [file for file, _ in torchvision.datasets.CIFAR100.train_list]
-    names += [*(file for file, _ in torchvision.datasets.CIFAR100.test_list), "meta", f"../{name}"]
-    publish_cifar(server, "CIFAR100", dict.fromkeys(names, b""), monkeypatch)
-    line = refusal(make("cifar100"), tmp_path / "data")
-    assert "outside the destination" in line
-    assert not any(tmp_path.iterdir())
+    root, outside = tmp_path / "deep" / "data", tmp_path / "outside"
+    root.mkdir(parents=True)
+    outside.mkdir()
+    (outside / "victim").write_text("untouched")
+    base = getattr(torchvision.datasets, source).base_folder
+    members = []
+    for info in ESCAPES[escape]:
+        name, link = (
+            text.replace("BASE", base).replace("OUTSIDE", str(outside)) for text in (info.name, info.linkname)
+        )
+        members.append(member(name, info.type, link))
+    # All else about the archive is good: its checksum, and those of its files.
+    publish_cifar(server, source, cifar_files(source), monkeypatch, first=members)
+    before = tree(tmp_path)
+
+    line = refusal(make(source.lower()), root)
+
+    assert tree(tmp_path) == before
+    assert f"its member {members[0].name!r}" in line
+
+
+def test_the_archive_with_nothing_added_is_accepted(
+    server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = [member("cifar-100-python", tarfile.DIRTYPE), member("cifar-100-python/more/notes.txt")]
+    publish_cifar(server, "CIFAR100", cifar_files("CIFAR100"), monkeypatch, first=plain)
+    assert {*make("cifar100").load(tmp_path / "data")} == {"train", "test"}
+    assert (tmp_path / "data" / "cifar-100-python" / "more" / "notes.txt").exists()
+
+
+def test_the_name_inside_a_gzip_file_is_ignored(
+    server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer(server, "mnist", monkeypatch)
+    for name, content in server.files.items():
+        with gzip.GzipFile(f"{tmp_path}/escaped", "wb", fileobj=(out := io.BytesIO())) as file:
+            file.write(gzip.decompress(content))
+        server.files[name] = out.getvalue()
+    resources = [(name, md5(content)) for name, content in server.files.items()]
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+
+    make("mnist").load(tmp_path / "data")
+
+    names = {f"data/MNIST/raw/{name.removesuffix('.gz')}" for name in server.files}
+    assert {str(path.relative_to(tmp_path)) for path in tree(tmp_path) if path.is_file()} == names
+
+
+def test_owners_and_permissions_in_an_archive_are_ignored(
+    server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = member("cifar-100-python/program")
+    info.mode, info.uid, info.gid = 0o6777, 1234, 1234
+    publish_cifar(server, "CIFAR100", cifar_files("CIFAR100"), monkeypatch, first=[info])
+    make("cifar100").load(tmp_path / "data")
+    written = (tmp_path / "data" / "cifar-100-python" / "program").stat()
+    (tmp_path / "mine").touch()
+    mine = (tmp_path / "mine").stat()
+    assert (written.st_mode, written.st_uid) == (mine.st_mode, mine.st_uid)
 
 
 def test_torchvisions_old_cache_is_no_way_in(

@@ -9,7 +9,7 @@ import torch
 
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, hold_out
-from vitkd.data.staging import Archive, DownloadError, filled, unavailable
+from vitkd.data.staging import Archive, DownloadError, has_files, unavailable_error
 from vitkd.errors import ConfigError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -130,14 +130,14 @@ class TfFlowers(ImageFolder):
         """Download what is absent; what is there but incomplete is the user's to remove."""
         folder = self._folder(root)
         try:
-            if not filled(folder):
+            if not has_files(folder):
                 if not self.download:
                     raise DownloadError("dataset.download=false")
                 FLOWERS.install(root)
             if (found := len(image_files(folder))) < FLOWERS.images:
                 raise DownloadError(f"{found:,} of {FLOWERS.images:,} images")
         except DownloadError as error:
-            raise unavailable(self.name, folder, f"{FLOWERS} in {root}", error) from error
+            raise unavailable_error(self.name, folder, f"{FLOWERS} in {root}", error) from error
 
 
 def class_folders(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
-"""Downloads that appear whole or not at all, and once for all the processes that want them."""
+"""Downloads that are installed complete or not at all, and only once when several processes need them."""
 
 import contextlib
+import gzip
 import hashlib
 import logging
 import shutil
@@ -19,69 +20,67 @@ from vitkd.errors import ConfigError, one_line
 
 TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 20
-# What servers, networks, disks and archives raise; torchvision has RuntimeError for a wrong checksum.
+# Raised by servers, networks, disks and archives; torchvision raises RuntimeError for a wrong checksum.
 _FAILURES = (HTTPException, OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zlib.error)
 
 log = logging.getLogger(__name__)
 
 
 class DownloadError(Exception):
-    """A download that failed; the message says why, in one line."""
+    """A failed download; the message gives the reason in one line."""
 
 
-def filled(folder: Path) -> bool:
-    """Whether there is a folder with anything in it."""
+def has_files(folder: Path) -> bool:
+    """Whether `folder` exists and is not empty."""
     return folder.is_dir() and any(folder.iterdir())
 
 
-def unavailable(name: str, target: Path, files: str, reason: object) -> ConfigError:
-    """That a data set cannot be had, why, and all that a person needs to mend it.
+def unavailable_error(name: str, target: Path, files: str, reason: object) -> ConfigError:
+    """The error for a data set that is missing or damaged: the reason, and every way to fix it.
 
     Args:
-        name: of the data set.
-        target: the folder where it should be.
-        files: which files of the web are to be unpacked where.
-        reason: what was found.
+        name: the data set's name.
+        target: the folder where it belongs.
+        files: which URLs to unpack by hand, and in which folder.
+        reason: why it is unavailable.
     """
-    damaged = filled(target)
+    damaged = has_files(target)
     state = "damaged or incomplete" if damaged else "absent and could not be downloaded"
     return ConfigError(
         f"dataset {name}: {target} is {state} ({reason});{' remove it,' if damaged else ''} go online with"
-        f" dataset.download=true, unpack {files} by hand, or set paths.data=DIR to where it is whole"
+        f" dataset.download=true, unpack {files} by hand, or set paths.data=DIR to where a complete copy is"
     )
 
 
 def install(target: Path, fetch: Callable[[Path], Path]) -> None:
-    """Have the folder `target` filled, unless it is.
+    """Fill the folder `target`, unless it has files already.
 
     Args:
-        target: which folder; processes that want the same one wait for the first of them.
-        fetch: puts the data into the empty folder that it is given, and returns what becomes `target`.
+        target: the folder; other processes that need it wait for the first one.
+        fetch: fills the empty staging folder it is given, and returns the folder to rename to `target`.
 
     Raises:
         DownloadError: nothing was installed, and nothing is left behind.
     """
     try:
-        with staging(target) as stage:
-            if not filled(target):
-                publish(fetch(stage), target)
+        with staging_folder(target) as stage:
+            if not has_files(target):
+                move_into_place(fetch(stage), target)
     except _FAILURES as error:
-        if isinstance(error, HTTPError):
-            error.close()  # it holds the connection
         raise DownloadError(one_line(error)) from error
 
 
 @contextlib.contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, for one process at a time; on one file system, so a rename is atomic.
+def staging_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, locked against other processes.
 
-    Whatever a killed process left there is removed first. Afterwards the folder is gone; so are the parents
-    that had to be made, if nothing was put there.
+    It is on the file system of `target`, so that renaming is atomic. What a killed process left in it is
+    removed first. On exit it is removed, and so are the parents that were made, if they are still empty.
     """
     stage = target.with_name(f".download-{target.name}")
-    made = [folder for folder in target.parents if not folder.exists()]
+    new_parents = [folder for folder in target.parents if not folder.exists()]
     try:
-        with _acquired(lock := FileLock(f"{stage}.lock"), target):
+        with _acquire(lock := FileLock(f"{stage}.lock"), target):
             try:
                 if stage.exists():
                     shutil.rmtree(stage)
@@ -93,12 +92,12 @@ def staging(target: Path) -> Iterator[Path]:
                     Path(lock.lock_file).unlink()
     finally:
         with contextlib.suppress(OSError):
-            for folder in made:
+            for folder in new_parents:
                 folder.rmdir()
 
 
-def _acquired(lock: FileLock, target: Path) -> AcquireReturnProxy:
-    """The lock, taken; says so if another process has to finish first."""
+def _acquire(lock: FileLock, target: Path) -> AcquireReturnProxy:
+    """Take the lock; log a line if another process holds it."""
     timeout = 0
     while True:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,28 +107,80 @@ def _acquired(lock: FileLock, target: Path) -> AcquireReturnProxy:
             log.info("another process is downloading %s; waiting for it", target)
             timeout = -1
         except FileNotFoundError:
-            continue  # the other one failed, and removed the folder that it had made
+            continue  # the other process failed, and removed the parent folder it had made
 
 
-def publish(folder: Path, target: Path) -> None:
-    """Rename a finished folder into place, atomically; if somebody was faster, theirs stays."""
+def move_into_place(folder: Path, target: Path) -> None:
+    """Rename a complete folder to `target`, atomically; a `target` with files in it is kept."""
     try:
         folder.rename(target)
     except OSError:
-        if not filled(target):
+        if not has_files(target):
             raise
 
 
 @dataclass(frozen=True)
-class Archive:
-    """A tar file on the web that holds one folder of images.
+class RemoteFile:
+    """A file on the web and its official checksum.
 
     Args:
-        url: where it is.
+        urls: the servers that have it, tried in this order.
+        algorithm: of the checksum, "md5" or "sha256".
+        checksum: in hex.
+        size: in bytes; None if it is not published.
+    """
+
+    urls: tuple[str, ...]
+    algorithm: str
+    checksum: str
+    size: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.urls[0]} ({self.algorithm} {self.checksum})"
+
+    def download(self, file: Path) -> None:
+        """Download to `file` and compare the checksum.
+
+        Raises:
+            DownloadError: no server sent the official file; the message gives each server's reason.
+        """
+        reasons = []
+        for url in self.urls:
+            try:
+                return self._download_from(url, file)
+            except (DownloadError, *_FAILURES) as error:
+                reasons.append(one_line(error))
+                if isinstance(error, HTTPError):
+                    error.close()  # it holds the connection
+        raise DownloadError("; ".join(dict.fromkeys(reasons)))
+
+    def _download_from(self, url: str, file: Path) -> None:
+        digest = hashlib.new(self.algorithm, usedforsecurity=False)
+        request = urllib.request.Request(url, headers={"User-Agent": "vitkd"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response, file.open("wb") as out:
+            while chunk := response.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                out.write(chunk)
+        received = file.stat().st_size
+        if self.size not in (None, received):
+            raise DownloadError(f"the server sent {received:,} of {self.size:,} bytes")
+        if digest.hexdigest() != self.checksum:
+            raise DownloadError(
+                f"the server sent {received:,} bytes with {self.algorithm} {digest.hexdigest()},"
+                f" not the official {self.checksum}"
+            )
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A tar file on the web with one folder of images.
+
+    Args:
+        url: of the tar file.
         size: in bytes.
-        sha256: of the file, in hex.
-        folder: what it holds at its top.
-        images: how many are in that.
+        sha256: of the tar file, in hex.
+        folder: the name of the folder at its top.
+        images: how many images that folder has.
     """
 
     url: str
@@ -139,7 +190,11 @@ class Archive:
     images: int
 
     def __str__(self) -> str:
-        return f"{self.url} (sha256 {self.sha256})"
+        return str(self._file)
+
+    @property
+    def _file(self) -> RemoteFile:
+        return RemoteFile((self.url,), "sha256", self.sha256, self.size)
 
     def install(self, root: Path) -> Path:
         """Download, check and unpack to `root/folder`, which is returned.
@@ -147,36 +202,58 @@ class Archive:
         Raises:
             DownloadError: nothing was installed, and nothing is left behind.
         """
-        install(root / self.folder, self._unpack)
+        install(root / self.folder, self._fetch)
         return root / self.folder
 
-    def _unpack(self, stage: Path) -> Path:
+    def _fetch(self, stage: Path) -> Path:
         log.info("downloading %s (%.0f MB)", self.url, self.size / 1e6)
-        self._download(stage / "archive")
-        with tarfile.open(stage / "archive") as tar:
-            # Python before 3.11.4 has no such filter, hence `_plain`.
-            tar.extraction_filter = getattr(tarfile, "data_filter", None)
-            tar.extractall(stage / "unpacked", members=_plain(tar))
+        self._file.download(stage / "archive")
+        unpack_tar(stage / "archive", stage / "unpacked")
         return stage / "unpacked" / self.folder
 
-    def _download(self, file: Path) -> None:
-        digest = hashlib.sha256()
-        with urllib.request.urlopen(self.url, timeout=TIMEOUT_SECONDS) as response, file.open("wb") as out:
-            while chunk := response.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                out.write(chunk)
-        if (received := file.stat().st_size) != self.size:
-            raise DownloadError(f"the server sent {received:,} of {self.size:,} bytes")
-        if digest.hexdigest() != self.sha256:
-            raise DownloadError(f"sha256 is {digest.hexdigest()}, not the official {self.sha256}")
+
+def unpack_tar(archive: Path, folder: Path) -> None:
+    """Write an archive's files below `folder`; nothing is ever written outside it.
+
+    Names and contents are all that is taken from the archive: no links, devices, owners or permissions.
+    That does not depend on `tarfile`'s extraction filters, which Python has since 3.11.4.
+
+    Args:
+        archive: a tar file, compressed or not.
+        folder: a new folder, or one without links.
+
+    Raises:
+        DownloadError: a member is a link or a device, or its path leads outside `folder`.
+        OSError, EOFError, tarfile.TarError, zlib.error: the archive is damaged, or the disk is full.
+    """
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            target = folder / _checked_path(member)
+            if member.isdir():
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = tar.extractfile(member)
+            assert content is not None, "only links and devices have no content"
+            with content, target.open("wb") as out:
+                shutil.copyfileobj(content, out, _CHUNK_BYTES)
 
 
-def _plain(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members, all of them files and folders inside where they are unpacked; images need no links."""
-    for member in tar:
-        if not (member.isfile() or member.isdir()):
-            raise DownloadError(f"its member {member.name!r} is a link or a device; refused")
-        path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts:
-            raise DownloadError(f"its member {member.name!r} would lie outside its folder; refused")
-        yield member
+def _checked_path(member: tarfile.TarInfo) -> PurePosixPath:
+    """The member's path, relative and without `..`; it is a file or a folder."""
+    if not (member.isfile() or member.isdir()):
+        raise DownloadError(f"its member {member.name!r} is a link or a device; refused")
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise DownloadError(f"its member {member.name!r} would lie outside its folder; refused")
+    return path
+
+
+def unpack_gzip(archive: Path, file: Path) -> None:
+    """Decompress one gzip file to `file`, whatever name its header has.
+
+    Raises:
+        OSError, EOFError, zlib.error: the archive is damaged, or the disk is full.
+    """
+    with gzip.open(archive) as content, file.open("wb") as out:
+        shutil.copyfileobj(content, out, _CHUNK_BYTES)

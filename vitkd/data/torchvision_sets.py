@@ -1,10 +1,9 @@
-"""The classics, as torchvision downloads, checks and reads them."""
+"""MNIST, Fashion-MNIST and CIFAR: torchvision names, checks and reads the files; `staging` downloads them.
 
-import contextlib
-import io
+Torchvision up to 0.29 unpacks archives without a filter, so a member could be written outside their folder.
+"""
+
 import logging
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import PickleError
@@ -19,14 +18,14 @@ from vitkd.data.spec import Dataset
 from vitkd.data.split import Split
 from vitkd.errors import ConfigError, one_line
 
-# Torchvision's class → the folder below paths.data where it keeps its files.
+# Torchvision's class → the folder below paths.data that has its files.
 FOLDERS = {
     "MNIST": "MNIST/raw",
     "FashionMNIST": "FashionMNIST/raw",
     "CIFAR10": "cifar-10-batches-py",
     "CIFAR100": "cifar-100-python",
 }
-# What its readers raise on damaged files: a RuntimeError where a checksum is wrong, else almost anything.
+# Its readers raise these for damaged files: RuntimeError for a wrong checksum, otherwise almost anything.
 _DAMAGE = (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AssertionError, PickleError)
 
 log = logging.getLogger(__name__)
@@ -68,46 +67,50 @@ class Torchvision(Dataset):
             pixels = torch.as_tensor(np.asarray(official.data))
             labels = torch.as_tensor(official.targets, dtype=torch.int64)
         except _DAMAGE as error:
-            raise self._unavailable(root, error) from error
+            raise self._unavailable_error(root, error) from error
         images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         return self._checked(Split(labels, list(official.classes), images))
 
     def _ensure(self, root: Path) -> None:
-        """Download what is absent; what is there but damaged is the user's to remove."""
+        """Download the data if it is absent; damaged files are left for the user to remove."""
         target = root / FOLDERS[self.source]
-        if staging.filled(target):
+        if staging.has_files(target):
             return
         try:
             if not self.download:
                 raise staging.DownloadError("dataset.download=false")
             staging.install(target, self._fetch)
         except staging.DownloadError as error:
-            raise self._unavailable(root, error) from error
+            raise self._unavailable_error(root, error) from error
+
+    @property
+    def _remote_files(self) -> dict[str, staging.RemoteFile]:
+        """The official files by name: one tar archive, or gzip files."""
+        official = self._official
+        if hasattr(official, "url"):
+            return {official.filename: staging.RemoteFile((official.url,), "md5", official.tgz_md5)}
+        return {
+            name: staging.RemoteFile(tuple(f"{mirror}{name}" for mirror in official.mirrors), "md5", md5)
+            for name, md5 in official.resources
+        }
 
     def _fetch(self, stage: Path) -> Path:
+        """Download, check and unpack in the empty folder `stage`; returns the folder with the data."""
         log.info("downloading %s", self.source)
-        with _hushed():
-            self._official(stage, download=True)
-        return stage / FOLDERS[self.source]
+        folder = stage / FOLDERS[self.source]
+        folder.mkdir(parents=True)
+        for name, file in self._remote_files.items():
+            file.download(stage / name)
+            if name.endswith(".tar.gz"):
+                staging.unpack_tar(stage / name, stage)
+            else:
+                staging.unpack_gzip(stage / name, folder / name.removesuffix(".gz"))
+        self._official(stage)  # raises if anything is missing
+        return folder
 
-    def _unavailable(self, root: Path, error: Exception) -> ConfigError:
-        target, official = root / FOLDERS[self.source], self._official
-        if hasattr(official, "url"):
-            files = f"{official.url} (md5 {official.tgz_md5}) in {root}"
-        else:
-            parts = (f"{official.mirrors[0]}{name} (md5 {md5})" for name, md5 in official.resources)
-            files = f"{', '.join(parts)} in {target}"
+    def _unavailable_error(self, root: Path, error: Exception) -> ConfigError:
+        target, files = root / FOLDERS[self.source], self._remote_files
+        in_archive = any(name.endswith(".tar.gz") for name in files)  # it has the folder, too
+        manual = f"{', '.join(map(str, files.values()))} in {root if in_archive else target}"
         reason = one_line(error).removesuffix(" You can use download=True to download it")
-        return staging.unavailable(self.name, target, files, reason)
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep torchvision's prints and bars off the terminal, and its sockets from waiting for ever."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(staging.TIMEOUT_SECONDS)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        socket.setdefaulttimeout(timeout)
+        return staging.unavailable_error(self.name, target, manual, reason)
