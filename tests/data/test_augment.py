@@ -1,15 +1,26 @@
 """Views equal torchvision's for the same draws, and do not depend on what else is in the batch."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from vitkd.data.augment import Augment, crop_resized, crop_shifted, draw_box, normalise
+from vitkd.data.augment import Augment, Boxes, central_box, crop_resized, crop_shifted, draw_boxes, normalise
 from vitkd.data.hashing import key_of, random_bits, uniform
 from vitkd.errors import ConfigError
 
 VIEWS = [Augment(crop_padding=4, flip=True), Augment(flip=True), Augment(resized_crop=[0.3, 1.0], flip=True)]
+
+
+def attempts_of(index: Tensor, key: Tensor | None = None) -> Tensor:
+    """The [10, 4, B] bits of ten boxes for each image, behind the bits of its flip."""
+    key = key_of(0, 0) if key is None else key
+    return random_bits(key, index, 41)[1:].view(10, 4, len(index))
 
 
 @pytest.fixture
@@ -32,10 +43,10 @@ def test_crop_and_flip_equal_torchvision(pixels: Tensor) -> None:
 
 def test_resized_crop_equals_torchvision(pixels: Tensor) -> None:
     mirrored = torch.arange(40) % 2 == 0
-    box = draw_box(list(random_bits(key_of(0, 0), torch.arange(40), 4)), [0.2, 1.0], 32, 24)
-    ours = crop_resized(pixels, *box, mirrored)
+    boxes = draw_boxes(attempts_of(torch.arange(40)), [0.2, 1.0], 32, 24)
+    ours = crop_resized(pixels, boxes, mirrored)
     for i in range(40):
-        place = [int(value[i]) for value in box]
+        place = [int(value[i]) for value in boxes]
         theirs = tv.resized_crop(pixels[i].float(), *place, [32, 24], antialias=True)
         torch.testing.assert_close(
             ours[i], tv.horizontal_flip(theirs) if mirrored[i] else theirs, atol=0.02, rtol=0
@@ -43,8 +54,8 @@ def test_resized_crop_equals_torchvision(pixels: Tensor) -> None:
 
 
 def test_boxes_lie_inside_and_have_the_drawn_area() -> None:
-    bits = list(random_bits(key_of(0, 1), torch.arange(20_000), 4))
-    top, left, height, width = draw_box(bits, [0.25, 0.5], 64, 64)
+    bits = attempts_of(torch.arange(20_000), key_of(0, 1))
+    top, left, height, width = draw_boxes(bits, [0.25, 0.5], 64, 64)
     for start, length in ((top, height), (left, width)):
         assert start.min() == 0
         assert length.min() >= 1
@@ -57,9 +68,110 @@ def test_boxes_lie_inside_and_have_the_drawn_area() -> None:
     assert abs(ratio.mean()) < 0.01
 
 
+@pytest.mark.parametrize(
+    ("size", "area"),
+    [
+        ((64, 64), [0.5, 1.0]),
+        ((64, 64), [0.9, 1.0]),
+        ((48, 64), [0.5, 1.0]),
+        ((64, 40), [0.3, 0.9]),
+        ((224, 224), [0.08, 1.0]),
+    ],
+)
+def test_boxes_are_distributed_as_torchvisions(size: tuple[int, int], area: list[float]) -> None:
+    count = 5000
+    boxes = draw_boxes(attempts_of(torch.arange(count)), area, *size)
+    ours = facts_of(torch.stack(boxes).T.numpy())
+    theirs = facts_of(torchvisions_boxes(count, size, area))
+    for fact, values in ours.items():
+        assert stats.ks_2samp(values, theirs[fact]).pvalue > 1e-3, fact
+    for one, other in (("area", "ratio"), ("top", "left"), ("area", "top"), ("ratio", "left")):
+        edges = [np.unique(np.quantile(theirs[fact], np.linspace(0, 1, 6)[1:-1])) for fact in (one, other)]
+        counts = [
+            np.bincount(
+                np.digitize(drawn[one], edges[0]) * 5 + np.digitize(drawn[other], edges[1]), minlength=25
+            )
+            for drawn in (ours, theirs)
+        ]
+        table = np.stack(counts)
+        assert stats.chi2_contingency(table[:, table.sum(0) > 20]).pvalue > 1e-3, (one, other)
+
+
+def torchvisions_boxes(count: int, size: tuple[int, int], area: list[float]) -> np.ndarray:
+    """[count, 4]: top, left, height and width."""
+    image = torch.empty(1, *size)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return np.array([RandomResizedCrop.get_params(image, area, [3 / 4, 4 / 3]) for _ in range(count)])
+
+
+def facts_of(boxes: np.ndarray) -> dict[str, np.ndarray]:
+    top, left, height, width = boxes.T
+    return {
+        "area": height * width,
+        "ratio": width / height,
+        "height": height,
+        "width": width,
+        "top": top,
+        "left": left,
+    }
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 24), (24, 64)])
+def test_a_box_is_the_first_of_ten_that_fits(size: tuple[int, int]) -> None:
+    index = torch.arange(1000)
+    bits = attempts_of(index)
+    boxes = torch.stack(draw_boxes(bits, [0.7, 1.0], *size)).T.tolist()
+    drawn = [first_that_fits(bits[:, :, i].tolist(), [0.7, 1.0], *size) for i in range(len(index))]
+    assert boxes == [box for _, box in drawn]
+    numbers = {number for number, _ in drawn}
+    assert numbers >= {0, 1, 2, 3} if size != (24, 64) else numbers == {10}
+
+
+def first_that_fits(
+    attempts: list[list[int]], area: list[float], height: int, width: int
+) -> tuple[int, list[int]]:
+    """The number of the attempt, and its box; written as torchvision's loop, for one image."""
+    high = [[(bits & (1 << 64) - 1) >> 32 for bits in attempt] for attempt in attempts]
+    for number, (of_area, of_ratio, of_top, of_left) in enumerate(high):
+        pixels = height * width * (area[0] + (area[1] - area[0]) * (of_area >> 8) / 2**24)
+        ratio = math.exp((2 * (of_ratio >> 8) / 2**24 - 1) * math.log(4 / 3))
+        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return number, [of_top * (height - h + 1) >> 32, of_left * (width - w + 1) >> 32, h, w]
+    image = torch.empty(1, height, width)
+    return len(attempts), [*RandomResizedCrop.get_params(image, [9.0, 9.0], [3 / 4, 4 / 3])]
+
+
+def test_the_central_box_is_torchvisions() -> None:
+    for height in range(1, 40):
+        for width in range(1, 40):
+            image = torch.empty(1, height, width)
+            # No box of nine times the area fits.
+            theirs = RandomResizedCrop.get_params(image, [9.0, 9.0], [3 / 4, 4 / 3])
+            assert central_box(height, width) == tuple(theirs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_boxes_do_not_depend_on_the_batch(batch_size: int) -> None:
+    together = draw_boxes(attempts_of(torch.arange(400)), [0.5, 1.0], 64, 64)
+    parts = [
+        draw_boxes(attempts_of(index), [0.5, 1.0], 64, 64) for index in torch.arange(400).split(batch_size)
+    ]
+    for whole, cut in zip(together, zip(*parts, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(cut))
+
+
+@pytest.mark.parametrize("augment", VIEWS)
+def test_no_value_is_read_back_from_the_device(augment: Augment, pixels: Tensor) -> None:
+    # The meta device has no values: reading one raises an error.
+    index, key = torch.arange(40, device="meta"), key_of(0, 0, device="meta")
+    assert augment.vary(pixels.to("meta"), index, key).shape == pixels.shape
+
+
 def test_the_whole_box_is_the_identity(pixels: Tensor) -> None:
     zero, never = torch.zeros(40, dtype=torch.int64), torch.zeros(40, dtype=torch.bool)
-    same = crop_resized(pixels, zero, zero, zero + 32, zero + 24, never)
+    same = crop_resized(pixels, Boxes(zero, zero, zero + 32, zero + 24), never)
     torch.testing.assert_close(same, pixels.float(), atol=2e-3, rtol=0)
 
 
@@ -109,8 +221,8 @@ def test_nothing_is_drawn_where_nothing_varies(pixels: Tensor, monkeypatch: pyte
 
 
 def test_flip_and_crop_draws_are_independent() -> None:
-    streams = uniform(random_bits(key_of(0, 0), torch.arange(10_000), 5)).double()
-    assert (torch.corrcoef(streams) - torch.eye(5)).abs().max() < 0.045
+    streams = uniform(random_bits(key_of(0, 0), torch.arange(10_000), 41)).double()
+    assert (torch.corrcoef(streams) - torch.eye(41)).abs().max() < 0.045
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H and W pixels.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from torch.nn import functional as F
 from vitkd.data.hashing import below, random_bits, uniform
 from vitkd.errors import ConfigError
 
-_LOG_RATIO = math.log(4 / 3)
+# RandomResizedCrop as torchvision has it: width / height is 3/4 to 4/3, and a box is drawn up to ten times.
+_MAX_RATIO = 4 / 3
+_ATTEMPTS = 10
 
 
 @dataclass
@@ -68,12 +71,14 @@ class Augment:
         """
         if not self.varies:
             return pixels
-        flip_bits, *crop_bits = random_bits(key, index, 5)
+        bits = random_bits(key, index, 1 + 4 * _ATTEMPTS if self.resized_crop else 3)
+        flip_bits, crop_bits = bits[0], bits[1:]
         mirrored = (flip_bits < 0) if self.flip else torch.zeros_like(flip_bits, dtype=torch.bool)
         if self.resized_crop is not None:
-            box = draw_box(crop_bits, self.resized_crop, pixels.shape[-2], pixels.shape[-1])
-            return crop_resized(pixels, *box, mirrored)
-        down, right = (below(bits, 2 * self.crop_padding + 1) for bits in crop_bits[:2])
+            attempts = crop_bits.view(_ATTEMPTS, 4, len(index))
+            boxes = draw_boxes(attempts, self.resized_crop, pixels.shape[-2], pixels.shape[-1])
+            return crop_resized(pixels, boxes, mirrored)
+        down, right = below(crop_bits, 2 * self.crop_padding + 1)
         return crop_shifted(pixels, down - self.crop_padding, right - self.crop_padding, mirrored)
 
 
@@ -102,43 +107,72 @@ def crop_shifted(pixels: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) 
     return planes.gather(2, source.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
 
 
-def draw_box(
-    bits: list[Tensor], area: list[float], height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The boxes of RandomResizedCrop: (top, left, box height, box width), each [B] int64.
-
-    Torchvision redraws a box that does not fit, up to ten times; here its long side is cut to the image.
+class Boxes(NamedTuple):
+    """Where each image is cropped, in pixels.
 
     Args:
-        bits: four streams of [B].
-        area: (least, largest) share of the image's area.
+        top, left: [B] int64, of the first row and column.
+        height, width: [B] int64, at least 1; the box lies inside the image.
     """
-    share = area[0] + (area[1] - area[0]) * uniform(bits[0])
-    root_ratio = torch.exp((2 * uniform(bits[1]) - 1) * (_LOG_RATIO / 2))
-    side = torch.sqrt(share * (height * width))
-    box_height = (side / root_ratio).round().long().clamp(1, height)
-    box_width = (side * root_ratio).round().long().clamp(1, width)
-    top = below(bits[2], height - box_height + 1)
-    left = below(bits[3], width - box_width + 1)
-    return top, left, box_height, box_width
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
 
 
-def crop_resized(
-    pixels: Tensor, top: Tensor, left: Tensor, box_height: Tensor, box_width: Tensor, mirrored: Tensor
-) -> Tensor:
+def draw_boxes(bits: Tensor, area: list[float], height: int, width: int) -> Boxes:
+    """The boxes of torchvision's RandomResizedCrop, as a function of random bits.
+
+    Each attempt draws an area and an aspect ratio, and the first box that fits into the image is taken; if
+    none fits, the central one. All attempts are computed at once, so that nothing waits for the device.
+
+    Args:
+        bits: [attempts, 4, B] int64: 64 random bits each for area, aspect ratio, top and left.
+        area: (smallest, largest) share of the image's area.
+        height, width: of the images, in pixels.
+    """
+    box_height, box_width = _draw_sizes(bits, area, height * width)
+    fits = (box_height > 0) & (box_height <= height) & (box_width > 0) & (box_width <= width)
+    attempts = len(bits)
+    first = torch.where(fits, torch.arange(attempts, device=bits.device)[:, None], attempts).amin(0)
+    chosen = first.clamp_max(attempts - 1)[None]
+    # Where a box does not fit, these are meaningless, and not chosen.
+    top, left = below(bits[:, 2], height - box_height + 1), below(bits[:, 3], width - box_width + 1)
+    drawn = (values.gather(0, chosen)[0] for values in (top, left, box_height, box_width))
+    central = central_box(height, width)
+    return Boxes(*(torch.where(first < attempts, *pair) for pair in zip(drawn, central, strict=True)))
+
+
+def _draw_sizes(bits: Tensor, area: list[float], pixels: int) -> tuple[Tensor, Tensor]:
+    """Box heights and widths, each [attempts, B] int64, for [attempts, 4, B] bits; some may not fit."""
+    share = area[0] + (area[1] - area[0]) * uniform(bits[:, 0])
+    root_ratio = torch.exp((2 * uniform(bits[:, 1]) - 1) * (math.log(_MAX_RATIO) / 2))
+    side = torch.sqrt(share * pixels)
+    return (side / root_ratio).round().long(), (side * root_ratio).round().long()
+
+
+def central_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, box height, box width): the largest central box with an aspect ratio of 3/4 to 4/3."""
+    box_height = min(height, round(width * _MAX_RATIO))
+    box_width = min(width, round(height * _MAX_RATIO))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def crop_resized(pixels: Tensor, boxes: Boxes, mirrored: Tensor) -> Tensor:
     """Each image's box, enlarged bilinearly to the image's own size and then perhaps mirrored.
 
     Args:
         pixels: [B, C, H, W].
-        top, left, box_height, box_width: [B] int64, in pixels, inside the image.
+        boxes: one for each image.
         mirrored: [B] bool.
 
     Returns:
         [B, C, H, W] float32.
     """
     H, W = pixels.shape[-2:]
-    y = _sampling_points(top, box_height, H)
-    x = _sampling_points(left, box_width, W)
+    y = _sampling_points(boxes.top, boxes.height, H)
+    x = _sampling_points(boxes.left, boxes.width, W)
     x = torch.where(mirrored[:, None], x.flip(1), x)
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
     return F.grid_sample(pixels.to(torch.float32), grid, mode="bilinear", align_corners=True)
