@@ -143,6 +143,17 @@ def first_that_fits(
     return len(attempts), [*RandomResizedCrop.get_params(image, [9.0, 9.0], [3 / 4, 4 / 3])]
 
 
+def test_a_view_is_the_flipped_box_of_ten_attempts() -> None:
+    pixels = torch.arange(300 * 64 * 64).view(300, 1, 64, 64).to(torch.uint8)
+    index, area = torch.arange(300), [0.99, 1.0]
+    boxes = draw_boxes(attempts_of(index), area, 64, 64)
+    fewer = draw_boxes(attempts_of(index)[:9], area, 64, 64)
+    assert not torch.equal(boxes.height, fewer.height)
+    mirrored = random_bits(key_of(0, 0), index, 1)[0] < 0
+    view = Augment(resized_crop=area, flip=True).vary(pixels, index, key_of(0, 0))
+    assert torch.equal(view, crop_resized(pixels, boxes, mirrored))
+
+
 def test_the_central_box_is_torchvisions() -> None:
     for height in range(1, 40):
         for width in range(1, 40):
