@@ -1,4 +1,4 @@
-"""The official data sets as a server gives them, but tiny: the same files, formats and checksums."""
+"""Tiny copies of the official data sets for a test server: the same files and formats, with checksums."""
 
 import gzip
 import hashlib
@@ -33,7 +33,7 @@ _RNG = np.random.default_rng(0)
 
 @dataclass
 class Official:
-    """What a line must hold of a data set that cannot be had."""
+    """What the error message of an unavailable data set must contain."""
 
     urls: list[str]
     hashes: list[str]
@@ -44,7 +44,7 @@ class Official:
 
 
 def offer(server: Server, option: str, patch: pytest.MonkeyPatch) -> Official:
-    """Have `server` give the data set, and vitkd and torchvision ask it."""
+    """Serve the data set, and make vitkd and torchvision download it from `server`."""
     if option == "tf_flowers":
         return _offer_flowers(server, patch)
     return (_offer_cifar if "cifar" in option else _offer_mnist)(server, _CLASSES[option], patch)
@@ -132,7 +132,7 @@ def publish_cifar(
 
 
 def unpack(server: Server, option: str, root: Path) -> Path:
-    """Put the data where it belongs, as a person would; returns the folder."""
+    """Unpack the data where it belongs, as a user would; returns the folder."""
     folder = root / OPTIONS[option]
     folder.mkdir(parents=True)
     for name, content in server.files.items():

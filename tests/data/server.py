@@ -1,4 +1,4 @@
-"""A web server on this machine that can be as bad as any."""
+"""A local web server that can fail in many ways."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 class Server(ThreadingHTTPServer):
-    """Gives `files` by name, unless `answer` answers instead; `asked` are the names it was asked for."""
+    """Serves `files` by name, or calls `answer` if it is set; `asked` lists the requested names."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -17,14 +17,14 @@ class Server(ThreadingHTTPServer):
         self.answer: Answer | None = None
         self.asked: list[str] = []
         self.going = threading.Event()
-        """set when those who wait may go on"""
+        """set to let waiting requests continue"""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, *_: object) -> None:
-        """Clients that hang up are what the tests are about."""
+        """Silent: clients that hang up are part of the tests."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -114,7 +114,7 @@ def broken(handler: _Handler) -> None:
     handler.send_error(500)
 
 
-def once_told(handler: _Handler) -> None:
-    """The file, when the test says so."""
+def once_released(handler: _Handler) -> None:
+    """The file, once the test sets `going`."""
     handler.server.going.wait()
     whole(handler)

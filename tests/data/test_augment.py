@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from vitkd.data.augment import Augment, Boxes, central_box, crop_resized, crop_shifted, draw_boxes, normalise
+from vitkd.data.augment import Augment, Boxes, central_box, draw_boxes, normalise, padded_crop, resized_crop
 from vitkd.data.hashing import key_of, random_bits, uniform
 from vitkd.errors import ConfigError
 
@@ -33,23 +33,23 @@ def pixels() -> Tensor:
 def test_crop_and_flip_equal_torchvision(pixels: Tensor) -> None:
     generator = torch.Generator().manual_seed(1)
     down, right = torch.randint(-4, 5, (2, 40), generator=generator)
-    mirrored = torch.rand(40, generator=generator) < 0.5
-    ours = crop_shifted(pixels, down, right, mirrored)
+    flipped = torch.rand(40, generator=generator) < 0.5
+    ours = padded_crop(pixels, down, right, flipped)
     for i in range(40):
         padded = tv.pad(pixels[i], [4, 4, 4, 4])
         theirs = tv.crop(padded, int(down[i]) + 4, int(right[i]) + 4, 32, 24)
-        assert torch.equal(ours[i], tv.horizontal_flip(theirs) if mirrored[i] else theirs)
+        assert torch.equal(ours[i], tv.horizontal_flip(theirs) if flipped[i] else theirs)
 
 
 def test_resized_crop_equals_torchvision(pixels: Tensor) -> None:
-    mirrored = torch.arange(40) % 2 == 0
+    flipped = torch.arange(40) % 2 == 0
     boxes = draw_boxes(attempts_of(torch.arange(40)), [0.2, 1.0], 32, 24)
-    ours = crop_resized(pixels, boxes, mirrored)
+    ours = resized_crop(pixels, boxes, flipped)
     for i in range(40):
         place = [int(value[i]) for value in boxes]
         theirs = tv.resized_crop(pixels[i].float(), *place, [32, 24], antialias=True)
         torch.testing.assert_close(
-            ours[i], tv.horizontal_flip(theirs) if mirrored[i] else theirs, atol=0.02, rtol=0
+            ours[i], tv.horizontal_flip(theirs) if flipped[i] else theirs, atol=0.02, rtol=0
         )
 
 
@@ -149,9 +149,9 @@ def test_a_view_is_the_flipped_box_of_ten_attempts() -> None:
     boxes = draw_boxes(attempts_of(index), area, 64, 64)
     fewer = draw_boxes(attempts_of(index)[:9], area, 64, 64)
     assert not torch.equal(boxes.height, fewer.height)
-    mirrored = random_bits(key_of(0, 0), index, 1)[0] < 0
-    view = Augment(resized_crop=area, flip=True).vary(pixels, index, key_of(0, 0))
-    assert torch.equal(view, crop_resized(pixels, boxes, mirrored))
+    flipped = random_bits(key_of(0, 0), index, 1)[0] < 0
+    view = Augment(resized_crop=area, flip=True).apply(pixels, index, key_of(0, 0))
+    assert torch.equal(view, resized_crop(pixels, boxes, flipped))
 
 
 def test_the_central_box_is_torchvisions() -> None:
@@ -177,12 +177,12 @@ def test_boxes_do_not_depend_on_the_batch(batch_size: int) -> None:
 def test_no_value_is_read_back_from_the_device(augment: Augment, pixels: Tensor) -> None:
     # The meta device has no values: reading one raises an error.
     index, key = torch.arange(40, device="meta"), key_of(0, 0, device="meta")
-    assert augment.vary(pixels.to("meta"), index, key).shape == pixels.shape
+    assert augment.apply(pixels.to("meta"), index, key).shape == pixels.shape
 
 
 def test_the_whole_box_is_the_identity(pixels: Tensor) -> None:
     zero, never = torch.zeros(40, dtype=torch.int64), torch.zeros(40, dtype=torch.bool)
-    same = crop_resized(pixels, Boxes(zero, zero, zero + 32, zero + 24), never)
+    same = resized_crop(pixels, Boxes(zero, zero, zero + 32, zero + 24), never)
     torch.testing.assert_close(same, pixels.float(), atol=2e-3, rtol=0)
 
 
@@ -196,25 +196,25 @@ def test_normalise_equals_torchvision(pixels: Tensor) -> None:
 @pytest.mark.parametrize("augment", VIEWS)
 def test_a_view_does_not_depend_on_its_batch(augment: Augment, pixels: Tensor) -> None:
     index, key = torch.arange(100, 140), key_of(5, 2)
-    together = augment.vary(pixels, index, key)
+    together = augment.apply(pixels, index, key)
     shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(augment.vary(pixels[shuffled], index[shuffled], key), together[shuffled])
+    assert torch.equal(augment.apply(pixels[shuffled], index[shuffled], key), together[shuffled])
     for i in (0, 17, 39):
-        assert torch.equal(augment.vary(pixels[i : i + 1], index[i : i + 1], key)[0], together[i])
+        assert torch.equal(augment.apply(pixels[i : i + 1], index[i : i + 1], key)[0], together[i])
 
 
 @pytest.mark.parametrize("augment", VIEWS)
 def test_a_view_depends_on_seed_epoch_and_image(augment: Augment, pixels: Tensor) -> None:
     same, index = pixels[:1].expand(40, -1, -1, -1), torch.arange(40)
-    view = augment.vary(same, index, key_of(0, 0))
-    assert not torch.equal(view, augment.vary(same, index, key_of(0, 1)))
-    assert not torch.equal(view, augment.vary(same, index, key_of(1, 0)))
+    view = augment.apply(same, index, key_of(0, 0))
+    assert not torch.equal(view, augment.apply(same, index, key_of(0, 1)))
+    assert not torch.equal(view, augment.apply(same, index, key_of(1, 0)))
     assert len(view.unique(dim=0)) > 1
 
 
 def test_every_shift_and_both_sides_occur_equally() -> None:
     image = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5).expand(18_000, -1, -1, -1)
-    views = Augment(crop_padding=1, flip=True).vary(image, torch.arange(18_000), key_of(0, 0))
+    views = Augment(crop_padding=1, flip=True).apply(image, torch.arange(18_000), key_of(0, 0))
     kinds, counts = views.unique(dim=0, return_counts=True)
     assert len(kinds) == 18
     assert (counts - 1000).abs().max() < 150
@@ -222,13 +222,13 @@ def test_every_shift_and_both_sides_occur_equally() -> None:
 
 def test_no_torch_generator_is_touched(pixels: Tensor) -> None:
     before = torch.get_rng_state()
-    VIEWS[0].vary(pixels, torch.arange(40), key_of(0, 0))
+    VIEWS[0].apply(pixels, torch.arange(40), key_of(0, 0))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_nothing_is_drawn_where_nothing_varies(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitkd.data.augment.random_bits", None)
-    assert Augment().vary(pixels, torch.arange(40), key_of(0, 0)) is pixels
+    assert Augment().apply(pixels, torch.arange(40), key_of(0, 0)) is pixels
 
 
 def test_flip_and_crop_draws_are_independent() -> None:
@@ -241,8 +241,8 @@ def test_flip_and_crop_draws_are_independent() -> None:
     [
         ({"crop_padding": -1}, "crop_padding=-1"),
         ({"resized_crop": [0.5]}, r"resized_crop=\[0.5\]"),
-        ({"resized_crop": [0.9, 0.5]}, "least <= largest"),
-        ({"resized_crop": [0.0, 1.0]}, "0 < least"),
+        ({"resized_crop": [0.9, 0.5]}, "smallest <= largest"),
+        ({"resized_crop": [0.0, 1.0]}, "0 < smallest"),
         ({"resized_crop": [0.5, float("nan")]}, "resized_crop"),
         ({"resized_crop": [0.5, 1.0], "crop_padding": 2}, "both crops"),
     ],

@@ -1,4 +1,4 @@
-"""Whatever goes wrong with a download is one line that says how to fix it, and leaves nothing behind."""
+"""Whatever goes wrong with a download is one line that says how to fix it, and leaves no files."""
 
 import contextlib
 import errno
@@ -45,7 +45,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def complaint(dataset: Dataset, root: Path, official: Official, state: str = "absent") -> str:
-    """The one line with which the data set is refused; it holds all that a person needs."""
+    """The one-line error of the data set, which has all that a user needs."""
     with pytest.raises(ConfigError) as error:
         dataset.inspect(root)
     line = str(error.value)
@@ -63,7 +63,7 @@ def everything_below(folder: Path) -> list[str]:
 
 
 def is_had(dataset: Dataset, root: Path, official: Official) -> None:
-    """The data set is there, and beside it nothing."""
+    """The data set is there, and nothing else."""
     dataset.inspect(root)
     assert {*dataset.load(root)} == {"train", "test"}
     top = official.folder.split("/")[0]
@@ -233,7 +233,7 @@ def test_an_empty_folder_is_filled(
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_incomplete_folder_is_told_and_left_alone(
+def test_an_incomplete_folder_is_reported_and_left_alone(
     option: str, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     official = offer(server, option, monkeypatch)
@@ -247,7 +247,7 @@ def test_an_incomplete_folder_is_told_and_left_alone(
 
 
 @pytest.mark.parametrize("option", ["mnist", "cifar100"])
-def test_half_of_a_file_is_told(
+def test_half_of_a_file_is_reported(
     option: str, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     official = offer(server, option, monkeypatch)
@@ -287,7 +287,7 @@ def test_two_at_once_download_once(
     is_had(make(option), tmp_path / "alone", official)
     requests = len(server.asked)
     server.asked.clear()
-    server.answer = how.once_told
+    server.answer = how.once_released
     with caplog.at_level("INFO", "vitkd.data.staging"), together(make(option), root) as failures:
         eventually(lambda: waiting(caplog) == [root / official.folder])
         assert [name for name in everything_below(root) if name.endswith(".lock")]
@@ -326,7 +326,7 @@ def test_when_the_first_fails_the_second_has_its_turn(
 
 @contextlib.contextmanager
 def together(dataset: Dataset, root: Path) -> Iterator[list[str]]:
-    """Two that need the data set at the same time; the lines with which they were refused."""
+    """Two threads that need the data set at the same time; yields their error messages."""
     failures: list[str] = []
 
     def need() -> None:
@@ -344,7 +344,7 @@ def together(dataset: Dataset, root: Path) -> Iterator[list[str]]:
 
 
 def waiting(caplog: pytest.LogCaptureFixture) -> list[Path]:
-    """For what somebody waits."""
+    """The targets that a process waits for."""
     return [record.args[0] for record in caplog.records if "waiting for it" in record.msg]  # type: ignore[index, misc]
 
 
@@ -355,7 +355,7 @@ def eventually(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-# Of all the package a process needs only this file; importing the rest takes seconds.
+# The process needs only this file of the package; importing the rest takes seconds.
 ALONE = f"""
 import importlib.util, logging, sys
 from pathlib import Path
@@ -399,14 +399,14 @@ def test_a_killed_process_keeps_nobody_from_the_data(
 
 
 def test_two_processes_download_once(archive: staging.Archive, server: Server, tmp_path: Path) -> None:
-    server.answer = how.once_told
+    server.answer = how.once_released
     with downloading(archive, tmp_path) as first:
         eventually(lambda: bool(server.asked))
         with downloading(archive, tmp_path) as second:
             assert second.stdout
-            told = second.stdout.readline()
+            line = second.stdout.readline()
             server.going.set()
-    assert told == f"another process is downloading {tmp_path / 'flower_photos'}; waiting for it\n"
+    assert line == f"another process is downloading {tmp_path / 'flower_photos'}; waiting for it\n"
     assert (first.returncode, second.returncode) == (0, 0)
     assert server.asked == ["photos.tgz"]
     assert [path.name for path in tmp_path.iterdir()] == ["flower_photos"]

@@ -72,7 +72,7 @@ def test_bad_settings(setting: dict, make: Make) -> None:
         make("image_folder", **setting)
 
 
-def test_contents_tell_one_folder_from_another(make: Make, photos: Path, tmp_path: Path) -> None:
+def test_contents_distinguish_folders(make: Make, photos: Path, tmp_path: Path) -> None:
     dataset = make("image_folder", root=str(photos))
     before = dataset.contents(tmp_path)
     assert len(before) == 12
@@ -113,7 +113,7 @@ def test_unreadable_image_is_named(make: Make, photos: Path) -> None:
     for content in (whole[: len(whole) // 2], b"", b"no image"):
         (photos / "b" / "1.jpg").write_bytes(content)
         with pytest.raises(
-            ConfigError, match=r"b/1.jpg cannot be read as an image \(.+\); mend or remove"
+            ConfigError, match=r"b/1.jpg cannot be read as an image \(.+\); replace or remove"
         ) as error:
             [split.read_all() for split in dataset.load(photos).values()]
         assert "\n" not in str(error.value)
@@ -134,10 +134,10 @@ def test_wrong_folders(make: Make, photos: Path, tmp_path: Path) -> None:
         return str(error.value)
 
     assert "dataset.root=null must be a folder" in complaint()
-    assert "nowhere is no folder" in complaint(root=str(tmp_path / "nowhere"))
+    assert "nowhere is not a folder" in complaint(root=str(tmp_path / "nowhere"))
     assert "has 3 class folders; set 3 or null" in complaint(root=str(photos), num_classes=4)
     assert "has no class folders" in complaint(root=str(photos / "a"))
-    assert "lone has 1 class folder; give it 2" in complaint(root=str(_lone(tmp_path / "lone")))
+    assert "lone has 1 class folder; add others" in complaint(root=str(_lone(tmp_path / "lone")))
     (photos / "empty").mkdir()
     assert "class folder" in (line := complaint(root=str(photos)))
     assert "empty has no images" in line

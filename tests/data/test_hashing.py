@@ -1,4 +1,4 @@
-"""The bits are splitmix64's, and look random whichever way one goes through them."""
+"""The bits are splitmix64's, and random along every input."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from vitkd.data.hashing import below, fold, key_of, random_bits, uniform
+from vitkd.data.hashing import fold, key_of, random_bits, uniform, uniform_int
 
 MASK = (1 << 64) - 1
 
@@ -70,10 +70,10 @@ def test_each_bit_is_a_fair_coin() -> None:
 
 def test_below_is_uniform_and_takes_a_bound_each() -> None:
     bits = random_bits(key_of(3), torch.arange(18_000), 1)[0]
-    counts = below(bits, 9).bincount(minlength=9)
+    counts = uniform_int(bits, 9).bincount(minlength=9)
     assert len(counts) == 9
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
     bounds = torch.arange(18_000) % 5 + 1
-    assert (below(bits, bounds) < bounds).all()
-    assert (below(bits, 1) == 0).all()
-    assert below(bits, 2**31).max() < 2**31
+    assert (uniform_int(bits, bounds) < bounds).all()
+    assert (uniform_int(bits, 1) == 0).all()
+    assert uniform_int(bits, 2**31).max() < 2**31

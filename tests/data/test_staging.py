@@ -1,4 +1,4 @@
-"""What is in an archive: it is unpacked as it is, or refused, and nothing ever lands beside its folder."""
+"""An archive is unpacked completely or refused, and nothing is written outside its folder."""
 
 import io
 import re
@@ -132,6 +132,6 @@ def test_flowers_come_from_the_archive(
 
 
 def test_flowers_elsewhere_are_not_downloaded(tmp_path: Path, make: Callable[..., Dataset]) -> None:
-    with pytest.raises(ConfigError, match="elsewhere is no folder"):
+    with pytest.raises(ConfigError, match="elsewhere is not a folder"):
         make("tf_flowers", root=str(tmp_path / "elsewhere")).inspect(tmp_path)
     assert not any(tmp_path.iterdir())

@@ -1,7 +1,7 @@
-"""Image files → (image, label, index) batches that already lie on the device.
+"""Image files → batches of (image, label, index) on the device.
 
-A `Dataset` says what a data set is and loads its splits; `ImageDataModule` hands out loaders. What a batch
-holds is a pure function of (seed, epoch, image index): see `hashing`.
+A `Dataset` describes a data set and loads its splits; an `ImageDataModule` makes the loaders. An image's
+view depends on (seed, epoch, index) alone: see `hashing`.
 """
 
 from vitkd.data.augment import Augment

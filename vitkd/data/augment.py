@@ -1,4 +1,4 @@
-"""uint8 pixels → the float32 view that a model sees, for a whole batch on its device.
+"""Augmentation and normalisation of uint8 images, a whole batch at once on its device.
 
 Shapes: B batch, C channels, H and W pixels.
 """
@@ -11,23 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitkd.data.hashing import below, random_bits, uniform
+from vitkd.data.hashing import random_bits, uniform, uniform_int
 from vitkd.errors import ConfigError
 
-# RandomResizedCrop as torchvision has it: width / height is 3/4 to 4/3, and a box is drawn up to ten times.
+# Torchvision's RandomResizedCrop: width / height is between 3/4 and 4/3; up to ten boxes are drawn.
 _MAX_RATIO = 4 / 3
 _ATTEMPTS = 10
 
 
 @dataclass
 class Augment:
-    """How training images are varied. Evaluation never is.
+    """Random augmentation of training images; validation and test images are never augmented.
 
     Args:
-        crop_padding: shift by up to this many pixels each way; what comes in is black.
-        flip: mirror left-right with probability 1/2.
-        resized_crop: (least, largest) share of the image's area to cut out and enlarge back, at an aspect
-            ratio of 3/4 to 4/3; null for none.
+        crop_padding: random crop after padding each side with this many black pixels; 0 for none.
+        flip: flip left to right with probability 1/2.
+        resized_crop: random crop, resized to the image's size; (smallest, largest) share of the image's
+            area, at an aspect ratio of 3/4 to 4/3; null for none.
+
+    Raises:
+        ConfigError: a setting is out of range, or both crops are on.
     """
 
     crop_padding: int = 0
@@ -37,14 +40,14 @@ class Augment:
     def __post_init__(self) -> None:
         if self.crop_padding < 0:
             raise ConfigError(
-                f"augment.crop_padding={self.crop_padding} must be 0 or more; 0 switches the crop off"
+                f"augment.crop_padding={self.crop_padding} must be 0 or more; 0 turns the crop off"
             )
         if self.resized_crop is None:
             return
         area = list(self.resized_crop)
         if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
             raise ConfigError(
-                f"augment.resized_crop={area} must be two shares of the area, 0 < least <= largest <= 1;"
+                f"augment.resized_crop={area} must be two shares of the area, 0 < smallest <= largest <= 1;"
                 " for example [0.5, 1.0], or null for none"
             )
         if self.crop_padding:
@@ -54,32 +57,32 @@ class Augment:
             )
 
     @property
-    def varies(self) -> bool:
-        """Whether an image may look different from epoch to epoch."""
+    def is_random(self) -> bool:
+        """Whether an image may look different in each epoch."""
         return bool(self.flip or self.crop_padding or self.resized_crop)
 
-    def vary(self, pixels: Tensor, index: Tensor, key: Tensor) -> Tensor:
+    def apply(self, pixels: Tensor, index: Tensor, key: Tensor) -> Tensor:
         """A random view of each image, a pure function of (key, index).
 
         Args:
             pixels: [B, C, H, W] uint8.
-            index: [B] int64, the images' own numbers.
-            key: 0-dim int64, of the seed and the epoch.
+            index: [B] int64, of each image in its split.
+            key: 0-dim int64, made from the seed and the epoch.
 
         Returns:
-            [B, C, H, W], uint8 or float32, still in 0..255.
+            [B, C, H, W] uint8 or float32, in 0..255.
         """
-        if not self.varies:
+        if not self.is_random:
             return pixels
         bits = random_bits(key, index, 1 + 4 * _ATTEMPTS if self.resized_crop else 3)
         flip_bits, crop_bits = bits[0], bits[1:]
-        mirrored = (flip_bits < 0) if self.flip else torch.zeros_like(flip_bits, dtype=torch.bool)
+        flipped = (flip_bits < 0) if self.flip else torch.zeros_like(flip_bits, dtype=torch.bool)
         if self.resized_crop is not None:
             attempts = crop_bits.view(_ATTEMPTS, 4, len(index))
             boxes = draw_boxes(attempts, self.resized_crop, pixels.shape[-2], pixels.shape[-1])
-            return crop_resized(pixels, boxes, mirrored)
-        down, right = below(crop_bits, 2 * self.crop_padding + 1)
-        return crop_shifted(pixels, down - self.crop_padding, right - self.crop_padding, mirrored)
+            return resized_crop(pixels, boxes, flipped)
+        down, right = uniform_int(crop_bits, 2 * self.crop_padding + 1)
+        return padded_crop(pixels, down - self.crop_padding, right - self.crop_padding, flipped)
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -88,31 +91,34 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.to(torch.float32).mul(scale[:, None, None]).sub_((mean / std)[:, None, None])
 
 
-def crop_shifted(pixels: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
-    """Windows of each image's own size, moved and then perhaps mirrored, in one gather.
+def padded_crop(pixels: Tensor, down: Tensor, right: Tensor, flipped: Tensor) -> Tensor:
+    """Crop a window of the image's size, moved relative to the image, then flip it; in one gather.
 
     Args:
         pixels: [B, C, H, W].
-        down, right: [B] int64, how far the window moves; outside the image everything is 0.
-        mirrored: [B] bool.
+        down, right: [B] int64, how far the window moves, in pixels; outside the image everything is 0.
+        flipped: [B] bool.
+
+    Returns:
+        [B, C, H, W], of the dtype of `pixels`.
     """
     B, C, H, W = pixels.shape
     row = torch.arange(H, device=pixels.device) + down[:, None]
     column = torch.arange(W, device=pixels.device).expand(B, W)
-    column = torch.where(mirrored[:, None], W - 1 - column, column) + right[:, None]
+    column = torch.where(flipped[:, None], W - 1 - column, column) + right[:, None]
     inside = ((row >= 0) & (row < H))[:, :, None] & ((column >= 0) & (column < W))[:, None, :]
-    # One black pixel past the end of each plane is where everything outside the image points.
+    # Positions outside the image read one black pixel, appended to each plane.
     source = torch.where(inside, row[:, :, None] * W + column[:, None, :], H * W)
     planes = F.pad(pixels.flatten(2), (0, 1))
     return planes.gather(2, source.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
 
 
 class Boxes(NamedTuple):
-    """Where each image is cropped, in pixels.
+    """The part of each image to crop, in pixels, inside the image.
 
     Args:
-        top, left: [B] int64, of the first row and column.
-        height, width: [B] int64, at least 1; the box lies inside the image.
+        top, left: [B] int64, the first row and column.
+        height, width: [B] int64, at least 1.
     """
 
     top: Tensor
@@ -137,8 +143,9 @@ def draw_boxes(bits: Tensor, area: list[float], height: int, width: int) -> Boxe
     attempts = len(bits)
     first = torch.where(fits, torch.arange(attempts, device=bits.device)[:, None], attempts).amin(0)
     chosen = first.clamp_max(attempts - 1)[None]
-    # Where a box does not fit, these are meaningless, and not chosen.
-    top, left = below(bits[:, 2], height - box_height + 1), below(bits[:, 3], width - box_width + 1)
+    # Meaningless for boxes that do not fit, which are not chosen.
+    top = uniform_int(bits[:, 2], height - box_height + 1)
+    left = uniform_int(bits[:, 3], width - box_width + 1)
     drawn = (values.gather(0, chosen)[0] for values in (top, left, box_height, box_width))
     central = central_box(height, width)
     return Boxes(*(torch.where(first < attempts, *pair) for pair in zip(drawn, central, strict=True)))
@@ -159,13 +166,13 @@ def central_box(height: int, width: int) -> tuple[int, int, int, int]:
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def crop_resized(pixels: Tensor, boxes: Boxes, mirrored: Tensor) -> Tensor:
-    """Each image's box, enlarged bilinearly to the image's own size and then perhaps mirrored.
+def resized_crop(pixels: Tensor, boxes: Boxes, flipped: Tensor) -> Tensor:
+    """Crop each image's box, enlarge it bilinearly to the image's size, then flip it.
 
     Args:
         pixels: [B, C, H, W].
         boxes: one for each image.
-        mirrored: [B] bool.
+        flipped: [B] bool.
 
     Returns:
         [B, C, H, W] float32.
@@ -173,15 +180,15 @@ def crop_resized(pixels: Tensor, boxes: Boxes, mirrored: Tensor) -> Tensor:
     H, W = pixels.shape[-2:]
     y = _sampling_points(boxes.top, boxes.height, H)
     x = _sampling_points(boxes.left, boxes.width, W)
-    x = torch.where(mirrored[:, None], x.flip(1), x)
+    x = torch.where(flipped[:, None], x.flip(1), x)
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
     return F.grid_sample(pixels.to(torch.float32), grid, mode="bilinear", align_corners=True)
 
 
 def _sampling_points(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """Where `size` pixels spread over a box fall, [B, size], in grid_sample's −1..1 from end to end."""
+    """[B, size]: `size` points spread evenly over each box, in grid_sample's coordinates, −1..1."""
     start, length = start[:, None], length[:, None]
     step = (torch.arange(size, device=start.device) + 0.5) / size
-    # Held inside the box, as if it had been cut out first: its neighbours must not bleed in.
+    # Clamped to the box, so that pixels outside it are not blended in.
     position = torch.clamp(start + step * length - 0.5, start, start + length - 1)
     return position * (2 / max(size - 1, 1)) - 1

@@ -1,4 +1,4 @@
-"""Data sets that are folders of image files, one folder a class."""
+"""Data sets that are folders of image files, with one folder for each class."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ _TEST_SEED = 0
 
 @dataclass(kw_only=True)
 class ImageFolder(Dataset):
-    """Your own images: `root/train/CLASS/*` and perhaps `root/test/CLASS/*`, or `root/CLASS/*`.
+    """Your own images: `root/train/CLASS/*` and optionally `root/test/CLASS/*`, or `root/CLASS/*`.
 
     Without a test folder, a tenth of every class is the test split, chosen by a hash of each file's path.
 
     Args:
         root: the folder.
-        resident_limit_gib: a split that would take more memory than this is decoded batch by batch.
-        workers: processes that do so.
+        resident_limit_gib: a split that would take more memory than this, in GiB, is decoded batch by batch.
+        workers: processes that decode batches.
     """
 
     root: str | None = None
@@ -49,7 +49,7 @@ class ImageFolder(Dataset):
         folder = self._folder(root)
         classes = len(class_folders(_train_folder(folder)))
         if classes < 2:
-            raise ConfigError(f"{folder} has {classes} class folder; give it 2 or more")
+            raise ConfigError(f"{folder} has {classes} class folder; add others, at least 2 are needed")
         if self.num_classes not in (None, classes):
             raise ConfigError(
                 f"dataset.num_classes={self.num_classes}, but {folder} has {classes} class folders; set"
@@ -63,8 +63,8 @@ class ImageFolder(Dataset):
         train = self._scan(_train_folder(folder))
         if (folder / "train").is_dir() and (folder / "test").is_dir():
             return {"train": train, "test": self._scan(folder / "test", train.class_names)}
-        kept, held = hold_out(train.labels, train.lots(_TEST_SEED), _TEST_FRACTION)
-        return {"train": train.subset(kept), "test": train.subset(held)}
+        kept, held_out = hold_out(train.labels, train.random_keys(_TEST_SEED), _TEST_FRACTION)
+        return {"train": train.subset(kept), "test": train.subset(held_out)}
 
     def contents(self, root: Path) -> str:
         folder, splits = self._folder(root), self.load(root).values()
@@ -73,7 +73,7 @@ class ImageFolder(Dataset):
         return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:12]
 
     def _folder(self, root: Path) -> Path:
-        """Where the images are."""
+        """The folder with the images."""
         if self.root is None:
             raise ConfigError(
                 "dataset.root=null must be a folder of CLASS/IMAGE or train/CLASS/IMAGE; set dataset.root=DIR"
@@ -81,16 +81,16 @@ class ImageFolder(Dataset):
         return Path(self.root).expanduser()
 
     def _scan(self, folder: Path, class_names: list[str] | None = None) -> FileSplit:
-        """All images below `folder`; their labels are numbered by `class_names`, or by the folders found."""
-        found = class_folders(folder)
-        class_names = class_names or [place.name for place in found]
-        if strangers := [place.name for place in found if place.name not in class_names]:
-            raise ConfigError(f"{folder} has a class {strangers[0]!r} that the train folder lacks; remove it")
+        """All images below `folder`; labels index `class_names`, or else the sorted class folders."""
+        folders = class_folders(folder)
+        class_names = class_names or [class_folder.name for class_folder in folders]
+        if unknown := [each.name for each in folders if each.name not in class_names]:
+            raise ConfigError(f"{folder} has a class {unknown[0]!r} that the train folder lacks; remove it")
         paths, labels = [], []
-        for place in found:
-            files = image_files(place)
+        for class_folder in folders:
+            files = image_files(class_folder)
             paths += [file.relative_to(folder).as_posix() for file in files]
-            labels += [class_names.index(place.name)] * len(files)
+            labels += [class_names.index(class_folder.name)] * len(files)
         return FileSplit(
             torch.tensor(labels),
             class_names,
@@ -105,13 +105,13 @@ class ImageFolder(Dataset):
 
 @dataclass(kw_only=True)
 class TfFlowers(ImageFolder):
-    """TensorFlow's 3,670 photos of five flowers, without TensorFlow.
+    """TensorFlow's 3,670 photos of five kinds of flowers; TensorFlow is not needed.
 
-    Only a training split is official; the test split is the tenth that `ImageFolder` would choose.
+    It has no official test split; a tenth of every class is the test split, as in `ImageFolder`.
 
     Args:
-        root: an extracted `flower_photos` elsewhere than below paths.data.
-        download: fetch the data when absent.
+        root: an unpacked `flower_photos` folder; null for the one in paths.data.
+        download: whether to download the data if it is absent.
     """
 
     download: bool = True
@@ -127,40 +127,38 @@ class TfFlowers(ImageFolder):
         return super().inspect(root)
 
     def _ensure(self, root: Path) -> None:
-        """Download what is absent; what is there but incomplete is the user's to remove."""
+        """Download the data if it is absent; an incomplete folder is left for the user to remove."""
         folder = self._folder(root)
         try:
             if not has_files(folder):
                 if not self.download:
                     raise DownloadError("dataset.download=false")
                 FLOWERS.install(root)
-            if (found := len(image_files(folder))) < FLOWERS.images:
-                raise DownloadError(f"{found:,} of {FLOWERS.images:,} images")
+            if (count := len(image_files(folder))) < FLOWERS.images:
+                raise DownloadError(f"{count:,} of {FLOWERS.images:,} images")
         except DownloadError as error:
             raise unavailable_error(self.name, folder, f"{FLOWERS} in {root}", error) from error
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The folders of the classes, sorted by name.
+    """The class folders in `folder`, sorted by name.
 
     Raises:
-        ConfigError: there is no such folder, or no class in it, or one without images.
+        ConfigError: `folder` does not exist, or has no class folder, or has one without images.
     """
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder; point dataset.root at one with CLASS/IMAGE files")
-    found = sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
-    if not found:
-        raise ConfigError(
-            f"{folder} has no class folders; give the images of each class a folder of their own"
-        )
-    for place in found:
-        if not any(map(_is_image, place.rglob("*"))):
-            raise ConfigError(f"class folder {place} has no images; add some or remove the folder")
-    return found
+        raise ConfigError(f"{folder} is not a folder; set dataset.root to one with CLASS/IMAGE files")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise ConfigError(f"{folder} has no class folders; put the images of each class in its own folder")
+    for class_folder in folders:
+        if not any(map(_is_image, class_folder.rglob("*"))):
+            raise ConfigError(f"class folder {class_folder} has no images; add some or remove the folder")
+    return folders
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image below `folder`, sorted; told by suffix, hidden files left out."""
+    """Every file below `folder` with an image suffix, sorted, without hidden files."""
     return sorted(filter(_is_image, folder.rglob("*")))
 
 

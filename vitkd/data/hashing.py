@@ -1,8 +1,8 @@
-"""Randomness as a function: the same inputs give the same bits on every device, in any order.
+"""Random numbers as a pure function: the same inputs give the same bits on every device, in any order.
 
-No generator is consulted or advanced. What an image draws depends on (seed, epoch, image index) alone, so
-it cannot change with the batch the image falls into, the number of workers or processes, or what else
-draws numbers beside it. The mixing is splitmix64's (Steele, Lea and Flood, 2014), on wrapping int64.
+No generator is used. An image's random numbers depend on (seed, epoch, index) alone: not on its batch, the
+number of workers or processes, or other code that draws random numbers. The hash is splitmix64
+(Steele, Lea and Flood, 2014), on int64 that wraps around.
 """
 
 import torch
@@ -14,7 +14,7 @@ _MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical shift; torch's `>>` on int64 drags the sign bit along."""
+    """Logical shift; torch's `>>` on int64 copies the sign bit."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
@@ -25,12 +25,12 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def fold(key: Tensor, part: Tensor) -> Tensor:
-    """A new int64 key from `key` and `part`: splitmix64's output `part` from state `key`. They broadcast."""
+    """A new int64 key: output number `part` of splitmix64 from the state `key`. The two broadcast."""
     return _mix(key + (part + 1) * _GOLDEN)
 
 
 def key_of(*parts: int, device: torch.device | str = "cpu") -> Tensor:
-    """A 0-dim int64 key from whole numbers such as (seed, epoch); made on `device` without a host sync."""
+    """A 0-dim int64 key from integers such as (seed, epoch), made on `device` without a host sync."""
     key = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
         key = fold(key, torch.full((), part, dtype=torch.int64, device=device))
@@ -38,11 +38,12 @@ def key_of(*parts: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def random_bits(key: Tensor, index: Tensor, streams: int) -> Tensor:
-    """64 independent bits for every stream and index.
+    """64 independent random bits for every stream and index.
 
     Args:
         key: 0-dim int64, from `key_of`.
         index: [B] int64.
+        streams: how many; a stream's bits do not depend on this number.
 
     Returns:
         [streams, B] int64.
@@ -52,10 +53,10 @@ def random_bits(key: Tensor, index: Tensor, streams: int) -> Tensor:
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """float32 in [0, 1), on a grid of 2⁻²⁴, so that every value is exact."""
+    """float32 in [0, 1), from 64 random bits each: a multiple of 2⁻²⁴, which float32 holds exactly."""
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
-def below(bits: Tensor, bound: Tensor | int) -> Tensor:
-    """int64 in [0, bound), for a bound of at most 2³¹."""
+def uniform_int(bits: Tensor, bound: Tensor | int) -> Tensor:
+    """int64 in [0, bound), from 64 random bits each; `bound` is at most 2³¹."""
     return (_shift_right(bits, 32) * bound) >> 32

@@ -1,4 +1,4 @@
-"""Batches on the device, from pixels that lie there or from files that workers decode."""
+"""Batches on the device, from pixels stored there or from files decoded by workers."""
 
 import multiprocessing
 import os
@@ -18,21 +18,21 @@ from vitkd.errors import ConfigError
 
 
 class Batch(NamedTuple):
-    """Images as a model takes them.
+    """A model's input, on its device.
 
     Args:
-        image: [B, C, H, W] float32, normalised, on the device.
+        image: [B, C, H, W] float32, normalised.
         label: [B] int64.
         index: [B] int64, each image's position in its official split.
     """
 
     image: Tensor
     label: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which no one asks of a batch
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch does not need
 
 
 class Pixels:
-    """Pixels that lie on the device.
+    """Pixels stored on the device.
 
     Args:
         images: [N, C, H, W] uint8.
@@ -42,22 +42,22 @@ class Pixels:
         self.images = images
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
-        """[B, C, H, W] uint8 for each [B] of `indices`."""
+        """The images at each [B] int64 of `indices`: [B, C, H, W] uint8."""
         return map(self.read, indices)
 
     def read(self, index: Tensor) -> Tensor:
-        """[B, C, H, W] uint8 for [B]."""
+        """The images at `index` ([B] int64): [B, C, H, W] uint8."""
         return self.images[index]
 
 
 class DecodedPixels:
     """Pixels that worker processes decode from files, a few batches ahead; the same values as `Pixels`.
 
-    The workers start with the first batch and stay for later epochs, until `close`.
+    The workers start with the first batch, and are kept for later epochs until `close`.
 
     Args:
-        split: the files, and how many workers; with 0 this process decodes.
-        device: where batches go.
+        split: the files, and the number of workers; with 0 this process decodes.
+        device: of the batches.
     """
 
     def __init__(self, split: FileSplit, device: torch.device) -> None:
@@ -66,10 +66,10 @@ class DecodedPixels:
         self._loader: DataLoader[Tensor | ConfigError] | None = None
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
-        """[B, C, H, W] uint8 for each [B] of `indices`.
+        """The images at each [B] int64 of `indices`: [B, C, H, W] uint8.
 
         Raises:
-            ConfigError: a file is no readable image.
+            ConfigError: a file cannot be read as an image.
         """
         self._indices[:] = [index.tolist() for index in indices]
         self._loader = self._loader or self._start()
@@ -79,35 +79,39 @@ class DecodedPixels:
             yield pixels.to(self.device, non_blocking=True)
 
     def read(self, index: Tensor) -> Tensor:
-        """[B, C, H, W] uint8 for [B], decoded by this process; raises as `batches` does."""
+        """The images at `index` ([B] int64), decoded by this process: [B, C, H, W] uint8.
+
+        Raises:
+            ConfigError: a file cannot be read as an image.
+        """
         return self.split.read(index.tolist()).to(self.device)
 
     def close(self) -> None:
-        """End the workers; the next `batches` would start new ones."""
+        """Stop the workers; the next call of `batches` starts new ones."""
         if self._loader is not None and self._loader._iterator is not None and self.split.workers:
             self._loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
         self._loader = None
 
     def _start(self) -> DataLoader[Tensor | ConfigError]:
-        # Forking a process that has threads (CUDA, loggers) can deadlock; these workers start clean.
+        # Forking a process that has threads (CUDA, loggers) can deadlock, so workers start as new processes.
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        context.set_forkserver_preload([__name__])  # the imports once, not in each worker
+        context.set_forkserver_preload([__name__])  # imports once, not in each worker
         return DataLoader(
-            _WorkerSide(self.split),
+            _BatchReader(self.split),
             batch_sampler=self._indices,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=self.split.workers,
             multiprocessing_context=context if self.split.workers else None,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_exit_with_parent,
             persistent_workers=self.split.workers > 0,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # it would draw from torch's own otherwise
+            generator=torch.Generator(),  # else it advances torch's global generator
         )
 
 
-class _WorkerSide(torch.utils.data.Dataset[Tensor]):
-    """Reads a batch; a bad file's error comes back as a value, since raised it would bring its traceback."""
+class _BatchReader(torch.utils.data.Dataset[Tensor]):
+    """Reads a batch in a worker. An error is returned: raised, its message would include a traceback."""
 
     def __init__(self, split: FileSplit) -> None:
         self.split = split
@@ -119,14 +123,14 @@ class _WorkerSide(torch.utils.data.Dataset[Tensor]):
             return error
 
 
-def _as_it_is(pixels: Any) -> Any:
+def _identity(pixels: Any) -> Any:
     return pixels
 
 
-def _end_with_parent(number: int) -> None:
-    """See to it that this worker outlives its run by no means; PyTorch watches the fork server instead."""
+def _exit_with_parent(worker: int) -> None:
+    """Exit when the training process ends; PyTorch's own check watches the fork server instead."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "only a worker calls this"
+    assert parent is not None, "called in a worker only"
 
     def watch() -> None:
         parent.join()
@@ -136,19 +140,19 @@ def _end_with_parent(number: int) -> None:
 
 
 class Loader:
-    """Iterates over one epoch's batches; `sampler.set_epoch` says which epoch.
+    """Iterates over the batches of one epoch, which `sampler.set_epoch` sets.
 
-    It can be left at any batch and go on from there: `state_dict` holds the position.
+    It can resume at any batch; `state_dict` has the position.
 
     Args:
-        pixels: where images come from.
+        pixels: the images.
         labels: [N] int64 of the whole official split, on the device.
-        sampler: the order.
-        mean, std: one value a channel.
-        augment: variation of the images; None for none.
+        sampler: the order of the images.
+        mean, std: one value a channel, of pixels in 0..1.
+        augment: random augmentation; None for none.
     """
 
-    # Lightning looks for it wherever there is a sampler.
+    # Lightning reads this attribute of every loader with a sampler.
     batch_sampler = None
 
     def __init__(
@@ -164,38 +168,38 @@ class Loader:
         self.pixels, self.labels, self.sampler, self.augment = pixels, labels, sampler, augment
         self.mean = torch.tensor(mean, device=labels.device)
         self.std = torch.tensor(std, device=labels.device)
-        self._given = {"epoch": 0, "position": 0}
+        self._position = {"epoch": 0, "position": 0}
         self._resume = {"epoch": -1, "position": 0}
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator, so all of this waits for the first batch: Lightning makes the iterator of the first
-        # epoch, and of a resumed one, before it says which epoch that is.
-        epoch, start = self.sampler.epoch, self._take_start()
+        # A generator, so this runs at the first batch: Lightning makes the iterator of the first epoch, and
+        # of a resumed one, before it sets the epoch.
+        epoch, start = self.sampler.epoch, self._pop_start()
         indices = self.sampler.batches()[start:]
         key = self._key(epoch)
         for position, (index, pixels) in enumerate(
             zip(indices, self.pixels.batches(indices), strict=True), start + 1
         ):
-            self._given = {"epoch": epoch, "position": position}
+            self._position = {"epoch": epoch, "position": position}
             yield self._batch(pixels, index, key)
 
     def first(self, count: int) -> Batch:
-        """The first `count` images of the current epoch over all processes, read without workers."""
-        index = self.sampler.images()[:count]
+        """The first `count` images of the current epoch over all processes, decoded without workers."""
+        index = self.sampler.epoch_index()[:count]
         return self._batch(self.pixels.read(index), index, self._key(self.sampler.epoch))
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given."""
-        return dict(self._given)
+        """The epoch, and the number of its batches that were yielded."""
+        return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches that `state` counts; any other epoch than its own starts at the front."""
-        self._given, self._resume = dict(state), dict(state)
+        """Resume after the batches counted in `state`; other epochs than its own start at the first batch."""
+        self._position, self._resume = dict(state), dict(state)
 
-    def _take_start(self) -> int:
+    def _pop_start(self) -> int:
         resume, self._resume = self._resume, {"epoch": -1, "position": 0}
         return resume["position"] if resume["epoch"] == self.sampler.epoch else 0
 
@@ -205,5 +209,5 @@ class Loader:
     def _batch(self, pixels: Tensor, index: Tensor, key: Tensor) -> Batch:
         index = index.to(self.labels.device, non_blocking=True)
         if self.augment is not None:
-            pixels = self.augment.vary(pixels, index, key)
+            pixels = self.augment.apply(pixels, index, key)
         return Batch(normalise(pixels, self.mean, self.std), self.labels[index], index)

@@ -1,4 +1,4 @@
-"""A data set as Lightning, or a notebook, takes it."""
+"""The loaders of a data set, for Lightning or a notebook."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,29 +15,29 @@ from vitkd.data.split import FileSplit, Split, hold_out
 from vitkd.errors import ConfigError
 
 
-class Positioned(Protocol):
-    """A loader that can be left at any batch and go on from there."""
+class StatefulLoader(Protocol):
+    """A loader that can resume at any batch."""
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given."""
+        """The epoch, and the number of its batches that were yielded."""
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches that `state` counts."""
+        """Resume after the batches counted in `state`."""
 
 
-Resumable = TypeVar("Resumable", bound=Positioned)
+AnyLoader = TypeVar("AnyLoader", bound=StatefulLoader)
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Loads a data set once and hands out loaders whose batches lie on the device.
+    """Loads a data set once, and makes loaders whose batches are on the device.
 
     Without a Trainer: `for image, label, index in ImageDataModule(dataset, "data", seed=0).loader("val")`.
-    Where images may be too many for the memory, `contextlib.closing(module)` ends the workers.
+    If images may exceed the memory limit, `contextlib.closing(module)` stops the workers.
 
     Args:
-        dataset: which one.
-        root: the folder that holds all data sets.
-        seed: of the run; it decides order and views, not which images are for validation.
+        dataset: the data set.
+        root: the folder with all data sets.
+        seed: of the order and the augmentation; `dataset.split_seed` chooses the validation images.
     """
 
     def __init__(self, dataset: Dataset, root: str | Path, seed: int) -> None:
@@ -48,42 +48,42 @@ class ImageDataModule(L.LightningDataModule):
         self._images: dict[str, Tensor] = {}
         self._resident: dict[tuple[str, torch.device], Pixels] = {}
         self._decoded: list[DecodedPixels] = []
-        self._train_loader: Positioned | None = None
+        self._train_loader: StatefulLoader | None = None
         self._train_state: dict[str, int] | None = None
 
     @property
     def class_names(self) -> list[str]:
-        """What each label means."""
+        """The name of each class, by label."""
         self.setup()
         return self._splits["train"].class_names
 
     def prepare_data(self) -> None:
-        """Download what is absent; Lightning calls it in one process a node."""
+        """Download the data if it is absent; Lightning calls this in one process a node."""
         if not self._splits:
             self.dataset.inspect(self.root)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data set, with all images that are to lie in memory; the second call does nothing.
+        """Load the data set, including all images to keep in memory; further calls do nothing.
 
         Raises:
-            ConfigError: it cannot be had, or one of those images is damaged.
+            ConfigError: the data is unavailable, an image is damaged, or a split is empty.
         """
         if self._splits:
             return
         splits = self.dataset.load(self.root)
-        lots = splits["train"].lots(self.dataset.split_seed)
-        train, val = hold_out(splits["train"].labels, lots, self.dataset.val_fraction)
+        keys = splits["train"].random_keys(self.dataset.split_seed)
+        train, val = hold_out(splits["train"].labels, keys, self.dataset.val_fraction)
         self._images = {name: split.read_all() for name, split in splits.items() if split.resident}
         self._indices = {"train": train, "val": val, "test": torch.arange(len(splits["test"]))}
         if self.dataset.validate_on == "test":
             self._indices["val"] = self._indices["test"]
         for name, indices in self._indices.items():
             if not len(indices) and (name != "val" or self.dataset.validates):
-                raise ConfigError(f"dataset={self.dataset.name}: too few images, its {name} split is empty")
+                raise ConfigError(f"dataset={self.dataset.name}: its {name} split is empty; add images")
         self._splits = splits
 
     def close(self) -> None:
-        """End the workers of every loader handed out; a loader that is used again starts new ones."""
+        """Stop the workers of all loaders; a loader that is used again starts new ones."""
         for decoded in self._decoded:
             decoded.close()
 
@@ -92,39 +92,39 @@ class ImageDataModule(L.LightningDataModule):
         self.close()
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """The batch as it is: it lies on the device already."""
+        """The batch, unchanged: it is already on the device."""
         return batch
 
     def train_dataloader(self) -> Loader:
-        """Shuffled and varied; goes on where `load_state_dict` says."""
+        """Shuffled and augmented; resumes at the position set by `load_state_dict`."""
         return self.resumable(self.loader("train"))
 
-    def resumable(self, loader: Resumable) -> Resumable:
-        """The training loader `loader`, at the place where `load_state_dict` says."""
+    def resumable(self, loader: AnyLoader) -> AnyLoader:
+        """Make `loader` the training loader, at the position set by `load_state_dict`."""
         self._train_loader = loader
         if self._train_state is not None:
             loader.load_state_dict(self._train_state)
         return loader
 
     def state_dict(self) -> dict[str, int]:
-        """How far the training loader is.
+        """The position of the training loader.
 
-        Lightning saves this and the loader's own state, but looks at the loader's only if nobody has asked
-        for the number of steps before.
+        Lightning saves the loader's own state as well, but restores that only if the number of steps has not
+        been read before.
         """
         return self._train_loader.state_dict() if self._train_loader else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next training loader go on from `state_dict`."""
+        """Set the position at which the next training loader resumes."""
         self._train_state = state_dict
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """In order; an empty list where there is nothing to validate with."""
+        """Not shuffled; an empty list if there are no validation images."""
         self.setup()
         return self.loader("val") if len(self._indices["val"]) else []
 
     def test_dataloader(self) -> Loader:
-        """In order."""
+        """Not shuffled."""
         return self.loader("test")
 
     def loader(
@@ -139,17 +139,18 @@ class ImageDataModule(L.LightningDataModule):
         """A loader of "train", "val" or "test".
 
         Args:
-            split: "train" is shuffled and varied, and drops what does not fill a batch.
-            device: where batches lie; by default the Trainer's, or the CPU.
-            rank, world_size: this process among how many; by default the Trainer's, or 0 of 1.
-            seed: of order and views; by default this module's.
+            split: "train" is shuffled and augmented, and drops an incomplete last batch.
+            device: of the batches; by default the Trainer's, or the CPU.
+            rank, world_size: this process's number, and the number of processes; by default the Trainer's, or
+                0 and 1.
+            seed: of the order and the augmentation; by default this module's.
         """
         self.setup()
         trainer, training = self.trainer, split == "train"
         official = self._official(split)
         device = torch.device(device or (trainer.strategy.root_device if trainer else "cpu"))
         pixels = self._pixels(official, device)
-        # Workers take plain numbers, and fetching those from the device would wait for it.
+        # Workers need Python integers; copying them from the device would wait for it.
         order_device = device if isinstance(pixels, Pixels) else torch.device("cpu")
         order = EpochOrder(
             self._indices[split].to(order_device),
@@ -169,32 +170,33 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def _official(self, split: str) -> str:
-        """Which of the data set's own splits the images of `split` lie in."""
-        of_test = split == "test" or (split == "val" and self.dataset.validate_on == "test")
-        return "test" if of_test else "train"
+        """The official split that has the images of `split`."""
+        in_test = split == "test" or (split == "val" and self.dataset.validate_on == "test")
+        return "test" if in_test else "train"
 
     def fixed_views(self, split: str) -> Loader | None:
-        """What this process may meet of "train" or "val", once and in order, `eval_batch_size` at a time.
+        """A loader of all images of "train" or "val" that this process may see, each once, not shuffled.
 
-        None where an image does not look the same in every epoch, or has to be decoded for every batch.
+        Its batches have `eval_batch_size` images. None if images look different in each epoch, or are decoded
+        for every batch, or there are none.
         """
         self.setup()
-        varied = split == "train" and self.dataset.augment.varies
-        if varied or not self._splits[self._official(split)].resident or not len(self._indices[split]):
+        augmented = split == "train" and self.dataset.augment.is_random
+        if augmented or not self._splits[self._official(split)].resident or not len(self._indices[split]):
             return None
         loader = self.loader(split)
         if split == "train":
-            # Over the epochs, each process meets every training image.
+            # Over the epochs, each process sees every training image.
             loader.sampler = EpochOrder(loader.sampler.index, self.dataset.eval_batch_size)
         return loader
 
     def first(self, split: str, count: int, seed: int | None = None) -> Batch:
-        """The first `count` images that `loader` would give in epoch 0, on the CPU; reads no others."""
+        """The first `count` images of `loader(split)` in epoch 0, on the CPU; no others are read."""
         return self.loader(split, "cpu", rank=0, world_size=1, seed=seed).first(count)
 
     @property
     def is_resident(self) -> bool:
-        """Whether all images lie in memory, with no need of workers that decode them."""
+        """Whether all images are kept in memory, so that no workers decode them."""
         self.setup()
         return all(split.resident for split in self._splits.values())
 

@@ -5,23 +5,25 @@ from torch import Tensor
 from vitkd.data.hashing import fold, key_of
 from vitkd.errors import ConfigError
 
-# Order and views hang on the same (seed, epoch); these keep their keys apart.
+# Order and views depend on the same (seed, epoch); these give them different keys.
 ORDER, VIEW = 0, 1
 
 
 class EpochOrder:
-    """The batches of one process, as image numbers; Lightning finds it as `loader.sampler`.
+    """The batches of one process, as image indices; Lightning finds it as `loader.sampler`.
 
-    Shuffled, a global batch (`batch_size` × `world_size` images) is a run of the epoch's permutation, which
-    depends on (seed, epoch) alone, and each process takes its slice: two processes together see just what
-    one with twice the batch size sees. The remainder is dropped, so that every batch has one shape, unless
-    nothing else would be left. In order (evaluation), every image appears once over all processes, and
-    batch sizes differ by one at most.
+    With `shuffle` (training), a global batch (`batch_size` × `world_size` images) is a slice of the epoch's
+    permutation, which depends on (seed, epoch) alone, and each process takes its part of it: two processes
+    together see exactly what one process with twice the batch size sees. An incomplete last batch is
+    dropped, so that all batches have one shape, unless it is the only one. Without `shuffle` (evaluation),
+    every image appears once over all processes, and batch sizes differ by at most one.
 
     Args:
-        index: [N] int64, the image numbers, on the device where the order is to be made.
-        batch_size: images a batch of this process.
-        seed: of the run.
+        index: [N] int64, the image indices, on the device where the order is computed.
+        batch_size: images a batch, in this process.
+        seed: of the permutation.
+        shuffle: whether to permute the images in each epoch.
+        rank, world_size: this process's number, and the number of processes.
 
     Raises:
         ConfigError: fewer images than processes.
@@ -57,13 +59,13 @@ class EpochOrder:
 
     def batches(self) -> tuple[Tensor, ...]:
         """This process's batches of the current epoch, each [B] int64."""
-        index = self.images()
+        index = self.epoch_index()
         kept = len(self) * self.world_size * self.batch_size
         index = index[:kept] if self.shuffle else index
         return index.tensor_split(len(self) * self.world_size)[self.rank :: self.world_size]
 
-    def images(self) -> Tensor:
-        """All images of the current epoch as they come, over all processes: [N] int64."""
+    def epoch_index(self) -> Tensor:
+        """All image indices in the order of the current epoch, over all processes: [N] int64."""
         if not self.shuffle:
             return self.index
         key = key_of(self.seed, self.epoch, ORDER, device=self.index.device)

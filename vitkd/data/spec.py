@@ -1,4 +1,4 @@
-"""What every data set says about itself."""
+"""The base class of all data sets: their settings, and how they are loaded."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,24 +12,27 @@ from vitkd.errors import ConfigError
 
 @dataclass(kw_only=True)
 class Dataset(ABC):
-    """A data set's facts and loading settings; each class is also the schema of its files in conf/dataset.
+    """A data set's properties and loading settings; each class is also the schema of files in conf/dataset.
 
     Args:
-        name: as in `dataset=NAME`; folders are named after it.
-        num_classes: null where the folder tells.
+        name: as in `dataset=NAME`; run folders are named after it.
+        num_classes: null to count the class folders.
         channels: 1 (greyscale) or 3 (RGB).
         image_size: height and width in pixels.
         mean, std: one value a channel, of pixels in 0..1.
-        patch_size: what models cut the image into unless told otherwise, in pixels.
-        augment: how training images are varied.
+        patch_size: the models' default patch size, in pixels.
+        augment: random augmentation of training images.
         batch_size: training images a step, on each device.
         eval_batch_size: images a step in validation and test, on each device.
-        val_fraction: share of the training split kept for validation, 0 for none.
-        validate_on: `held_out` images, or `test`: the test images choose the best epoch then, as some reports
-            have it, and the accuracy at it flatters.
-        split_seed: which images those are. It is not the run's seed: a teacher must never have trained on
-            what its student is validated with.
-        max_epochs: how long training takes to be worth while, unless the run says otherwise.
+        val_fraction: share of the training split held out for validation, 0 for none.
+        validate_on: `held_out` images, or `test`: then the test images choose the best epoch, as in some
+            published results, and the accuracy is biased upwards.
+        split_seed: chooses the held-out images. It is not the run's seed: a teacher must not be trained on
+            the images that its student is validated on.
+        max_epochs: the default number of epochs.
+
+    Raises:
+        ConfigError: a setting is out of range.
     """
 
     name: str
@@ -48,8 +51,8 @@ class Dataset(ABC):
     max_epochs: int = 20
 
     def __post_init__(self) -> None:
-        plain = Path(self.name).name == self.name and self.name not in ("", "..")
-        self._require("name", plain, "one folder name, without slashes")
+        is_folder_name = Path(self.name).name == self.name and self.name not in ("", "..")
+        self._require("name", is_folder_name, "one folder name, without slashes")
         self._require("num_classes", self.num_classes is None or self.num_classes >= 2, "2 or more")
         self._require("channels", self.channels in (1, 3), "1 (greyscale) or 3 (RGB)")
         for setting in ("image_size", "patch_size", "batch_size", "eval_batch_size", "max_epochs"):
@@ -72,35 +75,38 @@ class Dataset(ABC):
 
     @property
     def validates(self) -> bool:
-        """Whether there are images to validate with."""
+        """Whether there are validation images."""
         return self.val_fraction > 0 or self.validate_on == "test"
 
     def inspect(self, root: Path) -> int:
-        """The number of classes; cheap next to `load`, and called before a run leaves anything on disk.
+        """Download the data if it is absent, and return the number of classes.
 
-        Makes sure that the data is there, downloading it if it may.
+        It is faster than `load`, and is called before a run writes anything to disk.
+
+        Args:
+            root: the folder with all data sets.
 
         Raises:
-            ConfigError: the data is absent and cannot be had, is damaged, or differs from what is set here.
+            ConfigError: the data is unavailable or damaged, or does not match the settings.
         """
         return len(self.load(root)["test"].class_names)
 
     @abstractmethod
     def load(self, root: Path) -> Mapping[str, Split | FileSplit]:
-        """The splits "train" and "test", official or fixed.
+        """The splits "train" and "test": the official ones, or fixed ones if there are none.
 
         Args:
-            root: the folder that holds all data sets.
+            root: the folder with all data sets.
 
         Raises:
             ConfigError: as `inspect`.
         """
 
     def contents(self, root: Path) -> str | None:
-        """A short hash of which images these are; None where the name alone says so.
+        """A short hash of the image files; None if the data set's name identifies them.
 
         Args:
-            root: the folder that holds all data sets.
+            root: the folder with all data sets.
 
         Raises:
             ConfigError: as `inspect`.
@@ -112,11 +118,12 @@ class Dataset(ABC):
             raise ConfigError(f"{setting}={getattr(self, setting)!r} must be {allowed}")
 
     def _checked(self, split: Split) -> Split:
-        """The split, once it is known to be of the shape and the class count that are set here."""
+        """The split, after comparing its image shape and number of classes with the settings."""
         classes, shape = len(split.class_names), tuple(split.images.shape[1:])
         if self.num_classes != classes:
             raise ConfigError(
-                f"dataset.num_classes={self.num_classes}, but {self.name} has {classes} classes; set that"
+                f"dataset.num_classes={self.num_classes}, but {self.name} has {classes} classes;"
+                f" set {classes}"
             )
         if shape != (self.channels, self.image_size, self.image_size):
             raise ConfigError(

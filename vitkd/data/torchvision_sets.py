@@ -36,8 +36,8 @@ class Torchvision(Dataset):
     """A data set of `torchvision.datasets`.
 
     Args:
-        source: its class there: MNIST, FashionMNIST, CIFAR10 or CIFAR100.
-        download: fetch the data when absent.
+        source: torchvision's class: MNIST, FashionMNIST, CIFAR10 or CIFAR100.
+        download: whether to download the data if it is absent.
     """
 
     source: str
@@ -62,7 +62,7 @@ class Torchvision(Dataset):
 
     def _read(self, root: Path, train: bool) -> Split:
         try:
-            # CIFAR's files are pickles; torchvision compares their checksums before it reads them.
+            # CIFAR's files are pickles; torchvision compares their checksums before it unpickles them.
             official = self._official(root, train=train)
             pixels = torch.as_tensor(np.asarray(official.data))
             labels = torch.as_tensor(official.targets, dtype=torch.int64)
@@ -110,7 +110,7 @@ class Torchvision(Dataset):
 
     def _unavailable_error(self, root: Path, error: Exception) -> ConfigError:
         target, files = root / FOLDERS[self.source], self._remote_files
-        in_archive = any(name.endswith(".tar.gz") for name in files)  # it has the folder, too
+        in_archive = any(name.endswith(".tar.gz") for name in files)  # the archive includes the folder
         manual = f"{', '.join(map(str, files.values()))} in {root if in_archive else target}"
         reason = one_line(error).removesuffix(" You can use download=True to download it")
         return staging.unavailable_error(self.name, target, manual, reason)
