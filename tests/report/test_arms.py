@@ -6,15 +6,16 @@ import pytest
 import yaml
 
 from vitkd.models import ViTConfig
-from vitkd.report.arms import Experiment, experiments_of, usual_of
+from vitkd.report.arms import VIT, VIT_DEFAULTS, usual_value
 from vitkd.report.comparison import compare
+from vitkd.report.experiments import Experiment, find_experiments
+from vitkd.report.notes import notes_on
 from vitkd.report.runs import find_runs
-from vitkd.report.verdicts import Kind
-from vitkd.runs import older
+from vitkd.report.verdicts import Outcome
 
 
 def experiments(runs) -> list[Experiment]:
-    return experiments_of(find_runs([runs.outputs]))
+    return find_experiments(find_runs([runs.outputs]))
 
 
 def labels(experiment: Experiment) -> list[str]:
@@ -46,6 +47,72 @@ def test_what_is_watched_or_where_it_lies_makes_no_other_arm(runs):
     assert [[*arm.runs] for arm in found.rows] == [[0, 1]]
 
 
+WSLD = {"weighting___target_": "vitkd.methods.weighting.WSLD"}
+STUDENT_CORRECT = {"weighting___target_": "vitkd.methods.weighting.StudentCorrect"}
+CONSTANT = {"weighting___target_": "vitkd.methods.weighting.Constant"}
+
+
+def test_weightings_are_arms_of_their_own(runs):
+    runs.arm({0: 0.90, 1: 0.91}, method="none")
+    runs.arm({0: 0.92}, alpha=0.5)
+    runs.arm({1: 0.92}, alpha=0.5, **CONSTANT)
+    runs.arm({0: 0.93, 1: 0.95}, alpha=0.5, **WSLD)
+    for factor in (0.25, 0.5):
+        runs.arm({0: 0.94}, alpha=0.5, **STUDENT_CORRECT, weighting__factor=factor)
+    runs.arm({0: 0.94}, alpha=0.5, weighting___target_="plugin.weights.WSLD")
+
+    (found,) = experiments(runs)
+
+    assert {arm.label: [*arm.runs] for arm in found.rows} == {
+        "student alone": [0, 1],
+        "block kl, alpha 0.5": [0, 1],
+        "block kl, alpha 0.5, weighting=plugin.weights.WSLD": [0],
+        "block kl, alpha 0.5, weighting=student_correct, weighting.factor=0.25": [0],
+        "block kl, alpha 0.5, weighting=student_correct, weighting.factor=0.5": [0],
+        "block kl, alpha 0.5, weighting=wsld": [0, 1],
+    }
+    gains = {row.arm.label: row.gain.difference.mean for row in compare(found).rows[1:]}
+    assert gains["block kl, alpha 0.5, weighting=wsld"] == pytest.approx(3.5)
+
+
+def test_a_weighting_is_named_though_most_arms_have_it(runs):
+    runs.add(alpha=0.5, **CONSTANT)
+    for alpha in (0.1, 0.2, 0.3):
+        runs.add(alpha=alpha, **WSLD)
+
+    (found,) = experiments(runs)
+
+    assert {arm.label: arm.weighting for arm in found.arms} == {
+        "block kl, alpha 0.5": "constant",
+        **{f"block kl, alpha {alpha}, weighting=wsld": "wsld" for alpha in (0.1, 0.2, 0.3)},
+    }
+
+
+def test_alpha_1_is_the_student_alone_with_constant_weighting_only(runs):
+    """With a schedule alpha is 1 in some epochs only."""
+    runs.add(alpha=1.0, **CONSTANT)
+    runs.add(alpha=1.0, weighting___target_="vitkd.methods.weighting.Linear")
+    runs.add(seed=1, method="none", **WSLD)
+
+    (found,) = experiments(runs)
+
+    assert [(arm.label, [*arm.runs]) for arm in found.rows] == [
+        ("student alone", [0, 1]),
+        ("block kl, alpha 1, weighting=linear", [0]),
+    ]
+
+
+def test_ce_and_kl_are_called_one_result(runs):
+    """With a frozen teacher their gradients are equal."""
+    runs.add(alpha=0.5, loss="kl")
+    runs.add(alpha=0.1, loss="CE")
+    assert not any("ce and kl" in note for note in notes_on(compare(*experiments(runs))))
+
+    runs.add(alpha=0.1, loss="kl")
+
+    assert any("block: ce and kl have the same gradient" in n for n in notes_on(compare(*experiments(runs))))
+
+
 def test_experiments_are_never_mixed(runs):
     runs.arm({0: 0.9, 1: 0.9, 2: 0.9}, method="none")
     runs.arm({0: 0.9}, method="none", trainer__max_epochs=7)
@@ -61,7 +128,7 @@ def test_experiments_are_never_mixed(runs):
         "mnist",
     ]
     assert [len(e.rows) for e in found] == [1, 1, 1, 1]
-    assert compare(found[2]).rows[0].verdict.kind == Kind.NOT_COMPARABLE
+    assert compare(found[2]).rows[0].verdict.outcome == Outcome.NOT_COMPARABLE
 
 
 def test_the_student_alone_is_one_arm_however_it_was_asked_for(runs):
@@ -75,10 +142,10 @@ def test_the_student_alone_is_one_arm_however_it_was_asked_for(runs):
     assert labels(found) == ["student alone"]
     assert [*found.baseline.runs] == [0, 1, 2]
     assert found.notes == [
-        "3 more runs of the student alone: alpha=1 and method=none are the same training, so the newest"
-        " counts for each seed"
+        "3 repeated runs of the student alone left out: alpha=1 and method=none are the same training, and"
+        " only the newest run of each seed is used"
     ]
-    assert len(found.baselines) == 6
+    assert len(found.alone) == 6
 
 
 def test_students_alone_that_should_be_equal_and_are_not(runs):
@@ -87,7 +154,7 @@ def test_students_alone_that_should_be_equal_and_are_not(runs):
 
     (found,) = experiments(runs)
 
-    assert any("differs between runs of the same seed (3)" in note for note in found.notes)
+    assert any("with the same seed differ (seed 3)" in note for note in found.notes)
 
 
 def test_of_repeats_the_newest_done_one_counts(runs):
@@ -97,8 +164,8 @@ def test_of_repeats_the_newest_done_one_counts(runs):
 
     (found,) = experiments(runs)
 
-    assert found.arms[0].figures("acc_last") == {0: 60.0}
-    assert found.notes == ["1 run of an arm and seed that has a newer one: the newest counts"]
+    assert found.arms[0].metric("acc_last") == {0: 60.0}
+    assert found.notes == ["1 older run left out: only the newest of each arm and seed is used"]
 
 
 def test_controls_are_rows_with_a_label_of_what_differs(runs):
@@ -145,10 +212,10 @@ def test_no_two_arms_of_an_experiment_share_a_label(runs):
     ],
 )
 def test_what_goes_without_saying(values, usual):
-    assert usual_of(values) == usual
+    assert usual_value(values) == usual
 
 
-def test_a_setting_that_a_run_of_an_earlier_version_lacks(runs):
+def test_null_counts_as_absent(runs):
     runs.add(seed=0, name="old")
     runs.add(seed=1, name="new", teacher__control=None, dataset__new=None)
 
@@ -198,7 +265,7 @@ def test_an_arm_whose_teacher_changed_says_so(runs):
 
     (found,) = experiments(runs)
 
-    assert found.notes == ["block kl, alpha 0.5: its runs learned from 2 different teachers"]
+    assert found.notes == ["block kl, alpha 0.5: its runs have 2 different teachers"]
 
 
 def test_gains_are_corrected_over_the_whole_experiment(runs):
@@ -215,10 +282,10 @@ def test_gains_are_corrected_over_the_whole_experiment(runs):
     best = rows["block kl, alpha 0.5"]
 
     assert best.p_holm == 4 * best.gain.p
-    assert [row.verdict.kind for row in rows.values()] == [
-        *(Kind.BASELINE, Kind.NO_EVIDENCE, Kind.NO_EVIDENCE, Kind.NO_EVIDENCE, Kind.REAL),
+    assert [row.verdict.outcome for row in rows.values()] == [
+        *(Outcome.BASELINE, Outcome.NO_EVIDENCE, Outcome.NO_EVIDENCE, Outcome.NO_EVIDENCE, Outcome.REAL),
     ]
-    assert compare(found).headline == "4 arms beside the student alone: 1 real gain, 3 without evidence."
+    assert compare(found).headline == "4 arms against the student alone: 1 real gain, 3 without evidence."
 
 
 def test_a_winner_before_correction_is_none_after_it(runs):
@@ -232,7 +299,7 @@ def test_a_winner_before_correction_is_none_after_it(runs):
     # Differences 1, 2, 3, 2 points: mean 2, deviation √(2/3), t = 4.90, p = 0.016; times 5, 0.081.
     assert row.gain.p == pytest.approx(0.0163, abs=1e-4)
     assert row.p_holm == pytest.approx(5 * row.gain.p)
-    assert row.verdict.kind == Kind.NO_EVIDENCE
+    assert row.verdict.outcome == Outcome.NO_EVIDENCE
 
 
 def test_one_seed_borrows_the_spread_of_other_arms(runs):
@@ -245,7 +312,7 @@ def test_one_seed_borrows_the_spread_of_other_arms(runs):
     # Differences +1, 0, +2 points: standard deviation 1. Half of that takes 34 seeds.
     assert rows[1].spread.source == "other arms"
     assert rows[1].needed == 34
-    assert "34 seeds would resolve that" in rows[1].verdict.words
+    assert "needs 34 seeds" in rows[1].verdict.text
 
 
 def test_one_seed_everywhere_cannot_even_say_how_many(runs):
@@ -254,49 +321,21 @@ def test_one_seed_everywhere_cannot_even_say_how_many(runs):
 
     row = compare(experiments(runs)[0]).rows[1]
 
-    assert (row.verdict.kind, row.needed, row.spread) == (Kind.TOO_FEW, None, None)
+    assert (row.verdict.outcome, row.needed, row.spread) == (Outcome.TOO_FEW, None, None)
 
 
-LATER = ["tokenizer", "attention", "distillation_token"]
+def test_default_settings_are_those_of_the_models():
+    defaults = {field.name: field.default for field in fields(ViTConfig) if field.name in VIT_DEFAULTS}
 
-
-def forget(path, *names):
-    """Make the run in `path` one of a version without these settings."""
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    for name in names:
-        group, key = name.split(".")
-        del config[group][key]
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-
-
-def test_a_run_older_than_a_setting_trained_with_its_default(runs):
-    for method in ("attention", "none"):
-        old = runs.add(seed=0, method=method)
-        forget(old, "teacher.trained", *(f"{model}.{n}" for model in ("student", "teacher") for n in LATER))
-        runs.add(seed=1, method=method, method__control=None)
-
-    (found,) = experiments(runs)
-
-    assert [(arm.label, [*arm.runs]) for arm in found.rows] == [
-        *[("student alone", [0, 1]), ("block kl, alpha 0.5", [0, 1])]
-    ]
-
-
-@pytest.mark.parametrize("setting", LATER)
-def test_the_table_of_later_settings_is_that_of_the_models(setting):
-    (default,) = [field.default for field in fields(ViTConfig) if field.name == setting]
-
-    assert {later.partition(".")[2] for later in older.LATER} == {*ViTConfig.LATER, "trained"}
-    assert f"{ViTConfig.__module__.rpartition('.')[0]}.ViTConfig" == older.VIT
-    for model in ("student", "teacher"):
-        assert older.LATER[f"{model}.{setting}"] == default == ViTConfig.LATER[setting]
+    assert defaults == VIT_DEFAULTS
+    assert f"{ViTConfig.__module__.rpartition('.')[0]}.ViTConfig" == VIT
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("tokenizer", "spt"), ("attention", "lsa"), ("distillation_token", True)]
 )
 def test_other_students_are_other_experiments_and_other_teachers_other_arms(runs, name, value):
-    forget(runs.add(seed=0), f"student.{name}", f"teacher.{name}")
+    runs.add(seed=0)
     runs.add(seed=0, **{f"student__{name}": value})
     runs.add(seed=0, **{f"teacher__{name}": value})
 
@@ -359,10 +398,10 @@ def test_a_plain_student_is_no_baseline_of_one_with_a_distillation_token(runs):
     plain, with_token = sorted(map(compare, experiments(runs)), key=lambda found: found.experiment.title)
 
     assert with_token.experiment.title == "digits, student.distillation_token=true"
-    assert with_token.rows[0].verdict.kind == Kind.NOT_COMPARABLE
+    assert with_token.rows[0].verdict.outcome == Outcome.NOT_COMPARABLE
     assert with_token.headline == (
         "No run of the student alone (method=none student.distillation_token=true, or alpha=1):"
-        " no gain can be told."
+        " gains cannot be computed."
     )
     assert plain.headline == "Only the student alone: nothing to compare."
 

@@ -5,11 +5,12 @@ import json
 import pytest
 from scipy import stats
 
-from vitkd.report.arms import experiments_of
 from vitkd.report.comparison import Comparison, compare
-from vitkd.report.controls import name_of
+from vitkd.report.controls import control_name
+from vitkd.report.experiments import find_experiments
+from vitkd.report.notes import CONTROLS_HEADING
 from vitkd.report.runs import find_runs
-from vitkd.report.verdicts import Kind
+from vitkd.report.verdicts import Outcome
 
 ALONE = [90.0, 91.0, 89.5, 90.5, 92.0]
 WILD = [3.0, -2.0, 2.5, -1.5, 2.0]
@@ -29,21 +30,25 @@ def plant(runs, attention: list[float], control: list[float]) -> Comparison:
 
 
 def comparison(runs) -> Comparison:
-    (experiment,) = experiments_of(find_runs([runs.outputs]))
+    (experiment,) = find_experiments(find_runs([runs.outputs]))
     return compare(experiment)
 
 
 def pairs(found: Comparison) -> list[tuple[str, str]]:
-    return [(each.plain.label, name_of(each.control, each.plain)) for each in found.contrasts]
+    return [(each.arm.label, control_name(each.control, each.arm)) for each in found.contrasts]
 
 
 def test_one_real_gain_and_one_without_evidence_make_no_difference(runs):
     found = plant(runs, [1 + jitter for jitter in JITTER], WILD)
 
-    assert [row.verdict.kind for row in found.rows] == [Kind.BASELINE, Kind.REAL, Kind.NO_EVIDENCE]
+    assert [row.verdict.outcome for row in found.rows] == [
+        Outcome.BASELINE,
+        Outcome.REAL,
+        Outcome.NO_EVIDENCE,
+    ]
     (contrast,) = found.contrasts
-    assert contrast.verdict.kind == Kind.NO_EVIDENCE
-    assert "seeds would resolve that" in contrast.verdict.words
+    assert contrast.verdict.outcome == Outcome.NO_EVIDENCE
+    assert "a gap of this size needs" in contrast.verdict.text
     assert contrast.needed > 5
 
 
@@ -52,10 +57,16 @@ def test_two_arms_without_evidence_may_differ(runs):
 
     found = plant(runs, attention, [wild - 0.5 for wild in WILD])
 
-    assert [row.verdict.kind for row in found.rows] == [Kind.BASELINE, Kind.NO_EVIDENCE, Kind.NO_EVIDENCE]
+    assert [row.verdict.outcome for row in found.rows] == [
+        Outcome.BASELINE,
+        Outcome.NO_EVIDENCE,
+        Outcome.NO_EVIDENCE,
+    ]
     (contrast,) = found.contrasts
-    # Differences 1.1, 0.9, 1, 1.1, 0.9: standard deviation 0.1, over √5, times t(4) = 2.776445: ± 0.124.
-    assert contrast.verdict == (Kind.REAL, "gain +1.00 ± 0.12, 5 seeds, real")
+    # Differences 1.1, 0.9, 1, 1.1, 0.9: standard deviation 0.1, over √5, times t(4) = 2.776445.
+    assert contrast.verdict == (Outcome.REAL, "real gain")
+    ends = 1 - 2.776445 * 0.1 / 5**0.5, 1 + 2.776445 * 0.1 / 5**0.5
+    assert contrast.gain.difference.interval == pytest.approx(ends)
     assert contrast.gain.p == pytest.approx(stats.ttest_1samp([1.1, 0.9, 1.0, 1.1, 0.9], 0).pvalue)
 
 
@@ -64,7 +75,8 @@ def test_a_control_that_does_better_is_called_so(runs):
         runs, WILD, [wild + 1 + jitter for wild, jitter in zip(WILD, JITTER, strict=True)]
     ).contrasts
 
-    assert contrast.verdict == (Kind.HURTS, "hurts: −1.00 ± 0.12, 5 seeds")
+    assert contrast.verdict == (Outcome.HURTS, "hurts")
+    assert contrast.gain.difference.mean == pytest.approx(-1)
 
 
 def test_contrasts_are_corrected_among_themselves(runs):
@@ -88,7 +100,7 @@ def test_one_or_two_seeds_are_never_a_winner(runs, seeds):
 
     (contrast,) = comparison(runs).contrasts
 
-    assert contrast.verdict.kind == Kind.TOO_FEW
+    assert contrast.verdict.outcome == Outcome.TOO_FEW
     assert contrast.gain.difference.n == seeds
 
 
@@ -108,6 +120,9 @@ def test_a_control_is_the_same_training_but_for_what_is_taught(runs):
     runs.add(alpha=0.5, method__control="shuffled", method__resize="bilinear")
     runs.add(alpha=0.5, method__control="shuffled", seed=1, granularity__head_map="matched")
     runs.add(alpha=0.3, method="logit", granularity="head", loss="mse")
+    weighting = {"weighting___target_": "vitkd.methods.weighting.WSLD"}
+    runs.add(alpha=0.5, method__control="shuffled", **weighting)
+    runs.add(alpha=0.5, method="logit", **weighting)
 
     found = pairs(comparison(runs))
 
@@ -135,7 +150,7 @@ def test_an_untrained_teacher_may_be_another_for_every_seed(runs):
     (contrast,) = comparison(runs).contrasts
 
     assert contrast.gain.seeds == (0, 1, 2)
-    assert not contrast.control.first.setting["teacher.trained"]
+    assert not contrast.control.first.settings["teacher.trained"]
 
 
 def test_a_trained_teacher_for_every_seed_is_compared_with_the_same_one(runs):
@@ -153,7 +168,7 @@ def test_without_a_student_alone_controls_are_compared_all_the_same(runs):
 
     (contrast,) = comparison(runs).contrasts
 
-    assert contrast.verdict.kind == Kind.REAL
+    assert contrast.verdict.outcome == Outcome.REAL
 
 
 def test_the_question_is_answered_in_every_file(runs, report):
@@ -164,8 +179,8 @@ def test_the_question_is_answered_in_every_file(runs, report):
     out = runs.outputs / "report"
     page, markdown = ((out / name).read_text("utf-8") for name in ("report.html", "report.md"))
     for text in (printed, markdown, page.replace("&#39;", "'")):
-        assert "Is it the teacher's pattern?" in text
-        assert contrast.verdict.words in text.replace("\\", "")
+        assert CONTROLS_HEADING in text
+        assert contrast.verdict.text in text.replace("\\", "")
     (told,) = json.loads((out / "report.json").read_text("utf-8"))["experiments"][0]["controls"]
     assert told["difference_mean_pp"] == pytest.approx(contrast.gain.difference.mean)
     assert (told["verdict"], told["p"], told["paired_with_seeds"]) == (
@@ -181,4 +196,4 @@ def test_without_controls_nobody_asks(runs, report):
     printed = report(runs.outputs)
 
     files = [path.read_text("utf-8") for path in (runs.outputs / "report").iterdir()]
-    assert not any("pattern?" in text for text in [printed, *files])
+    assert not any(CONTROLS_HEADING in text.replace("&#39;", "'") for text in [printed, *files])

@@ -17,13 +17,16 @@ import pytest
 from scipy import stats
 
 from tests.report.conftest import Runs
+from vitkd import __version__
 from vitkd.report.__main__ import main
-from vitkd.report.arms import experiments_of
 from vitkd.report.comparison import compare
-from vitkd.report.curves import Reader
-from vitkd.report.drawing import VARIABLES, spaced
-from vitkd.report.plots import measured, plates
+from vitkd.report.experiments import find_experiments
+from vitkd.report.figures import plot_groups
+from vitkd.report.figures.colours import VARIABLES
+from vitkd.report.figures.drawing import spaced
+from vitkd.report.figures.fidelity import distances_of
 from vitkd.report.runs import Fidelity, Run, find_runs
+from vitkd.report.statistics import BOOTSTRAP_COVERAGE
 
 FILES = {"report.md", "report.csv", "report.json", "report.html"}
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -92,7 +95,7 @@ class Page(HTMLParser):
 
 def test_everything_is_written_and_nothing_else(grid, written):
     assert {path.name for path in written.out.iterdir()} == FILES
-    assert "12 arms beside the student alone" in written.printed
+    assert "12 arms against the student alone" in written.printed
     assert "failed, left out" in written.printed
     assert str(grid.outputs / "report" / "report.html") in written.printed
 
@@ -121,6 +124,16 @@ def test_figures_are_those_of_scipy_in_all_files(written):
         assert mean in text
 
 
+def test_the_coverage_of_the_bootstrap_is_said_beside_it(written):
+    told = json.loads(written.read("report.json"))["intervals"][
+        "gain_bootstrap_low_pp, gain_bootstrap_high_pp"
+    ]
+
+    for n, coverage in BOOTSTRAP_COVERAGE.items():
+        for text in (told, written.read("report.md"), written.read("report.html")):
+            assert f"{100 * coverage:.0f} % with {n}" in text
+
+
 def test_the_same_runs_give_the_same_files(grid, written, report):
     """The second time the first report is there too."""
     before = {name: written.read(name) for name in FILES}
@@ -146,20 +159,20 @@ def test_the_page_is_whole_and_asks_nobody(written):
 
 
 def test_pictures_take_every_colour_from_the_page(grid):
-    (experiment,) = experiments_of(find_runs([grid.outputs]))
-    found = plates(compare(experiment), Reader())
+    (experiment,) = find_experiments(find_runs([grid.outputs]))
+    found = plot_groups(compare(experiment))
 
-    assert [plate.name for plate in found] == [
-        *("Gain of every arm", "Accuracy over alpha", "Heat map of the grid", "Learning curves"),
-        *("Scale of the two losses", "Attention fidelity against accuracy"),
+    assert [(group.title, len(group.plots)) for group in found] == [
+        *(("Gain of every arm", 1), ("Heat map of the gains", 1), ("Accuracy over alpha", 2)),
+        *(("Learning curves", 4), ("Gradient norms of the two losses", 2)),
+        ("Attention fidelity against accuracy", 2),
     ]
-    assert [len(plate.pictures) for plate in found] == [1, 2, 1, 4, 2, 2]
-    for plate in found:
-        for picture in plate.pictures:
-            ET.fromstring(picture.svg)
-            assert not any(colour in picture.svg for colour in VARIABLES)
-            assert "var(--ink)" in picture.svg
-            assert "digits" in plate.caption
+    for group in found:
+        for plot in group.plots:
+            ET.fromstring(plot.svg)
+            assert not any(colour in plot.svg for colour in VARIABLES)
+            assert "var(--ink)" in plot.svg
+            assert "digits" in group.caption
 
 
 def test_no_two_pictures_share_an_identifier(written):
@@ -171,10 +184,10 @@ def test_no_two_pictures_share_an_identifier(written):
 
 
 def test_units_are_never_mixed_on_one_axis(grid):
-    (experiment,) = experiments_of(find_runs([grid.outputs]))
-    fidelity = plates(compare(experiment), Reader())[-1]
+    (experiment,) = find_experiments(find_runs([grid.outputs]))
+    fidelity = plot_groups(compare(experiment))[-1]
 
-    texts = [" ".join(re.findall(r"<text[^>]*>([^<]*)", picture.svg)) for picture in fidelity.pictures]
+    texts = [" ".join(re.findall(r"<text[^>]*>([^<]*)", plot.svg)) for plot in fidelity.plots]
 
     assert "KL(teacher ‖ student), nats a row" in texts[0]
     assert "mean squared difference of scores" not in texts[0]
@@ -189,25 +202,25 @@ def test_explained_runs_are_in_a_picture_of_their_own_and_in_that_of_their_loss(
         (path / "explain").mkdir()
         told = {"summary": {"js_distilled": 0.2}} | ({"epoch": epoch} if epoch else {})
         (path / "explain" / "fidelity.json").write_text(json.dumps(told))
-    (experiment,) = experiments_of(find_runs([runs.outputs]))
+    (experiment,) = find_experiments(find_runs([runs.outputs]))
 
-    fidelity = plates(compare(experiment), Reader())[-1]
+    fidelity = plot_groups(compare(experiment))[-1]
 
-    texts = [" ".join(re.findall(r"<text[^>]*>([^<]*)", picture.svg)) for picture in fidelity.pictures]
+    texts = [" ".join(re.findall(r"<text[^>]*>([^<]*)", plot.svg)) for plot in fidelity.plots]
     assert ["Jensen–Shannon" in text for text in texts] == [True, True, False]
     assert ["(best epoch)" in text for text in texts] == [True, False, False]
     assert ["2 runs" in texts[0], "1 run" in texts[1], "4 runs" in texts[2]] == [True, True, True]
-    assert len({picture.description for picture in fidelity.pictures}) == 3
+    assert len({plot.description for plot in fidelity.plots}) == 3
 
 
 @pytest.mark.parametrize(("epoch", "accuracy"), [("best", 80.0), ("last", 91.0)])
 def test_an_explained_run_stands_at_the_accuracy_of_its_epoch(epoch, accuracy):
     run = Run(Path("nowhere"), "done", acc_last=91.0, acc_best=80.0, fidelity=Fidelity(0.2, epoch))
 
-    ((unit, distance, found),) = measured(run, Reader())
+    ((distance, value, found),) = distances_of(run)
 
-    assert (unit.epoch, distance, found) == (epoch, 0.2, accuracy)
-    assert f"{epoch} epoch" in unit.label
+    assert (distance.epoch, value, found) == (epoch, 0.2, accuracy)
+    assert f"{epoch} epoch" in distance.axis_label
 
 
 def test_text_from_runs_is_text(runs, report):
@@ -236,6 +249,18 @@ def test_many_runs_in_one_state_are_counted(runs, report):
     assert "cut: stopped, left out" in printed
 
 
+def test_runs_of_another_version_are_named_in_one_line(runs, report):
+    runs.add(method="none")
+    for n in range(7):
+        runs.add(version="0.0.9", seed=n)
+
+    printed = report(runs.outputs)
+
+    (line,) = [line for line in printed.splitlines() if "0.0.9" in line]
+    assert line.startswith("7 runs incompatible")
+    assert __version__ in line
+
+
 def test_nothing_finished_yet_is_no_mistake(runs, report):
     runs.add("cut", state="stopped")
 
@@ -261,8 +286,8 @@ def test_a_best_epoch_chosen_on_the_test_images_is_called_so(runs, report):
 
     printed = report(runs.outputs)
 
-    assert "flatters" in printed
-    assert "best on test (flatters)" in (runs.outputs / "report" / "report.md").read_text("utf-8")
+    assert "optimistic" in printed
+    assert "best on test (optimistic)" in (runs.outputs / "report" / "report.md").read_text("utf-8")
 
 
 def test_a_folder_without_runs_among_others_is_named(runs, report):
@@ -328,7 +353,7 @@ def test_a_real_grid(command, tmp_path, report):
 
     printed = report(tmp_path)
 
-    assert "4 arms beside the student alone" in printed
+    assert "4 arms against the student alone" in printed
     told = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
     (experiment,) = told["experiments"]
     assert [arm["seeds"] for arm in experiment["arms"]] == [3] * 5

@@ -8,9 +8,12 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from vitkd import __version__
 from vitkd.errors import ConfigError
-from vitkd.report.curves import band, last, read_curves, typical_ratio
-from vitkd.report.runs import IMMATERIAL, Run, find_runs, flatten, option, read_run
+from vitkd.report.curves import band, last, median_ratio, read_curves
+from vitkd.report.parsing import flatten
+from vitkd.report.runs import Run, find_runs, read_run
+from vitkd.report.settings import IMMATERIAL, option
 from vitkd.runs import folder as run_folder
 from vitkd.runs.folder import RunFolder
 
@@ -31,7 +34,7 @@ def test_a_run_as_it_was_trained(finished):
     assert run.acc_best == pytest.approx(100 * metrics["test/acc_best"])
     assert run.agreement == pytest.approx(100 * metrics["test/teacher_agreement"])
     assert (run.wall_seconds, run.teacher) == (metrics["wall_seconds"], metrics["teacher/weights"])
-    assert run.setting["trainer.max_epochs"] == 1
+    assert run.settings["trainer.max_epochs"] == 1
     assert not run.is_teacher
 
 
@@ -40,7 +43,7 @@ def test_the_curves_of_a_run_as_it_was_trained(finished):
 
     assert 100 * RunFolder(finished).read_metrics()["val/acc_last"] == pytest.approx(last(curves.validation))
     assert last(curves.transfer) > 0
-    assert typical_ratio(curves) > 0
+    assert median_ratio(curves) > 0
 
 
 def test_the_store_of_teachers_holds_teachers(finished):
@@ -76,6 +79,18 @@ def test_states(runs):
         "no-metrics": "damaged",
         "running": "running",
     }
+
+
+def test_a_run_of_another_version_is_refused_and_both_are_named(runs):
+    runs.add("same", version=__version__)
+    runs.add("other", version="0.0.9", acc=0.5)
+
+    other, same = find_runs([runs.outputs])
+
+    assert (other.state, other.acc_last) == ("incompatible", None)
+    assert "0.0.9" in other.problem
+    assert __version__ in other.problem
+    assert same.is_done
 
 
 def test_looking_leaves_a_folder_as_it_was(runs):
@@ -247,7 +262,7 @@ def test_curves_by_hand(tmp_path):
 
     assert curves.validation == {10: 50.0, 30: 75.0}
     assert last(curves.transfer) == 1.5
-    assert typical_ratio(curves) == 4
+    assert median_ratio(curves) == 4
 
 
 @pytest.mark.parametrize("written", [b"", b"\n", b"a,b\n1,2\n", b"\xff\xfe\n", b"step,val/acc\nx,y\n", None])
@@ -259,7 +274,7 @@ def test_a_file_without_curves(tmp_path, written):
 
     assert curves == ({}, {}, {})
     assert last(curves.transfer) is None
-    assert typical_ratio(curves) is None
+    assert median_ratio(curves) is None
 
 
 def test_a_band_by_hand():

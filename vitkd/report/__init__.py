@@ -1,1 +1,1 @@
-"""Runs → understanding: tables with error bars, verdicts in words, pictures (`python -m vitkd.report`)."""
+"""Tables with error bars, verdicts and plots of finished runs: `python -m vitkd.report`."""

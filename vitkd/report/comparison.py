@@ -1,52 +1,54 @@
-"""Experiments with their figures: every arm beside the student alone, and attention beside its controls."""
+"""Experiments with their metrics: every arm against the student alone, and attention against its controls."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitkd.report.arms import Arm, Experiment, count
-from vitkd.report.controls import pairs_of
-from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std, seeds_needed, summarise
-from vitkd.report.verdicts import FEWEST_SEEDS, Kind, Spread, Verdict, judge
+from vitkd.report.arms import Arm
+from vitkd.report.controls import control_pairs
+from vitkd.report.experiments import Experiment
+from vitkd.report.formatting import count
+from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std, summarise
+from vitkd.report.verdicts import MIN_SEEDS, Outcome, Spread, Verdict, judge, needed_for
 from vitkd.statistics import holm
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm in figures; accuracies in percent, gains in percentage points."""
+    """An arm's metrics; accuracies in percent, gains in percentage points."""
 
     arm: Arm
     last: Summary
     best: Summary
     gain: Gain | None
-    """at the last epoch, which nobody chose: the primary comparison; None for and without a baseline"""
+    """at the last epoch, the primary comparison; None without a baseline and for the baseline itself"""
     gain_best: Gain | None
-    """at the epoch that was best on validation"""
+    """at the epoch with the best validation accuracy"""
     p_holm: float | None
-    """of `gain`, corrected for all arms of the experiment"""
+    """p-value of `gain`, corrected for all arms of the experiment"""
     p_holm_best: float | None
     agreement: Summary
     wall_seconds: Summary
     spread: Spread | None
     needed: int | None
-    """seeds that would show the observed gap with power 0.8; None if none would, or none can be told"""
+    """seeds that detect a gap of the observed size with power 0.8; None if unknown or too many"""
     verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Attention beside one of its controls, in percentage points.
+    """An attention arm against one of its controls, in percentage points.
 
-    One real gain and one without evidence do not make a difference between the two (Gelman and Stern 2006).
+    That one of two gains is significant does not make their difference so (Gelman and Stern 2006).
     """
 
-    plain: Arm
+    arm: Arm
     """learned from the teacher's own maps"""
     control: Arm
     gain: Gain
-    """plain − control, at the last epoch"""
+    """arm − control, at the last epoch"""
     p_holm: float | None
-    """of `gain`, corrected for all contrasts of the experiment, and for nothing else"""
+    """p-value of `gain`, corrected for all contrasts of the experiment"""
     needed: int | None
     verdict: Verdict
 
@@ -60,110 +62,117 @@ class Comparison:
     contrasts: list[Contrast]
 
     @property
-    def _missing(self) -> str:
-        """What would train the student alone, which is the same student: method=token adds a token to it."""
-        if self.experiment.setting.get("student.distillation_token"):
+    def headline(self) -> str:
+        """The result in a sentence."""
+        outcomes = [row.verdict.outcome for row in self.rows if not row.arm.is_baseline]
+        if not outcomes:
+            return "Only the student alone: nothing to compare."
+        if self.experiment.baseline is None:
+            return f"No run of the student alone ({self._baseline_settings}): gains cannot be computed."
+        counts = {
+            "harmful": outcomes.count(Outcome.HURTS),
+            "without evidence": outcomes.count(Outcome.NO_EVIDENCE),
+            "with too few seeds": outcomes.count(Outcome.TOO_FEW),
+            "without a shared seed": outcomes.count(Outcome.NOT_COMPARABLE),
+        }
+        parts = [count(outcomes.count(Outcome.REAL), "real gain")]
+        parts += [f"{number} {what}" for what, number in counts.items() if number]
+        return f"{count(len(outcomes), 'arm')} against the student alone: {', '.join(parts)}."
+
+    @property
+    def _baseline_settings(self) -> str:
+        """Settings that train the same student alone; method=token adds a token to it."""
+        if self.experiment.settings.get("student.distillation_token"):
             return "method=none student.distillation_token=true, or alpha=1"
         return "method=none or alpha=1"
 
-    @property
-    def headline(self) -> str:
-        """What came of it, in a sentence."""
-        judged = [row.verdict.kind for row in self.rows if row.verdict.kind != Kind.BASELINE]
-        if not judged:
-            return "Only the student alone: nothing to compare."
-        if self.experiment.baseline is None:
-            return f"No run of the student alone ({self._missing}): no gain can be told."
-        counts = {
-            "hurting": judged.count(Kind.HURTS),
-            "without evidence": judged.count(Kind.NO_EVIDENCE),
-            "with too few seeds to say": judged.count(Kind.TOO_FEW),
-            "without a seed in common": judged.count(Kind.NOT_COMPARABLE),
-        }
-        parts = [count(judged.count(Kind.REAL), "real gain")]
-        parts += [f"{number} {what}" for what, number in counts.items() if number]
-        return f"{count(len(judged), 'arm')} beside the student alone: {', '.join(parts)}."
-
 
 def compare(experiment: Experiment) -> Comparison:
-    """All figures of an experiment."""
-    baseline = experiment.baseline
-    gains = [gain_over(baseline, arm, "acc_last") for arm in experiment.rows]
-    gains_best = [gain_over(baseline, arm, "acc_best") for arm in experiment.rows]
-    corrected = holm([gain and gain.p for gain in gains])
-    corrected_best = holm([gain and gain.p for gain in gains_best])
-    spreads = spreads_of(baseline, gains)
-    rows = []
-    for place, arm in enumerate(experiment.rows):
-        gain, spread = gains[place], spreads[place]
-        alone = Verdict(Kind.BASELINE, "the student alone")
-        rows.append(
-            Row(
-                arm=arm,
-                last=summarise([*arm.figures("acc_last").values()]),
-                best=summarise([*arm.figures("acc_best").values()]),
-                gain=gain,
-                gain_best=gains_best[place],
-                p_holm=corrected[place],
-                p_holm_best=corrected_best[place],
-                agreement=summarise([*arm.figures("agreement").values()]),
-                wall_seconds=summarise([*arm.figures("wall_seconds").values()]),
-                spread=spread,
-                needed=needed(gain, spread),
-                verdict=alone if arm.is_baseline else judge(gain, corrected[place], spread),
-            )
-        )
+    """All metrics of an experiment."""
+    baseline, arms = experiment.baseline, experiment.rows
+    gains = [gain_over(baseline, arm, "acc_last") for arm in arms]
+    gains_best = [gain_over(baseline, arm, "acc_best") for arm in arms]
+    columns = (
+        *(arms, gains, gains_best),
+        holm([gain and gain.p for gain in gains]),
+        holm([gain and gain.p for gain in gains_best]),
+        spreads_of(baseline, gains),
+    )
+    rows = [make_row(*values) for values in zip(*columns, strict=True)]
     return Comparison(experiment, rows, contrasts_of(experiment))
 
 
+def make_row(
+    arm: Arm,
+    gain: Gain | None,
+    gain_best: Gain | None,
+    p_holm: float | None,
+    p_holm_best: float | None,
+    spread: Spread | None,
+) -> Row:
+    """One arm's row."""
+    is_baseline = Verdict(Outcome.BASELINE, "baseline")
+    return Row(
+        arm=arm,
+        last=summary_of(arm, "acc_last"),
+        best=summary_of(arm, "acc_best"),
+        gain=gain,
+        gain_best=gain_best,
+        p_holm=p_holm,
+        p_holm_best=p_holm_best,
+        agreement=summary_of(arm, "agreement"),
+        wall_seconds=summary_of(arm, "wall_seconds"),
+        spread=spread,
+        needed=needed_for_gain(gain, spread),
+        verdict=is_baseline if arm.is_baseline else judge(gain, p_holm, spread),
+    )
+
+
+def summary_of(arm: Arm, metric: str) -> Summary:
+    """A metric of the arm over its seeds."""
+    return summarise([*arm.metric(metric).values()])
+
+
 def contrasts_of(experiment: Experiment) -> list[Contrast]:
-    """Every arm that learned from its teacher's own maps beside each of its controls."""
-    pairs = pairs_of(experiment.arms)
-    gains = [paired_gain(plain.figures("acc_last"), control.figures("acc_last")) for plain, control in pairs]
+    """Every arm that learned from its teacher's own maps against each of its controls."""
+    pairs = control_pairs(experiment.arms)
+    gains = [paired_gain(arm.metric("acc_last"), control.metric("acc_last")) for arm, control in pairs]
     corrected = holm([gain.p for gain in gains])
     spreads = spreads_of(experiment.baseline, gains)
     return [
-        Contrast(
-            *pair,
-            gain,
-            p_holm,
-            needed(gain, spread),
-            judge(gain, p_holm, spread, family="the controls"),
-        )
+        Contrast(*pair, gain, p_holm, needed_for_gain(gain, spread), judge(gain, p_holm, spread))
         for pair, gain, p_holm, spread in zip(pairs, gains, corrected, spreads, strict=True)
     ]
 
 
-def gain_over(baseline: Arm | None, arm: Arm, figure: str) -> Gain | None:
+def gain_over(baseline: Arm | None, arm: Arm, metric: str) -> Gain | None:
     """An arm's gain; None for the baseline itself, and without one."""
     if baseline is None or arm.is_baseline:
         return None
-    return paired_gain(arm.figures(figure), baseline.figures(figure))
+    return paired_gain(arm.metric(metric), baseline.metric(metric))
 
 
-def needed(gain: Gain | None, spread: Spread | None) -> int | None:
-    """Seeds that would show the observed gap; three at least."""
+def needed_for_gain(gain: Gain | None, spread: Spread | None) -> int | None:
+    """Seeds that detect a gap of the observed size; None if unknown or too many."""
     if gain is None or gain.difference.mean is None or spread is None:
         return None
-    seeds = seeds_needed(gain.difference.mean, spread.std)
-    return None if seeds is None else max(seeds, FEWEST_SEEDS)
+    return needed_for(gain.difference.mean, spread)
 
 
 def spreads_of(baseline: Arm | None, gains: Sequence[Gain | None]) -> list[Spread | None]:
-    """How far each arm's differences lie apart, borrowed where its own seeds are too few to tell."""
-    pooled = pooled_std([gain.difference for gain in gains if gain and gain.difference.n >= FEWEST_SEEDS])
-    alone = summarise([*baseline.figures("acc_last").values()]).std if baseline else None
-    spreads: list[Spread | None] = []
-    for gain in gains:
-        if gain is None:
-            spreads.append(None)
-        elif gain.difference.n >= FEWEST_SEEDS and gain.difference.std:
-            spreads.append(Spread(gain.difference.std, "own"))
-        elif pooled:
-            spreads.append(Spread(pooled, "other arms"))
-        elif alone:
-            # Two arms that vary independently.
-            spreads.append(Spread(alone * math.sqrt(2), "the student alone"))
-        else:
-            spreads.append(None)
-    return spreads
+    """The spread of each arm's differences; with too few seeds that of other arms or of the baseline."""
+    pooled = pooled_std([gain.difference for gain in gains if gain and gain.difference.n >= MIN_SEEDS])
+    alone = summary_of(baseline, "acc_last").std if baseline else None
+    borrowed: Spread | None = None
+    if pooled:
+        borrowed = Spread(pooled, "other arms")
+    elif alone:
+        # The difference of two independent arms has twice the variance of one.
+        borrowed = Spread(alone * math.sqrt(2), "the student alone")
+    return [gain and (own_spread(gain) or borrowed) for gain in gains]
+
+
+def own_spread(gain: Gain) -> Spread | None:
+    """The spread of the arm's own differences; None if they are too few or all equal."""
+    std = gain.difference.std
+    return Spread(std, "own") if gain.difference.n >= MIN_SEEDS and std else None

@@ -1,59 +1,63 @@
-"""Which arms control which: the same training, but for what stands in place of the teacher's maps."""
+"""Control arms: trained as another arm, but with something else in place of the teacher's attention maps."""
 
 from collections.abc import Sequence, Set
 
-from vitkd.report.arms import LEARNT_FROM, Arm, own, told
-from vitkd.report.runs import Setting
+from vitkd.report.arms import Arm
+from vitkd.report.parsing import Settings
+from vitkd.report.settings import ARM_GROUPS, arm_settings, format_settings, group_of
 
-PLAIN: Setting = {"method.control": None, "teacher.trained": True}
-"""What it takes for attention to be learned from the teacher's own maps, and the values by default."""
-
-
-def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
-    """Every arm that learns from its teacher's own maps, with each arm that controls it."""
-    return [(plain, arm) for plain in arms if is_plain(plain) for arm in arms if is_control(arm, plain)]
+UNCONTROLLED: Settings = {"method.control": None, "teacher.trained": True}
+"""Settings with which attention is distilled from the teacher's own maps, and their defaults."""
 
 
-def is_plain(arm: Arm) -> bool:
+def control_pairs(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
+    """Every arm that learns from its teacher's own maps, with each of its controls."""
+    return [
+        (arm, control) for arm in arms if uses_own_maps(arm) for control in arms if is_control(control, arm)
+    ]
+
+
+def uses_own_maps(arm: Arm) -> bool:
     """Whether it learns from its teacher's own maps."""
-    return arm.method == "attention" and not departures(arm)
+    return arm.method == "attention" and not control_settings(arm)
 
 
-def is_control(arm: Arm, plain: Arm) -> bool:
-    """Whether `arm` trained as `plain` did, but for what it was taught in place of the maps, seed by seed.
+def is_control(control: Arm, arm: Arm) -> bool:
+    """Whether `control` trained as `arm` in every shared seed, but for what replaces the maps.
 
-    Of another method that compares no maps only the teacher and alpha have to be equal.
+    If it is of another method without maps, only teacher, alpha and weighting have to be equal.
     """
-    if is_plain(arm) or arm.first.attention_weight:
+    if uses_own_maps(control) or control.first.attention_weight:
         return False
-    groups = LEARNT_FROM if arm.method == plain.method else {"teacher", "alpha"}
-    free = {*PLAIN}
-    if arm.first.setting.get("teacher.trained") is False:
-        free |= {"teacher.seed", "teacher.checkpoint"}  # which random weights is chance, as a student's are
-    seeds = sorted(arm.runs.keys() & plain.runs.keys())
+    groups = ARM_GROUPS if control.method == arm.method else {"teacher", "alpha", "weighting"}
+    ignored = {*UNCONTROLLED}
+    if control.first.settings.get("teacher.trained") is False:
+        ignored |= {"teacher.seed", "teacher.checkpoint"}  # which random weights it has is chance
+    seeds = sorted(control.runs.keys() & arm.runs.keys())
     return bool(seeds) and all(
-        setting_at(seed, arm, groups, free) == setting_at(seed, plain, groups, free) for seed in seeds
+        settings_at(seed, control, groups, ignored) == settings_at(seed, arm, groups, ignored)
+        for seed in seeds
     )
 
 
-def setting_at(seed: int, arm: Arm, groups: Set[str], free: Set[str]) -> Setting:
-    """What the arm learned from in its run of a seed: `groups` of settings, without those in `free`."""
+def settings_at(seed: int, arm: Arm, groups: Set[str], ignored: Set[str]) -> Settings:
+    """The settings of an arm's run in `groups`, without those in `ignored`."""
     return {
         name: value
-        for name, value in own(arm.runs[seed].setting).items()
-        if name.partition(".")[0] in groups and name not in free
+        for name, value in arm_settings(arm.runs[seed].settings).items()
+        if group_of(name) in groups and name not in ignored
     }
 
 
-def departures(arm: Arm) -> Setting:
-    """Its settings that put something else in place of the teacher's maps."""
-    found = {name: arm.first.setting.get(name, usual) for name, usual in PLAIN.items()}
-    return {name: value for name, value in found.items() if value != PLAIN[name]}
+def control_settings(arm: Arm) -> Settings:
+    """Its settings that replace the teacher's own maps."""
+    values = {name: arm.first.settings.get(name, default) for name, default in UNCONTROLLED.items()}
+    return {name: value for name, value in values.items() if value != UNCONTROLLED[name]}
 
 
-def name_of(control: Arm, plain: Arm) -> str:
-    """A control in the words that tell it from the arm it controls."""
-    if control.method != plain.method:
-        return control.kind
-    apart = {name: value for name, value in control.extra.items() if plain.extra.get(name) != value}
-    return told(dict(sorted((apart | departures(control)).items())))
+def control_name(control: Arm, arm: Arm) -> str:
+    """What tells a control from the arm it controls."""
+    if control.method != arm.method:
+        return control.label_without_alpha
+    differing = {name: value for name, value in control.extra.items() if arm.extra.get(name) != value}
+    return format_settings(dict(sorted((differing | control_settings(control)).items())))

@@ -1,28 +1,28 @@
-"""The curves of runs, from their metrics.csv: what is drawn, and nothing else."""
+"""The curves of a run that a report plots, from its metrics.csv."""
 
 import csv
 import io
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from vitkd.report.runs import Run
-
-VALIDATION, TRANSFER, RATIO = "val/acc", "val/transfer_loss", "train/gradient_ratio"
+FACTORS = {"val/acc": 100.0, "val/transfer_loss": 1.0, "train/gradient_ratio": 1.0}
+"""The column of metrics.csv for each field of `Curves` → the factor to the field's unit."""
 
 
 class Curves(NamedTuple):
-    """What a report draws of one run; each curve is step → value."""
+    """Curves of one run, each step → value."""
 
     validation: dict[int, float]
-    """accuracy on the validation images, in percent"""
+    """validation accuracy, in percent"""
     transfer: dict[int, float]
-    """attention loss on the validation images, in the loss's own unit"""
+    """transfer loss on the validation images, in the loss's own unit"""
     ratio: dict[int, float]
-    """weighted norm of the attention loss's gradient over the class loss's"""
+    """gradient norm of the weighted transfer loss over that of the weighted class loss"""
 
 
 class Band(NamedTuple):
@@ -31,41 +31,39 @@ class Band(NamedTuple):
     steps: np.ndarray
     mean: np.ndarray
     std: np.ndarray
-    """with n − 1 below; 0 for one seed"""
+    """with n − 1 degrees of freedom; 0 for one seed"""
     seeds: int
 
 
 def read_curves(path: Path) -> Curves:
-    """The curves in the file `path`; empty ones if it is absent, and what is whole of a cut one."""
+    """The curves in the file `path`: empty if it is absent, the complete lines if it is cut."""
     curves = Curves({}, {}, {})
-    try:
-        written = path.read_bytes()
-        # What follows the last line break was being written when the process died.
-        rows = csv.reader(io.StringIO(written[: written.rfind(b"\n") + 1].decode(), newline=""))
+    with suppress(OSError, ValueError, csv.Error):
+        rows = csv.reader(io.StringIO(complete_lines(path), newline=""))
         header = next(rows, [])
         step = header.index("step")
         columns = [
-            (header.index(name), curve, scale)
-            for name, curve, scale in zip((VALIDATION, TRANSFER, RATIO), curves, (100, 1, 1), strict=True)
+            (header.index(name), factor, curve)
+            for curve, (name, factor) in zip(curves, FACTORS.items(), strict=True)
             if name in header
         ]
         for row in rows:
-            for column, curve, scale in columns:
-                if column < len(row) and row[column]:
-                    value = float(row[column])
-                    if math.isfinite(value):
-                        curve[int(row[step])] = scale * value
-    except (OSError, ValueError, csv.Error):
-        pass  # what was read so far is good
+            for column, factor, curve in columns:
+                if column < len(row) and row[column] and math.isfinite(value := float(row[column])):
+                    curve[int(row[step])] = factor * value
     return curves
 
 
+def complete_lines(path: Path) -> str:
+    """The file without what follows its last line break: a process was writing that when it died."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1].decode()
+
+
 def band(curves: Sequence[dict[int, float]]) -> Band | None:
-    """Mean and spread of several seeds' curves over the steps that all of them have; None for none."""
+    """Mean and standard deviation over seeds, at the steps that all curves have; None if there are none."""
     curves = [curve for curve in curves if curve]
-    if not curves:
-        return None
-    steps = sorted(set.intersection(*({*curve} for curve in curves)))
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
     if not steps:
         return None
     values = np.array([[curve[step] for step in steps] for curve in curves])
@@ -78,19 +76,7 @@ def last(curve: dict[int, float]) -> float | None:
     return curve[max(curve)] if curve else None
 
 
-def typical_ratio(curves: Curves) -> float | None:
+def median_ratio(curves: Curves) -> float | None:
     """The median of a run's gradient ratio over its training; None if it was never measured or is 0."""
     median = float(np.median([*curves.ratio.values()])) if curves.ratio else 0.0
     return median if median > 0 else None
-
-
-class Reader:
-    """Reads each run's file once."""
-
-    def __init__(self) -> None:
-        self._read: dict[Path, Curves] = {}
-
-    def __call__(self, run: Run) -> Curves:
-        if run.path not in self._read:
-            self._read[run.path] = read_curves(run.curves)
-        return self._read[run.path]

@@ -1,61 +1,38 @@
-"""Run folders, read from outside: what was set, what came of it, and which folders are none.
+"""Finds and reads run folders: settings, state and metrics.
 
-Reads config.yaml, status.json and metrics.json, a few milliseconds a run, and nothing of PyTorch: a report on
-hundreds of runs takes seconds.
+Reads config.yaml, status.json and metrics.json without importing PyTorch, a few milliseconds a run, so that a
+report on hundreds of runs takes seconds.
 """
 
-import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import yaml
 from filelock import FileLock, Timeout
 
+from vitkd import __version__
 from vitkd.errors import ConfigError
-from vitkd.runs.older import completed
+from vitkd.report.curves import Curves, read_curves
+from vitkd.report.parsing import Settings, flatten, integer, number, one_line, percent, read_config, read_json
+from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
 
-Value: TypeAlias = str | int | float | bool | None
-Setting: TypeAlias = dict[str, Value]
-
-# As vitkd.runs.folder has it, whose import takes PyTorch with it.
-IMMATERIAL = {"paths", "name", "resume", "sweep", "checkpoint_minutes", "pictures_every_n_epochs"}
-
-# How fast and how closely watched, not what is learned.
-HOW = {
-    *("log_every_n_steps", "cuda_graph", "compile"),
-    *("trainer.accelerator", "trainer.strategy", "trainer.deterministic"),
-    *("teacher.cache", "teacher.cache_gib"),
-    *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
-    # What trainer.max_epochs and teacher.max_epochs are unless told otherwise.
-    "dataset.max_epochs",
-}
-NO_RUNS_INSIDE = {"checkpoints", "stacks", "sweeps", "report", "explain"}
-GROUPS = ("dataset", "student", "method", "trainer")
+FOLDERS_WITHOUT_RUNS = {"checkpoints", "stacks", "sweeps", "report", "explain"}
 STATES = ("done", "running", "stopped", "failed")
-
 STORED_TEACHER = re.compile(r"[0-9a-f]{12}(\.unfinished(-\d+)?)?")
-RECORD = "job-*.json"
-
-MOST_SETTINGS = 2_000
-"""Real configurations have a hundred; YAML's aliases can say more than fits into memory."""
-
-MOST_BYTES = 1 << 20
-
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+JOB_RECORD = "job-*.json"
 
 
 class Fidelity(NamedTuple):
-    """How far a student's attention lies from its teacher's own maps, as `vitkd.explain` measured it."""
+    """How far a student's attention is from its teacher's, as measured by `vitkd.explain`."""
 
     divergence: float
-    """Jensen–Shannon, of the distilled maps, in nats a row"""
+    """Jensen–Shannon divergence of the distilled maps, in nats a row"""
     epoch: str
-    """of the student that was looked at: best | last"""
+    """of the student's weights: best | last"""
 
 
 @dataclass(frozen=True)
@@ -64,42 +41,42 @@ class Run:
 
     path: Path
     state: str
-    """done | running | stopped, which a killed one is too | failed | damaged | foreign"""
+    """done | running | stopped (also if killed) | failed | damaged | incompatible | foreign"""
     problem: str = ""
-    """in words, where `state` is not enough"""
-    setting: Setting = field(default_factory=dict)
-    """dotted name → value: everything that is set and changes figures, but the seed"""
+    """why, where `state` is not enough"""
+    settings: Settings = field(default_factory=dict)
+    """dotted name → value, of all settings that may change a result, without the seed"""
     seed: int = 0
     dataset: str = ""
     method: str = ""
     granularity: str | None = None
     loss: str | None = None
     alpha: float | None = None
+    weighting: str = CONSTANT
     acc_last: float | None = None
-    """on the test split, at the last epoch"""
+    """test accuracy at the last epoch"""
     acc_best: float | None = None
-    """on the test split, at the epoch that was best on validation"""
+    """test accuracy at the epoch with the best validation accuracy"""
     agreement: float | None = None
     """with the teacher, on the test split, at the last epoch"""
     wall_seconds: float | None = None
     epochs: int | None = None
     steps: int | None = None
     stacked: int | None = None
-    """how many students trained together, if it was not alone"""
+    """number of students trained together; None for a run of its own"""
     teacher: str | None = None
-    """a digest of its weights"""
+    """digest of the teacher's weights"""
     teacher_acc: float | None = None
-    parameters: int | None = None
     finished: str = ""
-    """when its state was written, ISO 8601"""
+    """time at which its state was written, ISO 8601"""
     fidelity: Fidelity | None = None
-    """where somebody measured it"""
+    """None if it was not measured"""
     is_teacher: bool = False
-    """of the teacher store: no arm of any experiment"""
+    """whether it belongs to the teacher store, and so to no arm"""
 
-    @property
-    def curves(self) -> Path:
-        return self.path / "metrics.csv"
+    @cached_property
+    def curves(self) -> Curves:
+        return read_curves(self.path / "metrics.csv")
 
     @property
     def is_done(self) -> bool:
@@ -107,17 +84,17 @@ class Run:
 
     @property
     def attention_weight(self) -> float:
-        """How much where the teacher looks counts beside what it says; above 0 for method=token alone."""
-        return number(self.setting.get("method.attention_weight")) or 0.0
+        """Weight of the attention loss beside another transfer loss; above 0 for method=token only."""
+        return number(self.settings.get("method.attention_weight")) or 0.0
 
     @property
     def is_student_alone(self) -> bool:
-        """Whether it trained on labels alone: without a method, or with all of the weight on them."""
-        return self.method == "none" or self.alpha == 1
+        """Whether it learned from labels alone: no method, or alpha = 1 throughout."""
+        return self.method == "none" or (self.alpha == 1 and self.weighting == CONSTANT)
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """All runs in and below `folders`, each once, in the order of their paths.
+    """All runs in and below `folders`, each once, sorted by path.
 
     Raises ConfigError if one of the folders does not exist, or if there is no run at all.
     """
@@ -125,154 +102,110 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     paths: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
-            what = "is a file; name a folder" if folder.exists() else "there is no such folder"
-            raise ConfigError(f"{folder}: {what}")
+            problem = "is a file; name a folder" if folder.exists() else "there is no such folder"
+            raise ConfigError(f"{folder}: {problem}")
         for path in run_folders(folder):
             paths.setdefault(path.resolve(), path)
     if not paths:
-        raise ConfigError(f"{' '.join(map(str, folders))}: no runs in it; python -m vitkd.train makes some")
+        names = " ".join(map(str, folders))
+        raise ConfigError(f"{names}: no runs in it; python -m vitkd.train makes some")
     return [read_run(path) for path in sorted(paths.values())]
 
 
 def run_folders(top: Path) -> Iterator[Path]:
-    """The run folders in and below `top`, and those that the records of a sweep there name."""
-    for place, inside, files in os.walk(top):
-        path = Path(place)
+    """The run folders in and below `top`, and those named by the job records of a sweep there."""
+    for folder, subfolders, files in os.walk(top):
+        path = Path(folder)
         if "config.yaml" in files:
             yield path
         if "status.json" in files or "metrics.json" in files:
-            inside.clear()
-        inside[:] = sorted(name for name in inside if name not in NO_RUNS_INSIDE and name[0] != ".")
-        if any(Path(name).match(RECORD) for name in files):
-            yield from folders_on_record(path)
+            subfolders.clear()
+        kept = [name for name in subfolders if name not in FOLDERS_WITHOUT_RUNS and name[0] != "."]
+        subfolders[:] = sorted(kept)
+        yield from recorded_folders(path)
 
 
-def folders_on_record(sweep: Path) -> Iterator[Path]:
-    """The run folders of the jobs of a sweep, which lies in <outputs>/sweeps/<time>."""
-    for record in sorted(sweep.glob(RECORD)):
-        told = read_json(record).get("folder")
-        if not isinstance(told, str):
+def recorded_folders(sweep: Path) -> Iterator[Path]:
+    """The run folders of the jobs of a sweep, whose folder is <outputs>/sweeps/<time>."""
+    for record in sorted(sweep.glob(JOB_RECORD)):
+        folder = read_json(record).get("folder")
+        if not isinstance(folder, str):
             continue
-        # As seen from where the sweep was started: here, or where its outputs lie.
+        # Relative to where the sweep was started: the working directory, or the parent of its outputs.
         for start in (Path(), sweep.resolve().parent.parent.parent):
-            if (start / told / "config.yaml").is_file():
-                yield start / told
+            if (start / folder / "config.yaml").is_file():
+                yield start / folder
                 break
 
 
 def read_run(path: Path) -> Run:
-    """The run in the folder `path`, in whatever state; what cannot be read says so in its `problem`."""
+    """The run in the folder `path`, in whatever state; `problem` says what cannot be read."""
     config = read_config(path / "config.yaml")
-    written = any((path / name).is_file() for name in ("status.json", "metrics.json"))
-    if config is None or not written:
-        why = "has no status.json" if config else "its config.yaml is cut or not a run's"
-        return Run(path, "foreign" if not written else "damaged", why)
-    setting = flatten(completed(config))
-    assert setting is not None
+    if not any((path / name).is_file() for name in ("status.json", "metrics.json")):
+        return Run(path, "foreign", "no status.json" if config else "config.yaml is cut or not a run's")
+    if config is None:
+        return Run(path, "damaged", "config.yaml is cut or not a run's")
+    if problem := version_problem(config):
+        return Run(path, "incompatible", problem)
+    run = configured_run(path, config)
+    return with_metrics(run, read_json(path / "metrics.json")) if run.is_done else run
+
+
+def version_problem(config: Mapping[str, Any]) -> str:
+    """One line that names both versions if another version of vitkd made the run; else empty."""
+    version = config.get("version", __version__)
+    return "" if version == __version__ else f"made by vitkd {one_line(version)}, this is vitkd {__version__}"
+
+
+def configured_run(path: Path, config: Mapping[str, Any]) -> Run:
+    """The run without its metrics."""
+    settings = flatten(config)
+    assert settings is not None
     status = read_json(path / "status.json")
-    run = Run(
+    return Run(
         path,
         state_of(path, status),
         one_line(status.get("error", "")),
-        setting=material(setting),
+        settings=comparable(settings),
         seed=config["seed"],
-        dataset=str(setting.get("dataset.name")),
-        method=option(setting, "method"),
-        granularity=option(setting, "granularity"),
-        loss=option(setting, "loss"),
-        alpha=number(setting.get("alpha")),
+        dataset=str(settings.get("dataset.name")),
+        method=option(settings, "method"),
+        granularity=option(settings, "granularity"),
+        loss=option(settings, "loss"),
+        alpha=number(settings.get("alpha")),
+        weighting=weighting_of(settings),
         finished=str(status.get("time", "")),
         is_teacher=is_stored_teacher(path),
     )
-    if not run.is_done:
-        return run
-    metrics = read_json(path / "metrics.json")
+
+
+def with_metrics(run: Run, metrics: Mapping[str, Any]) -> Run:
+    """A finished run with its metrics; damaged if there are none."""
     if (last := percent(metrics.get("test/acc_last"))) is None:
-        return replace(run, state="damaged", problem="its metrics.json is cut or not a run's")
+        return replace(run, state="damaged", problem="metrics.json is cut or not a run's")
     return replace(
         run,
         acc_last=last,
         acc_best=percent(metrics.get("test/acc_best")),
         agreement=percent(metrics.get("test/teacher_agreement")),
         wall_seconds=number(metrics.get("wall_seconds")),
-        epochs=whole(metrics.get("epochs")),
-        steps=whole(metrics.get("steps")),
-        stacked=whole(metrics.get("stack/students")),
+        epochs=integer(metrics.get("epochs")),
+        steps=integer(metrics.get("steps")),
+        stacked=integer(metrics.get("stack/students")),
         teacher=one_line(metrics.get("teacher/weights") or "") or None,
         teacher_acc=percent(metrics.get("teacher/test_acc")),
-        parameters=whole(metrics.get("student/parameters")),
-        fidelity=read_fidelity(path / "explain" / "fidelity.json"),
+        fidelity=read_fidelity(run.path / "explain" / "fidelity.json"),
     )
-
-
-def read_config(path: Path) -> dict[str, Any] | None:
-    """A run's resolved configuration; None if the file holds anything else."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            return None
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None
-    if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in GROUPS):
-        return None
-    alpha, seed = config.get("alpha"), config.get("seed")
-    is_run = type(seed) is int and (alpha is None or number(alpha) is not None)
-    return config if is_run and flatten(config) is not None else None
-
-
-def flatten(config: Mapping[Any, Any]) -> Setting | None:
-    """Nested settings as dotted names → values, lists as JSON; None for more than any run has."""
-    flat: Setting = {}
-    waiting: list[tuple[str, Any]] = [("", config)]
-    looked_at = 0
-    while waiting:
-        prefix, node = waiting.pop()
-        if (looked_at := looked_at + 1) > MOST_SETTINGS:
-            return None
-        if isinstance(node, Mapping):
-            waiting += [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
-        elif isinstance(node, list):
-            try:
-                text = json.dumps(node, default=str)
-            except (ValueError, RecursionError):
-                return None
-            if len(text) > MOST_BYTES:
-                return None
-            flat[prefix] = text
-        else:
-            flat[prefix] = node if isinstance(node, Value) else str(node)
-    return flat
-
-
-def material(setting: Setting) -> Setting:
-    """What changes figures, but the seed.
-
-    Null is as good as not being there: a run of an earlier version lacks what is null by default since.
-    """
-    kept = {
-        name: value
-        for name, value in setting.items()
-        if value is not None and name.partition(".")[0] not in IMMATERIAL | {"seed"} and name not in HOW
-    }
-    return dict(sorted(kept.items()))
-
-
-def option(setting: Setting, group: str) -> str:
-    """What is chosen in a group, as typed: `reverse_kl` for vitkd.methods.maps.losses.ReverseKL."""
-    name = str(setting.get(f"{group}._target_", "")).rpartition(".")[2]
-    name = name.removesuffix("Distillation") if group == "method" else name
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
-    return "none" if group == "method" and words == "no" else words
 
 
 def is_stored_teacher(path: Path) -> bool:
     """Whether the folder is one of <outputs>/teachers/<data set>/<fingerprint>."""
-    place = path.resolve()
-    return place.parent.parent.name == "teachers" and bool(STORED_TEACHER.fullmatch(place.name))
+    folder = path.resolve()
+    return folder.parent.parent.name == "teachers" and bool(STORED_TEACHER.fullmatch(folder.name))
 
 
 def state_of(path: Path, status: Mapping[str, Any]) -> str:
-    """As vitkd.runs.folder: `running` only while a process holds the folder's lock."""
+    """As in vitkd.runs.folder: `running` only while a process holds the folder's lock."""
     written = status.get("state")
     if written in STATES and written != "running":
         return str(written)
@@ -280,7 +213,7 @@ def state_of(path: Path, status: Mapping[str, Any]) -> str:
 
 
 def is_locked(lock: Path) -> bool:
-    """Whether a process is at work; looking takes the lock for an instant, which runs allow for."""
+    """Whether a process holds the lock; the check takes it for an instant, which runs allow for."""
     if not lock.exists():
         return False
     try:
@@ -289,44 +222,12 @@ def is_locked(lock: Path) -> bool:
     except Timeout:
         return True
     except OSError:
-        return False  # not ours to lock: whoever runs there would have locked it
+        return False  # no permission to lock it, and a process running there would hold it already
 
 
 def read_fidelity(path: Path) -> Fidelity | None:
-    """What the file `path` says; None without it, and where it tells not of which epoch it speaks."""
-    told = read_json(path)
-    summary, epoch = told.get("summary"), told.get("epoch")
+    """The fidelity in the file `path`; None without the file, or if it names no epoch."""
+    content = read_json(path)
+    summary, epoch = content.get("summary"), content.get("epoch")
     divergence = number(summary.get("js_distilled")) if isinstance(summary, dict) else None
     return None if divergence is None or epoch not in ("best", "last") else Fidelity(divergence, epoch)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one for a file that is absent, cut or holds something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
-def whole(value: Any) -> int | None:
-    """A whole number, or None."""
-    return value if type(value) is int else None
-
-
-def percent(value: Any) -> float | None:
-    """A share in 0..1 as a percentage; None for anything else."""
-    share = number(value)
-    return 100 * share if share is not None and 0 <= share <= 1 else None
-
-
-def one_line(value: Any) -> str:
-    """Text on one line, at most a terminal's."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else f"{text[:199]}…"

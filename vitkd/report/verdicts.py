@@ -1,16 +1,17 @@
-"""What may be said of an arm, in words: a winner needs three seeds and has to survive the whole grid."""
+"""The verdict on an arm, in words: real gain or harm needs three seeds and Holm's correction."""
 
 from enum import StrEnum
 from typing import NamedTuple
 
-from vitkd.report.statistics import LEVEL, MOST_SEEDS, Gain, seeds_needed
+from vitkd.report.formatting import p_equals
+from vitkd.report.statistics import LEVEL, MAX_SEEDS, Gain, seeds_needed
 
-FEWEST_SEEDS = 3
-"""Two differences that happen to lie close would pass for certainty."""
+MIN_SEEDS = 3
+"""Two differences may be close to each other by chance."""
 
 
-class Kind(StrEnum):
-    """The verdict as a program reads it."""
+class Outcome(StrEnum):
+    """The verdict as programs read it."""
 
     BASELINE = "baseline"
     REAL = "real"
@@ -20,94 +21,71 @@ class Kind(StrEnum):
     NOT_COMPARABLE = "not comparable"
 
 
-class Verdict(NamedTuple):
-    """What the runs allow to say."""
+SIGNIFICANT = (Outcome.REAL, Outcome.HURTS)
 
-    kind: Kind
-    words: str
+
+class Verdict(NamedTuple):
+    """What the runs show, for programs and in words."""
+
+    outcome: Outcome
+    text: str
 
 
 class Spread(NamedTuple):
-    """How far differences between seeds lie apart, and how that is known."""
+    """The standard deviation of an arm's differences, and where it comes from."""
 
     std: float
     source: str
-    """`own` differences, those of `other arms`, or what `the student alone` does over seeds"""
+    """`own` differences, those of `other arms`, or `the student alone` over seeds"""
 
 
-def judge(
-    gain: Gain | None, corrected: float | None, spread: Spread | None, family: str = "the grid"
-) -> Verdict:
+def judge(gain: Gain | None, p_holm: float | None, spread: Spread | None) -> Verdict:
     """The verdict on an arm.
 
     Args:
-        gain: over the student alone, or over a control, in percentage points; None where there is no
-            student alone to compare with.
-        corrected: the gain's p-value after Holm's correction.
-        spread: of the differences, for saying how many seeds would do.
-        family: all that the correction is for.
+        gain: over the student alone, or over a control; None without a student alone.
+        p_holm: the gain's p-value after Holm's correction.
+        spread: of the differences, in the unit of `gain`, to say how many seeds are needed.
     """
     if gain is None:
-        return Verdict(Kind.NOT_COMPARABLE, "no student alone to compare with")
+        return Verdict(Outcome.NOT_COMPARABLE, "no run of the student alone")
     n, mean = gain.difference.n, gain.difference.mean
     if mean is None:
-        return Verdict(Kind.NOT_COMPARABLE, "no seed in common with the student alone")
-    remedy = resolving(mean, spread)
-    if n == 1:
-        return Verdict(Kind.TOO_FEW, f"one seed says nothing ({signed(mean)}): {remedy}")
-    assert corrected is not None
+        return Verdict(Outcome.NOT_COMPARABLE, "no seed shared with the student alone")
+    if n < MIN_SEEDS:
+        hint = "" if spread is None else f"; {seeds_hint(mean, spread)}"
+        return Verdict(Outcome.TOO_FEW, f"too few seeds ({n}); at least {MIN_SEEDS} are needed{hint}")
+    assert p_holm is not None
+    if p_holm <= LEVEL:
+        return Verdict(Outcome.REAL, "real gain") if mean > 0 else Verdict(Outcome.HURTS, "hurts")
+    return Verdict(Outcome.NO_EVIDENCE, f"no evidence; {no_evidence_hint(gain, p_holm, spread)}")
+
+
+def no_evidence_hint(gain: Gain, p_holm: float, spread: Spread | None) -> str:
+    """Why there is no evidence, or how many seeds might give some."""
+    assert gain.difference.mean is not None
     assert gain.p is not None
-    if n < FEWEST_SEEDS:
-        return Verdict(Kind.TOO_FEW, f"two seeds say little ({plus_minus(gain)}): {remedy}")
-    told = f"{plus_minus(gain)}, {n} seeds"
-    if corrected <= LEVEL and mean > 0:
-        return Verdict(Kind.REAL, f"gain {told}, real")
-    if corrected <= LEVEL:
-        return Verdict(Kind.HURTS, f"hurts: {told}")
-    if gain.difference.std == 0 and mean:
-        remedy = "without a spread only more seeds can tell"
-    elif gain.p <= LEVEL:
-        remedy = f"{as_p(gain.p)} alone, {as_p(corrected)} over {family}"
-    return Verdict(Kind.NO_EVIDENCE, f"no evidence: {told}; {remedy}")
+    if gain.difference.std == 0 and gain.difference.mean:
+        return "equal in every seed, so only more seeds can show"
+    if gain.p <= LEVEL:
+        return f"{p_equals(gain.p)} before Holm's correction, {p_equals(p_holm)} after"
+    return seeds_hint(gain.difference.mean, spread)
 
 
-def plus_minus(gain: Gain) -> str:
-    """The mean difference and half its 95 % interval."""
-    mean, interval = gain.difference.mean, gain.difference.interval
-    assert mean is not None
-    if interval is None:
-        return f"{signed(mean)} in every seed"
-    return f"{signed(mean)} ± {(interval.high - interval.low) / 2:.2f}"
-
-
-def signed(value: float) -> str:
-    """`+0.17` or `−0.67`."""
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def resolving(gap: float, spread: Spread | None) -> str:
-    """How many seeds would resolve a gap, in words."""
-    if spread is None:
-        return "how many would tell cannot be said before there are three"
+def seeds_hint(gap: float, spread: Spread | None) -> str:
+    """How many seeds a gap needs, in words."""
     if round(gap, 2) == 0:
-        return "there is no gap to resolve"
-    needed = seeds_needed(gap, spread.std)
+        return "no difference"
+    if spread is None:
+        return "more seeds are needed"
+    needed = needed_for(gap, spread)
     if needed is None:
-        return f"not even {MOST_SEEDS:,} seeds would resolve that"
-    needed = max(needed, FEWEST_SEEDS)
+        return f"a gap of this size needs more than {MAX_SEEDS:,} seeds"
     source = "" if spread.source == "own" else f", by the spread of {spread.source}"
-    return f"{needed:,} seeds would resolve that{source}"
+    return f"a gap of this size needs {needed:,} seeds{source}"
 
 
-def as_p(p: float) -> str:
-    """A p-value as papers write it."""
-    return "p < 0.001" if p < 0.001 else f"p = {digits_of(p)}"
-
-
-def digits_of(p: float) -> str:
-    """Three decimals, or as many as it takes to tell on which side of the level it is."""
-    for decimals in range(3, 7):
-        text = f"{p:.{decimals}f}"
-        if (float(text) <= LEVEL) == (p <= LEVEL) and float(text) != LEVEL:
-            break
-    return text
+def needed_for(gap: float, spread: Spread) -> int | None:
+    """Seeds that detect a true `gap` with power 0.8, at least `MIN_SEEDS`; None if too many."""
+    seeds = seeds_needed(gap, spread.std)
+    return None if seeds is None else max(seeds, MIN_SEEDS)

@@ -1,0 +1,47 @@
+"""Colours and markers of plots.
+
+Plots are drawn in placeholder colours, which `with_variables` replaces by CSS variables of the page, so
+that one plot serves light and dark mode.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+# Placeholders that no plot contains by chance.
+INK, QUIET, GRID = "#0101fe", "#0202fe", "#0303fe"
+SERIES = tuple(f"#04{place:02x}fe" for place in range(8))
+RAMP = tuple(f"#05{place:02x}fe" for place in range(12))
+GOOD, BAD = "#0601fe", "#0602fe"
+VARIABLES = {
+    INK: "--ink",
+    QUIET: "--quiet",
+    GRID: "--grid",
+    GOOD: "--good",
+    BAD: "--bad",
+    **{colour: f"--series-{place}" for place, colour in enumerate(SERIES)},
+    **{colour: f"--ramp-{place}" for place, colour in enumerate(RAMP)},
+}
+MARKERS = "osD^vPX*"
+
+
+def with_variables(svg: str) -> str:
+    """SVG text with CSS variables in place of the placeholders."""
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def ramp(index: int, total: int) -> str:
+    """The colour of one of `total` ordered lines."""
+    return RAMP[round(index * (len(RAMP) - 1) / max(total - 1, 1))]
+
+
+def series(index: int) -> dict[str, Any]:
+    """Colour and marker of one of several unordered lines."""
+    return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def readable_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever has more contrast (relative luminance, WCAG)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return "black" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 else "white"

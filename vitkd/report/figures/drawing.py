@@ -1,0 +1,177 @@
+"""Plots as SVG for a page: one fills a phone's width, several fit side by side on a desktop."""
+
+import io
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from vitkd.report.figures.colours import GRID, INK, QUIET, with_variables
+
+WIDTH, HEIGHT = 4.4, 3.1
+"""Inches."""
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vitkd",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+}
+
+LEGEND_ROW = 0.16
+"""Inches."""
+MAX_LEGEND = 52
+"""Characters."""
+LEGEND_COLUMNS = ((9, 4), (15, 3), (25, 2))
+"""Characters of the longest label → columns; longer labels get one."""
+
+DECADES = 100
+"""Values whose largest is at least this multiple of the smallest are drawn on a log axis."""
+
+ALPHA_LABEL = "alpha (weight of the class loss)"
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+class Plot(NamedTuple):
+    """One plot."""
+
+    svg: str
+    description: str
+    """for screen readers"""
+
+
+class PlotGroup(NamedTuple):
+    """Plots with a common title and caption."""
+
+    title: str
+    caption: str
+    plots: list[Plot]
+
+
+def render(description: str, draw: Callable[..., None], *arguments: object) -> Plot:
+    """The plot that `draw(figure, *arguments)` makes of an empty figure."""
+    figure = Figure((WIDTH, HEIGHT), layout="constrained", facecolor="none")
+    FigureCanvasSVG(figure)
+    draw(figure, *arguments)
+    return Plot(svg(figure, description), description)
+
+
+def svg(figure: Figure, description: str) -> str:
+    """The figure as an HTML element with CSS variables as colours and no fixed size."""
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": description}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = with_variables(text)
+    # Verdana is as wide as DejaVu Sans, for which the figure was laid out.
+    text = text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    return re.sub(
+        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ([^>]*?)height="[^"]*"', r"<svg \1\2", text, count=1
+    )
+
+
+def new_axes(figure: Figure, x: str, y: str, title: str = "") -> Axes:
+    """The figure's only axes."""
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.set_title(title, color=INK, loc="left", parse_math=False)
+    axes.tick_params(colors=INK, which="both")
+    for spine in axes.spines.values():
+        spine.set_color(QUIET)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """A legend below the axes, for which the figure grows."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    longest = max(map(len, labels))
+    columns = next((columns for most, columns in LEGEND_COLUMNS if longest <= most), 1)
+    rows = -(-len(labels) // columns)
+    figure.set_size_inches(WIDTH, figure.get_size_inches()[1] + LEGEND_ROW * (rows - 1))
+    labels = [shortened(label, MAX_LEGEND) for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, labelcolor=INK)
+
+
+def alpha_axis(axes: Axes, alphas: Iterable[float]) -> Callable[[float], float]:
+    """Tick the x axis at `alphas`, on a log scale if they span decades; returns alpha → position."""
+    known = sorted(set(alphas))
+    positive = [alpha for alpha in known if alpha > 0]
+    if not positive or positive[-1] / positive[0] < DECADES:
+        axes.set_xticks(known, [f"{alpha:g}" for alpha in known])
+        return lambda alpha: alpha
+    # 0 has no logarithm and is drawn one decade below the lowest.
+    zero = np.log10(positive[0]) - 1
+
+    def position(alpha: float) -> float:
+        return float(zero if alpha == 0 else np.log10(alpha))
+
+    at = [position(alpha) for alpha in known]
+    kept = spaced(at, 0.06 * (at[-1] - at[0]))
+    axes.set_xticks([at[k] for k in kept], [f"{known[k]:g}" for k in kept])
+    axes.set_xlabel(f"{axes.get_xlabel()}, log scale")
+    return position
+
+
+def spaced(at: Sequence[float], min_distance: float) -> list[int]:
+    """Indices of ascending positions at least `min_distance` apart, chosen from the right."""
+    kept: list[int] = []
+    for index in reversed(range(len(at))):
+        if not kept or at[kept[-1]] - at[index] >= min_distance:
+            kept.append(index)
+    return kept[::-1]
+
+
+def limits(values: Sequence[float], margin: float = 0.2) -> tuple[float, float]:
+    """The ends of an axis with a margin around `values`."""
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    room = margin * (high - low) or 1.0
+    return low - room, high + room
+
+
+def shortened(text: str, length: int = 34) -> str:
+    """Text of at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def wrapped(text: str, length: int = 34) -> str:
+    """Text on at most two lines of at most `length` characters."""
+    first, *more = textwrap.wrap(text, length)
+    return "\n".join([first, shortened(" ".join(more), length)]) if more else first
+
+
+def group_by(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Members by key, in the order of their first member."""
+    groups: dict[K, list[T]] = {}
+    for member in members:
+        groups.setdefault(key(member), []).append(member)
+    return groups

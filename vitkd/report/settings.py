@@ -1,0 +1,86 @@
+"""Which settings of a run are compared, and how they are written in tables and titles."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from vitkd.report.parsing import Settings, Value
+
+# As in vitkd.runs.folder, whose import would load PyTorch.
+IMMATERIAL = {"paths", "name", "resume", "sweep", "checkpoint_minutes", "pictures_every_n_epochs"}
+
+SPEED_AND_LOGGING = {
+    *("log_every_n_steps", "cuda_graph", "compile"),
+    *("trainer.accelerator", "trainer.strategy", "trainer.deterministic"),
+    *("teacher.cache", "teacher.cache_gib"),
+    *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
+    # The default of trainer.max_epochs and teacher.max_epochs, which are compared themselves.
+    "dataset.max_epochs",
+}
+
+ARM_GROUPS = {"teacher", "method", "granularity", "loss", "alpha", "weighting"}
+"""The groups of settings in which the arms of one experiment may differ."""
+
+WEIGHTING, CONSTANT = "weighting._target_", "constant"
+CLASS_SUFFIXES = {"method": "Distillation", "weighting": "Weighting"}
+
+
+def comparable(settings: Settings) -> Settings:
+    """The settings that may change a result, without the seed; null counts as absent."""
+    left_out = IMMATERIAL | {"seed", "version"}
+    kept = {
+        name: value
+        for name, value in settings.items()
+        if value is not None and group_of(name) not in left_out and name not in SPEED_AND_LOGGING
+    }
+    return dict(sorted((kept | {WEIGHTING: weighting_of(settings)}).items()))
+
+
+def weighting_of(settings: Settings) -> str:
+    """The option chosen in the group `weighting`, constant by default; a plugin's class by its full name."""
+    target = str(settings.get(WEIGHTING) or "")
+    return target if target and not target.startswith("vitkd.") else option(settings, "weighting") or CONSTANT
+
+
+def experiment_settings(settings: Settings) -> Settings:
+    """Those that all runs of an experiment share."""
+    return {name: value for name, value in settings.items() if group_of(name) not in ARM_GROUPS}
+
+
+def arm_settings(settings: Settings) -> Settings:
+    """Those that all runs of an arm share."""
+    return {name: value for name, value in settings.items() if group_of(name) in ARM_GROUPS}
+
+
+def group_of(name: str) -> str:
+    """`teacher` for `teacher.seed`."""
+    return name.partition(".")[0]
+
+
+def option(settings: Settings, group: str) -> str:
+    """The option chosen in a group as one types it: `reverse_kl` for vitkd.methods.maps.losses.ReverseKL."""
+    name = str(settings.get(f"{group}._target_", "")).rpartition(".")[2]
+    name = name.removesuffix(CLASS_SUFFIXES.get(group, ""))
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return "none" if group == "method" and words == "no" else words
+
+
+def format_settings(settings: Mapping[str, Value]) -> str:
+    """Settings as one would type them."""
+    return ", ".join(
+        f"{name.removesuffix('._target_')}={format_value(value)}" for name, value in settings.items()
+    )
+
+
+def format_value(value: Value) -> str:
+    """A setting's value; of a path the last two parts, of a class its name."""
+    if isinstance(value, str) and "/" in value:
+        return "/".join(Path(value).parts[-2:])
+    if isinstance(value, str) and value.startswith("vitkd."):
+        return value.rpartition(".")[2].removesuffix("Config")
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)
