@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from filelock import FileLock
 
 from vitkd import __version__
@@ -125,8 +124,15 @@ def test_a_configuration_that_grows_when_it_is_read(runs):
 
     assert states(runs.outputs) == {"maps": "damaged"}
 
-    config.write_text(yaml.safe_dump({"seed": 0}) + bomb)
+    config.write_text(config.read_text().replace(mapping, "") + bomb)
     assert states(runs.outputs) == {"maps": "damaged"}
+
+
+def test_a_configuration_that_is_too_deep(runs):
+    config = runs.add("deep") / "config.yaml"
+    config.write_text(config.read_text() + f"deep: {'[' * 300}{']' * 300}\n")
+
+    assert states(runs.outputs) == {"deep": "damaged"}
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,6 @@ def report(folders: Sequence[Path], out: Path) -> None:
     Raises ConfigError if a folder does not exist, if there are no runs, or if `out` cannot be written to.
     """
     runs = find_runs(folders)
-    make_folder(out)
     comparisons = [compare(experiment) for experiment in find_experiments(runs)]
     teachers, remarks = teacher_lines(runs), remarks_on(runs, folders)
     contents = {
@@ -75,19 +74,10 @@ def report(folders: Sequence[Path], out: Path) -> None:
     console.print(Text(f"\nreport    {out / 'report.html'}, and report.md, .csv and .json"), soft_wrap=True)
 
 
-def make_folder(out: Path) -> None:
-    """Create the folder; ConfigError if that fails."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"--out {out}: cannot be created ({error.strerror}); name a writable folder"
-        ) from error
-
-
 def write_files(out: Path, contents: Mapping[str, str]) -> None:
     """Write name → content into the folder; ConfigError if that fails."""
     try:
+        out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             write_atomically(out / name, content)
     except OSError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vitkd.report.parsing import Settings, Value
 from vitkd.report.runs import Run
-from vitkd.report.settings import CONSTANT, WEIGHTING, arm_settings, format_settings
+from vitkd.report.settings import CONSTANT, WEIGHTING, arm_settings, format_settings, group_by
 
 ALONE = "student alone"
 
@@ -58,8 +58,9 @@ class Arm:
         return (self.first.loss or "") if self.distills_attention else ""
 
     @property
-    def alpha(self) -> float | None:
-        return None if self.is_baseline else self.first.alpha
+    def alpha(self) -> float:
+        """Weight of the class loss; 1 for the student alone, even with method=none."""
+        return 1.0 if self.is_baseline or self.first.alpha is None else self.first.alpha
 
     @property
     def weighting(self) -> str:
@@ -74,14 +75,11 @@ class Arm:
         """Its name, unique in its experiment."""
         if self.is_baseline:
             return ALONE
-        alpha = "" if self.alpha is None else f"alpha {self.alpha:g}"
-        return ", ".join(part for part in (self.objective, alpha, self.extra_text) if part)
+        return ", ".join(filter(None, (self.objective, f"alpha {self.alpha:g}", self.extra_text)))
 
     @property
     def label_without_alpha(self) -> str:
-        if self.is_baseline:
-            return ALONE
-        return ", ".join(part for part in (self.objective, self.extra_text) if part)
+        return ALONE if self.is_baseline else ", ".join(filter(None, (self.objective, self.extra_text)))
 
     @property
     def objective(self) -> str:
@@ -113,23 +111,16 @@ def newest_by_seed(runs: Iterable[Run]) -> dict[int, Run]:
 
 
 def group_by_arm(runs: Iterable[Run]) -> list[list[Run]]:
-    """Groups of runs that differ in the seed alone, or in `seed` and `teacher.seed` together."""
-    groups: dict[tuple[tuple[str, Value], ...], list[Run]] = {}
-    for run in runs:
-        settings = arm_settings(run.settings)
-        settings.pop("teacher.seed", None)
-        groups.setdefault(tuple(settings.items()), []).append(run)
-    return [arm for group in groups.values() for arm in split_by_teacher(group)]
-
-
-def split_by_teacher(runs: Sequence[Run]) -> list[list[Run]]:
-    """One group a teacher seed, or a single one if teachers have the seeds of their students."""
-    if has_teacher_per_seed(runs):
-        return [list(runs)]
-    groups: dict[Value, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.settings.get("teacher.seed"), []).append(run)
-    return [*groups.values()]
+    """Groups of runs that differ in `seed` alone, or in `seed` and `teacher.seed` together."""
+    ignored = {"teacher.seed": None}
+    groups = group_by(runs, lambda run: frozenset((arm_settings(run.settings) | ignored).items()))
+    arms: list[list[Run]] = []
+    for group in groups.values():
+        if has_teacher_per_seed(group):
+            arms.append(group)
+        else:
+            arms += group_by(group, lambda run: run.settings.get("teacher.seed")).values()
+    return arms
 
 
 def has_teacher_per_seed(runs: Iterable[Run]) -> bool:
@@ -209,7 +200,6 @@ def usual_value(values: Sequence[Value]) -> str | None:
 
 def table_order(arm: Arm) -> tuple[object, ...]:
     """Sort key: attention arms by granularity, loss and alpha, then the others."""
-    alpha = -1.0 if arm.alpha is None else arm.alpha
     place = GRANULARITIES.get(arm.granularity, len(GRANULARITIES))
     name = "" if arm.method == "attention" else arm.label_without_alpha
-    return (arm.method != "attention", arm.extra_text, name, place, arm.granularity, arm.loss, alpha)
+    return (arm.method != "attention", arm.extra_text, name, place, arm.granularity, arm.loss, arm.alpha)

@@ -12,6 +12,8 @@ from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std, summ
 from vitkd.report.verdicts import MIN_SEEDS, Outcome, Spread, Verdict, judge, needed_for
 from vitkd.statistics import holm
 
+BASELINE = Verdict(Outcome.BASELINE, "baseline")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -92,40 +94,27 @@ def compare(experiment: Experiment) -> Comparison:
     baseline, arms = experiment.baseline, experiment.rows
     gains = [gain_over(baseline, arm, "acc_last") for arm in arms]
     gains_best = [gain_over(baseline, arm, "acc_best") for arm in arms]
-    columns = (
-        *(arms, gains, gains_best),
-        holm([gain and gain.p for gain in gains]),
-        holm([gain and gain.p for gain in gains_best]),
-        spreads_of(baseline, gains),
-    )
-    rows = [make_row(*values) for values in zip(*columns, strict=True)]
+    corrected = holm([gain and gain.p for gain in gains])
+    corrected_best = holm([gain and gain.p for gain in gains_best])
+    spreads = spreads_of(baseline, gains)
+    rows = [
+        Row(
+            arm=arm,
+            last=summary_of(arm, "acc_last"),
+            best=summary_of(arm, "acc_best"),
+            gain=gains[i],
+            gain_best=gains_best[i],
+            p_holm=corrected[i],
+            p_holm_best=corrected_best[i],
+            agreement=summary_of(arm, "agreement"),
+            wall_seconds=summary_of(arm, "wall_seconds"),
+            spread=spreads[i],
+            needed=needed_for_gain(gains[i], spreads[i]),
+            verdict=BASELINE if arm.is_baseline else judge(gains[i], corrected[i], spreads[i]),
+        )
+        for i, arm in enumerate(arms)
+    ]
     return Comparison(experiment, rows, contrasts_of(experiment))
-
-
-def make_row(
-    arm: Arm,
-    gain: Gain | None,
-    gain_best: Gain | None,
-    p_holm: float | None,
-    p_holm_best: float | None,
-    spread: Spread | None,
-) -> Row:
-    """One arm's row."""
-    is_baseline = Verdict(Outcome.BASELINE, "baseline")
-    return Row(
-        arm=arm,
-        last=summary_of(arm, "acc_last"),
-        best=summary_of(arm, "acc_best"),
-        gain=gain,
-        gain_best=gain_best,
-        p_holm=p_holm,
-        p_holm_best=p_holm_best,
-        agreement=summary_of(arm, "agreement"),
-        wall_seconds=summary_of(arm, "wall_seconds"),
-        spread=spread,
-        needed=needed_for_gain(gain, spread),
-        verdict=is_baseline if arm.is_baseline else judge(gain, p_holm, spread),
-    )
 
 
 def summary_of(arm: Arm, metric: str) -> Summary:
@@ -169,10 +158,9 @@ def spreads_of(baseline: Arm | None, gains: Sequence[Gain | None]) -> list[Sprea
     elif alone:
         # The difference of two independent arms has twice the variance of one.
         borrowed = Spread(alone * math.sqrt(2), "the student alone")
-    return [gain and (own_spread(gain) or borrowed) for gain in gains]
-
-
-def own_spread(gain: Gain) -> Spread | None:
-    """The spread of the arm's own differences; None if they are too few or all equal."""
-    std = gain.difference.std
-    return Spread(std, "own") if gain.difference.n >= MIN_SEEDS and std else None
+    return [
+        Spread(gain.difference.std, "own")
+        if gain and gain.difference.n >= MIN_SEEDS and gain.difference.std
+        else gain and borrowed
+        for gain in gains
+    ]

@@ -39,7 +39,9 @@ def read_curves(path: Path) -> Curves:
     """The curves in the file `path`: empty if it is absent, the complete lines if it is cut."""
     curves = Curves({}, {}, {})
     with suppress(OSError, ValueError, csv.Error):
-        rows = csv.reader(io.StringIO(complete_lines(path), newline=""))
+        content = path.read_bytes()
+        # What follows the last line break was being written when the process died.
+        rows = csv.reader(io.StringIO(content[: content.rfind(b"\n") + 1].decode(), newline=""))
         header = next(rows, [])
         step = header.index("step")
         columns = [
@@ -52,12 +54,6 @@ def read_curves(path: Path) -> Curves:
                 if column < len(row) and row[column] and math.isfinite(value := float(row[column])):
                     curve[int(row[step])] = factor * value
     return curves
-
-
-def complete_lines(path: Path) -> str:
-    """The file without what follows its last line break: a process was writing that when it died."""
-    content = path.read_bytes()
-    return content[: content.rfind(b"\n") + 1].decode()
 
 
 def band(curves: Sequence[dict[int, float]]) -> Band | None:

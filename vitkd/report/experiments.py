@@ -19,13 +19,11 @@ from vitkd.report.arms import (
 from vitkd.report.formatting import count
 from vitkd.report.parsing import Settings, Value
 from vitkd.report.runs import Run
-from vitkd.report.settings import experiment_settings, format_settings, group_of
+from vitkd.report.settings import experiment_settings, format_settings, group_by, group_of
 
 MAX_TITLE_SETTINGS = 4
 """Settings named in a title; the rest are counted."""
-
 TITLE_GROUPS = ("trainer", "student", "optimizer", "schedule")
-"""Groups that a title names first."""
 
 TOLERANCE = 1e-6
 """Percent; accuracies that differ by less are equal."""
@@ -52,10 +50,6 @@ class Experiment:
         return ([self.baseline] if self.baseline else []) + self.arms
 
     @property
-    def dataset(self) -> str:
-        return str(self.settings.get("dataset.name"))
-
-    @property
     def validates_on_test(self) -> bool:
         """Whether the best epoch was chosen on the test images."""
         return self.settings.get("dataset.validate_on") == "test"
@@ -63,10 +57,8 @@ class Experiment:
 
 def find_experiments(runs: Iterable[Run]) -> list[Experiment]:
     """The experiments of the finished runs, those with the most runs first; teachers are left out."""
-    groups: dict[tuple[tuple[str, Value], ...], list[Run]] = {}
-    for run in runs:
-        if run.is_done and not run.is_teacher:
-            groups.setdefault(tuple(experiment_settings(run.settings).items()), []).append(run)
+    students = [run for run in runs if run.is_done and not run.is_teacher]
+    groups = group_by(students, lambda run: tuple(experiment_settings(run.settings).items()))
     settings = [dict(key) for key in groups]
     experiments = [
         make_experiment(title, shared, members)
@@ -95,82 +87,62 @@ def make_experiment(title: str, settings: Settings, runs: Sequence[Run]) -> Expe
 
 def notes_on_alone(alone: Sequence[Run]) -> list[str]:
     """How runs of the student alone with the same seed were treated, and whether they agree."""
+    by_seed = group_by(alone, lambda run: run.seed)
     notes = []
-    if repeats := len(alone) - len({run.seed for run in alone}):
+    if repeats := len(alone) - len(by_seed):
         notes.append(
             f"{count(repeats, 'repeated run')} of the student alone left out: alpha=1 and method=none are the"
             " same training, and only the newest run of each seed is used"
         )
-    if differing := ", ".join(str(seed) for seed in differing_seeds(alone)):
+    accuracies = {seed: [run.acc_last or 0.0 for run in runs] for seed, runs in sorted(by_seed.items())}
+    differing = [str(seed) for seed, accs in accuracies.items() if max(accs) - min(accs) > TOLERANCE]
+    if differing:
         notes.append(
-            f"runs of the student alone with the same seed differ (seed {differing}): other hardware, other"
-            " library versions, or the rounding of stacked training"
+            f"runs of the student alone with the same seed differ (seed {', '.join(differing)}): other"
+            " hardware, other library versions, or the rounding of stacked training"
         )
     return notes
 
 
-def differing_seeds(runs: Sequence[Run]) -> list[int]:
-    """Seeds whose runs have different accuracies."""
-    by_seed: dict[int, list[float]] = {}
-    for run in runs:
-        assert run.acc_last is not None
-        by_seed.setdefault(run.seed, []).append(run.acc_last)
-    return sorted(seed for seed, accs in by_seed.items() if max(accs) - min(accs) > TOLERANCE)
-
-
 def notes_on_arms(arms: Sequence[Arm], older: int) -> list[str]:
     """How many `older` runs were left out, and which arms mix teachers."""
-    notes = []
-    if older:
-        notes.append(f"{count(older, 'older run')} left out: only the newest of each arm and seed is used")
-    for arm in arms:
-        if len(arm.teachers) > 1 and not has_teacher_per_seed(arm.runs.values()):
-            notes.append(f"{arm.label}: its runs have {len(arm.teachers)} different teachers")
-    return notes
+    notes = [f"{count(older, 'older run')} left out: only the newest of each arm and seed is used"]
+    return notes[: bool(older)] + [
+        f"{arm.label}: its runs have {len(arm.teachers)} different teachers"
+        for arm in arms
+        if len(arm.teachers) > 1 and not has_teacher_per_seed(arm.runs.values())
+    ]
 
 
 def titles(experiments: Sequence[Mapping[str, Value]]) -> list[str]:
     """A title for each experiment's settings: its data set, and how it differs from others on that."""
     unique: list[str] = []
     for settings in experiments:
-        title = title_among(settings, experiments)
+        peers = [peer for peer in experiments if peer.get("dataset.name") == settings.get("dataset.name")]
+        names = sorted({name for peer in peers for name in peer}, key=title_order)
+        differing = [name for name in names if applies(name, settings, peers) and differs(name, peers)]
+        differing = [name for name in differing if name not in DEFAULTS or settings[name] != DEFAULTS[name]]
+        named = {name: settings.get(name) for name in differing[:MAX_TITLE_SETTINGS]}
+        parts = [str(settings.get("dataset.name")), format_settings(named)]
+        if len(differing) > MAX_TITLE_SETTINGS:
+            parts.append(f"and {count(len(differing) - MAX_TITLE_SETTINGS, 'more setting')}")
+        title = ", ".join(filter(None, parts))
         unique.append(title if title not in unique else f"{title} (no. {len(unique) + 1})")
     return unique
 
 
-def title_among(settings: Mapping[str, Value], experiments: Sequence[Mapping[str, Value]]) -> str:
-    """Data set and differing settings; equal for two that differ in more settings than a title names."""
-    dataset = settings.get("dataset.name")
-    peers = [other for other in experiments if other.get("dataset.name") == dataset]
-    names = sorted({name for peer in peers for name in peer}, key=title_order)
-    differing = [
-        name
-        for name in names
-        if applies(name, settings, peers)
-        and differs(name, peers)
-        and not (name in DEFAULTS and settings[name] == DEFAULTS[name])
-    ]
-    named, more = differing[:MAX_TITLE_SETTINGS], len(differing) - MAX_TITLE_SETTINGS
-    parts = [str(dataset), format_settings({name: settings.get(name) for name in named})]
-    parts += [f"and {count(more, 'more setting')}"] if more > 0 else []
-    return ", ".join(part for part in parts if part)
-
-
 def differs(name: str, experiments: Sequence[Mapping[str, Value]]) -> bool:
     """Whether the experiments to which the setting applies have several values of it."""
-    values = {json.dumps(each.get(name)) for each in experiments if applies(name, each, experiments)}
-    return len(values) > 1
+    return len({json.dumps(each.get(name)) for each in experiments if applies(name, each, experiments)}) > 1
 
 
 def applies(name: str, settings: Mapping[str, Value], others: Sequence[Mapping[str, Value]]) -> bool:
     """Whether the class chosen in the setting's group has the setting: a ResNet has no depth."""
     target = f"{group_of(name)}._target_"
-    return name in settings or any(
-        other.get(target) == settings.get(target) for other in others if name in other
-    )
+    return name in settings or any(o.get(target) == settings.get(target) for o in others if name in o)
 
 
 def title_order(name: str) -> tuple[int, str]:
-    """Sort key of settings in a title."""
+    """Sort key of settings in a title: what is trained and how long comes first."""
     group = group_of(name)
     return (TITLE_GROUPS.index(group) if group in TITLE_GROUPS else len(TITLE_GROUPS), name)

@@ -43,7 +43,15 @@ def experiment_facts(comparison: Comparison) -> dict[str, Any]:
         "headline": comparison.headline,
         "settings": comparison.experiment.settings,
         "notes": notes_on(comparison),
-        "arms": [arm_facts(comparison, row) | runs_of(row) for row in comparison.rows],
+        "arms": [
+            arm_facts(comparison, row)
+            | {
+                "paired_with_seeds": list(row.gain.seeds) if row.gain else [],
+                "runs": {str(seed): str(run.path) for seed, run in row.arm.runs.items()},
+                "teachers": sorted(row.arm.teachers),
+            }
+            for row in comparison.rows
+        ],
         "controls": [contrast_facts(contrast) for contrast in comparison.contrasts],
     }
 
@@ -53,7 +61,7 @@ def arm_facts(comparison: Comparison, row: Row) -> dict[str, Any]:
     arm, gain, gain_best = row.arm, row.gain, row.gain_best
     return {
         "experiment": comparison.experiment.title,
-        "dataset": comparison.experiment.dataset,
+        "dataset": comparison.experiment.settings.get("dataset.name"),
         "arm": arm.label,
         "method": "none" if arm.is_baseline else arm.method,
         "granularity": arm.granularity,
@@ -91,15 +99,6 @@ def flat(name: str, unit: str, summary: Summary | None) -> dict[str, float | Non
         f"{name}_std_{unit}": summary.std if summary else None,
         f"{name}_low_{unit}": interval.low if interval else None,
         f"{name}_high_{unit}": interval.high if interval else None,
-    }
-
-
-def runs_of(row: Row) -> dict[str, Any]:
-    """The runs of an arm."""
-    return {
-        "paired_with_seeds": list(row.gain.seeds) if row.gain else [],
-        "runs": {str(seed): str(run.path) for seed, run in row.arm.runs.items()},
-        "teachers": sorted(row.arm.teachers),
     }
 
 

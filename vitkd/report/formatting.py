@@ -36,18 +36,12 @@ def interval(ends: Interval | None) -> str:
     return DASH if ends is None else f"[{ends.low:.2f}, {ends.high:.2f}]".replace("-", MINUS)
 
 
-def p_cell(p: float | None) -> str:
-    """A p-value in a column, or a dash."""
-    return DASH if p is None else "<0.001" if p < 0.001 else p_digits(p)
-
-
-def p_equals(p: float) -> str:
-    """A p-value in a sentence."""
-    return "p < 0.001" if p < 0.001 else f"p = {p_digits(p)}"
-
-
-def p_digits(p: float) -> str:
-    """Three decimals, or as many as it takes to show on which side of the level it is."""
+def p_text(p: float | None) -> str:
+    """A p-value in three decimals, or as many as it takes to show on which side of the level it is."""
+    if p is None:
+        return DASH
+    if p < 0.001:
+        return "<0.001"
     for decimals in range(3, 7):
         text = f"{p:.{decimals}f}"
         if (float(text) <= LEVEL) == (p <= LEVEL) and float(text) != LEVEL:

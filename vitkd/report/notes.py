@@ -6,13 +6,12 @@ from pathlib import Path
 from vitkd.report.comparison import Comparison
 from vitkd.report.formatting import count
 from vitkd.report.runs import Run, run_folders
+from vitkd.report.settings import group_by
 from vitkd.report.statistics import BOOTSTRAP_COVERAGE, MIN_TO_RESAMPLE
 from vitkd.report.verdicts import MIN_SEEDS
 
 MAX_LINES = 5
 """Runs of the same state that are listed; more are counted."""
-
-INCOMPLETE_STATES = ("running", "stopped", "failed", "damaged", "incompatible", "foreign")
 
 COVERAGE = " and ".join(f"{share:.0%} with {n}".replace("%", " %") for n, share in BOOTSTRAP_COVERAGE.items())
 
@@ -37,8 +36,8 @@ READING = (
     " the two-sided paired t test; if all seeds differ by the same amount, of the exact sign-flip test.",
     "p (Holm) is corrected for all arms of the section; comparisons with controls are corrected separately."
     f" A gain is called real, or an arm harmful, if p (Holm) is at most 0.05 with {MIN_SEEDS} seeds or more.",
-    "The number of seeds that a gap needs is for a true gap of the observed size, itself uncertain, with power"
-    " 0.8 in a paired t test at 5 %, uncorrected.",
+    "The number of seeds that a gap needs is for a true gap of the observed size, itself uncertain: power"
+    " 0.8, paired t test at 5 %, uncorrected. With fewer than three seeds the spread is that of other arms.",
     f"The bootstrap interval (expanded BCa, 9,999 resamples, fixed seed) needs {MIN_TO_RESAMPLE} seeds. It is"
     " nominally a 95 % interval, but with few seeds too narrow: its coverage for normally distributed"
     f" differences is {COVERAGE} seeds. Verdicts use Student's t.",
@@ -53,7 +52,7 @@ def notes_on(comparison: Comparison) -> list[str]:
     if comparison.experiment.validates_on_test:
         notes.append("the best epoch was chosen on the test images: that column is optimistic")
     if granularities := equivalent_arms(comparison):
-        notes.append(f"{granularities}: ce and kl have the same gradient, so each pair is one result, not two")
+        notes.append(f"{granularities}: ce and kl have the same gradient, so a pair is one result, not two")
     unpaired = [row for row in comparison.rows if row.gain and 0 < row.gain.difference.n < row.last.n]
     if unpaired:
         notes.append(
@@ -63,32 +62,24 @@ def notes_on(comparison: Comparison) -> list[str]:
 
 
 def equivalent_arms(comparison: Comparison) -> str:
-    """The arms that differ in ce or kl alone, as `block, head`; empty if there are none."""
-    losses: dict[tuple[object, ...], set[str]] = {}
-    for row in comparison.rows:
-        arm = row.arm
-        if arm.loss in ("ce", "kl"):
-            losses.setdefault((arm.granularity, arm.alpha, arm.extra_text), set()).add(arm.loss)
-    return ", ".join(dict.fromkeys(str(g) for (g, *_), both in losses.items() if len(both) == 2))
+    """The granularities of arms that differ in ce or kl alone, as `block, head`; empty if there are none."""
+    arms = [row.arm for row in comparison.rows if row.arm.loss in ("ce", "kl")]
+    pairs = group_by(arms, lambda arm: (arm.granularity, arm.alpha, arm.extra_text))
+    return ", ".join(dict.fromkeys(granularity for (granularity, *_), pair in pairs.items() if len(pair) > 1))
 
 
 def remarks_on(runs: Sequence[Run], folders: Sequence[Path]) -> list[str]:
     """One line for each run that was left out, or for many of one state, and for each folder without runs."""
     lines = []
-    for state in INCOMPLETE_STATES:
-        affected = [run for run in runs if run.state == state]
-        if len(affected) > MAX_LINES:
-            why = {run.problem for run in affected}
-            reason = reason_of(*why) if len(why) == 1 else ""
+    for state, affected in group_by(runs, lambda run: run.state).items():
+        reasons = [f" ({run.problem})" if run.problem else "" for run in affected]
+        if len(affected) > MAX_LINES and state != "done":
+            reason = reasons[0] if len({*reasons}) == 1 else ""
             lines.append(f"{count(len(affected), 'run')} {state}{reason}: left out; report.json lists them")
-        else:
-            lines += [f"{run.path}: {state}{reason_of(run.problem)}, left out" for run in affected]
+        elif state != "done":
+            lines += [f"{r.path}: {state}{why}, left out" for r, why in zip(affected, reasons, strict=True)]
     empty = [folder for folder in folders if not any(run_folders(folder))]
     return lines + [f"{folder}: no runs in it" for folder in empty]
-
-
-def reason_of(problem: str) -> str:
-    return f" ({problem})" if problem else ""
 
 
 def teacher_lines(runs: Sequence[Run]) -> list[str]:

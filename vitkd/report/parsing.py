@@ -17,6 +17,7 @@ REQUIRED_GROUPS = ("dataset", "student", "method", "trainer")
 MAX_SETTINGS = 2_000
 """Real configurations have a hundred; YAML aliases can expand to more than fits into memory."""
 
+MAX_DEPTH = 50
 MAX_BYTES = 1 << 20
 MAX_LINE = 200
 """Characters."""
@@ -32,42 +33,35 @@ def read_config(path: Path) -> dict[str, Any] | None:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or not all(isinstance(config.get(g), dict) for g in REQUIRED_GROUPS):
         return None
-    if not all(isinstance(config.get(group), dict) for group in REQUIRED_GROUPS):
-        return None
-    alpha, seed = config.get("alpha"), config.get("seed")
-    is_run = type(seed) is int and (alpha is None or number(alpha) is not None)
-    return config if is_run and flatten(config) is not None else None
+    is_run = type(config.get("seed")) is int and number(config.get("alpha")) is not None
+    return config if is_run and is_bounded(config) else None
 
 
-def flatten(config: Mapping[Any, Any]) -> Settings | None:
-    """Nested settings as dotted names → values, lists as JSON; None if there are too many."""
-    flat: Settings = {}
-    stack: list[tuple[str, Any]] = [("", config)]
+def is_bounded(config: Mapping[Any, Any]) -> bool:
+    """Whether it is small and not too deep, counting values as often as YAML aliases repeat them."""
+    stack: list[tuple[Any, int]] = [(config, 0)]
     visited = 0
-    while stack:
-        prefix, node = stack.pop()
-        if (visited := visited + 1) > MAX_SETTINGS:
-            return None
+    while stack and visited <= MAX_SETTINGS and stack[-1][1] <= MAX_DEPTH:
+        node, depth = stack.pop()
+        visited += 1
+        children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+        stack += [(child, depth + 1) for child in children]
+    return not stack
+
+
+def flatten(config: Mapping[Any, Any], prefix: str = "") -> Settings:
+    """Nested settings as dotted names → values, lists as JSON."""
+    flat: Settings = {}
+    for key, node in config.items():
         if isinstance(node, Mapping):
-            stack += [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
+            flat |= flatten(node, f"{prefix}{key}.")
         elif isinstance(node, list):
-            if (text := list_as_json(node)) is None:
-                return None
-            flat[prefix] = text
+            flat[f"{prefix}{key}"] = json.dumps(node, default=str)
         else:
-            flat[prefix] = node if isinstance(node, Value) else str(node)
+            flat[f"{prefix}{key}"] = node if isinstance(node, Value) else str(node)
     return flat
-
-
-def list_as_json(values: list[Any]) -> str | None:
-    """The list as text; None if it is too long or contains itself."""
-    try:
-        text = json.dumps(values, default=str)
-    except (ValueError, RecursionError):
-        return None
-    return text if len(text) <= MAX_BYTES else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

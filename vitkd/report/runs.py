@@ -22,7 +22,8 @@ from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
 
 FOLDERS_WITHOUT_RUNS = {"checkpoints", "stacks", "sweeps", "report", "explain"}
 STATES = ("done", "running", "stopped", "failed")
-STORED_TEACHER = re.compile(r"[0-9a-f]{12}(\.unfinished(-\d+)?)?")
+STORED_TEACHER = re.compile(r".*/teachers/[^/]+/[0-9a-f]{12}(\.unfinished(-\d+)?)?")
+"""<outputs>/teachers/<data set>/<fingerprint>"""
 JOB_RECORD = "job-*.json"
 
 
@@ -147,22 +148,8 @@ def read_run(path: Path) -> Run:
         return Run(path, "damaged", "config.yaml is cut or not a run's")
     if problem := version_problem(config):
         return Run(path, "incompatible", problem)
-    run = configured_run(path, config)
-    return with_metrics(run, read_json(path / "metrics.json")) if run.is_done else run
-
-
-def version_problem(config: Mapping[str, Any]) -> str:
-    """One line that names both versions if another version of vitkd made the run; else empty."""
-    version = config.get("version", __version__)
-    return "" if version == __version__ else f"made by vitkd {one_line(version)}, this is vitkd {__version__}"
-
-
-def configured_run(path: Path, config: Mapping[str, Any]) -> Run:
-    """The run without its metrics."""
-    settings = flatten(config)
-    assert settings is not None
-    status = read_json(path / "status.json")
-    return Run(
+    settings, status = flatten(config), read_json(path / "status.json")
+    run = Run(
         path,
         state_of(path, status),
         one_line(status.get("error", "")),
@@ -175,8 +162,15 @@ def configured_run(path: Path, config: Mapping[str, Any]) -> Run:
         alpha=number(settings.get("alpha")),
         weighting=weighting_of(settings),
         finished=str(status.get("time", "")),
-        is_teacher=is_stored_teacher(path),
+        is_teacher=bool(STORED_TEACHER.fullmatch(path.resolve().as_posix())),
     )
+    return with_metrics(run, read_json(path / "metrics.json")) if run.is_done else run
+
+
+def version_problem(config: Mapping[str, Any]) -> str:
+    """One line that names both versions if another version of vitkd made the run; else empty."""
+    version = config.get("version", __version__)
+    return "" if version == __version__ else f"made by vitkd {one_line(version)}, this is vitkd {__version__}"
 
 
 def with_metrics(run: Run, metrics: Mapping[str, Any]) -> Run:
@@ -196,12 +190,6 @@ def with_metrics(run: Run, metrics: Mapping[str, Any]) -> Run:
         teacher_acc=percent(metrics.get("teacher/test_acc")),
         fidelity=read_fidelity(run.path / "explain" / "fidelity.json"),
     )
-
-
-def is_stored_teacher(path: Path) -> bool:
-    """Whether the folder is one of <outputs>/teachers/<data set>/<fingerprint>."""
-    folder = path.resolve()
-    return folder.parent.parent.name == "teachers" and bool(STORED_TEACHER.fullmatch(folder.name))
 
 
 def state_of(path: Path, status: Mapping[str, Any]) -> str:

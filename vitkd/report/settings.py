@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from vitkd.report.parsing import Settings, Value
 
@@ -18,6 +19,9 @@ SPEED_AND_LOGGING = {
     # The default of trainer.max_epochs and teacher.max_epochs, which are compared themselves.
     "dataset.max_epochs",
 }
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 ARM_GROUPS = {"teacher", "method", "granularity", "loss", "alpha", "weighting"}
 """The groups of settings in which the arms of one experiment may differ."""
@@ -51,6 +55,14 @@ def experiment_settings(settings: Settings) -> Settings:
 def arm_settings(settings: Settings) -> Settings:
     """Those that all runs of an arm share."""
     return {name: value for name, value in settings.items() if group_of(name) in ARM_GROUPS}
+
+
+def group_by(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Members by key, in the order of their first member."""
+    groups: dict[K, list[T]] = {}
+    for member in members:
+        groups.setdefault(key(member), []).append(member)
+    return groups
 
 
 def group_of(name: str) -> str:

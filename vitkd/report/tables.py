@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from vitkd.report.comparison import Comparison, Row
 from vitkd.report.controls import control_name
-from vitkd.report.formatting import DASH, duration, interval, mean_interval, mean_std, p_cell
+from vitkd.report.formatting import DASH, duration, interval, mean_interval, mean_std, p_text
 
 
 class Column(NamedTuple):
@@ -26,7 +26,7 @@ COLUMNS = (
     Column("seeds", lambda row: str(row.last.n), is_essential=True),
     Column("last epoch", lambda row: mean_std(row.last), is_essential=True),
     Column("gain [95 %]", lambda row: mean_interval(row.gain.difference) if row.gain else "", False, True),
-    Column("p (Holm)", lambda row: p_cell(row.p_holm) if row.gain else ""),
+    Column("p (Holm)", lambda row: p_text(row.p_holm) if row.gain else ""),
     Column(BEST_ON_VAL, lambda row: mean_std(row.best)),
     Column("agreement", lambda row: mean_std(row.agreement)),
     Column("verdict", lambda row: row.verdict.text, is_text=True, is_essential=True),
@@ -36,9 +36,9 @@ DETAILS = (
     COLUMNS[0],
     Column("last epoch [95 %]", lambda row: interval(row.last.interval)),
     Column("gain, bootstrap [nominal 95 %]", lambda row: interval(row.gain.bootstrap) if row.gain else ""),
-    Column("p, uncorrected", lambda row: p_cell(row.gain.p) if row.gain else ""),
+    Column("p, uncorrected", lambda row: p_text(row.gain.p) if row.gain else ""),
     Column("gain at best [95 %]", lambda row: mean_interval(row.gain_best.difference) if row.gain else ""),
-    Column("p (Holm) at best", lambda row: p_cell(row.p_holm_best) if row.gain else ""),
+    Column("p (Holm) at best", lambda row: p_text(row.p_holm_best) if row.gain else ""),
     Column("wall time", lambda row: wall_time(row)),
 )
 
@@ -47,7 +47,7 @@ CONTRASTS = (
     Column("control", lambda c: control_name(c.control, c.arm), is_text=True, is_essential=True),
     Column("seeds", lambda contrast: str(contrast.gain.difference.n)),
     Column("difference [95 %]", lambda contrast: mean_interval(contrast.gain.difference), False, True),
-    Column("p (Holm)", lambda contrast: p_cell(contrast.p_holm)),
+    Column("p (Holm)", lambda contrast: p_text(contrast.p_holm)),
     Column("verdict", lambda contrast: contrast.verdict.text, is_text=True, is_essential=True),
 )
 

@@ -42,10 +42,9 @@ def table_of(columns: Sequence[Column], rows: Sequence[Row] | Sequence[Contrast]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
         is_last = column is shown[-1]
-        justify = "left" if column.is_text else "right"
         table.add_column(
             column.heading,
-            justify=justify,
+            justify="left" if column.is_text else "right",
             no_wrap=not column.is_text,
             overflow="fold",
             ratio=int(is_last) or None,

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import NamedTuple
 
-from vitkd.report.formatting import p_equals
+from vitkd.report.formatting import p_text
 from vitkd.report.statistics import LEVEL, MAX_SEEDS, Gain, seeds_needed
 
 MIN_SEEDS = 3
@@ -58,18 +58,12 @@ def judge(gain: Gain | None, p_holm: float | None, spread: Spread | None) -> Ver
     assert p_holm is not None
     if p_holm <= LEVEL:
         return Verdict(Outcome.REAL, "real gain") if mean > 0 else Verdict(Outcome.HURTS, "hurts")
-    return Verdict(Outcome.NO_EVIDENCE, f"no evidence; {no_evidence_hint(gain, p_holm, spread)}")
-
-
-def no_evidence_hint(gain: Gain, p_holm: float, spread: Spread | None) -> str:
-    """Why there is no evidence, or how many seeds might give some."""
-    assert gain.difference.mean is not None
-    assert gain.p is not None
-    if gain.difference.std == 0 and gain.difference.mean:
-        return "equal in every seed, so only more seeds can show"
-    if gain.p <= LEVEL:
-        return f"{p_equals(gain.p)} before Holm's correction, {p_equals(p_holm)} after"
-    return seeds_hint(gain.difference.mean, spread)
+    hint = seeds_hint(mean, spread)
+    if gain.difference.std == 0 and mean:
+        hint = "equal in every seed, so only more seeds can show"
+    elif gain.p is not None and gain.p <= LEVEL:
+        hint = f"uncorrected p {p_text(gain.p)}"
+    return Verdict(Outcome.NO_EVIDENCE, f"no evidence; {hint}")
 
 
 def seeds_hint(gap: float, spread: Spread | None) -> str:
@@ -79,10 +73,7 @@ def seeds_hint(gap: float, spread: Spread | None) -> str:
     if spread is None:
         return "more seeds are needed"
     needed = needed_for(gap, spread)
-    if needed is None:
-        return f"a gap of this size needs more than {MAX_SEEDS:,} seeds"
-    source = "" if spread.source == "own" else f", by the spread of {spread.source}"
-    return f"a gap of this size needs {needed:,} seeds{source}"
+    return f"this gap needs {f'{needed:,}' if needed else f'more than {MAX_SEEDS:,}'} seeds"
 
 
 def needed_for(gap: float, spread: Spread) -> int | None:

@@ -4,7 +4,7 @@ Plots are drawn in placeholder colours, which `with_variables` replaces by CSS v
 that one plot serves light and dark mode.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 # Placeholders that no plot contains by chance.
@@ -41,7 +41,7 @@ def series(index: int) -> dict[str, Any]:
     return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def readable_on(colour: Sequence[float]) -> str:
+def readable_on(colour: Iterable[float]) -> str:
     """Black or white, whichever has more contrast (relative luminance, WCAG)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in [*colour][:3]]
     return "black" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 else "white"

@@ -4,13 +4,14 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from vitkd.report.figures.colours import GRID, INK, QUIET, with_variables
 
@@ -35,6 +36,7 @@ STYLE: dict[Any, Any] = {
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
     "lines.linewidth": 1.6,
+    "lines.dashed_pattern": (4, 2),
     "lines.markersize": 5,
 }
 
@@ -49,9 +51,6 @@ DECADES = 100
 """Values whose largest is at least this multiple of the smallest are drawn on a log axis."""
 
 ALPHA_LABEL = "alpha (weight of the class loss)"
-
-T = TypeVar("T")
-K = TypeVar("K")
 
 
 class Plot(NamedTuple):
@@ -122,27 +121,20 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, labelcolor=INK)
 
 
-def alpha_axis(axes: Axes, alphas: Iterable[float]) -> Callable[[float], float]:
-    """Tick the x axis at `alphas`, on a log scale if they span decades; returns alpha → position."""
+def alpha_axis(axes: Axes, alphas: Iterable[float]) -> None:
+    """Tick the x axis at `alphas`, on a log scale if they span decades; 0 is one decade below the lowest."""
     known = sorted(set(alphas))
     positive = [alpha for alpha in known if alpha > 0]
-    if not positive or positive[-1] / positive[0] < DECADES:
-        axes.set_xticks(known, [f"{alpha:g}" for alpha in known])
-        return lambda alpha: alpha
-    # 0 has no logarithm and is drawn one decade below the lowest.
-    zero = np.log10(positive[0]) - 1
-
-    def position(alpha: float) -> float:
-        return float(zero if alpha == 0 else np.log10(alpha))
-
-    at = [position(alpha) for alpha in known]
+    if positive and positive[-1] / positive[0] >= DECADES:
+        axes.set_xscale("symlog", linthresh=positive[0], linscale=0.9)
+        axes.set_xlabel(f"{axes.get_xlabel()}, log scale")
+        axes.xaxis.set_minor_locator(NullLocator())
+    at = axes.xaxis.get_transform().transform(np.array(known))
     kept = spaced(at, 0.06 * (at[-1] - at[0]))
-    axes.set_xticks([at[k] for k in kept], [f"{known[k]:g}" for k in kept])
-    axes.set_xlabel(f"{axes.get_xlabel()}, log scale")
-    return position
+    axes.set_xticks([known[k] for k in kept], [f"{known[k]:g}" for k in kept])
 
 
-def spaced(at: Sequence[float], min_distance: float) -> list[int]:
+def spaced(at: Sequence[float] | np.ndarray, min_distance: float) -> list[int]:
     """Indices of ascending positions at least `min_distance` apart, chosen from the right."""
     kept: list[int] = []
     for index in reversed(range(len(at))):
@@ -167,11 +159,3 @@ def wrapped(text: str, length: int = 34) -> str:
     """Text on at most two lines of at most `length` characters."""
     first, *more = textwrap.wrap(text, length)
     return "\n".join([first, shortened(" ".join(more), length)]) if more else first
-
-
-def group_by(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Members by key, in the order of their first member."""
-    groups: dict[K, list[T]] = {}
-    for member in members:
-        groups.setdefault(key(member), []).append(member)
-    return groups

@@ -3,19 +3,18 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from scipy import stats
 
-from vitkd.report.arms import Arm
 from vitkd.report.comparison import Comparison
 from vitkd.report.curves import last
 from vitkd.report.experiments import Experiment
 from vitkd.report.figures.colours import series
-from vitkd.report.figures.drawing import DECADES, PlotGroup, group_by, legend_below, new_axes, render
+from vitkd.report.figures.drawing import DECADES, PlotGroup, legend_below, new_axes, render
 from vitkd.report.formatting import count, signed
 from vitkd.report.runs import Run
+from vitkd.report.settings import group_by
 
 LOSS_UNITS = {
     "mse": "mean squared difference of scores",
@@ -41,7 +40,7 @@ class Dot(NamedTuple):
     distance: float
     accuracy: float
     label: str
-    """the transfer loss"""
+    """what it learned from"""
     is_hollow: bool
     """whether it learned from labels alone"""
 
@@ -73,15 +72,13 @@ def fidelity(comparison: Comparison) -> PlotGroup:
 
 def dots_of(experiment: Experiment) -> Iterator[tuple[Distance, Dot]]:
     """A dot for each run and distance."""
-    runs = [(run, label_of(arm)) for arm in experiment.arms for run in arm.runs.values()]
-    for run, label in runs + [(run, run.granularity or "") for run in experiment.alone]:
+    labelled = [(run, run.granularity or "") for run in experiment.alone]
+    for arm in experiment.arms:
+        label = ", ".join(filter(None, (arm.granularity or arm.objective, arm.extra_text)))
+        labelled += [(run, label) for run in arm.runs.values()]
+    for run, label in labelled:
         for distance, value, accuracy in distances_of(run):
             yield distance, Dot(value, accuracy, label, run.is_student_alone)
-
-
-def label_of(arm: Arm) -> str:
-    """The transfer loss without kind of attention loss and alpha."""
-    return ", ".join(part for part in (arm.granularity or arm.objective, arm.extra_text) if part)
 
 
 def distances_of(run: Run) -> Iterator[tuple[Distance, float, float]]:
@@ -106,29 +103,23 @@ def draw_dots(figure: Figure, distance: Distance, dots: Sequence[Dot], labels: S
     title = f"{distance.title}: {correlation(dots)}"
     axes = new_axes(figure, distance.axis_label, f"test accuracy, %\n({distance.epoch} epoch)", title)
     for number, label in enumerate(labels):
-        draw_series(axes, [dot for dot in dots if dot.label == label], label, number)
+        own = sorted((dot for dot in dots if dot.label == label), key=lambda dot: dot.is_hollow)
+        look = series(number)
+        axes.scatter(
+            [dot.distance for dot in own],
+            [dot.accuracy for dot in own],
+            25,
+            **look,
+            facecolors=["none" if dot.is_hollow else look["color"] for dot in own],
+            alpha=0.8,
+            label=label,
+        )
     lowest, highest = min(dot.distance for dot in dots), max(dot.distance for dot in dots)
     if lowest > 0 and highest / lowest > DECADES:
         axes.set_xscale("log")
         axes.set_xlabel(f"{distance.axis_label} (log scale)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     legend_below(figure, axes)
-
-
-def draw_series(axes: Axes, dots: Sequence[Dot], label: str, number: int) -> None:
-    """Hollow dots, then filled ones, which the legend shows."""
-    look = series(number)
-    for is_hollow in (True, False):
-        points = [(dot.distance, dot.accuracy) for dot in dots if dot.is_hollow == is_hollow]
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            **look,
-            linestyle="",
-            markerfacecolor="none" if is_hollow else look["color"],
-            alpha=0.8,
-            label="" if is_hollow else label,
-        )
 
 
 def correlation(dots: Sequence[Dot]) -> str:

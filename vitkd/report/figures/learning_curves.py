@@ -10,9 +10,8 @@ from vitkd.report.comparison import Comparison
 from vitkd.report.curves import Band, band
 from vitkd.report.experiments import Experiment
 from vitkd.report.figures.colours import QUIET, ramp
-from vitkd.report.figures.drawing import PlotGroup, group_by, legend_below, new_axes, render, shortened
-
-DASHED = (0, (4, 2))
+from vitkd.report.figures.drawing import PlotGroup, legend_below, new_axes, render, shortened
+from vitkd.report.settings import group_by
 
 
 def learning_curves(comparison: Comparison) -> PlotGroup:
@@ -44,16 +43,16 @@ def draw_curves(
     figure: Figure, bands: Sequence[tuple[Arm, Band]], title: str, experiment: Experiment
 ) -> None:
     """One line and band an arm."""
-    alphas = sorted({arm.alpha for arm in experiment.arms if arm.alpha is not None})
+    alphas = sorted({arm.alpha for arm in experiment.arms})
     epoch = steps_per_epoch(experiment)
     axes = new_axes(figure, "epoch" if epoch else "step", "validation accuracy, %", shortened(title))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for arm, curve in bands:
-        has_alpha = arm.alpha is not None
-        colour = ramp(alphas.index(arm.alpha), len(alphas)) if has_alpha else QUIET
-        label = f"alpha {arm.alpha:g}" if has_alpha else ALONE
+        label, colour, line = ALONE, QUIET, "--"
+        if not arm.is_baseline:
+            label, colour, line = f"alpha {arm.alpha:g}", ramp(alphas.index(arm.alpha), len(alphas)), "-"
         at = curve.steps / (epoch or 1)
-        axes.plot(at, curve.mean, color=colour, linestyle="-" if has_alpha else DASHED, label=label)
+        axes.plot(at, curve.mean, color=colour, linestyle=line, label=label)
         low, high = curve.mean - curve.std, curve.mean + curve.std
         axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
     legend_below(figure, axes)
