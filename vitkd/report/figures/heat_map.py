@@ -46,7 +46,7 @@ def draw_cells(figure: Figure, cells: Mapping[tuple[str, float], tuple[float, Ro
         write_gain(axes, x + 0.5, y + 0.5, gain, row, readable_on(COLOURS((gain / largest + 1) / 2)))
     axes.pcolormesh(values, cmap=COLOURS, vmin=-largest, vmax=largest)
     axes.set_xticks(np.arange(len(alphas)) + 0.5, [f"{alpha:g}" for alpha in alphas])
-    axes.set_yticks(np.arange(len(labels)) + 0.5, [wrapped(label, 24) for label in labels])
+    axes.set_yticks(np.arange(len(labels)) + 0.5, [wrapped(label, 28) for label in labels])
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
