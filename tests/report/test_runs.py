@@ -84,12 +84,17 @@ def test_a_run_of_another_version_is_refused_and_both_are_named(runs):
     runs.add("same", version=__version__)
     runs.add("other", version="0.0.9", acc=0.5)
 
-    other, same = find_runs([runs.outputs])
+    # Whatever else has changed between the versions.
+    config = runs.add("stranger", version="9.0.0") / "config.yaml"
+    config.write_text("version: 9.0.0\nmodel: vit\n")
+
+    other, same, stranger = find_runs([runs.outputs])
 
     assert (other.state, other.acc_last) == ("incompatible", None)
     assert "0.0.9" in other.problem
     assert __version__ in other.problem
-    assert same.is_done
+    assert (stranger.state, "9.0.0" in stranger.problem) == ("incompatible", True)
+    assert same.state == "done"
 
 
 def test_looking_leaves_a_folder_as_it_was(runs):

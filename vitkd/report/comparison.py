@@ -9,7 +9,7 @@ from vitkd.report.controls import control_pairs
 from vitkd.report.experiments import Experiment
 from vitkd.report.formatting import count
 from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std, summarise
-from vitkd.report.verdicts import MIN_SEEDS, Outcome, Spread, Verdict, judge, needed_for
+from vitkd.report.verdicts import MIN_SEEDS, Outcome, Spread, Verdict, judge, seeds_to_detect
 from vitkd.statistics import holm
 
 BASELINE = Verdict(Outcome.BASELINE, "baseline")
@@ -109,7 +109,7 @@ def compare(experiment: Experiment) -> Comparison:
             agreement=summary_of(arm, "agreement"),
             wall_seconds=summary_of(arm, "wall_seconds"),
             spread=spreads[i],
-            needed=needed_for_gain(gains[i], spreads[i]),
+            needed=seeds_to_detect(gains[i], spreads[i]),
             verdict=BASELINE if arm.is_baseline else judge(gains[i], corrected[i], spreads[i]),
         )
         for i, arm in enumerate(arms)
@@ -129,7 +129,7 @@ def contrasts_of(experiment: Experiment) -> list[Contrast]:
     corrected = holm([gain.p for gain in gains])
     spreads = spreads_of(experiment.baseline, gains)
     return [
-        Contrast(*pair, gain, p_holm, needed_for_gain(gain, spread), judge(gain, p_holm, spread))
+        Contrast(*pair, gain, p_holm, seeds_to_detect(gain, spread), judge(gain, p_holm, spread))
         for pair, gain, p_holm, spread in zip(pairs, gains, corrected, spreads, strict=True)
     ]
 
@@ -139,13 +139,6 @@ def gain_over(baseline: Arm | None, arm: Arm, metric: str) -> Gain | None:
     if baseline is None or arm.is_baseline:
         return None
     return paired_gain(arm.metric(metric), baseline.metric(metric))
-
-
-def needed_for_gain(gain: Gain | None, spread: Spread | None) -> int | None:
-    """Seeds that detect a gap of the observed size; None if unknown or too many."""
-    if gain is None or gain.difference.mean is None or spread is None:
-        return None
-    return needed_for(gain.difference.mean, spread)
 
 
 def spreads_of(baseline: Arm | None, gains: Sequence[Gain | None]) -> list[Spread | None]:

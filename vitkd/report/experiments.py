@@ -57,7 +57,7 @@ class Experiment:
 
 def find_experiments(runs: Iterable[Run]) -> list[Experiment]:
     """The experiments of the finished runs, those with the most runs first; teachers are left out."""
-    students = [run for run in runs if run.is_done and not run.is_teacher]
+    students = [run for run in runs if run.state == "done" and not run.is_teacher]
     groups = group_by(students, lambda run: tuple(experiment_settings(run.settings).items()))
     settings = [dict(key) for key in groups]
     experiments = [

@@ -37,8 +37,8 @@ READING = (
     "p (Holm) is corrected for all arms of the section; comparisons with controls are corrected separately."
     f" A gain is called real, or an arm harmful, if p (Holm) is at most 0.05 with {MIN_SEEDS} seeds or more.",
     "The number of seeds that a gap needs is for a true gap of the observed size, itself uncertain: power"
-    " 0.8, paired t test at 5 %, uncorrected. With fewer than three seeds the spread of other arms is used, or"
-    " that of the student alone.",
+    " 0.8, paired t test at 5 %, uncorrected. With fewer than three seeds the spread of other arms, or"
+    " of the student alone, is used.",
     f"The bootstrap interval (expanded BCa, 9,999 resamples, fixed seed) needs {MIN_TO_RESAMPLE} seeds. It is"
     " nominally a 95 % interval, but with few seeds too narrow: its coverage for normally distributed"
     f" differences is {COVERAGE} seeds. Verdicts use Student's t.",

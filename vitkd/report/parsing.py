@@ -25,18 +25,22 @@ MAX_LINE = 200
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def read_config(path: Path) -> dict[str, Any] | None:
-    """A run's resolved configuration; None if the file holds anything else."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty one if the file is absent, too large or holds something else."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            return None
+            return {}
         config = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None
-    if not isinstance(config, dict) or not all(isinstance(config.get(g), dict) for g in REQUIRED_GROUPS):
-        return None
-    is_run = type(config.get("seed")) is int and number(config.get("alpha")) is not None
-    return config if is_run and is_bounded(config) else None
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def is_of_a_run(config: Mapping[str, Any]) -> bool:
+    """Whether it is the resolved configuration of a run, and safe to flatten."""
+    has_groups = all(isinstance(config.get(group), dict) for group in REQUIRED_GROUPS)
+    has_numbers = type(config.get("seed")) is int and number(config.get("alpha")) is not None
+    return has_groups and has_numbers and is_bounded(config)
 
 
 def is_bounded(config: Mapping[Any, Any]) -> bool:

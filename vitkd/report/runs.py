@@ -17,7 +17,17 @@ from filelock import FileLock, Timeout
 from vitkd import __version__
 from vitkd.errors import ConfigError
 from vitkd.report.curves import Curves, read_curves
-from vitkd.report.parsing import Settings, flatten, integer, number, one_line, percent, read_config, read_json
+from vitkd.report.parsing import (
+    Settings,
+    flatten,
+    integer,
+    is_of_a_run,
+    number,
+    one_line,
+    percent,
+    read_config,
+    read_json,
+)
 from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
 
 FOLDERS_WITHOUT_RUNS = {"checkpoints", "stacks", "sweeps", "report", "explain"}
@@ -80,10 +90,6 @@ class Run:
         return read_curves(self.path / "metrics.csv")
 
     @property
-    def is_done(self) -> bool:
-        return self.state == "done"
-
-    @property
     def attention_weight(self) -> float:
         """Weight of the attention loss beside another transfer loss; above 0 for method=token only."""
         return number(self.settings.get("method.attention_weight")) or 0.0
@@ -142,12 +148,13 @@ def recorded_folders(sweep: Path) -> Iterator[Path]:
 def read_run(path: Path) -> Run:
     """The run in the folder `path`, in whatever state; `problem` says what cannot be read."""
     config = read_config(path / "config.yaml")
+    problem = "" if is_of_a_run(config) else "config.yaml is cut or not a run's"
     if not any((path / name).is_file() for name in ("status.json", "metrics.json")):
-        return Run(path, "foreign", "no status.json" if config else "config.yaml is cut or not a run's")
-    if config is None:
-        return Run(path, "damaged", "config.yaml is cut or not a run's")
-    if problem := version_problem(config):
-        return Run(path, "incompatible", problem)
+        return Run(path, "foreign", problem or "no status.json")
+    if other_version := version_problem(config):
+        return Run(path, "incompatible", other_version)
+    if problem:
+        return Run(path, "damaged", problem)
     settings, status = flatten(config), read_json(path / "status.json")
     run = Run(
         path,
@@ -164,13 +171,15 @@ def read_run(path: Path) -> Run:
         finished=str(status.get("time", "")),
         is_teacher=bool(STORED_TEACHER.fullmatch(path.resolve().as_posix())),
     )
-    return with_metrics(run, read_json(path / "metrics.json")) if run.is_done else run
+    return with_metrics(run, read_json(path / "metrics.json")) if run.state == "done" else run
 
 
 def version_problem(config: Mapping[str, Any]) -> str:
     """One line that names both versions if another version of vitkd made the run; else empty."""
-    version = config.get("version", __version__)
-    return "" if version == __version__ else f"made by vitkd {one_line(version)}, this is vitkd {__version__}"
+    version = config.get("version")
+    if not isinstance(version, str) or version == __version__:
+        return ""
+    return f"made by vitkd {one_line(version)}, this is vitkd {__version__}"
 
 
 def with_metrics(run: Run, metrics: Mapping[str, Any]) -> Run:

@@ -111,7 +111,7 @@ def bootstrap_interval(differences: Sequence[float], seed: int = 0) -> Interval 
 
     BCa (Efron 1987) alone covers the mean of 5 normal values in 84 % of cases, not 95 %: resamples vary by
     √((n − 1)/n) too little and their quantiles are normal, not Student's t. Expanding the nominal level by
-    both (Hesterberg 2015, section 3.3) gives `BOOTSTRAP_COVERAGE`.
+    both (Hesterberg 2015) gives `BOOTSTRAP_COVERAGE`.
     """
     n = len(differences)
     if n < MIN_TO_RESAMPLE or standard_deviation(differences) == 0:

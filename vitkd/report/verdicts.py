@@ -53,12 +53,12 @@ def judge(gain: Gain | None, p_holm: float | None, spread: Spread | None) -> Ver
     if mean is None:
         return Verdict(Outcome.NOT_COMPARABLE, "no seed shared with the student alone")
     if n < MIN_SEEDS:
-        hint = "" if spread is None else f"; {seeds_hint(mean, spread)}"
+        hint = "" if spread is None else f"; {seeds_hint(gain, spread)}"
         return Verdict(Outcome.TOO_FEW, f"too few seeds ({n}); at least {MIN_SEEDS} are needed{hint}")
     assert p_holm is not None
     if p_holm <= LEVEL:
         return Verdict(Outcome.REAL, "real gain") if mean > 0 else Verdict(Outcome.HURTS, "hurts")
-    hint = seeds_hint(mean, spread)
+    hint = seeds_hint(gain, spread)
     if gain.difference.std == 0 and mean:
         hint = "equal in every seed, so only more seeds can show"
     elif gain.p is not None and gain.p <= LEVEL:
@@ -66,17 +66,19 @@ def judge(gain: Gain | None, p_holm: float | None, spread: Spread | None) -> Ver
     return Verdict(Outcome.NO_EVIDENCE, f"no evidence; {hint}")
 
 
-def seeds_hint(gap: float, spread: Spread | None) -> str:
+def seeds_hint(gain: Gain, spread: Spread | None) -> str:
     """How many seeds a gap needs, in words."""
-    if round(gap, 2) == 0:
+    if round(gain.difference.mean or 0.0, 2) == 0:
         return "no difference"
     if spread is None:
         return "more seeds are needed"
-    needed = needed_for(gap, spread)
+    needed = seeds_to_detect(gain, spread)
     return f"this gap needs {f'{needed:,}' if needed else f'more than {MAX_SEEDS:,}'} seeds"
 
 
-def needed_for(gap: float, spread: Spread) -> int | None:
-    """Seeds that detect a true `gap` with power 0.8, at least `MIN_SEEDS`; None if too many."""
-    seeds = seeds_needed(gap, spread.std)
+def seeds_to_detect(gain: Gain | None, spread: Spread | None) -> int | None:
+    """Seeds that detect a gap of the observed size with power 0.8; None if unknown or too many."""
+    if gain is None or gain.difference.mean is None or spread is None:
+        return None
+    seeds = seeds_needed(gain.difference.mean, spread.std)
     return None if seeds is None else max(seeds, MIN_SEEDS)

@@ -5,8 +5,7 @@ import matplotlib
 from vitkd.report.comparison import Comparison
 from vitkd.report.figures.drawing import STYLE, PlotGroup
 from vitkd.report.figures.fidelity import fidelity
-from vitkd.report.figures.gains import gains
-from vitkd.report.figures.heat_map import heat_map
+from vitkd.report.figures.gains import gains, heat_map
 from vitkd.report.figures.learning_curves import learning_curves
 from vitkd.report.figures.over_alpha import accuracy_over_alpha, gradient_ratios
 
