@@ -213,6 +213,20 @@ def test_explained_runs_are_in_a_picture_of_their_own_and_in_that_of_their_loss(
     assert len({plot.description for plot in fidelity.plots}) == 3
 
 
+def test_runs_on_labels_alone_are_hollow_dots(runs):
+    for seed in range(3):
+        runs.add(seed=seed, alpha=1.0, curves=curves(0.8 + 0.01 * seed))
+    for seed in range(2):
+        runs.add(seed=seed, alpha=0.5, curves=curves(0.9 + 0.01 * seed))
+    (experiment,) = find_experiments(find_runs([runs.outputs]))
+
+    (plot,) = plot_groups(compare(experiment))[-1].plots
+
+    dots = re.findall(r'<use [^>]*style="([^"]*) stroke: var\(--series-0\)', plot.svg)
+    # The last is the legend's.
+    assert dots == ["fill-opacity: 0;"] * 3 + ["fill: var(--series-0); fill-opacity: 0.8;"] * 3
+
+
 @pytest.mark.parametrize(("epoch", "accuracy"), [("best", 80.0), ("last", 91.0)])
 def test_an_explained_run_stands_at_the_accuracy_of_its_epoch(epoch, accuracy):
     run = Run(Path("nowhere"), "done", acc_last=91.0, acc_best=80.0, fidelity=Fidelity(0.2, epoch))

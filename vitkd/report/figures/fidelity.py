@@ -103,17 +103,12 @@ def draw_dots(figure: Figure, distance: Distance, dots: Sequence[Dot], labels: S
     title = f"{distance.title}: {correlation(dots)}"
     axes = new_axes(figure, distance.axis_label, f"test accuracy, %\n({distance.epoch} epoch)", title)
     for number, label in enumerate(labels):
-        own = sorted((dot for dot in dots if dot.label == label), key=lambda dot: dot.is_hollow)
-        look = series(number)
-        axes.scatter(
-            [dot.distance for dot in own],
-            [dot.accuracy for dot in own],
-            25,
-            **look,
-            facecolors=["none" if dot.is_hollow else look["color"] for dot in own],
-            alpha=0.8,
-            label=label,
-        )
+        look = series(number) | {"linestyle": "", "alpha": 0.8}
+        for is_hollow in (True, False):
+            own = [dot for dot in dots if dot.label == label and dot.is_hollow == is_hollow]
+            at, accuracies = [dot.distance for dot in own], [dot.accuracy for dot in own]
+            look |= {"markerfacecolor": "none"} if is_hollow else {"markerfacecolor": None, "label": label}
+            axes.plot(at, accuracies, **look)
     lowest, highest = min(dot.distance for dot in dots), max(dot.distance for dot in dots)
     if lowest > 0 and highest / lowest > DECADES:
         axes.set_xscale("log")
