@@ -33,7 +33,8 @@ from benchmarks.harness import main as run
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.methods.maps.losses import KL, MSE, AttentionLoss
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
+from vitkd.methods.maps.streaming import STREAM_ABOVE
 from vitkd.models import ViT, ViTConfig
 
 GRANULARITIES: dict[str, Granularity] = {"head": Head(), "block": Block(), "encoder": Encoder()}
@@ -55,20 +56,22 @@ class Scene:
     teacher: ViT
     batch: Batch
 
-    def step(self, granularity: Granularity, loss: AttentionLoss, factors: bool) -> Step:
-        """A training step without its optimiser; with `factors` it streams."""
-        pairs = granularity.pairs(self.student.config, self.teacher.config)
-        transfer = AttentionTransfer(pairs, loss).to(self.batch.image.device)
-        return partial(training_step, self, transfer, factors)
+    def step(self, granularity: Granularity, loss: AttentionLoss, streams: bool) -> Step:
+        """A training step without its optimiser; it streams if `streams`, whatever the number of tokens."""
+        pairs = granularity.pairs(self.student.attention, self.teacher.attention)
+        objective = AttentionObjective(pairs, loss, tokens=STREAM_ABOVE + 1 if streams else 0)
+        return partial(training_step, self, objective)
 
 
-def training_step(scene: Scene, transfer: AttentionTransfer, factors: bool) -> None:
+def training_step(scene: Scene, objective: AttentionObjective) -> None:
     """What a step of `DistillModule` computes."""
+    batch = scene.batch
     with torch.no_grad():
-        theirs = scene.teacher.scores(scene.batch.image, transfer.teacher_blocks, factors)
-    ours = scene.student(scene.batch.image, transfer.student_blocks, factors)
-    task = F.cross_entropy(ours.logits, scene.batch.label)
-    (task + transfer.total(transfer(ours.scores, theirs))).backward()
+        teacher = scene.teacher(batch.image, objective.teacher_taps)
+    student = scene.student(batch.image, objective.student_taps)
+    class_loss = F.cross_entropy(student.logits, batch.label)
+    transfer_loss = objective.transfer(objective(batch, student, teacher)).mean()
+    (class_loss + transfer_loss).backward()
     scene.student.zero_grad()
 
 
@@ -134,8 +137,8 @@ def compare(
 ) -> list[Row]:
     """Both arms' memory, and the streamed one's time; ratios are to the materialised one."""
     arms = {
-        arm: scene.step(granularity, loss, factors)
-        for arm, factors in {"materialised": False, "streamed": True}.items()
+        arm: scene.step(granularity, loss, streams)
+        for arm, streams in {"materialised": False, "streamed": True}.items()
     }
     mib = {arm: [peak_bytes(step, settings.device) / MIB] for arm, step in arms.items()}
     times = interleave(arms, settings, warmup=1)

@@ -34,10 +34,12 @@ from benchmarks.harness import main as run
 from vitkd.cli.console import start_logging
 from vitkd.config import Config
 from vitkd.data import Batch
+from vitkd.methods.base import DataFacts
 from vitkd.runs.folder import RunFolder
+from vitkd.train.build import build_module
 from vitkd.train.fit import fit
 from vitkd.train.job import load_data
-from vitkd.train.module import ClassifyModule, measures, trained_by
+from vitkd.train.module import DistillModule, trained_by
 
 ROOT = Path(__file__).parents[1]
 STEP_BAR, START_BAR = Bar(0.15), Bar(5)
@@ -91,11 +93,13 @@ def steps(settings: Settings, title: str, method: str) -> list[Row]:
     return rows
 
 
-def build(config: Config, device: torch.device) -> ClassifyModule:
+def build(config: Config, device: torch.device) -> DistillModule:
     """The configuration's module; student and teacher, if it has one, with random weights."""
     teacher = config.teacher.model.build() if config.method.needs_teacher else None
     student = config.student.build()
-    return config.method.module(student, teacher, config, lambda: torch.empty(0)).to(device).train()
+    # Neither method looks at the data before it trains.
+    facts = DataFacts(0, config.student.num_classes, lambda: torch.empty(0))
+    return build_module(config, student, teacher, facts).to(device).train()
 
 
 def bare(config: Config, device: torch.device) -> float:
@@ -104,7 +108,7 @@ def bare(config: Config, device: torch.device) -> float:
     optimizer = config.optimizer.build(module.model.parameters())
 
     def step(batch: Batch) -> None:
-        module.terms(batch).total.backward()
+        module.losses(batch).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -119,10 +123,10 @@ def own_work(config: Config, device: torch.device) -> float:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.schedule.factor(step, total))
 
     def step(batch: Batch) -> None:
-        terms = module.terms(batch)
-        module.guard.watch(terms.named_losses(), batch.index)
-        module.train_meter.add(measures(terms, batch), len(batch.label))
-        terms.total.backward()
+        losses = module.losses(batch)
+        module.guard.watch(losses.terms(), batch.index)
+        module.window.meter.add(module.measures(losses, batch.label), len(batch.label))
+        losses.total.backward()
         if not module.guard.hold_back(optimizer, trained_by(optimizer)):
             module.guard.check(0, 0)
         optimizer.step()
@@ -168,12 +172,12 @@ class Stopwatch(Callback):
 class Plain(L.LightningModule):
     """A module's losses and optimiser, none of its other hooks."""
 
-    def __init__(self, module: ClassifyModule, config: Config) -> None:
+    def __init__(self, module: DistillModule, config: Config) -> None:
         super().__init__()
         self.module, self.config = module, config
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.module.terms(batch).total
+        return self.module.losses(batch).total
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.config.optimizer.build(self.module.model.parameters())

@@ -50,7 +50,7 @@ from vitkd.config import Config
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity
 from vitkd.methods.maps.losses import KL, AttentionLoss
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.models import ViT, ViTConfig, count_parameters
 from vitkd.train.cuda_graph import WARM_UP
 
@@ -141,16 +141,16 @@ def vitkd_arms(config: Config, teacher: ViT, batch: Batch, granularity: Granular
 def ours(config: Config, teacher: ViT, batch: Batch, granularity: Granularity) -> Arm:
     """vitkd's own step."""
     student = subject.build_student(config, batch.image.device)
-    transfer = subject.transfer_of(student, teacher, granularity, KL())
-    scores = partial(subject.recorded, teacher, transfer.teacher_blocks)
-    return Arm(student, partial(subject.distilled_loss, student, transfer, scores, batch, config.alpha))
+    objective = subject.objective_of(student, teacher, granularity, KL())
+    scores = partial(subject.recorded, teacher, objective.teacher_taps.scores)
+    return Arm(student, partial(subject.distilled_loss, student, objective, scores, batch, config.alpha))
 
 
 def torchdistill_box(config: Config, teacher: ViT, batch: Batch, granularity: Granularity) -> Arm:
     """Hooks on the softmax's input, as torchdistill's configuration files set them; its own loss box."""
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
     student = subject.build_student(config, batch.image.device)
-    transfer = subject.transfer_of(student, teacher, granularity, KL())
+    objective = subject.objective_of(student, teacher, granularity, KL())
     their_teacher, their_student = twin(teacher), twin(student)
     box = DistillationBox(
         their_teacher.requires_grad_(False).eval(),
@@ -158,11 +158,11 @@ def torchdistill_box(config: Config, teacher: ViT, batch: Batch, granularity: Gr
         dataset_dict={},
         train_config={
             "num_epochs": 1,
-            "teacher": {"requires_grad": False, **hooked(transfer.teacher_blocks)},
-            "student": hooked(transfer.student_blocks),
+            "teacher": {"requires_grad": False, **hooked(objective.teacher_taps.scores)},
+            "student": hooked(objective.student_taps.scores),
             "criterion": {
                 "key": "WeightedSumLoss",
-                "kwargs": {"sub_terms": loss_terms(transfer, config.alpha)},
+                "kwargs": {"sub_terms": loss_terms(objective, config.alpha)},
             },
         },
         device=batch.image.device,
@@ -181,7 +181,7 @@ def hooked(blocks: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def loss_terms(transfer: AttentionTransfer, alpha: float) -> dict[str, Any]:
+def loss_terms(objective: AttentionObjective, alpha: float) -> dict[str, Any]:
     """torchdistill's configuration of alpha·L_class + (1 − alpha)·L_att."""
     labels = {
         "criterion": {"key": "CrossEntropyLoss", "kwargs": {}},
@@ -189,12 +189,12 @@ def loss_terms(transfer: AttentionTransfer, alpha: float) -> dict[str, Any]:
         "weight": alpha,
     }
     terms = {"labels": labels}
-    for pair in transfer.pairs:
+    for pair in objective.pairs:
         scores = {"is_from_teacher": True, "module_path": softmax_of(pair.teacher_block), "io": "input"}
         terms[f"maps of block {pair.student_block}"] = {
-            "criterion": {"key": "FirstHeads", "kwargs": {"loss": transfer.loss}},
+            "criterion": {"key": "FirstHeads", "kwargs": {"loss": objective.loss}},
             "criterion_wrapper": compared(softmax_of(pair.student_block), "input", scores),
-            "weight": (1 - alpha) / len(transfer.pairs),
+            "weight": (1 - alpha) / len(objective.pairs),
         }
     return terms
 
@@ -225,10 +225,10 @@ def softmax_of(block: int) -> str:
 def vit_pytorch_recorder(config: Config, teacher: ViT, batch: Batch, granularity: Granularity) -> Arm:
     """The teacher in a Recorder, the student's maps by plain hooks."""
     student = subject.build_student(config, batch.image.device)
-    transfer = subject.transfer_of(student, teacher, granularity, KL())
+    objective = subject.objective_of(student, teacher, granularity, KL())
     recorder, their_student = Recorder(twin(teacher).requires_grad_(False).eval()), twin(student)
     kept: dict[int, Tensor] = {}
-    for block in transfer.student_blocks:
+    for block in objective.student_taps.scores:
         hook = partial(keep, kept, block)
         their_student.get_submodule(softmax_of(block)).register_forward_hook(hook)
 
@@ -238,7 +238,7 @@ def vit_pytorch_recorder(config: Config, teacher: ViT, batch: Batch, granularity
             _, weights = recorder(batch.image)
         divergences = [
             divergence(weights[:, pair.teacher_block, : len(pair.student_heads)], kept[pair.student_block])
-            for pair in transfer.pairs
+            for pair in objective.pairs
         ]
         attention = torch.stack(divergences).mean()
         return config.alpha * F.cross_entropy(logits, batch.label) + (1 - config.alpha) * attention

@@ -24,7 +24,7 @@ from vitkd.config import Config
 from vitkd.data import Batch
 from vitkd.models import ViT
 from vitkd.train.cuda_graph import GraphedStep, set_capturable
-from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
 from vitkd.train.stacked.optimization import StackedAdamW
 
@@ -138,18 +138,18 @@ def stacked(
     own_order = [student % orders for student in range(count)]
     module = StackedModule(students(config, teacher, count), own_order, range(count), device)
     module.to(device).train()
-    optimizer = ready(StackedAdamW(module.model.parameters(), module.paces), teacher)
+    optimizer = ready(StackedAdamW(module.model.parameters(), module.optim_settings), teacher)
     batches = [subject.random_batch(config, device) for _ in range(orders)]
     batch = batches[0] if orders == 1 else Batch(*map(torch.stack, zip(*batches, strict=True)))
     return partial(way(partial(train, module, optimizer)), batch)
 
 
-def train(module: ClassifyModule, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+def train(module: DistillModule, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     """One training step."""
     optimizer.zero_grad()
     if isinstance(module, StackedModule):
         module.streams.next_step()
-    module.terms(batch).total.sum().backward()
+    module.losses(batch).total.sum().backward()
     optimizer.step()
 
 
@@ -166,11 +166,11 @@ def students(config: Config, teacher: ViT, count: int) -> list[DistillModule]:
     return [
         DistillModule(
             student := subject.build_student(config, device_of(teacher)),
-            teacher,
-            subject.transfer_of(student, teacher, GRANULARITIES[granularity], LOSSES[loss]),
-            config.alpha,
             config.optimizer,
             config.schedule,
+            teacher=teacher,
+            objective=subject.objective_of(student, teacher, GRANULARITIES[granularity], LOSSES[loss]),
+            alpha=config.alpha,
         ).train()
         for loss, granularity in cells
     ]

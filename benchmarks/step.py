@@ -24,8 +24,7 @@ from vitkd.config import Config
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.methods.maps.losses import CE, KL, MSE, AttentionLoss
-from vitkd.models import ViT
-from vitkd.models.base import Answer
+from vitkd.models import Taps, ViT
 from vitkd.train.teacher_cache import TeacherCache
 
 GRANULARITIES: dict[str, Granularity] = {"head": Head(), "block": Block(), "encoder": Encoder()}
@@ -102,31 +101,28 @@ def distilled(
 ) -> Step:
     """A step on labels and attention."""
     student = subject.build_student(config, batch.image.device)
-    transfer = subject.transfer_of(student, teacher, granularity, loss)
-    scores = partial(subject.recorded, teacher, transfer.teacher_blocks)
-    total = partial(subject.distilled_loss, student, transfer, scores, batch, config.alpha)
+    objective = subject.objective_of(student, teacher, granularity, loss)
+    scores = partial(subject.recorded, teacher, objective.teacher_taps.scores)
+    total = partial(subject.distilled_loss, student, objective, scores, batch, config.alpha)
     return subject.training_step([*student.parameters()], config.optimizer, total)
 
 
 def cached(config: Config, teacher: ViT, batch: Batch) -> Step:
     """As block kl, the teacher's scores looked up."""
     student = subject.build_student(config, batch.image.device)
-    transfer = subject.transfer_of(student, teacher, Block(), KL())
-    cache = filled_cache(teacher, transfer.teacher_blocks, batch)
-    total = partial(
-        subject.distilled_loss, student, transfer, lambda b: cache.scores(b.index), batch, config.alpha
-    )
+    objective = subject.objective_of(student, teacher, Block(), KL())
+    cache = filled_cache(teacher, objective.teacher_taps, batch)
+    scores = lambda each: cache.answer(each.index).scores  # noqa: E731
+    total = partial(subject.distilled_loss, student, objective, scores, batch, config.alpha)
     return subject.training_step([*student.parameters()], config.optimizer, total)
 
 
-def filled_cache(teacher: ViT, blocks: Sequence[int], batch: Batch) -> TeacherCache:
+def filled_cache(teacher: ViT, taps: Taps, batch: Batch) -> TeacherCache:
     """What the teacher says of a data set that is the batch, again and again."""
     size = len(batch.label)
     batches = [batch._replace(index=batch.index + n * size) for n in range(BATCHES_IN_CACHE)]
     images = torch.cat([each.index for each in batches])
-    return TeacherCache.fill(
-        lambda image: Answer(teacher.scores(image, blocks)), batches, images, size=len(images)
-    )
+    return TeacherCache.fill(lambda image: teacher(image, taps), batches, images, size=len(images))
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:

@@ -16,8 +16,8 @@ from vitkd.config import CONF_DIR, Config, parse
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Granularity
 from vitkd.methods.maps.losses import AttentionLoss
-from vitkd.methods.maps.objective import AttentionTransfer
-from vitkd.models import ViT
+from vitkd.methods.maps.objective import AttentionObjective
+from vitkd.models import Taps, ViT
 from vitkd.optim import AdamW
 from vitkd.train.cuda_graph import GraphedStep, set_capturable
 
@@ -60,19 +60,20 @@ def build_student(config: Config, device: torch.device) -> ViT:
     return config.student.build().to(device)
 
 
-def transfer_of(
+def objective_of(
     student: ViT, teacher: ViT, granularity: Granularity, loss: AttentionLoss
-) -> AttentionTransfer:
+) -> AttentionObjective:
     """What learns from what, and how it is compared."""
-    return AttentionTransfer(granularity.pairs(student.config, teacher.config), loss)
+    return AttentionObjective(granularity.pairs(student.attention, teacher.attention), loss)
 
 
 def distilled_loss(
-    student: ViT, transfer: AttentionTransfer, teacher_scores: TeacherScores, batch: Batch, alpha: float
+    student: ViT, objective: AttentionObjective, teacher_scores: TeacherScores, batch: Batch, alpha: float
 ) -> Tensor:
     """alpha·L_class + (1 − alpha)·L_att of one batch."""
-    output = student(batch.image, record=transfer.student_blocks)
-    attention = transfer.total(transfer(output.scores, teacher_scores(batch)))
+    output = student(batch.image, objective.student_taps)
+    values = objective.compare(output.scores, teacher_scores(batch))
+    attention = objective.transfer({"map_loss": values}).mean()
     return alpha * F.cross_entropy(output.logits, batch.label) + (1 - alpha) * attention
 
 
@@ -103,6 +104,7 @@ def training_step(
 
 
 @torch.no_grad()
-def recorded(teacher: ViT, blocks: Sequence[int], batch: Batch) -> dict[int, Tensor]:
+def recorded(teacher: ViT, blocks: Sequence[int], batch: Batch) -> Mapping[int, Tensor]:
     """The teacher's scores of `blocks`, at the least cost."""
-    return teacher.scores(batch.image, blocks)
+    scores: Mapping[int, Tensor] = teacher(batch.image, Taps(scores=tuple(blocks), logits=False)).scores
+    return scores

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Bar, Row, Settings, Spread
-from vitkd.models import ViTConfig
+from vitkd.models import Taps, ViTConfig
 
 BENCHMARKS = ["step", "data", pytest.param("overhead", marks=pytest.mark.slow), "peers"]
 QUICK = Settings(torch.device("cpu"), quick=True, rounds=2)
@@ -78,9 +78,11 @@ def test_cached_scores_are_the_teachers():
     batch = step.subject.random_batch(config, QUICK.device)
     teacher = step.subject.build_teacher(config, QUICK.device)
 
-    cache = step.filled_cache(teacher, [1], batch)
+    taps = Taps(scores=(1,), logits=False)
 
-    torch.testing.assert_close(cache.scores(batch.index)[1], teacher.scores(batch.image, [1])[1])
+    cache = step.filled_cache(teacher, taps, batch)
+
+    torch.testing.assert_close(cache.answer(batch.index).scores[1], teacher(batch.image, taps).scores[1])
 
 
 def test_every_arm_runs_once_a_round_in_changing_order():

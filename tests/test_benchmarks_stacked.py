@@ -28,7 +28,7 @@ from benchmarks.evidence_table import (
     write_rounded,
 )
 from benchmarks.harness import Row, Settings
-from vitkd.models import ViTConfig
+from vitkd.models import Taps, ViTConfig
 
 QUICK = Settings(torch.device("cpu"), quick=True, rounds=2)
 SHAPE = ViTConfig(
@@ -89,7 +89,7 @@ def test_the_students_of_a_stack_have_mixed_cells_and_equal_ones_are_neighbours(
 
     modules = stack.students(config, subject.build_teacher(config, QUICK.device), 11)
 
-    cells = [(type(m.transfer.loss).__name__, tuple(m.transfer.names)) for m in modules]
+    cells = [(type(m.objective.loss).__name__, m.objective.curves) for m in modules]
     assert len(set(cells)) == 9
     assert sum(a != b for a, b in pairwise(cells)) == 8
 
@@ -112,11 +112,12 @@ def counted(compute) -> int:
 def test_the_operations_are_those_that_pytorch_counts(changes):
     shape = replace(SHAPE, **changes)
     model, images = shape.build(), torch.randn(2, 3, 16, 16)
-    every_block = range(shape.depth)  # fused attention is not counted on every device
+    # Fused attention is not counted on every device.
+    every_block = Taps(scores=tuple(range(shape.depth)))
 
     with torch.no_grad():
         forward = counted(lambda: model(images, every_block))
-        scores = counted(lambda: model.scores(images, every_block))
+        scores = counted(lambda: model(images, every_block._replace(logits=False)))
     training = counted(lambda: model(images, every_block).logits.sum().backward())
 
     assert forward == 2 * flops.forward_flops(shape)

@@ -14,6 +14,7 @@ from tests import crashes
 from tests.crashes import Strike
 from vitkd.data.hashing import key_of, random_bits
 from vitkd.errors import RunError
+from vitkd.models import Taps
 from vitkd.train.guard import FiniteGuard
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
@@ -38,9 +39,11 @@ def test_recorded_scores_equal_the_cpus(tiny):
     model = tiny().build().eval()
     images = torch.randn(4, 3, 8, 8)
 
-    on_cpu = model.scores(images, [0, 2])
-    on_gpu = model.cuda().scores(images.cuda(), [0, 2])
+    taps = Taps(scores=(0, 2), logits=False)
+    on_cpu = model(images, taps).scores
+    on_gpu = model.cuda()(images.cuda(), taps).scores
 
+    assert on_cpu.keys() == {0, 2}
     for block, scores in on_cpu.items():
         torch.testing.assert_close(on_gpu[block].cpu(), scores, atol=1e-5, rtol=1e-5)
 
@@ -50,7 +53,7 @@ def test_locality_attentions_fused_path_is_the_recorded_one(tiny):
     images = torch.randn(4, 3, 8, 8, device="cuda")
 
     with torch.no_grad():
-        fused, recorded = model(images).logits, model(images, record=[0, 1, 2]).logits
+        fused, recorded = model(images).logits, model(images, Taps(scores=(0, 1, 2))).logits
 
     torch.testing.assert_close(fused, recorded, atol=1e-4, rtol=1e-4)
 
@@ -76,7 +79,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path):
         return load_file(folder / "outputs" / "digits" / "run" / "student.safetensors")
 
     assert crashes.run(settings, tmp_path / "whole").code == 0
-    killed = crashes.run([*settings, "checkpoint_minutes=0"], tmp_path / "killed", Strike(step, 15))
+    # The first ten are the teacher's.
+    killed = crashes.run([*settings, "checkpoint_minutes=0"], tmp_path / "killed", Strike(step, 25))
     assert killed.code == -signal.SIGKILL
     assert crashes.run(settings, tmp_path / "killed").code == 0
 
@@ -215,7 +219,7 @@ def test_a_stack_of_several_temperatures_ends_as_its_students_alone(command, tmp
 def test_a_stack_that_a_gpu_has_saved_goes_on_on_the_cpu_and_back(tmp_path):
     settings = ["-m", "hydra/launcher=stacked", "seed=0,1", "trainer.max_epochs=2", "method=none"]
     settings += ["+trainer.limit_train_batches=6", "optimizer.lr=0.00${seed}1", "checkpoint_minutes=0"]
-    step = "vitkd.train.module:ClassifyModule.training_step"
+    step = "vitkd.train.module:DistillModule.training_step"
     # trainer=auto takes what there is.
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
 

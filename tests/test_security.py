@@ -256,7 +256,7 @@ def test_a_finished_runs_models_are_weights(file, bomb, finished, command, tmp_p
     is_refused(command("evaluate", f"run={run}"), file)
 
 
-@pytest.mark.parametrize("group", ["dataset", "loss", "method"])
+@pytest.mark.parametrize("group", ["dataset", "loss", "method", "weighting"])
 def test_a_finished_runs_config_names_no_code(group, hostile, finished, command, tmp_path):
     run = damaged(finished, tmp_path)
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -27,7 +27,7 @@ ALONE = [
 BESIDE_A_TEACHER = [*ALONE[1:], "teacher.depth=1", "teacher.max_epochs=1"]
 # One folder name a job, short enough for one line of the table.
 NAMED = "name=seed${seed}"
-STEP = "vitkd.train.module:ClassifyModule.training_step"
+STEP = "vitkd.train.module:DistillModule.training_step"
 STEPS_A_JOB = 4
 
 
@@ -112,9 +112,9 @@ def at_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
     """at_step(n, act) lets `act` happen before the nth training step of all jobs together."""
 
     def arrange(nth: int, act: Callable[[], None]) -> None:
-        from vitkd.train.module import ClassifyModule
+        from vitkd.train.module import DistillModule
 
-        original, calls = ClassifyModule.training_step, 0
+        original, calls = DistillModule.training_step, 0
 
         def step(*args: Any) -> Any:
             nonlocal calls
@@ -123,7 +123,7 @@ def at_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
                 act()
             return original(*args)
 
-        monkeypatch.setattr(ClassifyModule, "training_step", step)
+        monkeypatch.setattr(DistillModule, "training_step", step)
 
     return arrange
 

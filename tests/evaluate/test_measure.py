@@ -114,13 +114,13 @@ def test_each_head_is_measured_by_itself(sizes, two_headed, images):
 
     found = evaluate(two_headed, batches(images, labels, *sizes), CPU)
 
-    assert dict(found.of_tokens) == {"class_token": 5 / 11, "distillation_token": 3 / 11}
+    assert dict(found.by_head) == {"class_token": 5 / 11, "distillation_token": 3 / 11}
     assert found.accuracy == 1 / 11
     assert found.predictions.tolist() == [2] * 11
 
 
 def test_a_model_with_one_head_has_no_such_figures(model, images, labels):
-    assert evaluate(model, batches(images, labels, 11), CPU).of_tokens == {}
+    assert evaluate(model, batches(images, labels, 11), CPU).by_head == {}
 
 
 def test_the_heads_of_last_and_best_are_told_apart(two_headed, tiny, images, labels):
@@ -131,7 +131,7 @@ def test_the_heads_of_last_and_best_are_told_apart(two_headed, tiny, images, lab
     heads = {
         f"test/acc_{epoch}_{token}": value
         for epoch, each in (("last", two_headed), ("best", best))
-        for token, value in evaluate(each, data, CPU).of_tokens.items()
+        for token, value in evaluate(each, data, CPU).by_head.items()
     }
     assert len(heads) == 4
     assert heads.items() <= figures.items()

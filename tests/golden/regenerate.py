@@ -14,10 +14,11 @@ from vitkd.cli.console import start_logging
 from vitkd.config import CONF_DIR, Config, parse
 from vitkd.models import ViT
 from vitkd.runs.seeding import DROPOUT, WEIGHTS, seed_generators
+from vitkd.train.build import build_module, facts_of
 from vitkd.train.job import load_data
 
 FILE = Path(__file__).with_name("losses.json")
-TERMS = ("task", "transfer", "total")
+TERMS = ("class", "transfer", "total")
 GRANULARITIES = ("head", "block", "encoder")
 LOSSES = ("mse", "ce", "kl", "reverse_kl", "js")
 STEPS = 20
@@ -61,17 +62,20 @@ def train(config: Config) -> Losses:
     teacher = untrained_teacher(config) if config.method.needs_teacher else None
     seed_generators(config.seed, WEIGHTS, config.student)
     student = config.student.build()
-    module = config.method.module(student, teacher, config, lambda: data.first("train", 64).image)
+    module = build_module(config, student, teacher, facts_of(data))
     losses: Losses = {}
 
-    def terms(batch: Any) -> Any:
-        computed = type(module).terms(module, batch)
+    def recorded(batch: Any) -> Any:
+        computed = type(module).losses(module, batch)
+        terms = {"class": computed.class_loss, "total": computed.total}
+        if computed.transfer is not None:
+            terms["transfer"] = computed.transfer.loss
         for name in TERMS:
-            if (value := getattr(computed, name)) is not None:
-                losses.setdefault(name, []).append(value.item())
+            if name in terms:
+                losses.setdefault(name, []).append(terms[name].item())
         return computed
 
-    module.terms = terms
+    module.losses = recorded
     silent = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
     trainer = L.Trainer(**config.trainer | {"limit_val_batches": 0}, logger=False, **silent)
     seed_generators(config.seed, DROPOUT, config.student)

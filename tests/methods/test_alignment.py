@@ -8,16 +8,18 @@ from torch import Tensor
 
 from tests.methods.test_methods import plan
 from tests.methods.test_transfer import pool_queries_and_keys
+from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
-from vitkd.methods.maps.alignment import Alignment, align, without_distillation_token
+from vitkd.methods.maps.alignment import Alignment, align, without_prefix
 from vitkd.methods.maps.granularity import Encoder
 from vitkd.methods.maps.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
 from vitkd.methods.maps.matching import match_heads
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.maps.pairing import BlockPair
-from vitkd.models import ViTConfig
-from vitkd.models.layers import Factors
+from vitkd.methods.maps.streaming import STREAM_ABOVE
+from vitkd.models import AttentionLayout, ViTConfig
+from vitkd.models.output import QKV
 from vitkd.models.tokens import token_interpolation
 
 LOSSES = [MSE(), MSE(center="row"), CE(), KL(), KL(temperature=0.7), ReverseKL(), JS()]
@@ -45,6 +47,16 @@ def two(tiny, tokens: tuple[bool, bool], attentions: tuple[str, str]) -> tuple[V
     return student, teacher
 
 
+def aligned(student: ViTConfig, teacher: ViTConfig) -> Alignment:
+    """Of the first blocks of both."""
+    return align(student.attention_layouts()[0], teacher.attention_layouts()[0])
+
+
+def comparison(pair: BlockPair, loss: AttentionLoss, alignment: Alignment):
+    """From student scores and teacher scores to one value per image and map [B, P]."""
+    return AttentionObjective([pair], loss, [alignment]).compare
+
+
 def kept(x: Tensor, is_dropped: bool) -> Tensor:
     """[..., T, T] without row and column 1, where the distillation token stands."""
     if not is_dropped:
@@ -70,7 +82,7 @@ def divergence(loss: AttentionLoss, p: Tensor, q: Tensor) -> Tensor:
 
 
 def by_hand(loss: AttentionLoss, student: Tensor, teacher: Tensor, drops: tuple[bool, bool], masked: bool):
-    """One value per map [P]: softmax, leave out what the other has no like of, renormalise, compare."""
+    """[B, P]: softmax, leave out what the other has no like of, renormalise, compare."""
     if isinstance(loss, MSE):
         difference = kept(student, drops[0]) - kept(teacher, drops[1])
         tokens = difference.shape[-1]
@@ -78,14 +90,14 @@ def by_hand(loss: AttentionLoss, student: Tensor, teacher: Tensor, drops: tuple[
         rows = [difference[..., i, counts[i]] for i in range(tokens)]
         if loss.center == "row":
             rows = [row - row.mean(-1, keepdim=True) for row in rows]
-        return torch.cat(rows, dim=-1).square().mean((0, 2))
+        return torch.cat(rows, dim=-1).square().mean(-1)
     left = []
     for whole, drop in zip((teacher, student), drops[::-1], strict=True):
         weights = kept((whole / loss.temperature).softmax(-1), drop)
         if masked:
             weights = weights * (1 - torch.eye(weights.shape[-1], dtype=torch.float64))
         left.append(weights / weights.sum(-1, keepdim=True))
-    return divergence(loss, *left).mean((0, 2))
+    return divergence(loss, *left).mean(-1)
 
 
 class TestTokens:
@@ -95,7 +107,7 @@ class TestTokens:
         student, teacher = two(tiny, tokens, attentions)
         ours, theirs = scores(2, student.tokens), scores(2, teacher.tokens)
 
-        values = AttentionTransfer([PAIR], loss, align(student, teacher))({0: ours}, {0: theirs})
+        values = comparison(PAIR, loss, aligned(student, teacher))({0: ours}, {0: theirs})
 
         drops = (tokens == (True, False), tokens == (False, True))
         expected = by_hand(loss, ours, theirs[:, [1, 0]], drops, masked="lsa" in attentions)
@@ -107,35 +119,47 @@ class TestTokens:
         """Neither how the token looks at others nor how they look at it; without softmaxes of the whole."""
         student, teacher = two(tiny, (of == "student", of == "teacher"), ("msa", "msa"))
         maps = {"student": scores(2, student.tokens), "teacher": scores(2, teacher.tokens)}
-        transfer = AttentionTransfer([PAIR], loss, align(student, teacher))
-        before = transfer({0: maps["student"]}, {0: maps["teacher"]})
+        compare = comparison(PAIR, loss, aligned(student, teacher))
+        before = compare({0: maps["student"]}, {0: maps["teacher"]})
 
         maps[of][..., 1, :] += 5
         maps[of][..., :, 1] -= 7
 
-        torch.testing.assert_close(transfer({0: maps["student"]}, {0: maps["teacher"]}), before, **EXACT)
+        torch.testing.assert_close(compare({0: maps["student"]}, {0: maps["teacher"]}), before, **EXACT)
 
     @EVERY_LOSS
     def test_where_both_have_the_token_it_counts(self, loss, tiny):
         student, teacher = two(tiny, (True, True), ("msa", "msa"))
         ours, theirs = scores(2, 6), scores(2, 6)
-        transfer = AttentionTransfer([PAIR], loss, align(student, teacher))
-        before = transfer({0: ours}, {0: theirs})
+        compare = comparison(PAIR, loss, aligned(student, teacher))
+        before = compare({0: ours}, {0: theirs})
 
         ours[..., 1, 3] += 1
 
-        assert (transfer({0: ours}, {0: theirs}) - before).abs().min() > 1e-6
+        assert (compare({0: ours}, {0: theirs}) - before).abs().min() > 1e-6
 
     def test_what_is_taken_out_is_the_token_behind_the_class_token(self):
         numbers = torch.arange(9).reshape(1, 1, 3, 3)
 
-        assert without_distillation_token(numbers).tolist() == [[[[0, 2], [6, 8]]]]
-        factors = without_distillation_token(Factors(numbers, -numbers))
+        assert without_prefix(numbers, 1).tolist() == [[[[0, 2], [6, 8]]]]
+        factors = without_prefix(QKV(numbers, -numbers), 1)
         assert factors.q.tolist() == [[[[0, 1, 2], [6, 7, 8]]]]
         assert factors.k.tolist() == [[[[0, -1, -2], [-6, -7, -8]]]]
 
+    def test_however_many_they_are_and_whichever_model_has_more(self):
+        """Three tokens before the patches of 1×3 beside one: both that follow the class token go."""
+        more, fewer = (AttentionLayout(2, 4, (1, 3), prefix, (0,)) for prefix in (3, 1))
+        numbers = torch.arange(36).reshape(1, 1, 6, 6)
+
+        assert align(more, fewer) == Alignment(None, None, 2, 0)
+        assert align(fewer, more) == Alignment(None, None, 0, 2)
+        assert align(more, more) == Alignment()
+        assert without_prefix(numbers, 2)[0, 0].tolist() == [
+            [0, 3, 4, 5], [18, 21, 22, 23], [24, 27, 28, 29], [30, 33, 34, 35]
+        ]  # fmt: skip
+
     def test_plain_models_are_compared_as_they_are(self, tiny):
-        assert align(tiny(), tiny(depth=1)) == Alignment(None, None, False, False)
+        assert aligned(tiny(), tiny(depth=1)) == Alignment(None, None, 0, 0)
 
 
 class TestMask:
@@ -147,11 +171,11 @@ class TestMask:
     def test_the_diagonal_of_either_changes_neither_value_nor_gradient(self, tokens, attentions, loss, tiny):
         student, teacher = two(tiny, tokens, attentions)
         ours, theirs = scores(2, student.tokens), scores(2, teacher.tokens)
-        transfer = AttentionTransfer([PAIR], loss, align(student, teacher))
+        compare = comparison(PAIR, loss, aligned(student, teacher))
 
         def found(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
             leaf = ours.clone().requires_grad_()
-            values = transfer({0: leaf}, {0: theirs})
+            values = compare({0: leaf}, {0: theirs})
             values.sum().backward()
             return values.detach(), leaf.grad
 
@@ -169,21 +193,21 @@ class TestMask:
     @pytest.mark.parametrize("loss", LOSSES, ids=repr)
     def test_the_diagonal_stays_out_of_the_mean_of_several_teacher_maps(self, loss, tiny):
         """How much each would look at itself must not say how much each counts."""
-        alignment = align(*two(tiny, (False, False), ("msa", "lsa")))
+        alignment = aligned(*two(tiny, (False, False), ("msa", "lsa")))
         ours, theirs = scores(2, 5), scores(4, 5)
-        transfer = AttentionTransfer([GROUPED], loss, alignment)
-        before = transfer({0: ours}, {0: theirs})
+        compare = comparison(GROUPED, loss, alignment)
+        before = compare({0: ours}, {0: theirs})
 
         theirs.diagonal(dim1=-2, dim2=-1).add_(9 * torch.randn(3, 4, 5, dtype=torch.float64))
 
-        torch.testing.assert_close(transfer({0: ours}, {0: theirs}), before, **EXACT)
+        torch.testing.assert_close(compare({0: ours}, {0: theirs}), before, **EXACT)
 
     def test_plain_attention_has_none(self, tiny):
-        assert align(tiny(distillation_token=True), tiny()).allowed is None
+        assert aligned(tiny(distillation_token=True), tiny()).allowed is None
 
     def test_it_is_of_the_tokens_that_are_compared(self, tiny):
         for tokens in product((False, True), repeat=2):
-            allowed = align(*two(tiny, tokens, ("lsa", "msa"))).allowed
+            allowed = aligned(*two(tiny, tokens, ("lsa", "msa"))).allowed
             assert allowed.shape == ((6, 6) if all(tokens) else (5, 5))
             assert torch.equal(allowed, ~torch.eye(len(allowed), dtype=torch.bool))
 
@@ -200,17 +224,18 @@ def test_factors_give_what_scores_give(tokens, attentions, loss, tiny, monkeypat
             0.4 * torch.randn_like(torch.nn.utils.parameters_to_vector(model.parameters())),
             model.parameters(),
         )
-    transfer = AttentionTransfer(
-        Encoder().pairs(student.config, teacher.config), loss, align(student.config, teacher.config)
-    )
+    alignments = [align(*layouts) for layouts in zip(student.attention, teacher.attention, strict=True)]
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    blocks = range(3)
+    batch = Batch(images, torch.zeros(3).long(), torch.arange(3))
 
-    def found(factors: bool) -> tuple[Tensor, list[Tensor]]:
+    def found(streams: bool) -> tuple[Tensor, list[Tensor]]:
         student.zero_grad()
+        pairs, tokens = Encoder().pairs(student.attention, teacher.attention), STREAM_ABOVE + streams
+        objective = AttentionObjective(pairs, loss, alignments, tokens)
+        assert objective.streams == streams
         with torch.no_grad():
-            theirs = teacher.scores(images, blocks, factors)
-        values = transfer(student(images, blocks, factors).scores, theirs)
+            theirs = teacher(images, objective.teacher_taps)
+        values = objective(batch, student(images, objective.student_taps), theirs)["map_loss"]
         values.sum().backward()
         return values, [p.grad.clone() for p in student.parameters() if p.grad is not None]
 
@@ -235,7 +260,7 @@ def test_heads_are_matched_by_what_is_compared(of, loss, tiny):
     pair = BlockPair(0, 2, (0, 1, 2, 3), ((0,), (1,), (2,), (3,)))
 
     (matched,) = match_heads(
-        [pair], {0: maps["student"]}, {2: maps["teacher"]}, loss, align(student, teacher)
+        [pair], {0: maps["student"]}, {2: maps["teacher"]}, loss, [aligned(student, teacher)]
     )
     assert matched.teacher_heads == ((2,), (0,), (3,), (1,))
 
@@ -258,23 +283,31 @@ class TestResize:
         student = tiny(distillation_token=tokens[0], attention=attention)
         teacher = tiny(patch_size=2, distillation_token=tokens[1])
         ours, theirs = scores(2, student.tokens), scores(2, teacher.tokens)
-        alignment = align(student, teacher)
+        alignment = aligned(student, teacher)
 
-        of_mse, of_kl = (
-            AttentionTransfer([PAIR], loss, alignment)({0: ours}, {0: theirs}) for loss in (MSE(), KL())
-        )
+        of_mse, of_kl = (comparison(PAIR, loss, alignment)({0: ours}, {0: theirs}) for loss in (MSE(), KL()))
 
-        assert alignment[2:] == tokens
+        assert alignment[2:] == tuple(int(has_token) for has_token in tokens)
         counts = 1 - torch.eye(5, dtype=torch.float64) if attention == "lsa" else torch.ones(5, 5).double()
-        matrix = token_interpolation(4, 2).double()
+        matrix = token_interpolation((4, 4), (2, 2)).double()
         taught = matrix @ kept(theirs[:, [1, 0]], tokens[1]) @ matrix.mT
         squares = (kept(ours, tokens[0]) - taught).square() * counts
-        torch.testing.assert_close(of_mse, squares.sum((-2, -1)).mean(0) / counts.sum(), **EXACT)
+        torch.testing.assert_close(of_mse, squares.sum((-2, -1)) / counts.sum(), **EXACT)
         p = kept(theirs[:, [1, 0]].softmax(-1), tokens[1])
         p = pool_queries_and_keys((p / p.sum(-1, keepdim=True)).flatten(0, 1)).unflatten(0, (3, 2)) * counts
         q = kept(ours.softmax(-1), tokens[0]) * counts
         p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))
-        torch.testing.assert_close(of_kl, divergence(KL(), p, q).mean((0, 2)), **EXACT)
+        torch.testing.assert_close(of_kl, divergence(KL(), p, q).mean(-1), **EXACT)
+
+    def test_grids_need_not_be_square(self):
+        """With unequal grids no prefix but the class token is kept, even if both have as many."""
+        student, teacher = (AttentionLayout(2, 4, grid, 2, (0, 1)) for grid in ((2, 1), (4, 3)))
+
+        alignment = align(student, teacher)
+
+        assert torch.equal(alignment.resize, token_interpolation((4, 3), (2, 1)))
+        assert alignment[1:] == (None, 1, 1)
+        assert align(student, student._replace(grid=(1, 2))).resize.shape == (3, 3)
 
     def test_of_a_teacher_with_a_mask_is_refused(self, tiny):
         method, teacher = AttentionDistillation(resize="bilinear"), tiny(patch_size=2, attention="lsa")
@@ -288,11 +321,11 @@ class TestResize:
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @EVERY_LOSS
 def test_extreme_scores_stay_finite(loss, precision, tiny):
-    alignment = align(*two(tiny, (True, False), ("lsa", "lsa")))
+    alignment = aligned(*two(tiny, (True, False), ("lsa", "lsa")))
     student = (1e4 * torch.randint(-1, 2, (3, 2, 6, 6))).to(precision).requires_grad_()
     teacher = (1e4 * torch.randint(-1, 2, (3, 2, 5, 5))).to(precision)
 
-    value = AttentionTransfer([PAIR], loss, alignment)({0: student}, {0: teacher})
+    value = comparison(PAIR, loss, alignment)({0: student}, {0: teacher})
     value.sum().backward()
 
     assert value.isfinite().all()

@@ -7,7 +7,7 @@ from torch import Tensor
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.methods.maps.losses import CE, JS, KL, MSE, ReverseKL
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.optim import AdamW, Constant
 from vitkd.train.module import DistillModule
 
@@ -18,11 +18,13 @@ def gradients(tiny, granularity: Granularity, loss, alpha: float = 0.0) -> dict[
     """The student's gradients after one batch; those that are None count as zero."""
     student = tiny(depth=4, num_heads=HEADS, head_dim=HEAD_DIM, qkv_bias=True).build()
     teacher = tiny(depth=8, num_heads=4).build()
-    transfer = AttentionTransfer(granularity.pairs(student.config, teacher.config), loss)
-    module = DistillModule(student, teacher, transfer, alpha, AdamW(), Constant()).train()
+    objective = AttentionObjective(granularity.pairs(student.attention, teacher.attention), loss)
+    module = DistillModule(
+        student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=alpha
+    ).train()
     batch = Batch(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 3]), torch.arange(4))
 
-    module.terms(batch).total.backward()
+    module.losses(batch).total.backward()
 
     assert all(p.grad is None for p in teacher.parameters())
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in student.named_parameters()}

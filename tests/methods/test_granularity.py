@@ -1,15 +1,19 @@
 """What head, block and encoder choose, and which choices are refused."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from vitkd.errors import ConfigError
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.methods.maps.pairing import BlockPair
+from vitkd.models import AttentionLayout
 
-STUDENT = SimpleNamespace(depth=3, num_heads=2)
-TEACHER = SimpleNamespace(depth=6, num_heads=4)
+
+def layouts(*heads: int) -> list[AttentionLayout]:
+    """Of blocks with so many heads each."""
+    return [AttentionLayout(count, head_dim=4, grid=(2, 2), prefix=1, readers=(0,)) for count in heads]
+
+
+STUDENT, TEACHER = layouts(2, 2, 2), layouts(4, 4, 4, 4, 4, 4)
 
 
 def every_head(*blocks: tuple[int, int]) -> list[BlockPair]:
@@ -40,7 +44,7 @@ def test_the_chosen_maps(granularity: Granularity, pairs: list[BlockPair]):
 
 
 def test_a_student_deeper_than_its_teacher_learns_from_blocks_that_exist():
-    pairs = Encoder().pairs(SimpleNamespace(depth=5, num_heads=2), SimpleNamespace(depth=2, num_heads=2))
+    pairs = Encoder().pairs(layouts(2, 2, 2, 2, 2), layouts(2, 2))
 
     assert {pair.teacher_block for pair in pairs} == {0, 1}
 
@@ -81,11 +85,27 @@ def test_impossible_choices_are_refused_in_one_line(granularity: Granularity, wo
 
 @pytest.mark.parametrize("kind", [Block, Encoder])
 def test_more_student_heads_than_teacher_heads_fit_only_head_granularity(kind):
-    wide = SimpleNamespace(depth=3, num_heads=6)
+    wide = layouts(6, 6, 6)
     with pytest.raises(ConfigError, match="granularity=head"):
         kind().pairs(wide, TEACHER)
 
     assert Head(heads=[[5, 3]]).pairs(wide, TEACHER) == [BlockPair(2, 5, (5,), ((3,),))]
+
+
+def test_each_block_counts_its_own_heads():
+    """Of models whose blocks have more heads the deeper they lie."""
+    student, teacher = layouts(1, 2, 4), layouts(2, 4, 8)
+
+    assert Encoder(head_map="group_mean").pairs(student, teacher) == [
+        BlockPair(0, 0, (0,), ((0, 1),)),
+        BlockPair(1, 1, (0, 1), ((0, 1), (2, 3))),
+        BlockPair(2, 2, (0, 1, 2, 3), ((0, 1), (2, 3), (4, 5), (6, 7))),
+    ]
+    assert Head(blocks=[2], heads=[[3, 7]]).pairs(student, teacher) == [BlockPair(2, 2, (3,), ((7,),))]
+    with pytest.raises(ConfigError, match="the student has no head 3, only 0 to 1"):
+        Head(blocks=[1], heads=[[3, 0]]).pairs(student, teacher)
+    with pytest.raises(ConfigError, match="granularity=head"):
+        Block(teacher_blocks=[0]).pairs(student, teacher)
 
 
 def test_an_unknown_head_map_is_refused_with_the_known_ones():

@@ -1,24 +1,24 @@
 """Distillation of logits, against torchdistill's."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.methods.test_methods import facts, plan
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
-from vitkd.methods.logit import LogitDistillation, LogitTransfer
-from vitkd.methods.maps.granularity import Block
-from vitkd.methods.maps.losses import KL
-from vitkd.models import ModelOutput, ResNetConfig
-from vitkd.models.base import Answer
+from vitkd.methods.logit import LogitDistillation, LogitObjective
+from vitkd.models import Model, Output, ResNetConfig, Taps
 from vitkd.optim import AdamW, Constant
+from vitkd.train.build import build_module
 from vitkd.train.module import DistillModule
 
 
-def said(logits: torch.Tensor) -> tuple[ModelOutput, Answer]:
-    return ModelOutput(logits, {}), Answer({}, logits)
+def losses_of(objective: LogitObjective, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """The loss of each image [*S, B], from both models' logits."""
+    count = teacher.shape[-2]
+    batch = Batch(torch.empty(count, 3, 8, 8), torch.zeros(count).long(), torch.arange(count))
+    return objective.transfer(objective(batch, Output(student), Output(teacher)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -40,37 +40,47 @@ def test_the_loss_is_torchdistills(temperature, alpha):
     )
     expected = theirs({".": {"output": student}}, {".": {"output": teacher}}, labels)
 
-    transfer = LogitTransfer(temperature)
-    values = transfer.compare(said(student)[0], said(teacher)[1])
-    total = alpha * F.cross_entropy(student, labels) + (1 - alpha) * transfer.total(values)
+    losses = losses_of(LogitObjective(temperature), student, teacher)
+    total = alpha * F.cross_entropy(student, labels) + (1 - alpha) * losses.mean()
 
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_each_image_has_a_value_of_its_own(temperature):
+    """T²·Σ p (log p − log q), by hand."""
+    student, teacher = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    p, q = ((logits / temperature).exp() for logits in (teacher, student))
+    p, q = (weights / weights.sum(-1, keepdim=True) for weights in (p, q))
+
+    losses = losses_of(LogitObjective(temperature), student, teacher)
+
+    expected = temperature**2 * (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_stacked_logits_have_a_loss_each():
     student, teacher = torch.randn(3, 6, 5), torch.randn(6, 5)
-    transfer = LogitTransfer(2.0)
+    objective = LogitObjective(2.0)
 
-    together = transfer.total(transfer.compare(said(student)[0], said(teacher)[1]))
+    together = losses_of(objective, student, teacher)
 
-    assert together.shape == (3,)
+    assert together.shape == (3, 6)
     for own, logits in zip(together, student, strict=True):
-        torch.testing.assert_close(own, transfer.total(transfer.compare(said(logits)[0], said(teacher)[1])))
+        torch.testing.assert_close(own, losses_of(objective, logits, teacher))
 
 
 def test_a_step_pulls_towards_the_teachers_classes_and_records_no_map(tiny, monkeypatch):
     torch.manual_seed(0)
     student, teacher = tiny().build(), tiny(depth=4).build()
-    plan = SimpleNamespace(
-        granularity=Block(), loss=KL(), alpha=0.0, optimizer=AdamW(), schedule=Constant(), label_smoothing=0.0
-    )
-    module = LogitDistillation(temperature=2.0).module(student, teacher, plan, lambda: torch.empty(0)).train()
-    recorded: list[int] = []
+    settings = plan(method=LogitDistillation(temperature=2.0), alpha=0.0)
+    module = build_module(settings, student, teacher, facts()).train()
+    asked: set[Taps] = set()
     forward = type(student).forward
 
-    def watched(self, images, record=(), factors=False):
-        recorded.extend(record)
-        return forward(self, images, record, factors)
+    def watched(self, images, taps=Taps()):  # noqa: B008
+        asked.add(taps)
+        return forward(self, images, taps)
 
     monkeypatch.setattr(type(student), "forward", watched)
     batch = Batch(torch.randn(16, 3, 8, 8), torch.zeros(16).long(), torch.arange(16))
@@ -79,28 +89,34 @@ def test_a_step_pulls_towards_the_teachers_classes_and_records_no_map(tiny, monk
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
-        terms = module.terms(batch)
-        terms.total.backward()
+        total = module.losses(batch).total
+        total.backward()
         optimizer.step()
-        losses.append(terms.total.item())
+        losses.append(total.item())
 
     assert losses[-1] < losses[0] / 2
-    assert recorded == []
+    assert asked == {Taps()}
+
+
+def distilled(student: Model, teacher: Model) -> DistillModule:
+    return DistillModule(
+        student, AdamW(), Constant(), teacher=teacher, objective=LogitObjective(2.0), alpha=0.5
+    ).train()
 
 
 @pytest.mark.parametrize("of", ["student", "teacher"])
 def test_either_model_may_be_convolutional(of, tiny):
     models = {"student": tiny(), "teacher": tiny(depth=1)} | {of: ResNetConfig(8, 3, 5)}
     student, teacher = (models[name].build().double() for name in ("student", "teacher"))
-    module = DistillModule(student, teacher, LogitTransfer(2.0), 0.5, AdamW(), Constant()).train()
+    module = distilled(student, teacher)
     batch = Batch(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4), torch.arange(4))
 
-    terms = module.terms(batch)
-    terms.total.backward()
+    losses = module.losses(batch)
+    losses.total.backward()
 
     p = (teacher(batch.image).logits / 2).softmax(1)
-    expected = 4 * F.kl_div((terms.logits.detach() / 2).log_softmax(1), p, reduction="batchmean")
-    torch.testing.assert_close(terms.transfer.detach(), expected, rtol=1e-12, atol=1e-12)
+    expected = 4 * F.kl_div((losses.output.logits.detach() / 2).log_softmax(1), p, reduction="batchmean")
+    torch.testing.assert_close(losses.transfer.loss.detach(), expected, rtol=1e-12, atol=1e-12)
     assert any(p.grad is not None and p.grad.any() for p in student.parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -108,14 +124,14 @@ def test_either_model_may_be_convolutional(of, tiny):
 def test_a_student_with_two_heads_is_taught_as_it_answers(tiny):
     """By the mean of both; both learn."""
     student, teacher = tiny(distillation_token=True).build().double(), tiny().build().double()
-    module = DistillModule(student, teacher, LogitTransfer(2.0), 0.5, AdamW(), Constant()).train()
+    module = distilled(student, teacher)
     batch = Batch(torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4), torch.arange(4))
 
-    terms = module.terms(batch)
-    terms.total.backward()
+    losses = module.losses(batch)
+    losses.total.backward()
 
-    mean = sum(terms.of_tokens) / 2
-    assert terms.task.item() == pytest.approx(F.cross_entropy(mean, batch.label).item(), rel=1e-12)
+    mean = sum(losses.output.heads.values()) / 2
+    assert losses.class_loss.item() == pytest.approx(F.cross_entropy(mean, batch.label).item(), rel=1e-12)
     assert torch.equal(student.head.bias.grad, student.distillation_head.bias.grad)
 
 

@@ -28,8 +28,8 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(loss):
     value = loss(teacher, loss.target(teacher))
 
     p = teacher.softmax(-1)
-    entropy = -(p * p.log()).sum(-1).mean((0, 2))
-    expected = entropy if isinstance(loss, CE) else torch.zeros(3, dtype=torch.float64)
+    entropy = -(p * p.log()).sum(-1).mean(-1)
+    expected = entropy if isinstance(loss, CE) else torch.zeros(4, 3, dtype=torch.float64)
     torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
     assert gradient(loss, teacher, teacher).abs().max() < 1e-12
 
@@ -72,7 +72,9 @@ def test_a_shift_of_a_row_changes_nothing(loss):
 def test_plain_mse_does_see_a_shift():
     teacher = scores(4, 3, 5, 5)
 
-    assert MSE()(teacher + 2, MSE().target(teacher)).tolist() == pytest.approx([4, 4, 4])
+    value = MSE()(teacher + 2, MSE().target(teacher))
+
+    torch.testing.assert_close(value, torch.full((4, 3), 4.0, dtype=torch.float64))
 
 
 def test_js_is_symmetric_and_at_most_log_2():
@@ -118,9 +120,24 @@ def test_stacked_students_equal_separate_calls(loss, masked):
 
     together = loss(student, target, allowed)
 
-    assert together.shape == (6, 3)
+    assert together.shape == (6, 4, 3)
     for s in range(6):
         torch.testing.assert_close(together[s], loss(student[s], target, allowed), atol=1e-12, rtol=0)
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("students", [(), (2,)], ids=["one", "stacked"])
+def test_an_image_has_the_value_that_it_has_alone(loss, masked, students):
+    student, teacher = scores(*students, 4, 3, 5, 5), scores(4, 3, 5, 5)
+    allowed = ~torch.eye(5, dtype=torch.bool) if masked else None
+
+    together = loss(student, loss.target(teacher), allowed)
+
+    for i in range(4):
+        alone = loss(student.narrow(-4, i, 1), loss.target(teacher[i : i + 1]), allowed)
+        assert alone.shape == (*students, 1, 3)
+        torch.testing.assert_close(together[..., i : i + 1, :], alone, atol=1e-12, rtol=0)
 
 
 @EVERY_LOSS

@@ -1,5 +1,6 @@
 """Each loss against arithmetic by hand, SciPy and PyTorch's own functions, in float64."""
 
+from itertools import product
 from math import log
 
 import pytest
@@ -53,12 +54,12 @@ def compare(loss: AttentionLoss, student: Tensor, teacher: Tensor) -> Tensor:
 def test_by_hand(loss, expected):
     value = compare(loss, one_map(STUDENT), one_map(TEACHER))
 
-    assert value.shape == (1,)
+    assert value.shape == (1, 1)
     assert value.item() == pytest.approx(expected, abs=1e-14)
 
 
 @HAND
-def test_the_mean_is_over_batch_and_rows_and_never_batchmean(loss, expected):
+def test_each_image_has_the_mean_over_its_rows_and_never_batchmean(loss, expected):
     """Half of the images as above, half with student = teacher; two student maps, the second learnt."""
     student = one_map(STUDENT).repeat(6, 2, 1, 1)
     teacher = one_map(TEACHER).repeat(6, 2, 1, 1)
@@ -68,7 +69,9 @@ def test_the_mean_is_over_batch_and_rows_and_never_batchmean(loss, expected):
 
     value = compare(loss, student, teacher)
 
-    assert value.tolist() == pytest.approx([(expected + learnt) / 2, learnt], abs=1e-14)
+    by_hand = torch.tensor([[expected, learnt]] * 3 + [[learnt, learnt]] * 3, dtype=torch.float64)
+    torch.testing.assert_close(value, by_hand, atol=1e-14, rtol=0)
+    assert value.mean(0).tolist() == pytest.approx([(expected + learnt) / 2, learnt], abs=1e-14)
 
 
 @pytest.mark.parametrize("kind", [CE, KL, ReverseKL, JS])
@@ -97,18 +100,21 @@ def test_scipys_divergences(temperature):
     }
     for kind, rows in oracles.items():
         value = compare(kind(temperature=temperature), student, teacher)
-        assert value.tolist() == pytest.approx(rows.mean((0, 2)).tolist(), abs=1e-12), kind.__name__
+        assert value.numpy() == pytest.approx(rows.mean(-1), abs=1e-12), kind.__name__
+        assert value.mean(0).tolist() == pytest.approx(rows.mean((0, 2)).tolist(), abs=1e-12), kind.__name__
 
 
 def test_pytorchs_own_functions():
     student, teacher = random_scores()
     values = {kind: compare(kind(), student, teacher) for kind in (MSE, CE, KL)}
-    for m in range(3):
-        s, t = student[:, m].flatten(0, 1), teacher[:, m].flatten(0, 1)  # [rows, keys]
+    # Image by image, and all images at once.
+    for m, images in product(range(3), [*(slice(i, i + 1) for i in range(4)), slice(4)]):
+        s, t = student[images, m].flatten(0, 1), teacher[images, m].flatten(0, 1)  # [rows, keys]
+        ours = {kind: value[images, m].mean().item() for kind, value in values.items()}
         kl = F.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="batchmean", log_target=True)
-        assert values[KL][m].item() == pytest.approx(kl.item(), abs=1e-12)
-        assert values[CE][m].item() == pytest.approx(F.cross_entropy(s, t.softmax(-1)).item(), abs=1e-12)
-        assert values[MSE][m].item() == pytest.approx(F.mse_loss(s, t).item(), abs=1e-12)
+        assert ours[KL] == pytest.approx(kl.item(), abs=1e-12)
+        assert ours[CE] == pytest.approx(F.cross_entropy(s, t.softmax(-1)).item(), abs=1e-12)
+        assert ours[MSE] == pytest.approx(F.mse_loss(s, t).item(), abs=1e-12)
 
 
 @pytest.mark.parametrize(

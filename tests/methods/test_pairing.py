@@ -109,11 +109,11 @@ def test_hungarian_settles_each_block_by_itself():
 
 
 def test_hungarian_compares_on_the_students_grid():
-    matrix = token_interpolation(4, 2).double()
+    matrix = token_interpolation((4, 4), (2, 2)).double()
     teacher, order = scores(6, 4, 17, 17), [1, 3, 0, 2]
     student = (matrix @ teacher @ matrix.mT)[:, order]
 
-    (pair,) = match_heads([start(4)], {0: student}, {2: teacher}, MSE(), Alignment(matrix))
+    (pair,) = match_heads([start(4)], {0: student}, {2: teacher}, MSE(), [Alignment(matrix)])
 
     assert pair.teacher_heads == ((1,), (3,), (0,), (2,))
 

@@ -7,16 +7,18 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import LiveBytes, storages
-from vitkd.methods.maps import objective as transfer_module
+from vitkd.data import Batch
+from vitkd.methods.maps import objective as objective_module
 from vitkd.methods.maps import streaming
 from vitkd.methods.maps.alignment import Alignment
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.methods.maps.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.maps.streaming import STREAM_ABOVE, images_at_a_time, streamed
-from vitkd.models import ViT
-from vitkd.models.layers import Attention, Factors
+from vitkd.models import Taps, ViT
+from vitkd.models.layers import Attention
+from vitkd.models.output import QKV, BlockTaps
 from vitkd.models.tokens import token_interpolation
 
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -43,11 +45,11 @@ IMAGES, TOKENS = 5, 7
 MASK = ~torch.eye(TOKENS, dtype=torch.bool)
 
 
-def factors(*shape: int, dtype: torch.dtype = torch.float64) -> Factors:
-    return Factors(*(1.5 * torch.randn(*shape, dtype=dtype) for _ in "qk"))
+def factors(*shape: int, dtype: torch.dtype = torch.float64) -> QKV:
+    return QKV(*(1.5 * torch.randn(*shape, dtype=dtype) for _ in "qk"))
 
 
-def student_and_teacher(*students: int) -> tuple[dict[int, Factors], dict[int, Factors]]:
+def student_and_teacher(*students: int) -> tuple[dict[int, QKV], dict[int, QKV]]:
     """Two blocks of 3 student heads of width 4 and of 6 teacher heads of width 8."""
     student = {i: factors(*students, IMAGES, 3, TOKENS, 4) for i in range(2)}
     for block in student.values():
@@ -55,13 +57,13 @@ def student_and_teacher(*students: int) -> tuple[dict[int, Factors], dict[int, F
     return student, {i: factors(IMAGES, 6, TOKENS, 8) for i in range(2)}
 
 
-def multiplied_out(blocks: dict[int, Factors]) -> dict[int, Tensor]:
+def multiplied_out(blocks: dict[int, QKV]) -> dict[int, Tensor]:
     return {i: block.scores() for i, block in blocks.items()}
 
 
-def value_and_gradients(transfer: AttentionTransfer, student, teacher, leaves) -> list[Tensor]:
+def value_and_gradients(objective: AttentionObjective, student, teacher, leaves) -> list[Tensor]:
     """The values and the gradient of a sum that weighs each differently."""
-    values = transfer(student, teacher)
+    values = objective.compare(student, teacher)
     weights = torch.arange(1.0, 1 + values.numel(), dtype=values.dtype).view_as(values)
     gradients = torch.autograd.grad(
         (values * weights).sum(), leaves, allow_unused=True, materialize_grads=True
@@ -70,15 +72,15 @@ def value_and_gradients(transfer: AttentionTransfer, student, teacher, leaves) -
 
 
 def in_chunks_of(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer_module, "images_at_a_time", lambda maps: images)
+    monkeypatch.setattr(objective_module, "images_at_a_time", lambda maps: images)
 
 
-def assert_streaming_changes_nothing(transfer: AttentionTransfer, student, teacher) -> None:
-    leaves = [factor for block in student.values() for factor in block]
+def assert_streaming_changes_nothing(objective: AttentionObjective, student, teacher) -> None:
+    leaves = [factor for block in student.values() for factor in block[:2]]
 
-    in_pieces = value_and_gradients(transfer, student, teacher, leaves)
+    in_pieces = value_and_gradients(objective, student, teacher, leaves)
 
-    whole = value_and_gradients(transfer, multiplied_out(student), multiplied_out(teacher), leaves)
+    whole = value_and_gradients(objective, multiplied_out(student), multiplied_out(teacher), leaves)
     torch.testing.assert_close(in_pieces, whole, **EXACT)
     assert whole[1].any()
 
@@ -90,16 +92,16 @@ def assert_streaming_changes_nothing(transfer: AttentionTransfer, student, teach
 def test_values_and_gradients_equal_the_materialised_ones(monkeypatch, loss, pairs, allowed, students):
     in_chunks_of(2, monkeypatch)  # 2 + 2 + 1 images
 
-    transfer = AttentionTransfer(pairs, loss, Alignment(allowed=allowed))
+    objective = AttentionObjective(pairs, loss, [Alignment(allowed=allowed)] * len(pairs))
 
-    assert_streaming_changes_nothing(transfer, *student_and_teacher(*students))
+    assert_streaming_changes_nothing(objective, *student_and_teacher(*students))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 100])
 def test_any_chunk_gives_the_same(monkeypatch, chunk):
     in_chunks_of(chunk, monkeypatch)
 
-    assert_streaming_changes_nothing(AttentionTransfer(PAIRS["encoder"], KL()), *student_and_teacher())
+    assert_streaming_changes_nothing(AttentionObjective(PAIRS["encoder"], KL()), *student_and_teacher())
 
 
 @EVERY_PAIRING
@@ -107,11 +109,11 @@ def test_a_teachers_scores_may_lie_ready_as_tensors(monkeypatch, pairs):
     """As a cache of them has them."""
     in_chunks_of(2, monkeypatch)
     student, teacher = student_and_teacher()
-    transfer, leaves = AttentionTransfer(pairs, KL()), [*student[0]]
+    objective, leaves = AttentionObjective(pairs, KL()), [*student[0][:2]]
 
-    in_pieces = value_and_gradients(transfer, student, multiplied_out(teacher), leaves)
+    in_pieces = value_and_gradients(objective, student, multiplied_out(teacher), leaves)
 
-    whole = value_and_gradients(transfer, multiplied_out(student), multiplied_out(teacher), leaves)
+    whole = value_and_gradients(objective, multiplied_out(student), multiplied_out(teacher), leaves)
     torch.testing.assert_close(in_pieces, whole, **EXACT)
 
 
@@ -121,15 +123,15 @@ def test_gradients_are_the_values_slopes(loss):
     target = loss.target(teacher.scores())
 
     def values(q: Tensor, k: Tensor) -> Tensor:
-        return streamed(Factors(q, k), lambda scores, images: loss(scores, target[images]), chunk=2)
+        return streamed(QKV(q, k), lambda scores, images: loss(scores, target[images]), chunk=2)
 
-    assert torch.autograd.gradcheck(values, [x.requires_grad_() for x in student])
+    assert torch.autograd.gradcheck(values, [x.requires_grad_() for x in student[:2]])
 
 
 def test_a_gradient_can_be_asked_for_again():
     """As `DistillModule` does to measure what each term contributes."""
     student, teacher = student_and_teacher()
-    value = AttentionTransfer(PAIRS["index"], KL())(student, teacher).sum()
+    value = AttentionObjective(PAIRS["index"], KL()).compare(student, teacher).sum()
 
     first, again = (torch.autograd.grad(value, student[0].q, retain_graph=True) for _ in range(2))
 
@@ -140,23 +142,24 @@ def test_a_gradient_can_be_asked_for_again():
 @torch.inference_mode()
 def test_validation_computes_values_alone(loss):
     student, teacher = student_and_teacher()[1], student_and_teacher()[1]
-    transfer = AttentionTransfer(PAIRS["group mean"], loss)
+    objective = AttentionObjective(PAIRS["group mean"], loss)
 
-    values = transfer(student, teacher)
+    values = objective.compare(student, teacher)
 
-    torch.testing.assert_close(values, transfer(multiplied_out(student), multiplied_out(teacher)), **EXACT)
+    whole = objective.compare(multiplied_out(student), multiplied_out(teacher))
+    torch.testing.assert_close(values, whole, **EXACT)
 
 
 @EVERY_LOSS
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_factors_are_compared_in_float32(loss, half):
     student, teacher = factors(4, 3, 7, 4, dtype=half), factors(4, 6, 7, 8, dtype=half)
-    leaves = [factor.requires_grad_() for factor in student]
-    transfer = AttentionTransfer(PAIRS["index"], loss)
+    leaves = [factor.requires_grad_() for factor in student[:2]]
+    objective = AttentionObjective(PAIRS["index"], loss)
 
     with torch.autocast("cpu", torch.bfloat16):
-        values = transfer({0: student}, {1: teacher})
-        expected = transfer({0: student.scores()}, {1: teacher.scores()})
+        values = objective.compare({0: student}, {1: teacher})
+        expected = objective.compare({0: student.scores()}, {1: teacher.scores()})
     gradients, slopes = (torch.autograd.grad(v.sum(), leaves) for v in (values, expected))
 
     assert values.dtype == torch.float32
@@ -169,7 +172,8 @@ def test_a_gradient_too_small_for_float16_waits_for_the_loss_scale():
     student, teacher = factors(4, 3, 7, 4, dtype=torch.float16), factors(4, 6, 7, 8, dtype=torch.float16)
     q = student.q.requires_grad_()
 
-    value = 1e-9 * AttentionTransfer(PAIRS["index"], KL())({0: student}, {1: teacher}).sum()
+    values = AttentionObjective(PAIRS["index"], KL()).compare({0: student}, {1: teacher})
+    value = 1e-9 * values.mean(0).sum()
     (gradient,) = torch.autograd.grad(value, q, grad_outputs=torch.tensor(2.0**30))
 
     assert gradient.count_nonzero() > 0.9 * gradient.numel()
@@ -180,11 +184,11 @@ def test_another_token_grid_is_streamed_too(monkeypatch, loss):
     in_chunks_of(2, monkeypatch)
     student, teacher = {0: factors(IMAGES, 3, 5, 4)}, {1: factors(IMAGES, 6, 17, 8)}
     student[0].q.requires_grad_(), student[0].k.requires_grad_()
-    matrix = token_interpolation(4, 2).double()
+    matrix = token_interpolation((4, 4), (2, 2)).double()
 
-    transfer = AttentionTransfer(PAIRS["group mean"], loss, Alignment(matrix))
+    objective = AttentionObjective(PAIRS["group mean"], loss, [Alignment(matrix)])
 
-    assert_streaming_changes_nothing(transfer, student, teacher)
+    assert_streaming_changes_nothing(objective, student, teacher)
 
 
 def test_chunks_hold_as_many_images_as_the_limit_allows(monkeypatch):
@@ -220,28 +224,28 @@ def images() -> Tensor:
     return torch.randn(4, 3, 24, 24, dtype=torch.float64)
 
 
-def distilled(
-    student: ViT, teacher: ViT, transfer: AttentionTransfer, images: Tensor, streams: bool
-) -> Tensor:
+def distilled(student: ViT, teacher: ViT, objective: AttentionObjective, images: Tensor) -> Tensor:
     """The sum of both losses of a step."""
+    labels = torch.arange(len(images))
     with torch.no_grad():
-        theirs = teacher.scores(images, transfer.teacher_blocks, streams)
-    ours = student(images, transfer.student_blocks, streams)
-    task = F.cross_entropy(ours.logits, torch.arange(len(images)))
-    return task + transfer.total(transfer(ours.scores, theirs))
+        theirs = teacher(images, objective.teacher_taps)
+    ours = student(images, objective.student_taps)
+    terms = objective(Batch(images, labels, labels), ours, theirs)
+    return F.cross_entropy(ours.logits, labels) + objective.transfer(terms).mean()
 
 
-def transfer_between(
-    student: ViT, teacher: ViT, granularity: Granularity, loss: AttentionLoss
-) -> AttentionTransfer:
-    pairs = granularity.pairs(student.config, teacher.config)
-    return AttentionTransfer(pairs, loss, tokens=student.config.tokens)
+def objective_between(
+    student: ViT, teacher: ViT, granularity: Granularity, loss: AttentionLoss, streams: bool = True
+) -> AttentionObjective:
+    """It streams by itself, as the models have many tokens; else their number is kept from it."""
+    pairs = granularity.pairs(student.attention, teacher.attention)
+    return AttentionObjective(pairs, loss, tokens=student.attention[0].tokens if streams else 0)
 
 
 def test_streaming_starts_above_the_limit_by_itself(tiny):
     def streams(image_size: int) -> bool:
         model = tiny(image_size=image_size, patch_size=2).build()
-        return transfer_between(model, model, Block(), KL()).streams
+        return objective_between(model, model, Block(), KL()).streams
 
     assert 11**2 + 1 <= STREAM_ABOVE < 12**2 + 1
     assert not streams(image_size=22)
@@ -251,12 +255,13 @@ def test_streaming_starts_above_the_limit_by_itself(tiny):
 @GRANULARITIES
 @pytest.mark.parametrize("loss", [MSE(), KL()], ids=repr)
 def test_a_streamed_step_is_the_materialised_step(models, images, granularity, loss):
-    transfer = transfer_between(*models, granularity, loss)
     parameters = list(models[0].parameters())
 
     steps = []
     for streams in (False, True):
-        total = distilled(*models, transfer, images, streams)
+        objective = objective_between(*models, granularity, loss, streams)
+        assert objective.streams == streams
+        total = distilled(*models, objective, images)
         steps.append(
             [total, *torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)]
         )
@@ -266,26 +271,23 @@ def test_a_streamed_step_is_the_materialised_step(models, images, granularity, l
 
 @pytest.mark.parametrize("blocks", [[0], [2, 0], [0, 1, 2]])
 def test_the_models_factors_multiply_to_their_scores(models, images, blocks):
-    student, teacher = models
-
-    for of in (
-        lambda **kind: student(images, blocks, **kind).scores,
-        lambda **kind: teacher.scores(images, blocks, **kind),
-    ):
-        whole, in_factors = of(), of(factors=True)
+    for model, logits in zip(models, (True, False), strict=True):
+        whole = model(images, Taps(scores=tuple(blocks), logits=logits)).scores
+        in_factors = model(images, Taps(factors=tuple(blocks), logits=logits)).qkv
 
         assert in_factors.keys() == set(blocks)
         for i in blocks:
+            assert in_factors[i].v is None
             torch.testing.assert_close(in_factors[i].scores(), whole[i], **EXACT)
 
 
 def test_a_frozen_models_factors_do_not_keep_its_values_in_memory(models, images):
     """Q, K and V come from one projection; a view of a third would keep all of it."""
     with torch.no_grad():
-        recorded = models[1].scores(images, [0, 1, 5], factors=True)
+        recorded = models[1](images, Taps(factors=(0, 1, 5), logits=False)).qkv
 
     for block in (0, 1):
-        for factor in recorded[block]:
+        for factor in recorded[block][:2]:
             assert factor.untyped_storage().nbytes() == factor.numel() * factor.itemsize
 
 
@@ -304,7 +306,6 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("loss", [MSE(center="row"), JS()], ids=repr)
 def test_a_streamed_step_never_holds_all_images_maps_and_saves_none(monkeypatch, models, images, loss):
     in_chunks_of(1, monkeypatch)
-    transfer = transfer_between(*models, Encoder(), loss)
     saved: list[torch.Size] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -313,8 +314,9 @@ def test_a_streamed_step_never_holds_all_images_maps_and_saves_none(monkeypatch,
 
     def largest(streams: bool) -> int:
         saved.clear()
+        objective = objective_between(*models, Encoder(), loss, streams)
         with Largest() as mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            distilled(*models, transfer, images, streams).backward()
+            distilled(*models, objective, images).backward()
         return mode.numbers
 
     one_image = max(model.config.num_heads for model in models) * 145**2
@@ -328,13 +330,13 @@ def test_a_streamed_step_never_holds_all_images_maps_and_saves_none(monkeypatch,
 
 
 def test_nothing_as_large_as_a_map_outlives_the_forward_pass(models, images):
-    transfer = transfer_between(*models, Encoder(), KL())
+    streaming, at_once = (objective_between(*models, Encoder(), KL(), streams) for streams in (True, False))
 
     with LiveBytes() as live:
-        total = distilled(*models, transfer, images, True)
+        total = distilled(*models, streaming, images)
         after_streaming = live.now
     with LiveBytes() as live:
-        whole = distilled(*models, transfer, images, False)
+        whole = distilled(*models, at_once, images)
         after_materialising = live.now
 
     maps = 8 * len(images) * 145**2
@@ -350,9 +352,10 @@ def test_fused_attention_drops_weights_where_factors_are_recorded():
     nn.init.constant_(attention.out.weight, 1 / 8)
     nn.init.constant_(attention.out.bias, 0.0)
 
-    tokens, recorded = attention(torch.randn(40, 6, 8), True, True)
+    tokens, (scores, recorded) = attention(torch.randn(40, 6, 8), BlockTaps(factors=True))
 
-    assert isinstance(recorded, Factors)
+    assert scores is None
+    assert isinstance(recorded, QKV)
     kept = tokens[tokens != 0]
     assert kept.std() > 0.05
     assert tokens.mean().item() == pytest.approx(1, abs=0.05)

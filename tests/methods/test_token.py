@@ -10,28 +10,41 @@ from timm.task.token_distillation import TokenDistillationTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.methods.test_methods import images, plan, unasked
+from tests.methods.test_methods import facts, images, plan
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.maps.alignment import align
 from vitkd.methods.maps.granularity import Block, Encoder
 from vitkd.methods.maps.losses import KL, MSE
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.maps.pairing import BlockPair
-from vitkd.methods.token import TokenDistillation, TokenTransfer
-from vitkd.models import ModelOutput, ResNetConfig, TokenLogits, ViT
-from vitkd.models.base import Answer
+from vitkd.methods.token import TokenDistillation, TokenObjective
+from vitkd.models import Model, Output, ResNetConfig, Taps, ViT
 from vitkd.optim import AdamW, Constant
+from vitkd.train.build import build_module
+from vitkd.train.losses import Losses
 from vitkd.train.module import DistillModule
 
 EXACT = {"atol": 1e-12, "rtol": 1e-10}
 BY_THEMSELVES = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
 
-def said(class_token: Tensor, distillation_token: Tensor) -> ModelOutput:
+def answered(class_token: Tensor, distillation_token: Tensor) -> Output:
     """What a student with two heads answers."""
-    mean = (class_token + distillation_token) / 2
-    return ModelOutput(mean, {}, TokenLogits(class_token, distillation_token))
+    heads = {"class_token": class_token, "distillation_token": distillation_token}
+    return Output((class_token + distillation_token) / 2, heads)
+
+
+def losses_of(objective: TokenObjective, distillation_token: Tensor, teacher: Tensor) -> Tensor:
+    """The loss of each image [*S, B], from the token's logits and the teacher's."""
+    count = teacher.shape[-2]
+    batch = Batch(torch.empty(count, 3, 8, 8), torch.zeros(count).long(), torch.arange(count))
+    student = answered(torch.full_like(distillation_token, 9.0), distillation_token)
+    return objective.transfer(objective(batch, student, Output(teacher)))
+
+
+def module_of(method: TokenDistillation, student: Model, teacher: Model, **changes: object) -> DistillModule:
+    return build_module(plan(method=method, **changes), student, teacher, facts())
 
 
 def logits(*shape: int) -> Tensor:
@@ -116,16 +129,16 @@ class TestOracle:
             verbose=False,
         ).train()  # fmt: skip
         method = TokenDistillation(targets, temperature)
-        module = method.module(student, teacher, plan(alpha=alpha, label_smoothing=smoothing), unasked)
+        module = module_of(method, student, teacher, alpha=alpha, label_smoothing=smoothing)
         expected = theirs(batch.image, batch.label)
         expected["loss"].backward()
 
-        terms = module.train().terms(batch)
-        terms.total.backward()
+        losses = module.train().losses(batch)
+        losses.total.backward()
 
-        torch.testing.assert_close(terms.total, expected["loss"], **EXACT)
-        torch.testing.assert_close(terms.task, expected["task_loss"], **EXACT)
-        torch.testing.assert_close(terms.transfer, expected["distill_loss"], **EXACT)
+        torch.testing.assert_close(losses.total, expected["loss"], **EXACT)
+        torch.testing.assert_close(losses.class_loss, expected["task_loss"], **EXACT)
+        torch.testing.assert_close(losses.transfer.loss, expected["distill_loss"], **EXACT)
         for name, parameter in student.named_parameters():
             gradient = theirs.trainable_module.get_parameter(timms_name(name)).grad
             if gradient is None:
@@ -145,16 +158,18 @@ class TestByHand:
     TEACHER = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 0.0]], dtype=torch.float64)
     STUDENT = torch.tensor([[1.0, 0.0, 2.0], [0.5, 0.5, -1.0]], dtype=torch.float64)
 
-    def value(self, targets: str, temperature: float = 1.0) -> float:
-        transfer = TokenTransfer(targets, temperature)
-        output = said(torch.full_like(self.STUDENT, 9.0), self.STUDENT)
-        return transfer.total(transfer.compare(output, Answer({}, self.TEACHER))).item()
+    def values(self, targets: str, temperature: float = 1.0) -> list[float]:
+        """Of both images."""
+        losses = losses_of(TokenObjective(targets, temperature), self.STUDENT, self.TEACHER)
+        assert losses.shape == (2,)
+        return losses.tolist()
 
     def test_hard_targets_are_the_teachers_classes(self):
         q = self.STUDENT.exp() / self.STUDENT.exp().sum(1, keepdim=True)
 
-        assert self.value("hard") == pytest.approx(-(q[0, 1].log() + q[1, 0].log()).item() / 2, abs=1e-12)
-        assert self.value("hard", 7.0) == self.value("hard"), "they know no temperature"
+        by_hand = [-q[0, 1].log().item(), -q[1, 0].log().item()]
+        assert self.values("hard") == pytest.approx(by_hand, abs=1e-12)
+        assert self.values("hard", 7.0) == self.values("hard"), "they know no temperature"
 
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
     def test_soft_targets_are_its_probabilities_both_softened(self, temperature):
@@ -162,16 +177,16 @@ class TestByHand:
             (z / temperature).exp() / (z / temperature).exp().sum(1, keepdim=True)
             for z in (self.TEACHER, self.STUDENT)
         )
-        kl = (p * (p / q).log()).sum() / 2
+        kl = (p * (p / q).log()).sum(1)
 
-        assert self.value("soft", temperature) == pytest.approx(temperature**2 * kl.item(), abs=1e-12)
+        by_hand = (temperature**2 * kl).tolist()
+        assert self.values("soft", temperature) == pytest.approx(by_hand, abs=1e-12)
 
     def test_softened_beyond_measure_the_gradient_is_that_of_matched_logits(self):
         """Hinton et al. 2015, equation 4, for logits of any mean; T² keeps it from vanishing."""
         student = self.STUDENT.clone().requires_grad_()
-        transfer = TokenTransfer("soft", 1e4)
 
-        transfer.total(transfer.compare(said(student, student), Answer({}, self.TEACHER))).backward()
+        losses_of(TokenObjective("soft", 1e4), student, self.TEACHER).mean().backward()
 
         difference = student - self.TEACHER
         expected = (difference - difference.mean(1, keepdim=True)) / 3 / 2
@@ -179,27 +194,28 @@ class TestByHand:
 
     @pytest.mark.parametrize("targets", ["hard", "soft"])
     def test_stacked_students_have_a_loss_each(self, targets):
-        student, teacher = logits(3, 4, 5), Answer({}, logits(4, 5))
-        transfer = TokenTransfer(targets, 2.0)
+        student, teacher = logits(3, 4, 5), logits(4, 5)
+        objective = TokenObjective(targets, 2.0)
 
-        together = transfer.total(transfer.compare(said(student, student), teacher))
+        together = losses_of(objective, student, teacher)
 
-        assert together.shape == (3,)
+        assert together.shape == (3, 4)
         for own, alone in zip(together, student, strict=True):
-            torch.testing.assert_close(
-                own, transfer.total(transfer.compare(said(alone, alone), teacher)), **EXACT
-            )
+            torch.testing.assert_close(own, losses_of(objective, alone, teacher), **EXACT)
+            for i in range(4):
+                lone = losses_of(objective, alone[i : i + 1], teacher[i : i + 1])
+                torch.testing.assert_close(own[i : i + 1], lone, **EXACT)
 
     @pytest.mark.parametrize("targets", ["hard", "soft"])
     def test_bf16_logits_are_compared_in_float32(self, targets):
         student, teacher = logits(4, 5).bfloat16(), logits(4, 5).bfloat16()
-        transfer = TokenTransfer(targets, 2.0)
+        objective = TokenObjective(targets, 2.0)
 
         value, expected = (
-            transfer.compare(said(s, s), Answer({}, t))
-            for s, t in ((student, teacher), (student.float(), teacher.float()))
+            losses_of(objective, s, t) for s, t in ((student, teacher), (student.float(), teacher.float()))
         )
 
+        assert value.dtype == torch.float32
         assert torch.equal(value, expected)
 
 
@@ -210,93 +226,97 @@ class TestHeads:
     )
     def test_each_learns_from_its_own_target(self, targets, alpha, idle, deit, tiny, batch):
         student = deit()
-        module = TokenDistillation(targets).module(
-            student, tiny().build().double(), plan(alpha=alpha), unasked
-        )
+        module = module_of(TokenDistillation(targets), student, tiny().build().double(), alpha=alpha)
 
-        terms = module.terms(batch)
-        of_task = torch.autograd.grad(
-            terms.task, [student.head.weight, student.distillation_head.weight], allow_unused=True,
+        losses = module.losses(batch)
+        of_class_loss = torch.autograd.grad(
+            losses.class_loss, [student.head.weight, student.distillation_head.weight], allow_unused=True,
             retain_graph=True,
         )  # fmt: skip
-        terms.total.backward()
+        losses.total.backward()
 
-        assert of_task[0].any()
-        assert of_task[1] is None
+        assert of_class_loss[0].any()
+        assert of_class_loss[1] is None
         for name in ("head", "distillation_head"):
             gradient = student.get_parameter(f"{name}.weight").grad
             assert (gradient is None or not gradient.any()) == (name == idle), name
 
     def test_the_answer_is_of_both(self, deit, tiny, batch):
         student = deit()
-        module = TokenDistillation().module(student, tiny().build().double(), plan(), unasked)
+        module = module_of(TokenDistillation(), student, tiny().build().double())
 
-        terms = module.eval().terms(batch)
+        losses = module.eval().losses(batch)
 
-        assert torch.equal(terms.logits, (terms.of_tokens[0] + terms.of_tokens[1]) / 2)
-        assert terms.task.item() == pytest.approx(
-            F.cross_entropy(terms.of_tokens.class_token, batch.label).item()
-        )
+        class_token, distillation_token = losses.output.heads.values()
+        assert torch.equal(losses.output.logits, (class_token + distillation_token) / 2)
+        assert losses.class_loss.item() == pytest.approx(F.cross_entropy(class_token, batch.label).item())
 
 
 class TestAttentionBesides:
     @pytest.mark.parametrize("loss", [MSE(), KL()], ids=repr)
     def test_so_much_of_its_loss_is_added(self, loss, deit, tiny, batch):
         student, teacher = deit(), tiny(depth=6).build().double()
-        settings = plan(granularity=Encoder(), loss=loss)
 
-        def terms(weight: float):
-            return TokenDistillation("soft", attention_weight=weight).module(
-                student, teacher, settings, unasked
-            ).eval().terms(batch)  # fmt: skip
+        def losses(weight: float) -> Losses:
+            method = TokenDistillation("soft", attention_weight=weight)
+            module = module_of(method, student, teacher, granularity=Encoder(), loss=loss)
+            return module.eval().losses(batch)
 
-        without, beside = terms(0.0), terms(0.7)
+        without, beside = losses(0.0), losses(0.7)
 
-        alone = AttentionTransfer(
-            Encoder().pairs(student.config, teacher.config), loss, align(student.config, teacher.config)
-        )
-        maps = alone(student(batch.image, range(3)).scores, teacher.scores(batch.image, range(6)))
-        torch.testing.assert_close(beside.transfer, without.transfer + 0.7 * alone.total(maps), **EXACT)
-        torch.testing.assert_close(beside.per_map, torch.cat([without.transfer.reshape(1), maps]), **EXACT)
-        torch.testing.assert_close(beside.task, without.task, **EXACT)
+        pairs = Encoder().pairs(student.attention, teacher.attention)
+        alignment = align(student.attention[0], teacher.attention[0])
+        alone = AttentionObjective(pairs, loss, [alignment] * 3)
+        asked = (student, alone.student_taps), (teacher, alone.teacher_taps)
+        maps = alone.compare(*(model(batch.image, taps).scores for model, taps in asked))
+        of_maps = alone.transfer({"map_loss": maps}).mean()
+        of_token = without.transfer.loss
+        torch.testing.assert_close(beside.transfer.loss, of_token + 0.7 * of_maps, **EXACT)
+        per_curve = torch.cat([of_token.reshape(1), maps.mean(0)])
+        torch.testing.assert_close(beside.transfer.values, per_curve, **EXACT)
+        torch.testing.assert_close(beside.class_loss, without.class_loss, **EXACT)
 
     def test_has_a_curve_for_the_token_and_for_every_map(self, deit, tiny):
         settings = plan(granularity=Block(blocks=[0, 2]))
         method = TokenDistillation(attention_weight=1.0)
 
-        transfer = method.transfer(deit(), tiny(depth=6).build(), settings, unasked)
+        objective = method.objective(deit(), tiny(depth=6).build(), settings, facts())
 
         names = [f"map_loss/{block}.{head}" for block in (0, 2) for head in (0, 1)]
-        assert transfer.curves == ["token_loss", *names]
-        assert (transfer.student_blocks, transfer.teacher_blocks) == ([0, 2], [1, 5])
+        assert objective.curves == ("token_loss", *names)
+        assert objective.student_taps == Taps(scores=(0, 2))
+        assert objective.teacher_taps == Taps(scores=(1, 5))
 
     def test_has_the_curves_that_name_its_values(self, deit, tiny):
-        module = TokenDistillation(attention_weight=1.0).module(
-            deit(), tiny().build().double(), plan(), unasked
-        )
+        module = module_of(TokenDistillation(attention_weight=1.0), deit(), tiny().build().double())
 
-        (curves,) = module.curves({"map_loss": [3.0, 1.0, 2.0], "transfer_loss": [4.5]})
+        (curves,) = module.curves({"transfer_values": [3.0, 1.0, 2.0], "transfer_loss": [4.5]})
 
         assert curves == {"token_loss": 3.0, "map_loss/2.0": 1.0, "map_loss/2.1": 2.0, "transfer_loss": 4.5}
 
     def test_without_it_no_map_is_recorded_and_there_is_but_one_value(self, deit, tiny):
-        transfer = TokenDistillation().transfer(deit(), tiny().build(), plan(), unasked)
+        objective = TokenDistillation().objective(deit(), tiny().build(), plan(), facts())
 
-        assert (transfer.pairs, transfer.curves, transfer.streams) == ((), [], False)
-        assert transfer.student_blocks == transfer.teacher_blocks == []
+        assert (objective.pairs, objective.curves, objective.attention) == ((), (), None)
+        assert objective.student_taps == objective.teacher_taps == Taps()
 
     def test_of_many_tokens_the_factors_alone_are_recorded(self, tiny, batch):
         """A student of 12×12 patches."""
         shape = {"image_size": 24, "patch_size": 2, "distillation_token": True, "attention": "lsa"}
         student, teacher = tiny(**shape).build(), tiny(image_size=24, patch_size=2).build()
-        module = TokenDistillation(attention_weight=1.0).module(student, teacher, plan(), unasked)
+        module = module_of(TokenDistillation(attention_weight=1.0), student, teacher)
         pixels = torch.randn(2, 3, 24, 24)
 
-        terms = module.double().eval().terms(Batch(pixels.double(), batch.label[:2], batch.index[:2]))
+        losses = module.double().eval().losses(Batch(pixels.double(), batch.label[:2], batch.index[:2]))
 
-        assert module.transfer.streams
-        assert module.transfer.attention.allowed.shape == (145, 145)
-        assert terms.total.isfinite()
+        objective = module.objective
+        assert objective.student_taps == Taps(factors=(2,))
+        assert objective.teacher_taps == Taps(factors=(2,), logits=True)
+        assert objective.attention.streams
+        assert objective.attention.alignments[0].allowed.shape == (145, 145)
+        assert losses.output.qkv.keys() == {2}
+        assert not losses.output.scores
+        assert losses.total.isfinite()
 
     def test_heads_are_matched_on_the_calibration_images(self, tiny):
         """The teacher is the student, but for the token, with two heads swapped."""
@@ -312,9 +332,10 @@ class TestAttentionBesides:
             qkv.copy_(qkv[:, [0, 2, 1]].clone())
         settings = plan(granularity=Block(head_map="hungarian", blocks=[0]))
 
-        transfer = TokenDistillation(attention_weight=1.0).transfer(student, teacher, settings, images)
+        method = TokenDistillation(attention_weight=1.0)
+        objective = method.objective(student, teacher, settings, facts(images))
 
-        assert transfer.pairs == (BlockPair(0, 0, (0, 1, 2), ((0,), (2,), (1,))),)
+        assert objective.pairs == (BlockPair(0, 0, (0, 1, 2), ((0,), (2,), (1,))),)
 
 
 class TestTeachers:
@@ -323,32 +344,32 @@ class TestTeachers:
         teacher = ResNetConfig(8, 3, 5).build().double()
         settings = plan(alpha=0.5)
         TokenDistillation(targets).check(deit().config, teacher.config, settings)
-        module = TokenDistillation(targets).module(deit(), teacher, settings, unasked).train()
+        module = module_of(TokenDistillation(targets), deit(), teacher, alpha=0.5).train()
         running = teacher.network.bn1.running_mean.clone()
 
-        terms = module.terms(batch)
-        terms.total.backward()
+        losses = module.losses(batch)
+        losses.total.backward()
 
         answer = teacher(batch.image).logits
-        learned = terms.of_tokens.distillation_token.detach()
+        learned = losses.output.heads["distillation_token"].detach()
         expected = (
             F.cross_entropy(learned, answer.argmax(1))
             if targets == "hard"
             else 9 * F.kl_div((learned / 3).log_softmax(1), (answer / 3).softmax(1), reduction="batchmean")
         )
-        torch.testing.assert_close(terms.transfer.detach(), expected, **EXACT)
+        torch.testing.assert_close(losses.transfer.loss.detach(), expected, **EXACT)
         assert torch.equal(teacher.network.bn1.running_mean, running), "its statistics stand still"
         assert all(p.grad is None for p in teacher.parameters())
 
     def test_with_two_heads_teaches_by_their_mean(self, deit, batch):
         teacher = deit(depth=1)
-        module = TokenDistillation().module(deit(), teacher, plan(), unasked).eval()
+        module = module_of(TokenDistillation(), deit(), teacher).eval()
 
-        terms = module.terms(batch)
+        losses = module.losses(batch)
 
         answer = teacher.eval()(batch.image).logits.argmax(1)
-        expected = F.cross_entropy(terms.of_tokens.distillation_token, answer)
-        torch.testing.assert_close(terms.transfer, expected, **EXACT)
+        expected = F.cross_entropy(losses.output.heads["distillation_token"], answer)
+        torch.testing.assert_close(losses.transfer.loss, expected, **EXACT)
 
 
 class TestChecks:
@@ -413,14 +434,17 @@ class TestChecks:
 
 def test_training_pulls_both_heads_to_their_targets(tiny, batch):
     student, teacher = tiny(distillation_token=True).build().double(), tiny().build().double()
-    module = DistillModule(student, teacher, TokenTransfer("hard", 1.0), 0.5, AdamW(), Constant()).train()
+    objective = TokenObjective("hard", 1.0)
+    module = DistillModule(
+        student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=0.5
+    ).train()
     optimizer = torch.optim.AdamW(student.parameters(), 1e-2)
 
     for _ in range(60):
         optimizer.zero_grad()
-        module.terms(batch).total.backward()
+        module.losses(batch).total.backward()
         optimizer.step()
 
-    heads = student.eval()(batch.image).of_tokens
-    assert torch.equal(heads.class_token.argmax(1), batch.label)
-    assert torch.equal(heads.distillation_token.argmax(1), teacher(batch.image).logits.argmax(1))
+    heads = student.eval()(batch.image).heads
+    assert torch.equal(heads["class_token"].argmax(1), batch.label)
+    assert torch.equal(heads["distillation_token"].argmax(1), teacher(batch.image).logits.argmax(1))

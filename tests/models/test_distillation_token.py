@@ -7,7 +7,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 
 from tests.models.test_vit_oracles import LAYER_NORM, convolution, plain, randomised
-from vitkd.models import ViT, ViTConfig, count_parameters, load_model, save_model
+from vitkd.models import Taps, ViT, ViTConfig, count_parameters, load_model, save_model
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 OWN = {"distillation_token", "distillation_head.weight", "distillation_head.bias"}
@@ -62,14 +62,14 @@ def test_both_heads_and_all_gradients_equal_timms_in_distilled_training(model, i
     theirs.set_distilled_training(True)
     weights = torch.randn(2, 4, 5, dtype=torch.float64)
 
-    of_tokens = model.train()(images).of_tokens
-    their_tokens = theirs(images)
-    for heads in (of_tokens, their_tokens):
-        sum((logits * weight).sum() for logits, weight in zip(heads, weights, strict=True)).backward()
+    heads = model.train()(images).heads
+    their_heads = theirs(images)
+    for both in (heads.values(), their_heads):
+        sum((logits * weight).sum() for logits, weight in zip(both, weights, strict=True)).backward()
 
-    assert isinstance(their_tokens, tuple)
-    torch.testing.assert_close(of_tokens.class_token, their_tokens[0], **EXACT)
-    torch.testing.assert_close(of_tokens.distillation_token, their_tokens[1], **EXACT)
+    assert isinstance(their_heads, tuple)
+    torch.testing.assert_close(heads["class_token"], their_heads[0], **EXACT)
+    torch.testing.assert_close(heads["distillation_token"], their_heads[1], **EXACT)
     pairs = [("distillation_token", "dist_token"), ("cls_token", "cls_token"), ("positions", "pos_embed")]
     pairs += [("head.weight", "head.weight"), ("distillation_head.weight", "head_dist.weight")]
     for mine, their in pairs:
@@ -83,9 +83,9 @@ def test_both_heads_and_all_gradients_equal_timms_in_distilled_training(model, i
 def test_the_answer_is_the_heads_mean_in_both_modes(model, images, train):
     output = model.train(train)(images)
 
-    mean = (output.of_tokens.class_token + output.of_tokens.distillation_token) / 2
-    torch.testing.assert_close(output.logits, mean, **EXACT)
-    assert (output.of_tokens.class_token - output.of_tokens.distillation_token).abs().max() > 0.1
+    class_token, distillation_token = output.heads["class_token"], output.heads["distillation_token"]
+    torch.testing.assert_close(output.logits, (class_token + distillation_token) / 2, **EXACT)
+    assert (class_token - distillation_token).abs().max() > 0.1
 
 
 @torch.no_grad()
@@ -100,12 +100,12 @@ def test_the_token_stands_behind_the_class_token(model, images):
 
 @torch.no_grad()
 def test_the_record_and_the_trace_have_its_row_and_column(model, images):
-    output, trace = model(images, record=[0, 2]), model.trace(images)
+    output, trace = model(images, Taps(scores=(0, 2))), model.trace(images)
 
     torch.testing.assert_close(trace.logits, output.logits, **EXACT)
     assert [weights.shape for weights in trace.weights] == [(4, 3, 6, 6)] * 3
     assert [tokens.shape for tokens in trace.tokens] == [(4, 6, 12)] * 3
-    alone = model.scores(images, [0, 2])
+    alone = model(images, Taps(scores=(0, 2), logits=False)).scores
     for i in (0, 2):
         assert output.scores[i].shape == (4, 3, 6, 6)
         torch.testing.assert_close(alone[i], output.scores[i], **EXACT)
@@ -113,9 +113,9 @@ def test_the_record_and_the_trace_have_its_row_and_column(model, images):
 
 
 def test_each_head_learns_from_its_own_logits(model, images):
-    of_tokens = model(images).of_tokens
+    heads = model(images).heads
 
-    of_tokens.distillation_token.sum().backward()
+    heads["distillation_token"].sum().backward()
 
     assert model.head.weight.grad is None
     assert model.distillation_head.weight.grad.any()
@@ -125,7 +125,7 @@ def test_each_head_learns_from_its_own_logits(model, images):
 def test_without_it_there_is_one_head_and_no_trace_of_another(tiny, images):
     with_one, without = tiny(distillation_token=True).build(), tiny().build().double()
 
-    assert without(images).of_tokens is None
+    assert without(images).heads == {}
     assert {name for name, _ in with_one.named_parameters()} - set(without.state_dict()) == OWN
     assert set(without.state_dict()) < set(with_one.state_dict())
     # The token, its position, and its head's map and bias.
@@ -149,9 +149,9 @@ def test_both_heads_survive_a_file(model, images, tmp_path):
     assert loaded.config == model.config
     assert set(loaded.state_dict()) > OWN
     with torch.no_grad():
-        before, after = model(images.float()).of_tokens, loaded(images.float()).of_tokens
-    assert torch.equal(after.class_token, before.class_token)
-    assert torch.equal(after.distillation_token, before.distillation_token)
+        before, after = model(images.float()).heads, loaded(images.float()).heads
+    assert after.keys() == before.keys() == {"class_token", "distillation_token"}
+    assert all(torch.equal(after[token], before[token]) for token in before)
 
 
 def test_a_new_head_starts_as_the_class_tokens_head_does(tiny):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitkd.models import Taps
 from vitkd.models.dropout import Dropout, quick_mask
 from vitkd.models.layers import MLP, Attention
+from vitkd.models.output import BlockTaps
 
 P = 0.25
 
@@ -37,24 +39,24 @@ def unit_mlp(dropout: float) -> MLP:
     return mlp
 
 
-def through(layer: nn.Module, record: bool | None) -> Tensor:
+def through(layer: nn.Module, taps: BlockTaps | None) -> Tensor:
     x = torch.randn(40, 6, 8)
-    return layer(x) if record is None else layer(x, record)[0]
+    return layer(x) if taps is None else layer(x, taps)[0]
 
 
 LAYERS = pytest.mark.parametrize(
-    ("build", "record"),
+    ("build", "taps"),
     [
-        pytest.param(unit_attention, True, id="recorded-attention"),
-        pytest.param(unit_attention, False, id="fused-attention"),
+        pytest.param(unit_attention, BlockTaps(scores=True), id="recorded-attention"),
+        pytest.param(unit_attention, BlockTaps(), id="fused-attention"),
         pytest.param(unit_mlp, None, id="mlp"),
     ],
 )
 
 
 @LAYERS
-def test_dropout_inside_and_after_a_layer(build, record):
-    y = through(build(P).train(), record)
+def test_dropout_inside_and_after_a_layer(build, taps):
+    y = through(build(P).train(), taps)
 
     dropped = (y == 0).float().mean().item()
     assert dropped == pytest.approx(P, abs=0.03)
@@ -65,8 +67,8 @@ def test_dropout_inside_and_after_a_layer(build, record):
 
 @LAYERS
 @pytest.mark.parametrize(("dropout", "train"), [(P, False), (0.0, True)])
-def test_no_dropout_in_eval_mode_or_at_zero(build, record, dropout, train):
-    y = through(build(dropout).train(train), record)
+def test_no_dropout_in_eval_mode_or_at_zero(build, taps, dropout, train):
+    y = through(build(dropout).train(train), taps)
 
     torch.testing.assert_close(y, torch.ones_like(y))
 
@@ -82,13 +84,13 @@ def test_embedding_dropout(tiny):
     torch.testing.assert_close(dropped[dropped != 0], kept[dropped != 0] / (1 - P))
 
 
-@pytest.mark.parametrize("record", [[], [0, 1, 2]])
-def test_eval_mode_repeats_itself_and_train_mode_does_not(tiny, record):
+@pytest.mark.parametrize("taps", [Taps(), Taps(scores=(0, 1, 2))])
+def test_eval_mode_repeats_itself_and_train_mode_does_not(tiny, taps):
     model = tiny(dropout=0.1, emb_dropout=0.1).build()
     images = torch.randn(4, 3, 8, 8)
 
     def twice() -> bool:
-        return torch.equal(model(images, record).logits, model(images, record).logits)
+        return torch.equal(model(images, taps).logits, model(images, taps).logits)
 
     assert not twice()
     model.eval()

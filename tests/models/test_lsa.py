@@ -13,19 +13,20 @@ from vit_pytorch.vit_for_small_dataset import LSA
 from vit_pytorch.vit_for_small_dataset import ViT as VitPytorch
 
 from tests.models.test_spt import vit_pytorch_twin as tokenizer_twin
-from vitkd.models import ViT
+from vitkd.models import Taps, ViT
 from vitkd.models.dropout import Dropout
 from vitkd.models.layers import Attention
 from vitkd.models.lsa import LocalityAttention
+from vitkd.models.output import BlockTaps
 from vitkd.models.spt import shifted_diagonally
 
 DIM, HEADS, HEAD_DIM = 12, 3, 4
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 # Every way from tokens to tokens.
 WAYS: dict[str, Callable[[Attention, Tensor], Tensor]] = {
-    "fused": lambda attention, x: attention(x, record=False)[0],
-    "recorded": lambda attention, x: attention(x, record=True)[0],
-    "factors": lambda attention, x: attention(x, record=True, factors=True)[0],
+    "fused": lambda attention, x: attention(x)[0],
+    "recorded": lambda attention, x: attention(x, BlockTaps(scores=True))[0],
+    "factors": lambda attention, x: attention(x, BlockTaps(factors=True))[0],
     "trace": lambda attention, x: attention.trace(x)[0],
 }
 
@@ -81,7 +82,7 @@ def test_a_new_one_starts_at_vit_pytorchs_temperature():
 
     x = torch.randn(2, 6, DIM)
     q, k, _ = ours.qkv(ours.norm(x)).unflatten(-1, (3, HEADS, HEAD_DIM)).transpose(1, 3).unbind(2)
-    torch.testing.assert_close(ours.factors(x).scores(), q @ k.mT * start)
+    torch.testing.assert_close(ours.tapped(x, BlockTaps(factors=True)).qkv.scores(), q @ k.mT * start)
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def test_weights_at_the_start_are_plain_attentions_over_the_other_tokens(x):
     plain = Attention(DIM, HEADS, HEAD_DIM, 0.0, qkv_bias=True).double()
     local = LocalityAttention(DIM, HEADS, HEAD_DIM, 0.0, qkv_bias=True).double()
     local.load_state_dict(plain.state_dict(), strict=False)
-    scores = plain.factors(x).scores()
+    scores = plain.tapped(x, BlockTaps(factors=True)).qkv.scores()
 
     weights = local.trace(x)[1]
 
@@ -178,8 +179,8 @@ def test_recorded_scores_are_all_pairs_over_the_heads_temperature(factors, x):
     attention = randomised()
     projected = attention.qkv(attention.norm(x))
 
-    recorded = attention(x, record=True, factors=factors)[1]
-    scores = recorded.scores() if factors else recorded
+    tapped = attention(x, BlockTaps(scores=not factors, factors=factors))[1]
+    scores = tapped.qkv.scores() if factors else tapped.scores
 
     q, k, _ = projected.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
     for head in range(HEADS):
@@ -193,15 +194,15 @@ def test_recorded_scores_are_all_pairs_over_the_heads_temperature(factors, x):
 @torch.no_grad()
 def test_a_heads_temperature_is_its_own(x):
     attention = randomised()
-    before = attention.factors(x).scores()
-    tokens = attention(x, record=False)[0]
+    before = attention.tapped(x, BlockTaps(scores=True)).scores
+    tokens = attention(x)[0]
 
     attention.log_temperature[1] += 0.5
 
-    after = attention.factors(x).scores()
+    after = attention.tapped(x, BlockTaps(scores=True)).scores
     torch.testing.assert_close(after[:, 1], before[:, 1] / math.exp(0.5), **EXACT)
     assert torch.equal(after[:, [0, 2]], before[:, [0, 2]])
-    assert (attention(x, record=False)[0] - tokens).abs().max() > 1e-3
+    assert (attention(x)[0] - tokens).abs().max() > 1e-3
 
 
 def randomised_vit(tiny, **changes: object) -> ViT:
@@ -218,9 +219,10 @@ def test_scores_alone_equal_the_forward_passs_at_other_temperatures(tiny, factor
     model = randomised_vit(tiny)
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
 
-    recorded = model(images, [0, 2], factors).scores
-    alone = model.scores(images, [0, 2], factors)
+    taps = Taps(factors=(0, 2)) if factors else Taps(scores=(0, 2))
+    outputs = model(images, taps), model(images, taps._replace(logits=False))
 
+    recorded, alone = (output.qkv if factors else output.scores for output in outputs)
     assert alone.keys() == recorded.keys() == {0, 2}
     for i in (0, 2):
         torch.testing.assert_close(alone[i], recorded[i], **EXACT)
@@ -243,20 +245,20 @@ def test_of_two_tokens_each_sees_the_other(way):
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("record", [[], [0, 1, 2]])
-def test_bf16_autocast_records_float32_and_comes_close(tiny, record):
+@pytest.mark.parametrize("blocks", [(), (0, 1, 2)])
+def test_bf16_autocast_records_float32_and_comes_close(tiny, blocks):
     model = randomised_vit(tiny).float().train()
     images = torch.randn(3, 3, 8, 8)
-    expected = model(images, range(3))
+    expected = model(images, Taps(scores=(0, 1, 2)))
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(images, record)
+        output = model(images, Taps(scores=blocks))
         output.logits.sum().backward()
 
     assert output.logits.dtype == torch.bfloat16
     torch.testing.assert_close(output.logits.float(), expected.logits, atol=0.05, rtol=0.05)
-    assert sorted(output.scores) == record
-    for i in record:
+    assert tuple(sorted(output.scores)) == blocks
+    for i in blocks:
         assert output.scores[i].dtype == torch.float32
         torch.testing.assert_close(output.scores[i], expected.scores[i], atol=0.05, rtol=0.05)
     for block in model.blocks:
@@ -265,6 +267,8 @@ def test_bf16_autocast_records_float32_and_comes_close(tiny, record):
 
 
 def test_the_mask_is_what_the_configuration_says(tiny):
-    assert tiny().allowed() is None
-    mask = tiny(attention="lsa", distillation_token=True).allowed()
-    assert mask.tolist() == [[query != key for key in range(6)] for query in range(6)]
+    assert all(layout.mask is None for layout in tiny().attention_layouts())
+    layouts = tiny(attention="lsa", distillation_token=True).attention_layouts()
+    assert len(layouts) == 3
+    for layout in layouts:
+        assert layout.mask.tolist() == [[query != key for key in range(6)] for query in range(6)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitkd.models import ViT
+from vitkd.models import Taps, ViT
 
 VARIANTS = {
     "bare": {},
@@ -29,7 +29,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize("blocks", [[], [0], [3], [1, 2], [0, 1, 2, 3]])
 def test_exactly_the_blocks_asked_for_are_recorded(model, images, blocks):
-    scores = model(images, record=blocks).scores
+    scores = model(images, Taps(scores=tuple(blocks))).scores
 
     T = model.config.tokens
     assert sorted(scores) == blocks
@@ -40,8 +40,8 @@ def test_exactly_the_blocks_asked_for_are_recorded(model, images, blocks):
 def test_recording_leaves_logits_and_gradients_as_fused_attention_has_them(model, images, train):
     model.train(train)
     results = []
-    for record in ([], range(4)):
-        logits = model(images, record).logits
+    for blocks in ((), (0, 1, 2, 3)):
+        logits = model(images, Taps(scores=blocks)).logits
         gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
         results.append((logits, *gradients))
 
@@ -49,16 +49,19 @@ def test_recording_leaves_logits_and_gradients_as_fused_attention_has_them(model
 
 
 def test_recorded_scores_do_not_depend_on_what_else_is_recorded(model, images):
-    everything = model(images, record=range(4)).scores
+    everything = model(images, Taps(scores=(0, 1, 2, 3))).scores
     for i in range(4):
-        torch.testing.assert_close(model(images, record=[i]).scores[i], everything[i], atol=1e-12, rtol=0)
+        alone = model(images, Taps(scores=(i,))).scores[i]
+        torch.testing.assert_close(alone, everything[i], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("blocks", [[0], [2], [0, 2], [2, 0], [1, 2, 3]])
 def test_scores_alone_equal_the_forward_passs(model, images, blocks):
-    recorded = model(images, record=blocks).scores
-    alone = model.scores(images, blocks)
+    recorded = model(images, Taps(scores=tuple(blocks))).scores
+    output = model(images, Taps(scores=tuple(blocks), logits=False))
+    alone = output.scores
 
+    assert output.logits is None
     assert alone.keys() == recorded.keys()
     for i in blocks:
         torch.testing.assert_close(alone[i], recorded[i], atol=1e-12, rtol=0)
@@ -66,7 +69,8 @@ def test_scores_alone_equal_the_forward_passs(model, images, blocks):
 
 @torch.no_grad()
 def test_scores_alone_touch_nothing_past_the_last_blocks_keys(model, images):
-    expected = model.scores(images, [0, 2])
+    taps = Taps(scores=(0, 2), logits=False)
+    expected = model(images, taps).scores
     last = model.blocks[2]
     inner = model.config.num_heads * model.config.head_dim
 
@@ -77,7 +81,7 @@ def test_scores_alone_touch_nothing_past_the_last_blocks_keys(model, images):
         parameter[2 * inner :] = torch.nan
 
     assert model(images).logits.isnan().all()
-    for i, scores in model.scores(images, [0, 2]).items():
+    for i, scores in model(images, taps).scores.items():
         assert torch.equal(scores, expected[i])
 
 
@@ -86,7 +90,7 @@ def test_scores_are_queries_times_keys_over_the_temperature(model, images):
     attention, x = model.blocks[0].attention, model.embed(images)
     projected = attention.qkv(attention.norm(x))[1]
     head, d, inner = 1, 4, 8
-    scores = model.scores(images, [0])[0][1, head]
+    scores = model(images, Taps(scores=(0,), logits=False)).scores[0][1, head]
     learned = attention.log_temperature[head].exp().item() if model.config.attention == "lsa" else 1.0
 
     for query in range(model.config.tokens):

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.models import ResNet, ResNetConfig, digest, load_model, save_model
+from vitkd.models import ResNet, ResNetConfig, Taps, digest, load_model, save_model
 from vitkd.models.resnet import VARIANTS
 
 URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
@@ -61,7 +61,7 @@ def test_logits_equal_torchvisions():
     assert output.logits.shape == (2, 7)
     assert torch.equal(output.logits, theirs.eval()(images))
     assert output.scores == {}
-    assert output.of_tokens is None
+    assert output.heads == {}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,8 +120,13 @@ def test_there_is_no_attention_to_record():
     model = config().build().eval()
 
     with pytest.raises(AssertionError, match="no attention"):
-        model(torch.randn(1, 3, 32, 32), record=[0])
-    assert not model(torch.randn(1, 3, 32, 32), record=(), factors=True).scores
+        model(torch.randn(1, 3, 32, 32), Taps(scores=(0,)))
+    with pytest.raises(AssertionError, match="no attention"):
+        model(torch.randn(1, 3, 32, 32), Taps(factors=(0,)))
+    output = model(torch.randn(1, 3, 32, 32))
+    assert not output.scores
+    assert not output.qkv
+    assert model.attention == ()
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from vitkd.models import ViT
+from vitkd.models import Taps, ViT
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
+SCORES = Taps(scores=(0, 2), logits=False)
 
 
 def stack(models: list[ViT]) -> ViT:
@@ -50,12 +51,12 @@ def test_stacked_students_equal_separate_ones(models, separate, train):
     H, T = models[0].config.num_heads, models[0].config.tokens
     score_weights = torch.randn(3, 4, H, T, T, dtype=torch.float64)
 
-    together = stacked(images, record=[1])
+    together = stacked(images, Taps(scores=(1,)))
     ((together.logits * logit_weights).sum() + (together.scores[1] * score_weights).sum()).backward()
 
     assert together.logits.shape == (3, 4, 5)
     for s, model in enumerate(models):
-        alone = model.train(train)(images[s] if separate else images, record=[1])
+        alone = model.train(train)(images[s] if separate else images, Taps(scores=(1,)))
         ((alone.logits * logit_weights[s]).sum() + (alone.scores[1] * score_weights[s]).sum()).backward()
         torch.testing.assert_close(together.logits[s], alone.logits, **EXACT)
         torch.testing.assert_close(together.scores[1][s], alone.scores[1], **EXACT)
@@ -67,10 +68,12 @@ def test_stacked_students_equal_separate_ones(models, separate, train):
 def test_stacked_scores_alone_equal_separate_ones(models, separate):
     images = torch.randn(*([3] if separate else []), 4, 3, 8, 8, dtype=torch.float64)
 
-    together = stack(models).scores(images, [0, 2])
+    together = stack(models)(images, SCORES).scores
 
     for s, model in enumerate(models):
-        for i, scores in model.scores(images[s] if separate else images, [0, 2]).items():
+        alone = model(images[s] if separate else images, SCORES).scores
+        assert alone.keys() == together.keys()
+        for i, scores in alone.items():
             torch.testing.assert_close(together[i][s], scores, **EXACT)
 
 
@@ -88,15 +91,16 @@ def test_stacked_traces_and_fused_passes_equal_separate_ones(models):
             torch.testing.assert_close(ours[s], theirs, **EXACT)
         output = model(images)
         torch.testing.assert_close(fused.logits[s], output.logits, **EXACT)
-        for ours, theirs in zip(fused.of_tokens or (), output.of_tokens or (), strict=True):
-            torch.testing.assert_close(ours[s], theirs, **EXACT)
+        assert fused.heads.keys() == output.heads.keys()
+        for token, theirs in output.heads.items():
+            torch.testing.assert_close(fused.heads[token][s], theirs, **EXACT)
 
 
 def test_one_stacked_student_keeps_its_axis(tiny):
     model = tiny().build().double()
     images = torch.randn(1, 3, 8, 8, dtype=torch.float64)
 
-    output = stack([model])(images, record=[0])
+    output = stack([model])(images, Taps(scores=(0,)))
 
     assert output.logits.shape == (1, 1, 5)
     assert output.scores[0].shape == (1, 1, 2, 5, 5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitkd.models import ViT
+from vitkd.models import Taps, ViT
 
 VARIANTS = {
     "bare": {},
@@ -38,13 +38,13 @@ def test_logits_equal_the_forward_passs(model, images):
 
 @torch.no_grad()
 def test_weights_are_the_recorded_scores_softmax(model, images):
-    scores = model(images, record=range(4)).scores
+    scores = model(images, Taps(scores=(0, 1, 2, 3))).scores
 
     weights = model.trace(images).weights
 
     assert len(weights) == 4
-    allowed = model.config.allowed()
     for i in range(4):
+        allowed = model.attention[i].mask
         left = scores[i] if allowed is None else scores[i].where(allowed, -torch.inf)
         assert_equal(weights[i], left.softmax(-1))
 
@@ -83,7 +83,7 @@ def test_in_training_the_weights_are_those_left_by_dropout(model, images):
 def test_bf16_attention_is_softmaxed_in_float32(tiny):
     model = tiny().build().bfloat16().eval()
     images = torch.randn(3, 3, 8, 8).bfloat16()
-    scores = model.scores(images, [0])[0]
+    scores = model(images, Taps(scores=(0,), logits=False)).scores[0]
 
     weights = model.trace(images).weights[0]
 

@@ -8,7 +8,7 @@ from vit_pytorch.vit import ViT as VitPytorch
 from vit_pytorch.vit_for_small_dataset import ViT as SmallVitPytorch
 
 from vitkd.errors import ConfigError
-from vitkd.models import ViTConfig, count_parameters
+from vitkd.models import Taps, ViTConfig, count_parameters
 
 SIZES = ["image_size", "channels", "num_classes", "patch_size", "embed_dim", "depth", "num_heads", "head_dim"]
 SIZES += ["mlp_dim"]
@@ -85,7 +85,7 @@ def test_shifted_patches_have_their_own_norm_whatever_patch_norm_says(tiny):
 def test_any_image_size_patch_size_and_channels(tiny, image_size, patch_size, channels, tokens):
     model = tiny(image_size=image_size, patch_size=patch_size, channels=channels).build()
 
-    output = model(torch.randn(2, channels, image_size, image_size), record=[0])
+    output = model(torch.randn(2, channels, image_size, image_size), Taps(scores=(0,)))
 
     assert output.logits.shape == (2, 5)
     assert output.scores[0].shape == (2, 2, tokens, tokens)

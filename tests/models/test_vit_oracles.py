@@ -9,7 +9,8 @@ import torchvision
 from torch import nn
 from vit_pytorch.vit import ViT as VitPytorch
 
-from vitkd.models import ViT, ViTConfig
+from vitkd.models import Taps, ViT, ViTConfig
+from vitkd.models.output import BlockTaps
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-5)  # timm and torchvision take 1e-6 by themselves
 
@@ -172,7 +173,7 @@ def test_attention_weights_of_every_block_equal_timms(tiny, dtype):
 
     theirs(images)
 
-    recorded = ours.scores(images, range(3))
+    recorded = ours(images, Taps(scores=(0, 1, 2), logits=False)).scores
     assert len(seen) == 3
     for i, weights in enumerate(seen):
         assert_equal(recorded[i].softmax(-1), weights)
@@ -187,7 +188,7 @@ def test_attention_weights_and_tokens_equal_pytorchs_multihead_attention(tiny, d
     theirs.out_proj.load_state_dict(attention.out.state_dict())
     x = torch.randn(4, 7, 12, dtype=dtype)
 
-    tokens, scores = attention(x, record=True)
+    tokens, (scores, _) = attention(x, BlockTaps(scores=True))
 
     normed = attention.norm(x)
     their_tokens, weights = theirs(normed, normed, normed, need_weights=True, average_attn_weights=False)

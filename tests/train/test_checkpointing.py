@@ -11,7 +11,7 @@ from vitkd.optim import AdamW, Constant
 from vitkd.process.signals import PostponedSignals
 from vitkd.runs.folder import RunFolder
 from vitkd.train.checkpointing import Checkpointing
-from vitkd.train.module import ClassifyModule
+from vitkd.train.module import DistillModule
 
 TRAINING, VALIDATION, EPOCH_END = "training", "validation", "epoch end"
 
@@ -84,6 +84,6 @@ def test_a_run_is_saved_where_nothing_of_it_would_be_left_out(batches, settings,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 
-    trainer.fit(ClassifyModule(tiny().build(), AdamW(), Constant()), Batches(*[2] * batches), Batches(2))
+    trainer.fit(DistillModule(tiny().build(), AdamW(), Constant()), Batches(*[2] * batches), Batches(2))
 
     assert saves.seen == expected

@@ -13,14 +13,12 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tests.train.objectives import compare_maps
 from vitkd.data import Batch, Digits, ImageDataModule
 from vitkd.errors import ConfigError, RunError
-from vitkd.methods.maps.granularity import Encoder
-from vitkd.methods.maps.losses import KL
-from vitkd.methods.maps.objective import AttentionTransfer
 from vitkd.optim import AdamW, Constant
 from vitkd.train.compilation import check_compiler, compile_training
-from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.module import DistillModule
 
 COMPILE = torch.compile
 BATCH = Batch(torch.randn(2, 3, 8, 8), torch.arange(2), torch.arange(2))
@@ -50,9 +48,9 @@ def compiler(monkeypatch):
 
 
 @pytest.fixture
-def module(tiny, compiler) -> ClassifyModule:
+def module(tiny, compiler) -> DistillModule:
     """Compiled, at a step that is not logged."""
-    module = ClassifyModule(tiny().build(), AdamW(), Constant())
+    module = DistillModule(tiny().build(), AdamW(), Constant())
     module._trainer = SimpleNamespace(global_step=1, log_every_n_steps=20)
     names = [*module.state_dict()]
     compile_training(module)
@@ -61,20 +59,20 @@ def module(tiny, compiler) -> ClassifyModule:
 
 
 def test_a_training_step_is_compiled(module, compiler):
-    module.terms(BATCH)
+    module.losses(BATCH)
 
     assert compiler.calls == 1
 
 
 def test_validation_is_not(module, compiler):
-    module.eval().terms(BATCH)
+    module.eval().losses(BATCH)
 
     assert compiler.calls == 0
 
 
 def test_a_step_that_is_logged_is_not(module, compiler):
     module._trainer.global_step = 40
-    module.terms(BATCH)
+    module.losses(BATCH)
 
     assert compiler.calls == 0
 
@@ -85,14 +83,14 @@ def test_what_the_compiler_fails_at_is_one_line(module, compiler):
     )
 
     with pytest.raises(RunError, match=r"^compile=true: Python.h: not found; train with compile=false$"):
-        module.terms(BATCH)
+        module.losses(BATCH)
 
 
 def test_a_mistake_of_another_kind_is_not_disguised(module, compiler):
     compiler.error = RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
-        module.terms(BATCH)
+        module.losses(BATCH)
 
 
 def test_no_compiler_is_found_out_first(monkeypatch):
@@ -140,8 +138,10 @@ def fit(tiny, tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=counter))
         torch.manual_seed(5)
         student, teacher = (tiny(channels=1, num_classes=10, depth=depth).build() for depth in (1, 2))
-        transfer = AttentionTransfer(Encoder().pairs(student.config, teacher.config), KL())
-        module = DistillModule(student, teacher, transfer, alpha, AdamW(lr=1e-2), Constant())
+        objective = compare_maps(student, teacher)
+        module = DistillModule(
+            student, AdamW(lr=1e-2), Constant(), teacher=teacher, objective=objective, alpha=alpha
+        )
         if compiles:
             compile_training(module)
         facts = {"name": "digits", "num_classes": 10, "channels": 1, "image_size": 8, "patch_size": 4}

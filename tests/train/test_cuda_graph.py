@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.train.objectives import compare_maps
 from tests.train.test_fit import Batches, without_validation
 from vitkd.data import Batch
-from vitkd.methods.maps.granularity import Encoder
-from vitkd.methods.maps.losses import KL
-from vitkd.methods.maps.objective import AttentionTransfer
 from vitkd.optim import AdamW, WarmupCosine
 from vitkd.train.cuda_graph import WARM_UP, CudaGraphs, GraphedStep, set_capturable, why_not
 from vitkd.train.meter import Meter
@@ -33,10 +31,10 @@ class Recording:
         self.work, self.meter, self.replays = work, meter, 0
 
     def replay(self) -> None:
-        before = self.meter.images if self.meter else 0
+        before = self.meter.counts() if self.meter else None
         self.work()
         if self.meter and self.replays:
-            self.meter.images = before
+            self.meter.set_counts(before)
         self.replays += 1
 
 
@@ -52,7 +50,7 @@ class Played(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         def capture(work: Callable[[], None]) -> Recording:
-            self.recordings.append(Recording(work, pl_module.train_meter))
+            self.recordings.append(Recording(work, pl_module.window.meter))
             return self.recordings[-1]
 
         pl_module.graph = GraphedStep(pl_module.whole_step, capture, at_once)
@@ -70,8 +68,10 @@ class Curves(L.Callback):
 @pytest.fixture
 def module(tiny) -> DistillModule:
     student, teacher = tiny(dropout=0.1).build(), tiny(depth=6).build()
-    transfer = AttentionTransfer(Encoder().pairs(student.config, teacher.config), KL())
-    return DistillModule(student, teacher, transfer, 0.5, AdamW(lr=1e-2), WarmupCosine())
+    objective = compare_maps(student, teacher)
+    return DistillModule(
+        student, AdamW(lr=1e-2), WarmupCosine(), teacher=teacher, objective=objective, alpha=0.5
+    )
 
 
 def fit(module: DistillModule, folder: Any, *callbacks: L.Callback, batches: Any = None, **settings: Any):
@@ -116,7 +116,7 @@ def test_a_step_that_cannot_be_captured_is_taken_as_ever_and_the_reason_told(mod
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             def capture(work: Callable[[], None]) -> Recording:
                 # What the host has done by the time that CUDA refuses.
-                pl_module.train_meter.images += 4
+                pl_module.window.meter.count(pl_module.window.meter.names, 4)
                 pl_module.guard.watch({"class loss": torch.tensor(torch.nan)}, torch.arange(4))
                 raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -161,7 +161,7 @@ def test_everything_a_step_reads_or_leaves_keeps_its_place_in_memory(module, tmp
             tensors = [
                 *pl_module.model.parameters(),
                 *state(trainer.optimizers[0]),
-                *pl_module.train_meter._sums.values(),
+                *pl_module.window.meter._sums.values(),
                 *(pl_module.graph._batch or ()),
             ]
             places.append({tensor.data_ptr() for tensor in tensors})

@@ -12,16 +12,13 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
+from tests.train.objectives import compare_maps
 from vitkd.data import Batch
-from vitkd.methods.maps.alignment import align
-from vitkd.methods.maps.granularity import Encoder
-from vitkd.methods.maps.losses import KL
-from vitkd.methods.maps.objective import AttentionTransfer
-from vitkd.methods.token import TokenTransfer
-from vitkd.models import Model, ResNetConfig, ViT, build_from_header
+from vitkd.methods.token import TokenObjective
+from vitkd.models import Model, ResNetConfig, Taps, ViT, build_from_header
 from vitkd.optim import AdamW, Constant, WarmupCosine
 from vitkd.train.fit import warm_average
-from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.module import DistillModule
 
 pytestmark = [
     # Lightning 2.6 asks for a tree's leaves in a way that newer PyTorch deprecates.
@@ -88,7 +85,7 @@ def student(tiny) -> ViT:
 def run(tmp_path):
     """Fits a module on the CPU, from the same random state each time, and returns the Trainer."""
 
-    def run(module: ClassifyModule, train: Batches, val: Batches | None = None, **settings: Any) -> L.Trainer:
+    def run(module: DistillModule, train: Batches, val: Batches | None = None, **settings: Any) -> L.Trainer:
         quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "barebones")
         defaults = {"max_epochs": 2, "log_every_n_steps": 1, "logger": False, "num_sanity_val_steps": 1}
         trainer = L.Trainer(
@@ -105,8 +102,14 @@ def run(tmp_path):
 
 
 def distill(student: ViT, teacher: ViT, alpha: float, schedule=None) -> DistillModule:
-    transfer = AttentionTransfer(Encoder().pairs(student.config, teacher.config), KL())
-    return DistillModule(student, teacher, transfer, alpha, AdamW(lr=1e-2), schedule or Constant())
+    return DistillModule(
+        student,
+        AdamW(lr=1e-2),
+        schedule or Constant(),
+        teacher=teacher,
+        objective=compare_maps(student, teacher),
+        alpha=alpha,
+    )
 
 
 def test_the_student_learns_and_the_teacher_is_left_as_it_was(student, teacher, run):
@@ -147,7 +150,7 @@ def test_alpha_1_is_the_student_alone_bit_for_bit(student, teacher, run):
     train, val = Batches(6, 6, 4), Batches(5)
     alone, beside = Watch(), Watch()
 
-    run(ClassifyModule(deepcopy(student), AdamW(lr=1e-2), Constant()), train, val, callbacks=[alone])
+    run(DistillModule(deepcopy(student), AdamW(lr=1e-2), Constant()), train, val, callbacks=[alone])
     run(distill(deepcopy(student), teacher, alpha=1.0), train, val, callbacks=[beside])
 
     assert len(alone.weights) == 6
@@ -157,11 +160,10 @@ def test_alpha_1_is_the_student_alone_bit_for_bit(student, teacher, run):
 
 def through_a_token(student: ViT, teacher: Model, alpha: float) -> DistillModule:
     """The token's loss, and that of all attention maps."""
-    maps = AttentionTransfer(
-        Encoder().pairs(student.config, teacher.config), KL(), align(student.config, teacher.config)
+    objective = TokenObjective("hard", 1.0, compare_maps(student, teacher), weight=0.5)
+    return DistillModule(
+        student, AdamW(lr=1e-2), Constant(), teacher=teacher, objective=objective, alpha=alpha
     )
-    transfer = TokenTransfer("hard", 1.0, maps, weight=0.5)
-    return DistillModule(student, teacher, transfer, alpha, AdamW(lr=1e-2), Constant())
 
 
 def test_alpha_1_with_two_heads_is_the_student_alone_bit_for_bit(tiny, teacher, run):
@@ -169,7 +171,7 @@ def test_alpha_1_with_two_heads_is_the_student_alone_bit_for_bit(tiny, teacher, 
     train, val = Batches(6, 6, 4), Batches(5)
     alone, beside = Watch(), Watch()
 
-    run(ClassifyModule(deepcopy(student), AdamW(lr=1e-2), Constant()), train, val, callbacks=[alone])
+    run(DistillModule(deepcopy(student), AdamW(lr=1e-2), Constant()), train, val, callbacks=[alone])
     run(through_a_token(deepcopy(student), teacher, alpha=1.0), train, val, callbacks=[beside])
 
     assert len(alone.weights) == 6
@@ -186,14 +188,14 @@ def test_each_head_has_a_curve_of_its_own(tiny, teacher, run, tmp_path):
 
     images, labels = (torch.cat(parts) for parts in list(zip(*val, strict=True))[:2])
     ours, answers = student.eval()(images), teacher(images).logits.argmax(-1)
-    heads = ours.of_tokens
+    class_token, distillation_token = ours.heads["class_token"], ours.heads["distillation_token"]
     expected = {
         "val/acc": (ours.logits.argmax(-1) == labels).float().mean(),
-        "val/acc_class_token": (heads.class_token.argmax(-1) == labels).float().mean(),
-        "val/acc_distillation_token": (heads.distillation_token.argmax(-1) == labels).float().mean(),
+        "val/acc_class_token": (class_token.argmax(-1) == labels).float().mean(),
+        "val/acc_distillation_token": (distillation_token.argmax(-1) == labels).float().mean(),
         "val/teacher_agreement": (ours.logits.argmax(-1) == answers).float().mean(),
-        "val/task_loss": F.cross_entropy(heads.class_token, labels),
-        "val/token_loss": F.cross_entropy(heads.distillation_token, answers),
+        "val/class_loss": F.cross_entropy(class_token, labels),
+        "val/token_loss": F.cross_entropy(distillation_token, answers),
     }
     for name, value in expected.items():
         assert logged[name].item() == pytest.approx(value.item(), rel=1e-5), name
@@ -207,7 +209,7 @@ def test_each_head_has_a_curve_of_its_own(tiny, teacher, run, tmp_path):
 def test_a_student_alone_has_its_heads_curves_too(tiny, run):
     student = tiny(distillation_token=True).build()
 
-    logged = run(ClassifyModule(student, AdamW(), Constant()), Batches(6), Batches(5)).callback_metrics
+    logged = run(DistillModule(student, AdamW(), Constant()), Batches(6), Batches(5)).callback_metrics
 
     assert {"val/acc_class_token", "val/acc_distillation_token", "train/acc_class_token"} <= logged.keys()
 
@@ -216,7 +218,8 @@ def test_a_convolutional_teacher_is_left_as_it_was(tiny, run):
     """Its running statistics, too."""
     student, teacher = tiny(distillation_token=True).build(), ResNetConfig(8, 3, 5).build()
     before = deepcopy(teacher.state_dict())
-    module = DistillModule(student, teacher, TokenTransfer("soft", 2.0), 0.5, AdamW(), Constant())
+    objective = TokenObjective("soft", 2.0)
+    module = DistillModule(student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=0.5)
 
     run(module, Batches(6, 6), Batches(5))
 
@@ -228,14 +231,14 @@ def test_a_convolutional_teacher_is_left_as_it_was(tiny, run):
 @without_validation
 def test_weights_can_be_averaged_beside_a_mask(attention, tiny, teacher, run):
     student = tiny(attention=attention).build()
-    alignment = align(student.config, teacher.config)
-    transfer = AttentionTransfer(Encoder().pairs(student.config, teacher.config), KL(), alignment)
-    module = DistillModule(student, teacher, transfer, 0.5, AdamW(), Constant())
+    objective = compare_maps(student, teacher)
+    module = DistillModule(student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=0.5)
 
     run(module, Batches(6, 6), callbacks=[WeightAveraging(avg_fn=warm_average(0.9))])
 
     if attention == "lsa":
-        assert torch.equal(transfer.allowed, ~torch.eye(5, dtype=torch.bool))
+        for alignment in objective.alignments:
+            assert torch.equal(alignment.allowed, ~torch.eye(5, dtype=torch.bool))
 
 
 @without_validation
@@ -243,7 +246,7 @@ def test_alpha_below_1_is_something_else(student, teacher, run):
     train = Batches(6)
     alone, beside = Watch(), Watch()
 
-    run(ClassifyModule(deepcopy(student), AdamW(lr=1e-2), Constant()), train, callbacks=[alone])
+    run(DistillModule(deepcopy(student), AdamW(lr=1e-2), Constant()), train, callbacks=[alone])
     run(distill(deepcopy(student), teacher, alpha=0.9), train, callbacks=[beside])
 
     assert not torch.equal(alone.weights[0], beside.weights[0])
@@ -253,16 +256,15 @@ def test_alpha_below_1_is_something_else(student, teacher, run):
 def test_alpha_weighs_the_class_loss(student, teacher, alpha):
     (batch,) = Batches(6)
 
-    terms = distill(student, teacher, alpha).eval().terms(batch)
+    losses = distill(student, teacher, alpha).eval().losses(batch)
 
     logits = student(batch.image).logits
-    assert terms.task.item() == pytest.approx(F.cross_entropy(logits, batch.label).item())
-    assert terms.transfer.item() == pytest.approx(terms.per_map.mean().item())
-    assert terms.total.item() == pytest.approx(
-        alpha * terms.task.item() + (1 - alpha) * terms.transfer.item()
-    )
+    class_loss, transfer_loss = losses.class_loss.item(), losses.transfer.loss.item()
+    assert class_loss == pytest.approx(F.cross_entropy(logits, batch.label).item())
+    assert transfer_loss == pytest.approx(losses.transfer.values.mean().item())
+    assert losses.total.item() == pytest.approx(alpha * class_loss + (1 - alpha) * transfer_loss)
     if alpha == 0:
-        assert torch.equal(terms.total, terms.transfer)
+        assert torch.equal(losses.total, losses.transfer.loss)
 
 
 @without_validation
@@ -321,9 +323,10 @@ def test_training_goes_on_from_a_checkpoint_without_teacher_weights(student, tea
 def test_gradient_norms_equal_separate_backward_passes(tiny, teacher, run, tmp_path):
     student, train, alpha = tiny().build(), Batches(6), 0.25
     expected = {}
-    for term in ("task", "transfer"):
+    for term in ("class", "transfer"):
         twin = deepcopy(student)
-        getattr(distill(twin, deepcopy(teacher), alpha).terms(train.batches[0]), term).backward()
+        losses = distill(twin, deepcopy(teacher), alpha).losses(train.batches[0])
+        (losses.class_loss if term == "class" else losses.transfer.loss).backward()
         squares = [p.grad.square().sum().item() for p in twin.parameters() if p.grad is not None]
         expected[term] = sum(squares) ** 0.5
     curves = Curves(tmp_path)
@@ -331,9 +334,9 @@ def test_gradient_norms_equal_separate_backward_passes(tiny, teacher, run, tmp_p
     run(distill(student, teacher, alpha), train, max_epochs=1, logger=curves)
 
     ((_, logged),) = curves.logged
-    assert logged["train/gradient_norm_task"] == pytest.approx(expected["task"], rel=1e-5)
+    assert logged["train/gradient_norm_class"] == pytest.approx(expected["class"], rel=1e-5)
     assert logged["train/gradient_norm_transfer"] == pytest.approx(expected["transfer"], rel=1e-5)
-    ratio = (1 - alpha) * expected["transfer"] / (alpha * expected["task"])
+    ratio = (1 - alpha) * expected["transfer"] / (alpha * expected["class"])
     assert logged["train/gradient_ratio"] == pytest.approx(ratio, rel=1e-5)
 
 
@@ -354,14 +357,17 @@ def test_validation_means_are_exact_over_uneven_batches(student, teacher, run):
     logged = run(distill(student, teacher, alpha=0.5), Batches(6), val).callback_metrics
 
     images, labels = (torch.cat(parts) for parts in list(zip(*val, strict=True))[:2])
-    ours, theirs = student.eval()(images, range(3)), teacher(images, range(6))
+    ours, theirs = (
+        student.eval()(images, Taps(scores=(0, 1, 2))),
+        teacher(images, Taps(scores=tuple(range(6)))),
+    )
     rows = [
         F.kl_div(ours.scores[i].log_softmax(-1), theirs.scores[2 * i + 1].softmax(-1), reduction="none")
         for i in range(3)
     ]
     per_map = torch.stack([row.sum(-1).mean((0, 2)) for row in rows])  # [block, head]
     expected = {
-        "val/task_loss": F.cross_entropy(ours.logits, labels),
+        "val/class_loss": F.cross_entropy(ours.logits, labels),
         "val/acc": (ours.logits.argmax(-1) == labels).float().mean(),
         "val/teacher_agreement": (ours.logits.argmax(-1) == theirs.logits.argmax(-1)).float().mean(),
         "val/transfer_loss": per_map.mean(),
@@ -385,13 +391,13 @@ def test_training_curves_are_means_over_the_window_since_the_last(tiny, teacher,
         return F.cross_entropy(student(images).logits, labels).item()
 
     expected = {2: loss(*train.batches[:2]), 3: loss(train.batches[2])}
-    assert curves.of("train/task_loss") == pytest.approx(expected, rel=1e-5)
+    assert curves.of("train/class_loss") == pytest.approx(expected, rel=1e-5)
 
 
 @without_validation
 def test_accumulated_batches_are_one_step_and_one_window(tiny, run, tmp_path):
     curves = Curves(tmp_path)
-    module = ClassifyModule(tiny().build(), AdamW(), Constant())
+    module = DistillModule(tiny().build(), AdamW(), Constant())
 
     run(module, Batches(4, 4, 4, 4), max_epochs=1, accumulate_grad_batches=2, logger=curves)
 
@@ -411,26 +417,23 @@ def test_the_schedule_decides_the_rate_of_every_step(student, teacher, run):
 @pytest.mark.parametrize("teacher_patch", [4, 2], ids=["equal-grids", "resized"])
 def test_other_precisions_train_and_count_right(student, tiny, run, precision, teacher_patch):
     teacher = tiny(patch_size=teacher_patch).build()
-    pairs = Encoder().pairs(student.config, teacher.config)
-    alignment = align(student.config, teacher.config)
-    module = DistillModule(
-        student, teacher, AttentionTransfer(pairs, KL(), alignment), 0.5, AdamW(), Constant()
-    )
+    objective = compare_maps(student, teacher)
+    module = DistillModule(student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=0.5)
     val = Batches(*[7] * 40)
 
     logged = run(module, Batches(6), val, precision=precision, max_epochs=1).callback_metrics
 
     with torch.no_grad():
         each = [F.cross_entropy(student.float().eval()(b.image).logits, b.label).item() for b in val]
-    assert logged["val/task_loss"].item() == pytest.approx(sum(each) / len(each), rel=0.02)
+    assert logged["val/class_loss"].item() == pytest.approx(sum(each) / len(each), rel=0.02)
     assert 0 < logged["val/transfer_loss"].item() < 10
 
 
 @without_validation
 def test_a_run_without_validation_data(student, run):
-    logged = run(ClassifyModule(student, AdamW(), Constant()), Batches(6)).callback_metrics
+    logged = run(DistillModule(student, AdamW(), Constant()), Batches(6)).callback_metrics
 
-    assert "train/task_loss" in logged
+    assert "train/class_loss" in logged
     assert not any(name.startswith("val/") for name in logged)
 
 
@@ -440,7 +443,7 @@ def names_of(module: torch.nn.Module) -> set[str]:
 
 def test_the_teacher_is_no_part_of_what_is_trained_or_saved(student, teacher):
     module = distill(student, teacher, alpha=0.5)
-    alone = ClassifyModule(student, AdamW(), Constant())
+    alone = DistillModule(student, AdamW(), Constant())
 
     assert names_of(module) == names_of(alone)
     assert not {id(p) for p in module.parameters()} & {id(p) for p in teacher.parameters()}
@@ -473,7 +476,7 @@ def test_a_copy_has_a_teacher_of_its_own_that_knows_as_much(student, teacher):
 
     assert twin.teacher is not teacher
     assert not any(p.requires_grad for p in twin.teacher.parameters())
-    assert torch.equal(twin.terms(batch).total, module.eval().terms(batch).total)
+    assert torch.equal(twin.losses(batch).total, module.eval().losses(batch).total)
     twin.double()
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
 

@@ -49,7 +49,7 @@ def test_cross_entropy_and_divergence_train_alike(granularity):
     """Their gradients are equal: they differ by the teacher's entropy."""
     ce, kl = train(f"{granularity} ce"), train(f"{granularity} kl")
 
-    assert ce["task"] == pytest.approx(kl["task"], rel=1e-6)
+    assert ce["class"] == pytest.approx(kl["class"], rel=1e-6)
     assert all(a > b for a, b in zip(ce["transfer"], kl["transfer"], strict=True))
 
 

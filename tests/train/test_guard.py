@@ -10,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.train.objectives import compare_maps
 from tests.train.test_fit import Batches, without_validation
 from vitkd.data import Batch
 from vitkd.errors import RunError
-from vitkd.methods.maps.granularity import Encoder
-from vitkd.methods.maps.losses import KL
-from vitkd.methods.maps.objective import AttentionTransfer
 from vitkd.optim import AdamW, Constant
 from vitkd.train.guard import FiniteGuard
-from vitkd.train.module import ClassifyModule, DistillModule, Terms
+from vitkd.train.losses import Losses
+from vitkd.train.module import DistillModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -215,7 +214,7 @@ class Watch(L.Callback):
 def fit(tmp_path) -> Callable[..., RunError | None]:
     """fit(module, batches) trains on the CPU and returns the error that ended it, if one did."""
 
-    def fit(module: ClassifyModule, train: Batches, **settings: Any) -> RunError | None:
+    def fit(module: DistillModule, train: Batches, **settings: Any) -> RunError | None:
         defaults = {"max_epochs": 3, "log_every_n_steps": 100, "logger": False, "enable_checkpointing": False}
         quiet = {"enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(
@@ -236,24 +235,25 @@ def fit(tmp_path) -> Callable[..., RunError | None]:
 @pytest.fixture
 def module(tiny) -> DistillModule:
     student, teacher = tiny().build(), tiny(depth=6).build()
-    transfer = AttentionTransfer(Encoder().pairs(student.config, teacher.config), KL())
-    return DistillModule(student, teacher, transfer, 0.5, AdamW(lr=1e-2), Constant())
+    objective = compare_maps(student, teacher)
+    return DistillModule(student, AdamW(lr=1e-2), Constant(), teacher=teacher, objective=objective, alpha=0.5)
 
 
 def spoil(what: str, bad: float, number: int, module: DistillModule) -> None:
     """Make one term of training batch `number` (from 1) `bad`."""
-    terms, batches = module.terms, 0
+    losses_of, batches = module.losses, 0
 
-    def changed(batch: Batch) -> Terms:
+    def changed(batch: Batch) -> Losses:
         nonlocal batches
         batches += 1
-        found = terms(batch)
+        losses = losses_of(batch)
         if batches != number or what == "gradient norm":
-            return found
-        name = "task" if what == "class loss" else "transfer"
-        return found._replace(**{name: getattr(found, name) + bad})
+            return losses
+        if what == "class loss":
+            return losses._replace(class_loss=losses.class_loss + bad)
+        return losses._replace(transfer=losses.transfer._replace(loss=losses.transfer.loss + bad))
 
-    module.terms = changed
+    module.losses = changed
     if what == "gradient norm":
         module.model.head.weight.register_hook(lambda grad: grad + bad if batches == number else grad)
 

@@ -191,10 +191,10 @@ def events(run) -> EventAccumulator:
 class TestTensorBoard:
     @pytest.mark.parametrize(
         "tag",
-        [f"{s}/{n}" for s in ("train", "val") for n in ("task_loss", "transfer_loss", "total_loss", "acc")]
+        [f"{s}/{n}" for s in ("train", "val") for n in ("class_loss", "transfer_loss", "total_loss", "acc")]
         + [f"{split}/map_loss/1.{head}" for split in ("train", "val") for head in range(4)]
         + [f"train/{name}" for name in ("lr", "images_per_second", "gradient_ratio")]
-        + ["train/gradient_norm_task", "train/gradient_norm_transfer", "val/teacher_agreement"],
+        + ["train/gradient_norm_class", "train/gradient_norm_transfer", "val/teacher_agreement"],
     )
     def test_curve(self, tag, events):
         points = events.Scalars(tag)
@@ -475,7 +475,7 @@ class TestVariants:
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("vitkd.train.module.ClassifyModule.training_step", break_off)
+            patch.setattr("vitkd.train.module.DistillModule.training_step", break_off)
             arguments = [*TINY, f"paths.outputs={fresh.path}", "method=none", "name=broken"]
             ended = fresh.command("train", *arguments)
 

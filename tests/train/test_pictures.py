@@ -14,15 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vitkd.data import Batch
 from vitkd.explain import cls_attention, figure_1
 from vitkd.explain.recording import evaluating
-from vitkd.methods.logit import LogitTransfer
+from vitkd.methods.logit import LogitObjective
 from vitkd.methods.maps.alignment import align
 from vitkd.methods.maps.losses import KL
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.maps.pairing import BlockPair
-from vitkd.methods.token import TokenTransfer
-from vitkd.models import ViTConfig
+from vitkd.methods.token import TokenObjective
+from vitkd.models import Taps, ViTConfig
 from vitkd.optim import AdamW, Constant
-from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.module import DistillModule
 from vitkd.train.pictures import AttentionPictures, look, rendered
 
 pytestmark = [
@@ -64,23 +64,27 @@ def batches():
 FIRST, LAST = BlockPair(0, 0, (0,), ((0,),)), BlockPair(1, 2, (0, 1), ((0, 2), (1, 3)))
 
 
-def learning(transfer, depth=2):
+def learning(objective, depth=2):
     """A student with two heads a block; its teacher has three blocks of four heads."""
     torch.manual_seed(2)
     student, teacher = vit(depth=depth, heads=2, dropout=0.2), vit(depth=3, heads=4)
-    return DistillModule(student, teacher, transfer, 0.5, AdamW(), Constant())
+    return DistillModule(student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=0.5)
 
 
 @pytest.fixture
 def module():
-    return learning(AttentionTransfer([FIRST, LAST], KL()))
+    return learning(AttentionObjective([FIRST, LAST], KL()))
 
 
 @pytest.fixture
 def partly():
     """Only the middle one of its blocks is distilled, and there only one head."""
     pair = BlockPair(1, 2, (1,), ((3,),))
-    return learning(AttentionTransfer([pair], KL()), depth=3)
+    return learning(AttentionObjective([pair], KL()), depth=3)
+
+
+def scores(model, images, *blocks):
+    return model(images, Taps(scores=blocks)).scores
 
 
 def pictures(batches, every_n_epochs=0, path=None):
@@ -171,7 +175,7 @@ def test_the_figure_shows_the_last_pair_and_the_last_block_that_is_not_distilled
 ):
     images = batches[0].image[:4]
     maps = shown_by(monkeypatch, pictures(batches), partly)
-    ours, theirs = partly.model.eval().scores(images, [1, 2]), partly.teacher.scores(images, [2])
+    ours, theirs = scores(partly.model.eval(), images, 1, 2), scores(partly.teacher, images, 2)
     with torch.no_grad():
         expected = [
             cls_attention(theirs[2], 2, [3]),
@@ -192,7 +196,7 @@ def test_the_figure_says_which_blocks_and_heads(partly, module, batches):
 
 
 def test_where_no_map_is_distilled_the_last_blocks_are_shown(monkeypatch, batches):
-    module = learning(LogitTransfer(4.0))
+    module = learning(LogitObjective(4.0))
     figure = pictures(batches).draw(module, "epoch 1")
     assert headings(figure) == ["image", "teacher, block 2", "student, block 1"]
     assert caption(figure) == "epoch 1 · mean over the blocks’ heads"
@@ -201,8 +205,8 @@ def test_where_no_map_is_distilled_the_last_blocks_are_shown(monkeypatch, batche
     maps = shown_by(monkeypatch, pictures(batches), module)
     with torch.no_grad():
         expected = [
-            cls_attention(module.teacher.scores(images, [2])[2], 2),
-            cls_attention(module.model.eval().scores(images, [1])[1], 2),
+            cls_attention(scores(module.teacher, images, 2)[2], 2),
+            cls_attention(scores(module.model.eval(), images, 1)[1], 2),
         ]
     assert maps.pop() is None
     torch.testing.assert_close(maps, expected)
@@ -236,10 +240,10 @@ def test_look_averages_the_chosen_heads(module, batches):
     images = batches[0].image
     heads = {0: [3], 2: [0, 2]}
     maps, labels = look(module.teacher, images, heads)
-    scores = module.teacher.scores(images, [0, 2])
+    given = scores(module.teacher, images, 0, 2)
     assert maps.keys() == heads.keys()
     for block in heads:
-        weights = scores[block][:, heads[block], 0].softmax(-1).mean(1)[:, 1:]
+        weights = given[block][:, heads[block], 0].softmax(-1).mean(1)[:, 1:]
         torch.testing.assert_close(maps[block].flatten(1), weights / weights.sum(1, keepdim=True))
     assert labels == module.teacher(images).logits.argmax(-1).tolist()
 
@@ -275,9 +279,10 @@ def test_look_shows_the_weights_that_the_model_used(switches, batches):
 @pytest.mark.parametrize("maps_too", [False, True])
 def test_a_student_with_a_distillation_token_is_drawn_beside_a_plain_teacher(batches, maps_too):
     student, teacher = vit(depth=2, heads=2, distillation_token=True), vit(depth=3, heads=4)
-    attention = AttentionTransfer([LAST], KL(), align(student.config, teacher.config), 6)
-    transfer = TokenTransfer("hard", 1.0, attention, 1.0) if maps_too else TokenTransfer("hard", 1.0)
-    module = DistillModule(student, teacher, transfer, 0.5, AdamW(), Constant())
+    alignment = align(student.attention[LAST.student_block], teacher.attention[LAST.teacher_block])
+    attention = AttentionObjective([LAST], KL(), [alignment], 6)
+    objective = TokenObjective("hard", 1.0, attention, 1.0) if maps_too else TokenObjective("hard", 1.0)
+    module = DistillModule(student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=0.5)
 
     figure = pictures(batches).draw(module, "epoch 1")
 
@@ -322,6 +327,6 @@ def test_only_the_first_process_draws(module, batches, tmp_path):
 
 def test_a_module_without_teacher_is_refused(batches):
     trainer = SimpleNamespace(is_global_zero=True, current_epoch=0)
-    module = ClassifyModule(vit(depth=1, heads=1), AdamW(), Constant())
-    with pytest.raises(AssertionError, match="ClassifyModule has no two attention maps"):
+    module = DistillModule(vit(depth=1, heads=1), AdamW(), Constant())
+    with pytest.raises(AssertionError, match="the module has no teacher"):
         pictures(batches, 1).on_train_epoch_end(trainer, module)

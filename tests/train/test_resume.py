@@ -28,8 +28,8 @@ SMALL = [
 # What is measured in seconds differs from run to run.
 TIMED = {"wall_seconds", "images_per_second", "train/images_per_second"}
 
+# Of a student where its teacher is there, else of the teacher.
 STEP = "vitkd.train.module:DistillModule.training_step"
-TEACHER_STEP = "vitkd.train.module:ClassifyModule.training_step"
 VALIDATION = "vitkd.train.module:DistillModule.validation_step"
 SAVE = "vitkd.runs.checkpoints:write_checkpoint"
 RENAME = "vitkd.runs.checkpoints:Path.replace"
@@ -192,7 +192,7 @@ def test_killed_while_the_teacher_trains(nth, saves, variant, tmp_path):
     reference = variant("plain")
     settings = [*reference.settings, saves]
 
-    assert crashes.run(settings, tmp_path, Strike(TEACHER_STEP, nth)).code == -signal.SIGKILL
+    assert crashes.run(settings, tmp_path, Strike(STEP, nth)).code == -signal.SIGKILL
     assert not [*tmp_path.glob("outputs/*/run")], "the student's folder waits for its teacher"
     assert crashes.run(settings, tmp_path).code == 0
 

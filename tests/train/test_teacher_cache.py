@@ -10,16 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from tests.train.objectives import compare_maps
 from vitkd.data import Augment, Batch, Digits, ImageDataModule
-from vitkd.methods.maps.granularity import Encoder
-from vitkd.methods.maps.losses import KL
-from vitkd.methods.maps.objective import AttentionTransfer
-from vitkd.methods.token import TokenTransfer
-from vitkd.models import ResNetConfig, ViT
-from vitkd.models.base import Answer
+from vitkd.methods.token import TokenObjective
+from vitkd.models import Output, ResNetConfig, Taps, ViT
 from vitkd.optim import AdamW, Constant
 from vitkd.train.module import DistillModule
-from vitkd.train.teacher_cache import TeacherCache, TeacherCaching, bytes_per_image
+from vitkd.train.teacher_cache import TeacherCache, TeacherCaching
 
 pytestmark = [
     # Lightning 2.6 asks for a tree's leaves in a way that newer PyTorch deprecates.
@@ -27,6 +24,8 @@ pytestmark = [
 ]
 
 EPOCHS, TRAIN, VAL = 3, 1295, 143
+# How much an answer takes is found by asking for one image of each split.
+PROBES = 2
 ENOUGH = 1.0
 
 
@@ -73,8 +72,10 @@ def distill(tiny):
         torch.manual_seed(5)
         facts = {"channels": 1, "num_classes": 10}
         student, teacher = tiny(**facts, dropout=0.1).build(), tiny(**facts, depth=4, dropout=0.1).build()
-        transfer = AttentionTransfer(Encoder().pairs(student.config, teacher.config), KL())
-        return DistillModule(student, teacher, transfer, alpha, AdamW(lr=1e-2), Constant())
+        objective = compare_maps(student, teacher)
+        return DistillModule(
+            student, AdamW(lr=1e-2), Constant(), teacher=teacher, objective=objective, alpha=alpha
+        )
 
     return distill
 
@@ -106,10 +107,11 @@ def batch_of(*index: int) -> Batch:
     return Batch(image, torch.zeros(len(index), dtype=torch.long), numbers)
 
 
-def tell_number(images: torch.Tensor) -> Answer:
+def tell_number(images: torch.Tensor) -> Output:
     """Scores [B, 1, 2, 2] of two blocks and logits whose class is the image's number."""
     classes = images[:, 0, 0, 0].long()
-    return Answer({1: images, 4: -images}, torch.nn.functional.one_hot(classes, 9).float())
+    logits = torch.nn.functional.one_hot(classes, 9).float()
+    return Output(logits, scores={1: images, 4: -images})
 
 
 @pytest.fixture
@@ -137,7 +139,7 @@ class TestCache:
     def test_an_image_that_is_not_held_is_an_error(self, numbers, image):
         """Not another image's answer."""
         with pytest.raises(IndexError):
-            numbers.scores(torch.tensor([2, image]))
+            numbers.answer(torch.tensor([2, image]))
 
     def test_batches_have_to_hold_all_images(self):
         with pytest.raises(AssertionError, match="2 images for 3 rows"):
@@ -146,10 +148,12 @@ class TestCache:
     def test_answers_need_no_gradient(self, tiny):
         teacher, batch = tiny(depth=1).build(), Batch(torch.randn(2, 3, 8, 8), *2 * [torch.arange(2)])
 
-        cache = TeacherCache.fill(lambda x: Answer(teacher.scores(x, [0])), [batch], torch.arange(2), size=2)
+        taps = Taps(scores=(0,), logits=False)
+        cache = TeacherCache.fill(lambda x: teacher(x, taps), [batch], torch.arange(2), size=2)
 
-        assert not cache.scores(torch.arange(2))[0].requires_grad
-        assert cache.answer(torch.arange(2)).logits is None
+        answer = cache.answer(torch.arange(2))
+        assert not answer.scores[0].requires_grad
+        assert answer.logits is None
 
     def test_copies_share_it(self, numbers):
         assert deepcopy({"train": numbers})["train"] is numbers
@@ -188,7 +192,7 @@ class TestRun:
             module.teacher.tokenizer.register_forward_hook(look)
             fit(module, digits(), *callbacks, precision=precision)
 
-        assert len(seen) == EPOCHS * (3 + 2) + 13 + 2
+        assert len(seen) == EPOCHS * (3 + 2) + 13 + 2 + PROBES
         assert len(set(seen)) == 1
 
     def test_asks_for_each_image_once(self, distill, digits, fit):
@@ -197,30 +201,31 @@ class TestRun:
 
         fit(module, data, TeacherCaching(data, ENOUGH))
 
-        assert asked.images == TRAIN + VAL
+        assert asked.images == TRAIN + VAL + PROBES
 
     def test_of_a_convolutional_teacher_the_logits_alone_are_kept(self, tiny, digits, fit):
         """And teach what they teach when asked for each time."""
-        transfer, weights, asked = TokenTransfer("soft", 2.0), [], []
+        objective, weights, asked = TokenObjective("soft", 2.0), [], []
         for caching in (True, False):
             torch.manual_seed(5)
             student = tiny(channels=1, num_classes=10, distillation_token=True).build()
             teacher, watch, data = ResNetConfig(8, 1, 10).build(), Watch(), digits()
-            module = DistillModule(student, teacher, transfer, 0.3, AdamW(lr=1e-2), Constant())
+            module = DistillModule(
+                student, AdamW(lr=1e-2), Constant(), teacher=teacher, objective=objective, alpha=0.3
+            )
             sizes: list[int] = []
             teacher.network.conv1.register_forward_hook(lambda *given, s=sizes: s.append(len(given[1][0])))
             fit(module, data, *([TeacherCaching(data, ENOUGH)] if caching else []), watch, max_epochs=2)
             weights.append(watch.weights[-1])
             asked.append(sum(sizes))
             if caching:
-                assert [(c._scores, c._logits.shape) for c in watch.cached.values()] == [
-                    ({}, (TRAIN, 10)),
-                    ({}, (VAL, 10)),
-                ]
-                size = bytes_per_image(teacher, transfer.teacher_blocks)
-                assert watch.cached["val"]._logits.nbytes == VAL * size
+                kept = {split: cache._answers.tensors() for split, cache in watch.cached.items()}
+                assert {split: [tensor.shape for tensor in tensors] for split, tensors in kept.items()} == {
+                    "train": [(TRAIN, 10)],
+                    "val": [(VAL, 10)],
+                }
 
-        assert asked == [TRAIN + VAL, 2 * (3 * 400 + VAL)]
+        assert asked == [TRAIN + VAL + PROBES, 2 * (3 * 400 + VAL)]
         torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
     def test_without_a_cache_the_teacher_is_asked_in_every_epoch(self, distill, digits, fit):
@@ -241,7 +246,7 @@ class TestRun:
         fit(module, data, TeacherCaching(data, ENOUGH), watch)
 
         assert watch.cached.keys() == {"val"}
-        assert asked.images == EPOCHS * 3 * 400 + VAL
+        assert asked.images == EPOCHS * 3 * 400 + VAL + 1
 
     def test_at_alpha_1_only_validation_asks(self, distill, digits, fit):
         module, data = distill(alpha=1.0), digits()
@@ -249,7 +254,7 @@ class TestRun:
 
         fit(module, data, TeacherCaching(data, ENOUGH))
 
-        assert asked.images == VAL
+        assert asked.images == VAL + 1
 
     @pytest.mark.parametrize(
         ("settings", "kept"),
@@ -283,7 +288,7 @@ class TestRun:
 
         fit(module, data, average, TeacherCaching(data, ENOUGH), watch)
 
-        assert asked.images == TRAIN + VAL
+        assert asked.images == TRAIN + VAL + PROBES
         assert not average._average_model.module.cached
 
     def test_goes_on_from_a_checkpoint_that_holds_none_of_it(self, distill, digits, fit, tmp_path):
@@ -296,7 +301,7 @@ class TestRun:
         saved = torch.load(file, weights_only=True)
         fit(module, data, TeacherCaching(data, ENOUGH), resumed, max_epochs=4, start=file)
 
-        assert asked.images == TRAIN + VAL
+        assert asked.images == TRAIN + VAL + PROBES
         assert all(name.startswith("model.") for name in saved["state_dict"])
         assert resumed.cached.keys() == {"train", "val"}
         assert len(resumed.weights) == 2 * 3
@@ -319,40 +324,45 @@ class TestRun:
 
 
 class TestLimit:
-    @pytest.fixture
-    def size(self, distill) -> int:
-        """Bytes an image of the module's teacher."""
-        module = distill()
-        return bytes_per_image(module.teacher, module.transfer.teacher_blocks)
+    # Three blocks of two heads over five tokens, in float32; validation compares ten logits besides.
+    TRAIN_BYTES = TRAIN * 4 * 3 * 2 * 5**2
+    VAL_BYTES = VAL * 4 * (3 * 2 * 5**2 + 10)
 
-    def test_an_image_takes_what_is_said(self, distill, digits, fit, size):
+    def test_an_image_takes_what_is_said(self, distill, digits, fit):
         data, watch = digits(), Watch()
 
         fit(distill(), data, TeacherCaching(data, ENOUGH), watch)
 
-        val = watch.cached["val"]
-        stored = [*val._scores.values(), val._logits]
-        assert sum(tensor.nbytes for tensor in stored) == VAL * size
+        stored = {
+            split: sum(tensor.nbytes for tensor in cache._answers.tensors())
+            for split, cache in watch.cached.items()
+        }
+        assert stored == {"train": self.TRAIN_BYTES, "val": self.VAL_BYTES}
 
     @pytest.mark.parametrize(
-        ("images", "kept"),
-        [(TRAIN + VAL, {"train", "val"}), (TRAIN + VAL - 1, {"train"}), (VAL, {"val"}), (VAL - 1, set())],
+        ("room", "kept"),
+        [
+            (TRAIN_BYTES + VAL_BYTES, {"train", "val"}),
+            (TRAIN_BYTES + VAL_BYTES - 1, {"train"}),
+            (VAL_BYTES, {"val"}),
+            (VAL_BYTES - 1, set()),
+        ],
     )
-    def test_is_kept(self, distill, digits, fit, size, images, kept):
+    def test_is_kept(self, distill, digits, fit, room, kept):
         data, watch = digits(), Watch()
 
-        fit(distill(), data, TeacherCaching(data, images * size / 2**30), watch)
+        fit(distill(), data, TeacherCaching(data, room / 2**30), watch)
 
         assert watch.cached.keys() == kept
 
-    def test_what_is_kept_and_what_is_not_is_told(self, distill, digits, fit, size, caplog):
+    def test_what_is_kept_and_what_is_not_is_told(self, distill, digits, fit, caplog):
         data = digits()
-        gib = VAL * size / 2**30
+        gib = self.VAL_BYTES / 2**30
 
         with caplog.at_level(logging.INFO, "vitkd"):
             fit(distill(), data, TeacherCaching(data, gib))
 
         refused, kept = (line for line in caplog.messages if line.startswith("teacher: its answers"))
-        assert f"1,295 training images would take {TRAIN * size / 2**20:.1f} MiB" in refused
+        assert f"1,295 training images would take {self.TRAIN_BYTES / 2**20:.1f} MiB" in refused
         assert f"teacher.cache_gib={gib:g}" in refused
-        assert f"143 validation images are computed once and kept ({VAL * size / 2**20:.1f} MiB)" in kept
+        assert f"143 validation images are computed once and kept ({self.VAL_BYTES / 2**20:.1f} MiB)" in kept

@@ -19,6 +19,7 @@ from vitkd.methods.base import Method
 from vitkd.methods.maps.granularity import Granularity
 from vitkd.methods.maps.losses import AttentionLoss
 from vitkd.methods.none import NoDistillation
+from vitkd.methods.weighting.base import Weighting
 from vitkd.models import ModelConfig
 from vitkd.optim import AdamW, Schedule
 
@@ -30,7 +31,7 @@ CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf")
 LONGEST_NAME = 160
 
 GROUPS = (
-    *("dataset", "student", "teacher", "method", "granularity", "loss"),
+    *("dataset", "student", "teacher", "method", "weighting", "granularity", "loss"),
     *("optimizer", "schedule", "trainer"),
 )
 
@@ -175,6 +176,7 @@ class Config(Root):
     student: ModelConfig
     teacher: Teacher
     method: Method
+    weighting: Weighting
     granularity: Granularity
     loss: AttentionLoss
     optimizer: AdamW
@@ -202,11 +204,8 @@ def parse(composed: DictConfig) -> Config:
     record_whereabouts(plain)
     root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
     student = build("student", plain["student"], ModelConfig)
-    if dataset.batch_size < student.LEAST_BATCH:
-        raise ConfigError(
-            f"dataset.batch_size={dataset.batch_size}: {student} trains on at least {student.LEAST_BATCH} "
-            "images a step, for its batch normalisation"
-        )
+    method = build("method", plain["method"], Method)
+    check_batch_size(dataset.batch_size, student, method)
     if not dataset.validates:
         plain["trainer"]["limit_val_batches"] = 0
     return Config(
@@ -214,7 +213,8 @@ def parse(composed: DictConfig) -> Config:
         dataset=dataset,
         student=student,
         teacher=_teacher(plain["teacher"]),
-        method=build("method", plain["method"], Method),
+        method=method,
+        weighting=build("weighting", plain["weighting"], Weighting),
         granularity=build("granularity", plain["granularity"], Granularity),
         loss=build("loss", plain["loss"], AttentionLoss),
         optimizer=build("optimizer", plain["optimizer"], AdamW),
@@ -222,6 +222,20 @@ def parse(composed: DictConfig) -> Config:
         trainer=plain["trainer"],
         resolved=plain,
     )
+
+
+def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> None:
+    """ConfigError if a step has fewer images than the student or the method can train on."""
+    if batch_size < student.MIN_BATCH_SIZE:
+        raise ConfigError(
+            f"dataset.batch_size={batch_size}: {student} trains on at least {student.MIN_BATCH_SIZE} "
+            "images a step, for its batch normalisation"
+        )
+    if batch_size < method.min_batch_size:
+        raise ConfigError(
+            f"dataset.batch_size={batch_size}: method.control=shuffled teaches the maps of another image of "
+            f"the batch; use at least {method.min_batch_size} images a step"
+        )
 
 
 def record_whereabouts(plain: dict[str, Any]) -> None:

@@ -57,6 +57,12 @@ class ImageDataModule(L.LightningDataModule):
         self.setup()
         return self._splits["train"].class_names
 
+    @property
+    def num_images(self) -> int:
+        """Images of the official training split, validation's included: a batch's `index` counts in it."""
+        self.setup()
+        return len(self._splits["train"])
+
     def prepare_data(self) -> None:
         """Download the data if it is absent; Lightning calls this in one process a node."""
         if not self._splits:

@@ -21,7 +21,7 @@ class Evaluation(NamedTuple):
     """mean cross-entropy in nats"""
     predictions: Tensor
     """[N] int64 on the CPU, in the split's order"""
-    of_tokens: Mapping[str, float]
+    by_head: Mapping[str, float]
     """the accuracy of each head by itself, where the model has one for each of two tokens"""
 
     def agreement(self, other: Tensor) -> float:
@@ -39,8 +39,8 @@ def evaluate(model: Model, batches: Iterable[Batch], device: torch.device) -> Ev
     for batch in batches:
         output = model(batch.image)
         logits = output.logits
-        for token, of_token in output.of_tokens._asdict().items() if output.of_tokens else ():
-            hits[token].append(of_token.argmax(-1) == batch.label)
+        for head, of_head in output.heads.items():
+            hits[head].append(of_head.argmax(-1) == batch.label)
         losses.append(F.cross_entropy(logits, batch.label, reduction="none"))
         predictions.append(logits.argmax(-1))
         labels.append(batch.label)
@@ -48,8 +48,8 @@ def evaluate(model: Model, batches: Iterable[Batch], device: torch.device) -> Ev
     predicted, true = torch.cat(predictions).cpu(), torch.cat(labels).cpu()
     # float64 on the CPU: the same sum whatever the device, and MPS has no float64.
     loss = torch.cat(losses).cpu().double().mean().item()
-    of_tokens = {token: torch.cat(found).cpu().double().mean().item() for token, found in hits.items()}
-    return Evaluation((predicted == true).double().mean().item(), loss, predicted, of_tokens)
+    by_head = {head: torch.cat(found).cpu().double().mean().item() for head, found in hits.items()}
+    return Evaluation((predicted == true).double().mean().item(), loss, predicted, by_head)
 
 
 def measure_both(
@@ -69,7 +69,7 @@ def measure_both(
         "test/loss_best": at_best.loss,
     }
     for epoch, measured in (("last", at_last), ("best", at_best)):
-        figures |= {f"test/acc_{epoch}_{token}": value for token, value in measured.of_tokens.items()}
+        figures |= {f"test/acc_{epoch}_{head}": value for head, value in measured.by_head.items()}
     predictions = {"last": at_last.predictions, "best": at_best.predictions}
     if teacher is not None:
         figures["test/teacher_agreement"] = at_last.agreement(teacher)

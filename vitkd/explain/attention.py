@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError, suggest
-from vitkd.models.layers import at_least_float32
+from vitkd.models.output import at_least_float32
 
 Fusion = Literal["mean", "max", "min"]
 

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from vitkd.errors import ConfigError, suggest
 from vitkd.explain.recording import evaluating, logits_of
 from vitkd.explain.relevance import check_classes
-from vitkd.models.layers import at_least_float32
+from vitkd.models.output import at_least_float32
 
 Order = Literal["positive", "negative"]
 ORDERS: tuple[Order, ...] = ("positive", "negative")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitkd.errors import ConfigError
 from vitkd.explain.attention import rows_read
-from vitkd.models.layers import at_least_float32
+from vitkd.models.output import at_least_float32
 
 COMPARISONS = ("kl", "js", "spearman", "top_k_iou", "cls_overlap")
 """of two maps; `kl` and `js` fall with fidelity, the others rise with it"""

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vitkd.models.layers import at_least_float32
+from vitkd.models.output import at_least_float32
 
 COLOURS = matplotlib.colormaps["viridis"]
 OPACITY = 0.75

@@ -90,8 +90,8 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
     if isinstance(model, ViT):
         c = model.config
         _check_size(images.shape[-3:], (c.channels, c.image_size, c.image_size))
-        allowed = c.allowed()
-        sees_itself = allowed is None or bool(allowed.diagonal().all())
+        mask = model.attention[0].mask
+        sees_itself = mask is None or bool(mask.diagonal().all())
         return Layout(c.prefix, (c.grid, c.grid), range(c.prefix), sees_itself)
     _blocks(model)
     embed: Any = model.patch_embed

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitkd.errors import ConfigError
 from vitkd.explain.attention import rows_read
-from vitkd.models.layers import at_least_float32
+from vitkd.models.output import at_least_float32
 
 RESTARTS = 10
 """k-means runs, of which the best counts"""

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitkd.errors import ConfigError
 from vitkd.explain.recording import Recording
 from vitkd.explain.rollout import weighted_by_gradient
-from vitkd.models.layers import at_least_float32
+from vitkd.models.output import at_least_float32
 
 
 def attention_gradients(recording: Recording, target: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitkd.errors import ConfigError
 from vitkd.explain.attention import Fusion, fuse
-from vitkd.models.layers import at_least_float32
+from vitkd.models.output import at_least_float32
 
 
 def rollout(

@@ -248,7 +248,7 @@ def _on_grid(recording: Recording, grid: tuple[int, int]) -> Recording:
     """A recording of the class token and a square of patches as if their grid had been `grid`."""
     if recording.grid == grid:
         return recording
-    matrix = token_interpolation(recording.grid[0], grid[0]).to(recording.weights[0])
+    matrix = token_interpolation(recording.grid, grid).to(recording.weights[0])
     return recording._replace(
         weights=tuple(resized_weights(each, matrix) for each in recording.weights),
         tokens=tuple(matrix @ each for each in recording.tokens),

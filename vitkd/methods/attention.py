@@ -3,23 +3,24 @@
 Shapes: B batch, H heads, T tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.methods.base import Calibration, Distillation, Plan
+from vitkd.methods.base import DataFacts, MapSettings, Method
 from vitkd.methods.maps.alignment import align
 from vitkd.methods.maps.controls import CONTROLS
 from vitkd.methods.maps.matching import match_heads
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.maps.pairing import BlockPair
-from vitkd.models import Model, ModelConfig, ViT, ViTConfig
+from vitkd.models import Model, ModelConfig, Taps
 
 
 @dataclass
-class AttentionDistillation(Distillation):
+class AttentionDistillation(Method):
     """The student learns labels and where the teacher looks."""
 
     resize: str | None = None
@@ -33,62 +34,68 @@ class AttentionDistillation(Distillation):
         if self.resize not in (None, "bilinear"):
             raise ConfigError(f"resize={self.resize}: choose bilinear or null")
 
-    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
-        others = "method=logit or method=token" if isinstance(student, ViTConfig) else "method=logit"
-        ours, theirs = with_maps(student, teacher, f"{others}, without maps")
-        plan.granularity.pairs(ours, theirs)
+    @property
+    def min_batch_size(self) -> int:
+        return 2 if self.control == "shuffled" else 1
+
+    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
+        without = "method=logit or method=token" if student.attention_layouts() else "method=logit"
+        check_maps(student, teacher, f"{without}, without maps")
+        pairs = settings.granularity.pairs(student.attention_layouts(), teacher.attention_layouts())
         if self.resize is None:
-            check_equal_grids(ours, theirs, "method.resize=bilinear")
-        elif theirs.allowed() is not None:
-            check_equal_grids(ours, theirs, "no teacher.attention=lsa, whose mask cannot be resized")
+            check_grids(pairs, student, teacher, "method.resize=bilinear")
+        elif any(layout.mask is not None for layout in teacher.attention_layouts()):
+            check_grids(pairs, student, teacher, "no teacher.attention=lsa, whose mask cannot be resized")
 
-    def transfer(
-        self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration
-    ) -> AttentionTransfer:
-        return attention_transfer(student, teacher, plan, calibrate, self.control)
-
-
-def with_maps(student: ModelConfig, teacher: ModelConfig, otherwise: str) -> tuple[ViTConfig, ViTConfig]:
-    """Both, known to have attention maps; ConfigError, advising `otherwise`, if one has none."""
-    for whose, model in (("student", student), ("teacher", teacher)):
-        if not isinstance(model, ViTConfig):
-            raise ConfigError(f"{whose}={model}: has no attention maps; choose a ViT, or {otherwise}")
-    assert isinstance(student, ViTConfig)
-    assert isinstance(teacher, ViTConfig)
-    return student, teacher
+    def objective(
+        self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts
+    ) -> AttentionObjective:
+        return attention_objective(student, teacher, settings, data, self.control)
 
 
-def check_equal_grids(student: ViTConfig, teacher: ViTConfig, otherwise: str) -> None:
-    """ConfigError, advising `otherwise`, unless both cut the image into as many patches."""
-    ours, theirs = (f"{model.grid}×{model.grid}" for model in (student, teacher))
-    if ours != theirs:
-        raise ConfigError(
-            f"the student's {ours} token grid is not the teacher's {theirs}: use equal patch sizes, or "
-            f"{otherwise}"
-        )
+def check_maps(student: ModelConfig, teacher: ModelConfig, otherwise: str) -> None:
+    """ConfigError, advising `otherwise`, unless both models have attention maps."""
+    for owner, model in (("student", student), ("teacher", teacher)):
+        if not model.attention_layouts():
+            raise ConfigError(f"{owner}={model}: has no attention maps; choose a ViT, or {otherwise}")
 
 
-def attention_transfer(
-    student: Model, teacher: Model, plan: Plan, calibrate: Calibration, control: str | None = None
-) -> AttentionTransfer:
-    """What `plan`'s granularity and loss teach."""
-    assert isinstance(student, ViT)
-    assert isinstance(teacher, ViT)
-    pairs = plan.granularity.pairs(student.config, teacher.config)
-    alignment = align(student.config, teacher.config)
-    if plan.granularity.needs_calibration:
-        both = record_both(student, teacher, pairs, calibrate())
-        pairs = match_heads(pairs, *both, plan.loss, alignment)
-    tokens = max(student.config.tokens, teacher.config.tokens)
-    return AttentionTransfer(pairs, plan.loss, alignment, tokens, control)
+def check_grids(
+    pairs: Sequence[BlockPair], student: ModelConfig, teacher: ModelConfig, otherwise: str
+) -> None:
+    """ConfigError, advising `otherwise`, unless the paired blocks cut the image into as many patches."""
+    students, teachers = student.attention_layouts(), teacher.attention_layouts()
+    for pair in pairs:
+        ours, theirs = students[pair.student_block].grid, teachers[pair.teacher_block].grid
+        if ours != theirs:
+            raise ConfigError(
+                f"the student's {ours[0]}×{ours[1]} token grid is not the teacher's {theirs[0]}×{theirs[1]}: "
+                f"use equal patch sizes, or {otherwise}"
+            )
+
+
+def attention_objective(
+    student: Model, teacher: Model, settings: MapSettings, data: DataFacts, control: str | None = None
+) -> AttentionObjective:
+    """The comparison of maps that the settings' granularity and loss describe."""
+    students, teachers = student.attention, teacher.attention
+    pairs = settings.granularity.pairs(students, teachers)
+    alignments = [align(students[pair.student_block], teachers[pair.teacher_block]) for pair in pairs]
+    if settings.granularity.needs_calibration:
+        both = record_both(student, teacher, pairs, data.calibration())
+        pairs = match_heads(pairs, *both, settings.loss, alignments)
+    tokens = max(layout.tokens for layout in (*students, *teachers))
+    return AttentionObjective(pairs, settings.loss, alignments, tokens, control)
 
 
 @torch.no_grad()
 def record_both(
-    student: ViT, teacher: ViT, pairs: list[BlockPair], images: Tensor
+    student: Model, teacher: Model, pairs: Sequence[BlockPair], images: Tensor
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The scores of the paired blocks of both models in eval mode; no random number is drawn."""
     was_training = student.training
-    student_scores = student.eval().scores(images, [pair.student_block for pair in pairs])
+    of_student = Taps(scores=tuple(pair.student_block for pair in pairs), logits=False)
+    of_teacher = Taps(scores=tuple(pair.teacher_block for pair in pairs), logits=False)
+    student_scores = student.eval()(images, of_student).scores
     student.train(was_training)
-    return student_scores, teacher.eval().scores(images, [pair.teacher_block for pair in pairs])
+    return student_scores, teacher.eval()(images, of_teacher).scores

@@ -1,70 +1,105 @@
-"""The ways to train a student: what each needs, and the LightningModule it trains with."""
+"""What every method is: an `Objective` compares student and teacher, a `Method` builds it.
+
+Shapes: S stacked students (absent for one), B batch, C classes, P values an image.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Granularity
 from vitkd.methods.maps.losses import AttentionLoss
-from vitkd.methods.maps.objective import Transfer
-from vitkd.models import Model, ModelConfig
-from vitkd.optim import AdamW, Schedule
-from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.methods.maps.pairing import BlockPair
+from vitkd.models import Model, ModelConfig, Output, Taps
 
-Calibration = Callable[[], Tensor]
+Terms = Mapping[str, Tensor]
+"""name → [*S, B, P]: how far a student is from its teacher, image by image"""
 
 
-class Plan(Protocol):
-    """The settings a method may use; the run's configuration has them all."""
+class DataFacts(NamedTuple):
+    """What an objective may learn about the training data when it is built."""
+
+    num_images: int
+    num_classes: int
+    calibration: Callable[[], Tensor]
+    """gives a batch of training images [B, channels, height, width]"""
+
+
+class MapSettings(Protocol):
+    """The settings of a run by which maps are paired and compared."""
 
     granularity: Granularity
     loss: AttentionLoss
-    alpha: float
-    optimizer: AdamW
-    schedule: Schedule
-    label_smoothing: float
+
+
+class Objective(nn.Module, ABC):
+    """What a student learns from its teacher besides labels.
+
+    Its parameters are trained with the student's; its buffers may be written in training only.
+    """
+
+    pairs: tuple[BlockPair, ...] = ()
+    """which student maps learn from which teacher maps, if any do"""
+    student_taps = Taps()
+    """what the student is asked for; always for its logits too"""
+    teacher_taps = Taps(logits=False)
+    """what the teacher is asked for in training; in validation for its logits too"""
+    min_images = 1
+    """the fewest images of a batch for which there is a comparison"""
+    curves: tuple[str, ...] = ()
+    """a curve's name for each of the terms' values; none where the transfer loss says it all"""
+
+    @property
+    def stack_key(self) -> Any:
+        """Equal for objectives of which a stack of students needs but one; else each has a key of its own."""
+        return id(self)
+
+    def class_logits(self, student: Output) -> Tensor:
+        """The student's logits [*S, B, C] that learn the labels."""
+        return student.answer
+
+    @abstractmethod
+    def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
+        """How far apart the two are, image by image; the teacher's tensors may lack the axis S."""
+
+    def transfer(self, terms: Terms) -> Tensor:
+        """The transfer loss of each image [*S, B]: the sum of all terms' values."""
+        return torch.cat([*terms.values()], dim=-1).sum(-1)
+
+    def curve_values(self, terms: Terms) -> Tensor:
+        """The mean over images of each value that `curves` names [*S, P], without gradient."""
+        return torch.cat([*terms.values()], dim=-1).detach().mean(-2)
 
 
 @dataclass
 class Method(ABC):
-    """Builds the module that trains the student."""
+    """A way to train a student; its fields are the keys of its file in `conf/method/`."""
 
-    needs_teacher: ClassVar[bool]
+    needs_teacher: ClassVar[bool] = True
+    trains_parameters: ClassVar[bool] = False
+    """whether its objective has parameters of its own, which a stack of students cannot train"""
+
+    @property
+    def min_batch_size(self) -> int:
+        """The fewest training images a step from which this can be learned."""
+        return 1
 
     @property
     def ignores(self) -> tuple[str, ...]:
-        """Settings without effect under this method: naming one on the command line earns a warning."""
+        """Settings without effect under this method: setting one on the command line earns a warning."""
         return ()
 
     @abstractmethod
-    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
+    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         """Raise ConfigError if the student cannot learn from the teacher this way."""
 
     @abstractmethod
-    def module(
-        self, student: Model, teacher: Model | None, plan: Plan, calibrate: Calibration
-    ) -> ClassifyModule:
-        """The module to fit; `calibrate` gives a batch of training images [B, C, H, W]."""
-
-
-@dataclass
-class Distillation(Method):
-    """The student learns labels and, by a `Transfer`, from a teacher."""
-
-    needs_teacher = True
-
-    @abstractmethod
-    def transfer(self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration) -> Transfer:
-        """What the student learns from the teacher; `calibrate` as for `module`."""
-
-    def module(
-        self, student: Model, teacher: Model | None, plan: Plan, calibrate: Calibration
-    ) -> DistillModule:
-        assert teacher is not None
-        transfer = self.transfer(student, teacher, plan, calibrate)
-        return DistillModule(
-            student, teacher, transfer, plan.alpha, plan.optimizer, plan.schedule, plan.label_smoothing
-        )
+    def objective(
+        self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts
+    ) -> Objective | None:
+        """What the student learns from the teacher; None if nothing."""

@@ -1,71 +1,73 @@
-"""Distillation of class probabilities (Hinton, Vinyals and Dean 2015): no attention map is compared.
+"""`method=logit`: distillation of class probabilities (Hinton, Vinyals and Dean 2015); no map is compared.
 
-Shapes: S stacked students (absent for one), B batch, K classes.
+Shapes: S stacked students (absent for one), B batch, C classes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from vitkd.data import Batch
 from vitkd.errors import ConfigError
-from vitkd.methods.base import Calibration, Distillation, Plan
+from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.maps.losses import kl_divergence
-from vitkd.methods.maps.objective import Transfer
-from vitkd.models import Model, ModelConfig, ModelOutput
-from vitkd.models.base import Answer
-from vitkd.models.layers import at_least_float32
+from vitkd.models import Model, ModelConfig, Output, Taps
+from vitkd.models.output import at_least_float32
 
 
-class LogitTransfer(Transfer):
+class LogitObjective(Objective):
     """Compares the class probabilities by `softened_divergence`."""
 
-    needs_logits = True
+    teacher_taps = Taps()
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
 
     @property
-    def kind(self) -> Any:
+    def stack_key(self) -> Any:
         return type(self), self.temperature
 
-    def compare(self, student: ModelOutput, teacher: Answer) -> Tensor:
-        """The mean over images [*S, 1] of logits [*S, B, K] and [B, K]."""
-        assert teacher.logits is not None
-        return softened_divergence(student.logits, teacher.logits, self.temperature)
-
-    def total(self, values: Tensor) -> Tensor:
-        return values.squeeze(-1)
+    def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
+        divergence = softened_divergence(student.answer, teacher.answer, self.temperature)
+        return {"logit_loss": divergence.unsqueeze(-1)}
 
 
 def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T²·KL(teacher ‖ student) of the classes' probabilities, both softened by a temperature T, in nats.
 
-    T² keeps the gradient's size as it is at T = 1. The mean over images [*S, 1], of logits [*S, B, K] and
-    [B, K].
+    T² keeps the gradient's size as it is at T = 1. From logits [*S, B, C] and [B, C] to [*S, B].
     """
     log_q = (at_least_float32(student) / temperature).log_softmax(-1)
     log_p = (at_least_float32(teacher) / temperature).log_softmax(-1)
-    return temperature**2 * kl_divergence(log_p, log_q).mean(-1, keepdim=True)
+    return temperature**2 * kl_divergence(log_p, log_q)
+
+
+def check_temperature(temperature: float) -> None:
+    """ConfigError unless logits can be divided by `temperature`."""
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature={temperature}: must be a finite number above 0")
 
 
 @dataclass
-class LogitDistillation(Distillation):
+class LogitDistillation(Method):
     """The student learns labels and its teacher's class probabilities."""
 
     temperature: float = 4.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature}: must be a finite number above 0")
+        check_temperature(self.temperature)
 
     @property
     def ignores(self) -> tuple[str, ...]:
         return "granularity", "loss"
 
-    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
-        """Every student can learn what its teacher says: the classes are the data set's."""
+    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
+        """Every student can learn its teacher's class probabilities: the classes are the data set's."""
 
-    def transfer(self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration) -> LogitTransfer:
-        return LogitTransfer(self.temperature)
+    def objective(
+        self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts
+    ) -> LogitObjective:
+        return LogitObjective(self.temperature)

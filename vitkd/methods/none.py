@@ -1,26 +1,23 @@
-"""`method=none`: the student alone."""
+"""`method=none`: the student alone, on labels; the baseline."""
 
 from dataclasses import dataclass
 
-from vitkd.methods.base import Calibration, Method, Plan
+from vitkd.methods.base import DataFacts, MapSettings, Method
 from vitkd.models import Model, ModelConfig
-from vitkd.train.module import ClassifyModule
 
 
 @dataclass
 class NoDistillation(Method):
-    """The student alone, on labels: the baseline."""
+    """The student learns labels and nothing else."""
 
     needs_teacher = False
 
     @property
     def ignores(self) -> tuple[str, ...]:
-        return "alpha", "granularity", "loss", "teacher"
+        return "alpha", "weighting", "granularity", "loss", "teacher"
 
-    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
+    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         """Every student can learn labels."""
 
-    def module(
-        self, student: Model, teacher: Model | None, plan: Plan, calibrate: Calibration
-    ) -> ClassifyModule:
-        return ClassifyModule(student, plan.optimizer, plan.schedule, plan.label_smoothing)
+    def objective(self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts) -> None:
+        """Nothing is learned from a teacher."""

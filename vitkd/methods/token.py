@@ -1,112 +1,110 @@
-"""Distillation through a token (DeiT: Touvron et al. 2021, arXiv 2012.12877, section 4).
+"""`method=token`: distillation through a token (DeiT: Touvron et al. 2021, arXiv 2012.12877, section 4).
 
-The student's class token learns the labels, its distillation token what the teacher says:
+The student's class token learns the labels, its distillation token the teacher's classes:
 
     hard  alpha·CE(class token, y) + (1 − alpha)·CE(distillation token, the teacher's class)     (equation 3)
     soft  alpha·CE(class token, y) + (1 − alpha)·T²·KL(teacher ‖ distillation token)             (equation 2)
 
-with both sides of KL softened by the temperature T. The paper's weights weigh the other term. The teacher may
-be of any kind. At alpha = 1 training is the student's alone: labels for the mean of both heads.
+with both sides of KL softened by the temperature T. The paper's weights weigh the other term; its released
+code divides KL by batch · classes, so its soft term is 1/classes of the paper's and of ours. Any teacher will
+do. At alpha = 1 training is the student's alone: labels for the mean of both heads.
 
-Shapes: S stacked students (absent for one), B batch, K classes.
+Shapes: S stacked students (absent for one), B batch, C classes, P student maps.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vitkd.data import Batch
 from vitkd.errors import ConfigError
-from vitkd.methods.attention import attention_transfer, check_equal_grids, with_maps
-from vitkd.methods.base import Calibration, Distillation, Plan
-from vitkd.methods.logit import softened_divergence
-from vitkd.methods.maps.objective import AttentionTransfer, Transfer
-from vitkd.models import Model, ModelConfig, ModelOutput, ViTConfig
-from vitkd.models.base import Answer
-from vitkd.models.layers import at_least_float32
+from vitkd.methods.attention import attention_objective, check_grids, check_maps
+from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
+from vitkd.methods.logit import check_temperature, softened_divergence
+from vitkd.methods.maps.objective import AttentionObjective
+from vitkd.models import Model, ModelConfig, Output, Taps
+from vitkd.models.output import at_least_float32
 
 TARGETS = ("hard", "soft")
+HEADS = ("class_token", "distillation_token")
 
 
-class TokenTransfer(Transfer):
-    """Compares what the distillation token says with the teacher, and perhaps attention maps besides.
+class TokenObjective(Objective):
+    """Compares the distillation token's logits with the teacher's, and perhaps attention maps besides.
 
     Args:
         targets: hard or soft.
         temperature: of soft targets.
-        attention: what compares maps, if they are compared.
+        attention: compares maps, if they are compared.
         weight: of that loss, beside the token's.
     """
-
-    needs_logits = True
 
     def __init__(
         self,
         targets: str,
         temperature: float,
-        attention: AttentionTransfer | None = None,
+        attention: AttentionObjective | None = None,
         weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.targets, self.temperature = targets, temperature
         self.attention, self.weight = attention, weight
+        self.teacher_taps = Taps()
         if attention is not None:
-            self.pairs, self.streams = attention.pairs, attention.streams
+            self.pairs, self.student_taps = attention.pairs, attention.student_taps
+            self.teacher_taps = attention.teacher_taps._replace(logits=True)
+            self.curves = ("token_loss", *attention.curves)
 
     @property
-    def curves(self) -> list[str]:
-        return [] if self.attention is None else ["token_loss", *self.attention.curves]
-
-    @property
-    def kind(self) -> Any:
-        maps = None if self.attention is None else (self.attention.kind, self.attention.loss, self.weight)
+    def stack_key(self) -> Any:
+        maps = (
+            None if self.attention is None else (self.attention.stack_key, self.attention.loss, self.weight)
+        )
         return type(self), self.targets, self.temperature, maps
 
-    def task_logits(self, student: ModelOutput) -> Tensor:
-        assert student.of_tokens is not None
-        return student.of_tokens.class_token
+    def class_logits(self, student: Output) -> Tensor:
+        return student.heads["class_token"]
 
-    def compare(self, student: ModelOutput, teacher: Answer) -> Tensor:
-        """The token's value, and one per student map where these are compared, [*S, 1 + P]."""
-        assert student.of_tokens is not None
-        assert teacher.logits is not None
-        says = student.of_tokens.distillation_token
-        if self.targets == "soft":
-            value = softened_divergence(says, teacher.logits, self.temperature)
-        else:
-            log_q = at_least_float32(says).log_softmax(-1)
-            labels = teacher.predicted.expand(log_q.shape[:-1])
-            value = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1, keepdim=True)
-        if self.attention is None:
-            return value
-        return torch.cat([value, self.attention.compare(student, teacher)], dim=-1)
+    def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
+        token = {"token_loss": self._of_token(student.heads["distillation_token"], teacher).unsqueeze(-1)}
+        return token if self.attention is None else token | {**self.attention(batch, student, teacher)}
 
-    def total(self, values: Tensor) -> Tensor:
-        token = values[..., 0]
+    def transfer(self, terms: Terms) -> Tensor:
+        token = terms["token_loss"].squeeze(-1)
         if self.attention is None:
             return token
-        return token + self.weight * self.attention.total(values[..., 1:])
+        maps = {name: values for name, values in terms.items() if name != "token_loss"}
+        return token + self.weight * self.attention.transfer(maps)
+
+    def _of_token(self, logits: Tensor, teacher: Output) -> Tensor:
+        """The token's loss of each image [*S, B], from its logits [*S, B, C]."""
+        if self.targets == "soft":
+            return softened_divergence(logits, teacher.answer, self.temperature)
+        classes = teacher.predicted.expand(logits.shape[:-1])
+        # Not `gather`: in deterministic mode its backward pass waits for the device.
+        flat = F.cross_entropy(at_least_float32(logits).flatten(0, -2), classes.flatten(), reduction="none")
+        return flat.view(classes.shape)
 
 
 @dataclass
-class TokenDistillation(Distillation):
-    """The student's class token learns labels, its distillation token what the teacher says."""
+class TokenDistillation(Method):
+    """The student's class token learns labels, its distillation token its teacher's classes."""
 
     targets: str = "hard"
     """hard, the teacher's class | soft, its probabilities"""
     temperature: float = 3.0
     """of soft targets"""
     attention_weight: float = 0.0
-    """Above 0 the student learns where its teacher looks, too: so much times the loss of `granularity` and
-    `loss` is added to the token's."""
+    """Above 0 the student learns its teacher's attention maps too: the loss of `granularity` and `loss` is
+    added to the token's with this weight."""
 
     def __post_init__(self) -> None:
         if self.targets not in TARGETS:
             raise ConfigError(f"targets={self.targets}: choose {' or '.join(TARGETS)}")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature}: must be a finite number above 0")
+        check_temperature(self.temperature)
         if not 0 <= self.attention_weight < math.inf:
             raise ConfigError(f"attention_weight={self.attention_weight}: must be a finite number, 0 or more")
 
@@ -115,17 +113,19 @@ class TokenDistillation(Distillation):
         of_targets = ("method.temperature",) if self.targets == "hard" else ()
         return of_targets if self.attention_weight else ("granularity", "loss", *of_targets)
 
-    def check(self, student: ModelConfig, teacher: ModelConfig, plan: Plan) -> None:
-        if not isinstance(student, ViTConfig) or not student.distillation_token:
+    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
+        if not student.has_distillation_token:
             raise ConfigError(
                 "student.distillation_token=false: method=token teaches that token; set it to true, or "
                 "choose method=logit"
             )
         if self.attention_weight:
-            ours, theirs = with_maps(student, teacher, "method.attention_weight=0")
-            plan.granularity.pairs(ours, theirs)
-            check_equal_grids(ours, theirs, "method.attention_weight=0")
+            check_maps(student, teacher, "method.attention_weight=0")
+            pairs = settings.granularity.pairs(student.attention_layouts(), teacher.attention_layouts())
+            check_grids(pairs, student, teacher, "method.attention_weight=0")
 
-    def transfer(self, student: Model, teacher: Model, plan: Plan, calibrate: Calibration) -> TokenTransfer:
-        attention = attention_transfer(student, teacher, plan, calibrate) if self.attention_weight else None
-        return TokenTransfer(self.targets, self.temperature, attention, self.attention_weight)
+    def objective(
+        self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts
+    ) -> TokenObjective:
+        attention = attention_objective(student, teacher, settings, data) if self.attention_weight else None
+        return TokenObjective(self.targets, self.temperature, attention, self.attention_weight)

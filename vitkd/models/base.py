@@ -1,6 +1,6 @@
-"""What every model is to the rest of the code: images in, logits and attention scores out.
+"""What every model is to the rest of the code: images in, and out what was asked for.
 
-Shapes: S stacked students (absent for one model), B batch, C channels, T tokens, H heads, K classes.
+Shapes: S stacked students (absent for one model), B batch, C channels, H height, W width, T tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -11,27 +11,18 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError
-from vitkd.models.layers import Scores
+from vitkd.models.output import LOGITS, AttentionLayout, Output, Taps
 
 
-class TokenLogits(NamedTuple):
-    """What the two heads of a model with a distillation token say, each of its own token."""
-
-    class_token: Tensor
-    """[*S, B, K]"""
-    distillation_token: Tensor
-    """[*S, B, K]"""
-
-
-class ModelOutput(NamedTuple):
-    """What a forward pass returns."""
+class Trace(NamedTuple):
+    """Everything that an explanation needs of a forward pass, in the autograd graph."""
 
     logits: Tensor
-    """[*S, B, K]: the model's answer"""
-    scores: Mapping[int, Scores]
-    """block → pre-softmax scores [*S, B, H, T, T], or their factors, for exactly the blocks asked for"""
-    of_tokens: TokenLogits | None = None
-    """whose mean `logits` are, where a model has a head for each of two tokens"""
+    """[*S, B, classes]"""
+    weights: tuple[Tensor, ...]
+    """per block: [*S, B, heads, T, T], the very tensors that multiplied the values"""
+    tokens: tuple[Tensor, ...]
+    """per block: [*S, B, T, embed_dim] after it"""
 
 
 @dataclass(repr=False)
@@ -45,8 +36,8 @@ class ModelConfig(ABC):
     # Settings younger than the first trained models, and what these were built as.
     LATER: ClassVar[Mapping[str, Any]] = {}
 
-    # Training images a step without which a model cannot train.
-    LEAST_BATCH: ClassVar[int] = 1
+    # A model cannot train on fewer images a step.
+    MIN_BATCH_SIZE: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         self.check_at_least_one("image_size", "channels", "num_classes")
@@ -79,6 +70,23 @@ class ModelConfig(ABC):
     def prepare(self) -> None:  # noqa: B027, most take nothing
         """Fetch what `build` takes from a network; ConfigError where that cannot be had."""
 
+    stacks: ClassVar[bool] = False
+    """whether parameters may carry a leading axis, a student each"""
+
+    @property
+    def drops(self) -> bool:
+        """Whether training draws dropout masks."""
+        return False
+
+    @property
+    def has_distillation_token(self) -> bool:
+        """Whether a second token with a head of its own can learn from a teacher."""
+        return False
+
+    def attention_layouts(self) -> tuple[AttentionLayout, ...]:
+        """The layout of each block's attention; empty for a model that has no attention maps."""
+        return ()
+
     @abstractmethod
     def architecture(self) -> "Model":
         """A model of this configuration, for weights that are at hand."""
@@ -89,30 +97,24 @@ class ModelConfig(ABC):
 
 
 class Model(nn.Module, ABC):
-    """A classifier that can say where it looks, if it has attention."""
+    """A classifier that returns its attention scores and features, where it is asked for them."""
 
     config: ModelConfig
 
+    @property
+    def attention(self) -> tuple[AttentionLayout, ...]:
+        """The layout of each block's attention; empty for a model that has no attention maps."""
+        return self.config.attention_layouts()
+
     @abstractmethod
-    def forward(self, images: Tensor, record: Collection[int] = (), factors: bool = False) -> ModelOutput:
-        """Classify images [B, C, H, W] and record the scores of `record`'s blocks, or their `factors`."""
+    def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
+        """Classify images [*S, B, C, H, W], and return what `taps` asks for at the least cost."""
+
+    def trace(self, images: Tensor) -> Trace:
+        """Classify images [*S, B, C, H, W] and keep every block's attention weights and tokens."""
+        raise NotImplementedError(f"{type(self).__name__} has no attention maps")
 
 
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())
-
-
-class Answer(NamedTuple):
-    """What a teacher says of some images."""
-
-    scores: Mapping[int, Scores]
-    """block → its pre-softmax scores [*I, H, T, T], or their factors"""
-    logits: Tensor | None = None
-    """[*I, K], where they were asked for"""
-
-    @property
-    def predicted(self) -> Tensor:
-        """Its classes [*I]."""
-        assert self.logits is not None, "the teacher was not asked for classes"
-        return self.logits.argmax(-1)

@@ -7,7 +7,6 @@ Shapes: S stacked students (absent for one model), B batch, T tokens, H heads, D
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,39 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd.models.dropout import Dropout
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Attention is compared in float32 even where bf16 computed it; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class Factors(NamedTuple):
-    """What the scores QKᵀ/√head_dim are made of: T·head_dim numbers a head each, where the scores are T·T."""
-
-    q: Tensor
-    """[*S, B, H, T, head_dim], at the attention's own temperature, if it has one, not yet over √head_dim"""
-    k: Tensor
-    """[*S, B, H, T, head_dim]"""
-
-    def scores(self) -> Tensor:
-        """QKᵀ/√head_dim [*S, B, H, T, T], in at least float32; what a model masks is computed, too."""
-        # Rounded to bf16, scores of some tens differ by tenths; they are what is compared, so they are exact.
-        with torch.autocast(self.q.device.type, enabled=False):
-            return (at_least_float32(self.q) * self.q.shape[-1] ** -0.5) @ at_least_float32(self.k).mT
-
-    def without_values(self) -> "Factors":
-        """Copies, unless a backward pass keeps the tensor that Q and K share with V anyway."""
-        return self if self.q.requires_grad else Factors(self.q.contiguous(), self.k.contiguous())
-
-
-Scores = Tensor | Factors
-"""Attention scores before mask and softmax, as a tensor [*S, B, H, T, T] or as their factors."""
-
-
-def changed(scores: Scores, change: Callable[[Tensor], Tensor]) -> Scores:
-    """Scores, or each of their factors, after `change`."""
-    return change(scores) if isinstance(scores, Tensor) else Factors(*map(change, scores))
+from vitkd.models.output import NO_BLOCK_TAPS, QKV, BlockTaps
 
 
 def per_student(parameter: Tensor, x: Tensor) -> Tensor:
@@ -97,6 +64,20 @@ class PatchEmbedding(nn.Module):
         return self.projection_norm(self.projection(self.patch_norm(patches)))
 
 
+class AttentionOutput(NamedTuple):
+    """What was asked of one block's attention."""
+
+    scores: Tensor | None
+    """[*S, B, H, T, T]"""
+    qkv: QKV | None
+
+    @classmethod
+    def tapped(cls, taps: BlockTaps, qkv: QKV, scores: Tensor | None) -> "AttentionOutput":
+        """What `taps` asks for, out of all that was computed."""
+        factors = qkv if taps.qkv else qkv.factors() if taps.factors else None
+        return cls(scores if taps.scores else None, factors)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) that can return the scores QKᵀ/√head_dim."""
 
@@ -117,43 +98,51 @@ class Attention(nn.Module):
         """[T, T], False where a query may not look at a key; None where it may look at all."""
         return None
 
-    def forward(self, x: Tensor, record: bool, factors: bool = False) -> tuple[Tensor, Scores | None]:
-        """Map tokens [*S, B, T, D] to tokens, and to scores [*S, B, H, T, T] if they are to be recorded.
+    def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, "AttentionOutput"]:
+        """Map tokens [*S, B, T, D] to tokens, and to what is asked for by `taps`.
 
-        Only a recorded block pays for its T×T matrix; the others, and those of which just the factors are to
-        be recorded, use PyTorch's fused attention, which draws dropout's mask in another order. That has no
-        masks of ours, so where dropout draws these (on CPUs and in stacks) every block makes its matrix.
+        Only a block whose scores are asked for pays for its T×T matrix. The others use PyTorch's fused
+        attention, which draws dropout's mask in another order. That has no masks of ours, so where dropout
+        draws these (on CPUs and in stacks) every block makes its matrix.
         """
-        q, k, v = self._heads(self.qkv(self.norm(x)), 3)
-        q = self.scale(q)
-        recorded: Scores | None = None
-        if record:
-            recorded = Factors(q, k).without_values() if factors else Factors(q, k).scores()
-        if isinstance(recorded, Tensor):
-            values = self._attend(recorded, v)
-        elif self.dropout.has_own_masks(q):
-            values = self._attend(Factors(q, k).scores(), v)
-        else:
-            # The fused kernels take exactly one batch axis.
-            flat_q, flat_k, flat_v = (t.flatten(0, -4) for t in (q, k, v))
-            fused = F.scaled_dot_product_attention(
-                flat_q, flat_k, flat_v, self.allowed(x.shape[-2], x.device), self.dropout.rate
-            )
-            values = fused.view_as(v)
-        return self._merge(values), recorded
+        qkv = self._qkv(x)
+        assert qkv.v is not None
+        scores = qkv.scores() if taps.scores or self.dropout.has_own_masks(qkv.q) else None
+        values = self._fused(qkv) if scores is None else self._weights(scores, qkv.v.dtype) @ qkv.v
+        return self._merge(values), AttentionOutput.tapped(taps, qkv, scores)
+
+    def tapped(self, x: Tensor, taps: BlockTaps) -> "AttentionOutput":
+        """What is asked for by `taps` of tokens [*S, B, T, D], and nothing more: no output projection."""
+        qkv = self._qkv(x, with_values=taps.qkv)
+        return AttentionOutput.tapped(taps, qkv, qkv.scores() if taps.scores else None)
 
     def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens [*S, B, T, D] to tokens, and to the weights [*S, B, H, T, T] that multiplied the values.
 
         Both are in one graph, so gradients by the weights can be had.
         """
-        q, k, v = self._heads(self.qkv(self.norm(x)), 3)
-        weights = self._weights(Factors(self.scale(q), k).scores(), v.dtype)
-        return self._merge(weights @ v), weights
+        qkv = self._qkv(x)
+        assert qkv.v is not None
+        weights = self._weights(qkv.scores(), qkv.v.dtype)
+        return self._merge(weights @ qkv.v), weights
 
-    def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
-        """The values [*S, B, H, T, head_dim] averaged as the scores [*S, B, H, T, T] say."""
-        return self._weights(scores, v.dtype) @ v
+    def _qkv(self, x: Tensor, with_values: bool = True) -> QKV:
+        """Queries at this attention's temperature, keys and, if wanted, values."""
+        count = 3 if with_values else 2
+        width = count * self.num_heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[..., :width]
+        projected = project(self.norm(x), self.qkv.weight[..., :width, :], bias)
+        split = projected.unflatten(-1, (count, self.num_heads, self.head_dim))
+        q, *others = split.transpose(-4, -2).unbind(-3)
+        return QKV(self.scale(q), *others)
+
+    def _fused(self, qkv: QKV) -> Tensor:
+        """The attended values [*S, B, H, T, head_dim] by PyTorch's fused kernels."""
+        assert qkv.v is not None
+        # These take exactly one batch axis.
+        q, k, v = (t.flatten(0, -4) for t in (qkv.q, qkv.k, qkv.v))
+        allowed = self.allowed(q.shape[-2], q.device)
+        return F.scaled_dot_product_attention(q, k, v, allowed, self.dropout.rate).view_as(qkv.v)
 
     def _weights(self, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """What multiplies the values [*S, B, H, T, T]: the masked softmax, in the scores' precision."""
@@ -165,19 +154,6 @@ class Attention(nn.Module):
     def _merge(self, values: Tensor) -> Tensor:
         """All heads' values [*S, B, H, T, head_dim] as tokens [*S, B, T, D]."""
         return self.dropout(self.out(values.transpose(-3, -2).flatten(-2)))
-
-    def factors(self, x: Tensor) -> Factors:
-        """The scores' factors alone: no values, no output projection."""
-        inner = self.num_heads * self.head_dim
-        weight = self.qkv.weight[..., : 2 * inner, :]
-        bias = None if self.qkv.bias is None else self.qkv.bias[..., : 2 * inner]
-        q, k = self._heads(project(self.norm(x), weight, bias), 2)
-        return Factors(self.scale(q), k)
-
-    def _heads(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Split [*S, B, T, count·H·head_dim] into `count` tensors [*S, B, H, T, head_dim]."""
-        split = projected.unflatten(-1, (count, self.num_heads, self.head_dim))
-        return split.transpose(-4, -2).unbind(-3)
 
 
 class MLP(nn.Module):
@@ -202,10 +178,10 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp = mlp
 
-    def forward(self, x: Tensor, record: bool = False, factors: bool = False) -> tuple[Tensor, Scores | None]:
-        """Map tokens [*S, B, T, D] to tokens and, if `record`, the block's scores or just their `factors`."""
-        attended, scores = self.attention(x, record, factors)
-        return self._add(x, attended), scores
+    def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
+        """Map tokens [*S, B, T, D] to tokens, and to what `taps` asks of the attention."""
+        attended, tapped = self.attention(x, taps)
+        return self._add(x, attended), tapped
 
     def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens [*S, B, T, D] to tokens, and to the attention weights [*S, B, H, T, T] within."""

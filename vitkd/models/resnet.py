@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, K classes.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, one_line
-from vitkd.models.base import Model, ModelConfig, ModelOutput
+from vitkd.models.base import Model, ModelConfig
+from vitkd.models.output import LOGITS, Output, Taps
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -29,7 +30,7 @@ class ResNetConfig(ModelConfig):
     """Everything that determines a residual network."""
 
     # Batch normalisation compares images.
-    LEAST_BATCH = 2
+    MIN_BATCH_SIZE = 2
 
     variant: str = "resnet18"
     """resnet18 | resnet34 | resnet50 | resnet101 | resnet152"""
@@ -100,7 +101,7 @@ class ResNetConfig(ModelConfig):
 
 
 class ResNet(Model):
-    """torchvision's network; it has no attention, so there is nothing to record."""
+    """torchvision's network; it has no attention."""
 
     config: ResNetConfig
 
@@ -116,10 +117,20 @@ class ResNet(Model):
         elif config.channels != 3:
             self.network.conv1 = first_convolution(config.channels, kernel_size=7, stride=2)
 
-    def forward(self, images: Tensor, record: Collection[int] = (), factors: bool = False) -> ModelOutput:
-        """Classify images [B, C, H, W]."""
-        assert not record, "a residual network has no attention to record"
-        return ModelOutput(self.network(images), {})
+    def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
+        """Classify images [B, C, H, W]; the features are "stage1" to "stage4" and "pre_logits"."""
+        assert not taps.blocks, "a residual network has no attention"
+        network = self.network
+        features: dict[str, Tensor] = {}
+        x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+        for stage in range(1, 5):
+            x = features[f"stage{stage}"] = network.get_submodule(f"layer{stage}")(x)
+            if not taps.logits and features.keys() >= {*taps.features}:
+                break
+        else:
+            features["pre_logits"] = network.avgpool(x).flatten(1)
+        logits = network.fc(features["pre_logits"]) if taps.logits else None
+        return Output(logits, features={name: features[name] for name in taps.features})
 
 
 def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -1,5 +1,7 @@
 """Attention maps and tokens of one model laid out as another's: tokens left out, patches on another grid."""
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,15 +13,15 @@ def without_tokens(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
     return torch.cat([x.narrow(axis, 0, start), rest], dim=axis)
 
 
-def token_interpolation(from_grid: int, to_grid: int) -> Tensor:
-    """The matrix [1 + to_grid², 1 + from_grid²] that resizes a token axis bilinearly and keeps CLS.
+def token_interpolation(from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
+    """The matrix [1 + patches of to_grid, 1 + patches of from_grid] that resizes a token axis bilinearly.
 
-    Each row sums to 1.
+    The class token stays as it is. Each row sums to 1.
     """
-    tokens = from_grid**2
-    basis = torch.eye(tokens).reshape(tokens, 1, from_grid, from_grid)
-    resized = F.interpolate(basis, size=(to_grid, to_grid), mode="bilinear", align_corners=False)
-    return torch.block_diag(torch.ones(1, 1), resized.reshape(tokens, to_grid**2).T)
+    patches = prod(from_grid)
+    basis = torch.eye(patches).reshape(patches, 1, *from_grid)
+    resized = F.interpolate(basis, size=to_grid, mode="bilinear", align_corners=False)
+    return torch.block_diag(torch.ones(1, 1), resized.reshape(patches, prod(to_grid)).T)
 
 
 def resized_weights(weights: Tensor, matrix: Tensor) -> Tensor:

@@ -8,33 +8,23 @@ Shapes: S stacked students (absent for one model), B batch, C channels, T tokens
 token, grid²), H heads, D embed_dim, K classes.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError
-from vitkd.models.base import Model, ModelConfig, ModelOutput, TokenLogits
+from vitkd.models.base import Model, ModelConfig, Trace
 from vitkd.models.dropout import Dropout
-from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding, Scores
+from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
 from vitkd.models.lsa import LocalityAttention
+from vitkd.models.output import LOGITS, AttentionLayout, Output, Taps
 from vitkd.models.spt import ShiftedPatchTokenization
 
 ATTENTIONS: dict[str, type[Attention]] = {"msa": Attention, "lsa": LocalityAttention}
 TOKENIZERS = ("patch", "spt")
-
-
-class Trace(NamedTuple):
-    """Everything a forward pass computed on its way, in the autograd graph."""
-
-    logits: Tensor
-    """[*S, B, K]"""
-    weights: tuple[Tensor, ...]
-    """per block: [*S, B, H, T, T], the very tensors that multiplied the values"""
-    tokens: tuple[Tensor, ...]
-    """per block: [*S, B, T, D] after it"""
 
 
 @dataclass(repr=False)
@@ -46,6 +36,8 @@ class ViTConfig(ModelConfig):
         "attention": "msa",
         "distillation_token": False,
     }
+
+    stacks = True
 
     patch_size: int
     embed_dim: int = 64
@@ -109,9 +101,20 @@ class ViTConfig(ModelConfig):
         """The class token, perhaps the distillation token, and the patches: the attention's T."""
         return self.prefix + self.grid**2
 
-    def allowed(self, device: torch.device | None = None) -> Tensor | None:
-        """[T, T], False where attention is masked; None where it is not."""
-        return ATTENTIONS[self.attention].allowed(self.tokens, device)
+    @property
+    def drops(self) -> bool:
+        return max(self.dropout, self.emb_dropout) > 0
+
+    @property
+    def has_distillation_token(self) -> bool:
+        return self.distillation_token
+
+    def attention_layouts(self) -> tuple[AttentionLayout, ...]:
+        grid, mask = (self.grid, self.grid), ATTENTIONS[self.attention].allowed(self.tokens)
+        layout = AttentionLayout(
+            self.num_heads, self.head_dim, grid, self.prefix, tuple(range(self.prefix)), mask
+        )
+        return (layout,) * self.depth
 
     def architecture(self) -> "ViT":
         return ViT(self)
@@ -151,15 +154,33 @@ class ViT(Model):
             self.distillation_token = nn.Parameter(torch.randn(1, 1, c.embed_dim))
             self.distillation_head = Linear(c.embed_dim, c.num_classes)
 
-    def forward(self, images: Tensor, record: Collection[int] = (), factors: bool = False) -> ModelOutput:
-        """Classify images [B, C, H, W] (or [S, B, C, H, W]) and record the scores of `record`'s blocks.
+    def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
+        """Classify images [B, C, H, W] (or [S, B, C, H, W]), and return what `taps` asks for.
 
-        With `factors` only Q and K are recorded, and no block makes its T×T matrix, but for dropout (see
-        `Attention.forward`).
+        Without logits it stops where the last of that is known: after QKᵀ of the last block, for example.
         """
-        x, scores = self._encode(images, len(self.blocks), record, factors)
-        logits, of_tokens = self._classify(x)
-        return ModelOutput(logits, scores, of_tokens)
+        assert taps.blocks <= {*range(len(self.blocks))}, f"no such block among {sorted(taps.blocks)}"
+        x, last = self.embed(images), self._last_whole_block(taps)
+        features, attention = {"embed": x}, {}
+        for i, block in enumerate(self.blocks[: last + 1]):
+            x, attention[i] = block(x, taps.of_block(i))
+            if f"block{i}" in taps.features:
+                features[f"block{i}"] = x
+        for i in (block for block in taps.blocks if block > last):
+            attention[i] = self.blocks[i].attention.tapped(x, taps.of_block(i))  # type: ignore[union-attr,operator]
+        classes = self._classify(x, taps, features) if needs_all_blocks(taps) else Output()
+        return classes._replace(
+            scores={i: found.scores for i, found in attention.items() if found.scores is not None},
+            qkv={i: found.qkv for i, found in attention.items() if found.qkv is not None},
+            features={name: features[name] for name in taps.features},
+        )
+
+    def _last_whole_block(self, taps: Taps) -> int:
+        """The last block that is computed as a whole, −1 for none; of the next at most QKᵀ is wanted."""
+        if needs_all_blocks(taps):
+            return len(self.blocks) - 1
+        outputs = [int(name.removeprefix("block")) for name in taps.features if name != "embed"]
+        return max(*outputs, max(taps.blocks, default=0) - 1, -1)
 
     def trace(self, images: Tensor) -> Trace:
         """Classify images [*S, B, C, H, W] and keep every block's attention weights and tokens.
@@ -173,24 +194,8 @@ class ViT(Model):
             x, of_block = block.trace(x)
             weights.append(of_block)
             tokens.append(x)
-        logits, _ = self._classify(x)
+        logits = self._classify(x, LOGITS, {}).answer
         return Trace(logits, tuple(weights), tuple(tokens))
-
-    @overload
-    def scores(self, images: Tensor, blocks: Collection[int]) -> dict[int, Tensor]: ...
-    @overload
-    def scores(self, images: Tensor, blocks: Collection[int], factors: bool) -> Mapping[int, Scores]: ...
-    def scores(self, images: Tensor, blocks: Collection[int], factors: bool = False) -> Mapping[int, Scores]:
-        """The pre-softmax scores [*S, B, H, T, T] of `blocks`, or just their `factors`, at the least cost.
-
-        Stops after QKᵀ of the last block asked for: no values, MLP or head there and nothing above it.
-        """
-        last = max(blocks)
-        x, scores = self._encode(images, last, blocks, factors)
-        block = self.blocks[last]
-        assert isinstance(block, Block)
-        of_last = block.attention.factors(x)
-        return scores | {last: of_last if factors else of_last.scores()}
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [*S, B, C, H, W] to tokens [*S, B, T, D], first CLS, then the distillation token, if any."""
@@ -202,23 +207,18 @@ class ViT(Model):
         x = torch.cat([*before, x], dim=-2) + self.positions
         return self.dropout(x)
 
-    def _classify(self, x: Tensor) -> tuple[Tensor, TokenLogits | None]:
-        """The logits [*S, B, K] of the last block's tokens, and each head's where there are two."""
-        logits = self.head(self.norm(x[..., 0, :]))
+    def _classify(self, x: Tensor, taps: Taps, features: dict[str, Tensor]) -> Output:
+        """The logits, if wanted, of the last block's tokens `x`; "pre_logits" joins `features`."""
+        features["pre_logits"] = self.norm(x[..., 0, :])
+        if not taps.logits:
+            return Output()
+        logits = self.head(features["pre_logits"])
         if self.distillation_token is None:
-            return logits, None
-        learned = self.distillation_head(self.norm(x[..., 1, :]))
-        return (logits + learned) / 2, TokenLogits(logits, learned)
+            return Output(logits)
+        distilled = self.distillation_head(self.norm(x[..., 1, :]))
+        return Output((logits + distilled) / 2, {"class_token": logits, "distillation_token": distilled})
 
-    def _encode(
-        self, images: Tensor, depth: int, record: Collection[int], factors: bool
-    ) -> tuple[Tensor, dict[int, Scores]]:
-        """Tokens [*S, B, T, D] after the first `depth` blocks, and the scores of those to record."""
-        assert all(0 <= block < len(self.blocks) for block in record), f"no such block among {list(record)}"
-        x = self.embed(images)
-        recorded: dict[int, Scores] = {}
-        for i, block in enumerate(self.blocks[:depth]):
-            x, scores = block(x, i in record, factors)
-            if scores is not None:
-                recorded[i] = scores
-        return x, recorded
+
+def needs_all_blocks(taps: Taps) -> bool:
+    """Whether `taps` asks for what the final norm gives: logits, or what they are made of."""
+    return taps.logits or "pre_logits" in taps.features

@@ -18,11 +18,11 @@ from vitkd.runs.files import force_to_disk, write_atomically
 
 CHARTS = {
     "losses": {
-        "training": ["Multiline", ["train/task_loss", "train/transfer_loss", "train/total_loss"]],
-        "validation": ["Multiline", ["val/task_loss", "val/transfer_loss", "val/total_loss"]],
+        "training": ["Multiline", ["train/class_loss", "train/transfer_loss", "train/total_loss"]],
+        "validation": ["Multiline", ["val/class_loss", "val/transfer_loss", "val/total_loss"]],
     },
     "accuracy": {"student": ["Multiline", ["train/acc", "val/acc", "val/teacher_agreement"]]},
-    "alpha": {"gradient norms": ["Multiline", ["train/gradient_norm_task", "train/gradient_norm_transfer"]]},
+    "alpha": {"gradient norms": ["Multiline", ["train/gradient_norm_class", "train/gradient_norm_transfer"]]},
 }
 """TensorBoard's custom scalar page: what belongs together on one chart."""
 

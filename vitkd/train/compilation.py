@@ -10,7 +10,8 @@ from torch._dynamo.exc import TorchDynamoException
 
 from vitkd.data import Batch
 from vitkd.errors import ConfigError, RunError, one_line
-from vitkd.train.module import ClassifyModule, Terms
+from vitkd.train.losses import Losses
+from vitkd.train.module import DistillModule
 
 
 def check_compiler(device: torch.device) -> None:
@@ -25,8 +26,8 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-def compile_training(module: ClassifyModule) -> None:
-    """Compile `module.terms`, the forward passes of student and teacher and the losses, for training steps.
+def compile_training(module: DistillModule) -> None:
+    """Compile `module.losses`, the forward passes of student and teacher and the losses, for training steps.
 
     Not for validation, whose last batch is of another size, nor for pictures: each would be compiled anew.
     Nor for the steps that are logged, whose gradients are measured term by term: a compiled graph gives up
@@ -34,10 +35,10 @@ def compile_training(module: ClassifyModule) -> None:
     """
     # What was compiled for the process's earlier jobs counts against the number of times it may be.
     torch._dynamo.reset()
-    eager = module.terms
+    eager = module.losses
     compiled = torch.compile(eager, dynamic=False)
 
-    def terms(batch: Batch) -> Terms:
+    def losses(batch: Batch) -> Losses:
         if not module.training or module.is_logging_step:
             return eager(batch)
         try:
@@ -46,4 +47,4 @@ def compile_training(module: ClassifyModule) -> None:
             first = str(error).strip().partition("\n")[0]
             raise RunError(f"compile=true: {one_line(Exception(first))}; train with compile=false") from error
 
-    module.terms = terms  # type: ignore[method-assign]
+    module.losses = losses  # type: ignore[method-assign]

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import Callback
 
 from vitkd.data import Batch
 from vitkd.errors import one_line
+from vitkd.train.guard import FiniteGuard
+from vitkd.train.window import Window
 
 log = logging.getLogger("vitkd")
 
@@ -52,6 +54,8 @@ class GraphedStep:
         self._batch: Batch | None = None
         self._graphs: dict[str, Graph] = {}
         self._warm = Counter[str]()
+        self.names: dict[str, list[str]] = {}
+        """by kind, the values that a step adds to the meter"""
 
     def take(self, batch: Batch, kind: str = "") -> bool:
         """Take one step of a kind; whether it was a replay, of which the host has noted nothing.
@@ -89,6 +93,40 @@ class GraphedStep:
             raise
         except RuntimeError as error:
             raise CaptureError(one_line(error)) from error
+
+
+class Graphed(Protocol):
+    """A module that takes its steps by a graph."""
+
+    graph: GraphedStep | None
+    guard: FiniteGuard
+    window: Window
+
+    @property
+    def step_kind(self) -> str:
+        """What this step computes; each kind has a graph of its own."""
+
+    def whole_step(self, batch: Batch) -> None:
+        """Take one step without a graph."""
+
+
+def take_step(module: Graphed, batch: Batch) -> None:
+    """Take a step by the module's graph or, from the first one on that cannot be captured, without."""
+    assert module.graph is not None
+    meter, kind = module.window.meter, module.step_kind
+    counts, names = meter.counts(), module.graph.names
+    try:
+        if module.graph.take(batch, kind):
+            meter.count(names[kind], batch.label.shape[-1])
+        names[kind] = meter.names
+        return
+    except CaptureError as error:
+        log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", error)
+    # Not within `except`: the error's traceback holds the memory of the failed step.
+    module.graph = None
+    meter.set_counts(counts)
+    module.guard.forget_step()
+    module.whole_step(batch)
 
 
 def captured(work: Callable[[], None]) -> Graph:

@@ -26,7 +26,7 @@ from vitkd.runs.checkpoints import DurableCheckpointIO, load_from_checkpoint, ne
 from vitkd.runs.curves import MetricsFile, TensorBoardCurves
 from vitkd.runs.folder import RunFolder
 from vitkd.train.checkpointing import Checkpointing
-from vitkd.train.module import ClassifyModule
+from vitkd.train.module import DistillModule
 from vitkd.train.progress import EpochLines, ProgressBar
 
 log = logging.getLogger("vitkd")
@@ -100,7 +100,7 @@ def check_trainer(settings: dict[str, Any]) -> Machine:
 
 
 def fit(
-    module: ClassifyModule,
+    module: DistillModule,
     data: ImageDataModule,
     folder: RunFolder,
     settings: Settings,
@@ -135,14 +135,12 @@ def fit(
         "epochs": epochs,
         "steps": trainer.global_step,
         "wall_seconds": checkpointing.wall_seconds,
-        "images_per_second": module.images_trained / module.seconds_trained,
+        "images_per_second": module.window.images_trained / module.window.seconds_trained,
     }
     return Fitted(trainer, trainer.loggers, last, best, metrics)
 
 
-def run_trainer(
-    trainer: L.Trainer, module: ClassifyModule, data: ImageDataModule, start: Path | None
-) -> None:
+def run_trainer(trainer: L.Trainer, module: DistillModule, data: ImageDataModule, start: Path | None) -> None:
     """Train from the checkpoint `start`, or from the beginning; raises as `fit` does."""
     try:
         trainer.fit(module, data, ckpt_path=start, weights_only=True)

@@ -17,7 +17,7 @@ from vitkd.config import Config, parse, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
 from vitkd.evaluate.measure import Evaluation, evaluate, measure_both
-from vitkd.models import Model, ModelConfig, ViT, count_parameters, digest, save_model
+from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
 from vitkd.process.distributed import agree, is_first, joined, rank, wait_for_all
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs import results
@@ -26,10 +26,10 @@ from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
 from vitkd.runs.stack_folder import begin_alone, stacks_folder
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
+from vitkd.train.build import build_module, facts_of
 from vitkd.train.compilation import check_compiler, compile_training
 from vitkd.train.cuda_graph import CudaGraphs
 from vitkd.train.fit import Fitted, check_trainer, conclude_curves, fit
-from vitkd.train.module import DistillModule
 from vitkd.train.pictures import AttentionPictures
 from vitkd.train.teacher_cache import TeacherCaching
 
@@ -162,14 +162,14 @@ def train(
         if is_first():
             begin_alone(folder, stacks_folder(config.paths.outputs))
         student = first_weights(config.seed, config.student)
-        module = config.method.module(student, teacher, config, lambda: data.first("train", 64).image)
+        module = build_module(config, student, teacher, facts_of(data))
         teacher_test = measure_teacher(teacher, data, device) if teacher and is_first() else None
         # Now: training may change the precision of its weights.
         about_teacher = describe_teacher(teacher, teacher_test)
-        have_maps = isinstance(student, ViT) and isinstance(teacher, ViT)
+        have_maps = teacher is not None and student.attention and teacher.attention
         drawing = pictures(config, data, folder) if have_maps else None
-        if isinstance(module, DistillModule) and module.transfer.pairs and is_first():
-            results.write_pairs(folder, module.transfer.pairs)
+        if module.objective is not None and module.objective.pairs and is_first():
+            results.write_pairs(folder, module.objective.pairs)
         # Training draws the same random numbers whatever it took to get here.
         seed_generators(config.seed, DROPOUT, config.student, process=rank())
         if config.compile:

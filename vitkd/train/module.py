@@ -1,85 +1,142 @@
-"""The LightningModules: a model alone, and a student beside its frozen teacher.
+"""The training step of a student, beside its frozen teacher or alone.
 
-Both are written for one student or, by the leading axis that `stacked` adds, for several at once.
+Written for one student or, by the leading axis that `stacked` adds, for several at once.
 
-Shapes: S stacked students (absent for one), B batch, K classes, P distilled student maps.
+Shapes: S stacked students (absent for one), B batch, C classes, P values of an objective.
 """
 
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+import math
+from collections.abc import Callable
+from typing import Any, Self
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.methods.maps.objective import Transfer
-from vitkd.models import Model, TokenLogits, ViT, describe
-from vitkd.models.base import Answer
-from vitkd.models.layers import changed
+from vitkd.methods.base import Objective
+from vitkd.methods.weighting.base import Constant, Weighting
+from vitkd.models import Model, Output, Taps, describe
+from vitkd.models.output import LOGITS
 from vitkd.optim import AdamW, Schedule
-from vitkd.train.cuda_graph import CaptureError, GraphedStep
-from vitkd.train.guard import FiniteGuard
-from vitkd.train.meter import Meter
+from vitkd.train.cuda_graph import GraphedStep, take_step
+from vitkd.train.logged import LoggedModule
+from vitkd.train.losses import Losses, TermWeights, gradient_norm, gradient_ratio, share_equal, transfer_of
 from vitkd.train.teacher_cache import TeacherCache
 
-log = logging.getLogger("vitkd")
 
+class DistillModule(LoggedModule):
+    """Trains a student on labels and, by an objective, on what a frozen teacher answers.
 
-class Terms(NamedTuple):
-    """A batch's logits and losses."""
+    L = w·class loss + (1 − w)·mean over images of u·transfer loss, where the weighting gives w, as a rule
+    `alpha`, and u, as a rule 1. Where the transfer loss never counts (alpha = 1) training is the student's
+    alone, step for step.
 
-    logits: Tensor
-    """[*S, B, K]"""
-    task: Tensor
-    """[*S]: cross-entropy with the labels (equation 2.13)"""
-    total: Tensor
-    """[*S]: what is minimised (equation 2.14)"""
-    transfer: Tensor | None = None
-    """[*S]: how far the student is from its teacher, where that was computed"""
-    per_map: Tensor | None = None
-    """[*S, P]: `transfer` before weighing"""
-    of_tokens: TokenLogits | None = None
-    """whose mean the logits are, where the student has two heads"""
-
-    def named_losses(self) -> dict[str, Tensor]:
-        """The terms of `total`, as a person calls them."""
-        losses = {"class loss": self.task}
-        return losses if self.transfer is None else losses | {"transfer loss": self.transfer}
-
-
-class ClassifyModule(L.LightningModule):
-    """Trains one model on labels: a teacher, or a student by itself."""
+    Args:
+        model: the student.
+        optimizer, schedule: of its weights, and of the objective's.
+        label_smoothing: in training (Szegedy et al. 2016).
+        teacher: is frozen; None for a student alone.
+        objective: what is learned from the teacher; None for nothing.
+        weighting: how much both losses and each image count.
+        alpha: the weight of the class loss. DeiT's and vit-pytorch's alpha weigh the other term.
+    """
 
     def __init__(
-        self, model: Model, optimizer: AdamW, schedule: Schedule, label_smoothing: float = 0.0
+        self,
+        model: Model,
+        optimizer: AdamW,
+        schedule: Schedule,
+        label_smoothing: float = 0.0,
+        *,
+        teacher: Model | None = None,
+        objective: Objective | None = None,
+        weighting: Weighting | None = None,
+        alpha: float = 1.0,
     ) -> None:
         super().__init__()
-        self.model = model
+        assert objective is None or teacher is not None, "an objective compares with a teacher"
+        self.model, self.objective = model, objective
         self.optimizer, self.schedule, self.label_smoothing = optimizer, schedule, label_smoothing
-        self.train_meter, self.val_meter = Meter(), Meter()
-        self.guard = FiniteGuard()
+        self.alpha, self.weighting = 1.0 if objective is None else alpha, weighting or Constant()
+        # In a tuple PyTorch does not see it: it moves with the module, but is not trained, averaged, saved or
+        # shared among processes.
+        self._teachers: tuple[Model, ...] = () if teacher is None else (teacher.requires_grad_(False).eval(),)
+        self.cached: dict[str, TeacherCache] = {}
+        """by split, the teacher's answers that are kept"""
+        self.term_weights = TermWeights(self.alpha)
+        self.is_active = self.distils
+        """whether the transfer loss counts in this epoch"""
         self.graph: GraphedStep | None = None
         self._batch: Batch | None = None
-        self.images_trained, self.seconds_trained = 0, 0.0
-        self._window_start, self._window_seconds = 0.0, 0.0
-        self._latest: dict[str, float] = {}
-        self._measured: dict[str, Tensor] = {}
-        self._norms: dict[str, Tensor] = {}
+        self._measured_norms: dict[str, Tensor] = {}
 
-    def terms(self, batch: Batch) -> Terms:
+    @property
+    def teacher(self) -> Model:
+        """Frozen and in eval mode."""
+        assert self._teachers, "the module has no teacher"
+        return self._teachers[0]
+
+    @property
+    def distils(self) -> bool:
+        """Whether the transfer loss counts in any epoch."""
+        return self.objective is not None and self.weighting.distils(self.alpha)
+
+    def teacher_taps(self, split: str) -> Taps | None:
+        """What the teacher is asked for the images of "train" or "val"; None if it is never asked."""
+        if self.objective is None or not (split == "val" or self.distils):
+            return None
+        of_weighting = Taps(logits=split == "val" or self.weighting.needs_teacher_logits)
+        return Taps.union([self.objective.teacher_taps, of_weighting])
+
+    @torch.no_grad()
+    def ask_teacher(self, images: Tensor, split: str) -> Output:
+        """The teacher's answer to `images` [*U, B, channels, H, W]; validation always asks for its logits."""
+        taps, axes = self.teacher_taps(split), images.shape[:-3]
+        assert taps is not None
+        return self.teacher(images.flatten(0, -4), taps).map(lambda tensor: tensor.unflatten(0, axes))
+
+    def answer(self, batch: Batch, split: str) -> Output:
+        """The teacher's answer to the batch's images, asked for now or kept from before."""
+        cache = self.cached.get(split)
+        return self.ask_teacher(batch.image, split) if cache is None else cache.answer(batch.index)
+
+    def losses(self, batch: Batch) -> Losses:
         """The losses of one training batch."""
-        output = self.model(batch.image)
-        task = self.task_loss(output.logits, batch.label)
-        return Terms(output.logits, task, total=task, of_tokens=output.of_tokens)
+        return self.compare(batch, self.answer(batch, "train") if self.is_active else None)
 
-    def task_loss(self, logits: Tensor, label: Tensor) -> Tensor:
+    def compare(self, batch: Batch, answer: Output | None) -> Losses:
+        """The losses of one batch, given the teacher's answer to it, where they are compared."""
+        taps = LOGITS if answer is None or self.objective is None else self.objective.student_taps
+        student = self.model(batch.image, taps)
+        # Where nothing is ever learned from the teacher, just the answer learns the labels.
+        learns_alone = self.objective is None or not self.distils
+        logits = student.answer if learns_alone else self.objective.class_logits(student)  # type: ignore[union-attr]
+        class_loss = self.class_loss(logits, batch.label)
+        if answer is None or self.objective is None:
+            return Losses(student, class_loss, class_loss)
+        transfer = transfer_of(batch, student, answer, self.objective, self.weighting)
+        return Losses(student, class_loss, self.term_weights.total(class_loss, transfer.weighted), transfer)
+
+    def class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy with the labels [B], smoothed in training (Szegedy et al. 2016)."""
         smoothing = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits, label, label_smoothing=smoothing)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        # A run that continues within an epoch does not start that.
+        self.start_epoch(self.current_epoch, self.trainer.max_epochs or 1)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.start_epoch(self.current_epoch, self.trainer.max_epochs or 1)
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Set the terms' weights of epoch `epoch`, counted from 0, of `epochs`."""
+        class_weight = self.weighting.class_weight(self.alpha, epoch, epochs)
+        self.is_active = self.distils and class_weight < 1
+        self.term_weights.fill(math.nan if self.weighting.needs_gradients else class_weight)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if self.graph is not None:
@@ -89,13 +146,38 @@ class ClassifyModule(L.LightningModule):
         return self.loss(batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """What is minimised on a training batch; its figures are noted."""
-        terms, seen = self.terms(batch), self.as_seen(batch)
-        self.guard.watch(terms.named_losses(), seen.index)
+        """What is minimised on a training batch; its curves are noted."""
+        losses, seen = self.losses(batch), self.as_seen(batch)
+        self.guard.watch(losses.terms(), seen.index)
         if self.is_logging_step:
-            self._measured = self.gradient_norms(terms)
-        self.train_meter.add(measures(terms, seen), seen.label.shape[-1])
-        return terms.total.sum()
+            self._measured_norms = self.gradient_norms(losses)
+        self.window.meter.add(self.measures(losses, seen.label), seen.label.shape[-1])
+        return losses.total.sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        answer = None if self.objective is None else self.answer(batch, "val")
+        are_enough = self.objective is not None and len(batch.label) >= self.objective.min_images
+        losses = self.compare(batch, answer if are_enough else None)
+        measured = self.measures(losses, batch.label)
+        if answer is not None:
+            measured["teacher_agreement"] = share_equal(losses.output.predicted, answer.predicted)
+        self.val_meter.add(measured, len(batch.label))
+
+    def measures(self, losses: Losses, label: Tensor) -> dict[str, Tensor]:
+        """What becomes a curve, as means over the batch with labels [*S, B]."""
+        values = losses.measures(label)
+        if losses.transfer is None or not self.weights_change:
+            return values
+        return values | self.term_weights.measures(losses.transfer)
+
+    @property
+    def weights_change(self) -> bool:
+        """Whether the weights differ between epochs, steps or images, so that they are drawn."""
+        return not isinstance(self.weighting, Constant)
+
+    def as_seen(self, batch: Batch) -> Batch:
+        """A training batch with the labels and indices [*S, B] as each student sees them."""
+        return batch
 
     def whole_step(self, batch: Batch) -> None:
         """What Lightning makes of `training_step` and an optimiser, as one piece for a CUDA graph."""
@@ -125,63 +207,40 @@ class ClassifyModule(L.LightningModule):
             optimizer_closure()
             batch, self._batch = self._batch, None
             assert batch is not None
-            self._take(batch, self.graph)
+            take_step(self, batch)
         if is_logging_step:
-            # A copy: where a graph leaves its figures the next replay leaves others.
-            self._norms = {name: norm.clone() for name, norm in self._measured.items()}
+            self.window.keep_norms(self._measured_norms)
 
-    def _take(self, batch: Batch, graph: GraphedStep) -> None:
-        """Take a step by `graph`, or, from the first one on that cannot be captured, as ever."""
-        images = self.train_meter.images
-        try:
-            # On a logged step gradients are measured besides.
-            if graph.take(batch, "logged" if self.is_logging_step else "plain"):
-                self.train_meter.added_again(batch.label.shape[-1])
-        except CaptureError as error:
-            log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", error)
-            self.graph = None
-            self.train_meter.images = images
-            self.guard.forget_step()
-            self.whole_step(batch)
-
-    def as_seen(self, batch: Batch) -> Batch:
-        """A training batch with the labels and indices [*S, B] as each student sees them."""
-        return batch
-
-    def gradient_norms(self, terms: Terms) -> dict[str, Tensor]:
-        """What each term alone would do to the weights; asked only now and then, for it costs as much."""
-        return {}
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.val_meter.add(measures(self.terms(batch), batch), batch.label.shape[-1])
-
-    def on_train_epoch_start(self) -> None:
-        # Validation lies between two epochs and is not training time.
-        self._window_start, self._window_seconds = time.perf_counter(), 0.0
-
-    def on_train_start(self) -> None:
-        self._window_start = time.perf_counter()
-        self.trainer.callback_metrics.update(tensors(self._latest))
+    @property
+    def step_kind(self) -> str:
+        """What this step computes besides; a step of another kind needs a CUDA graph of its own."""
+        measured = "gradients measured" if self.is_logging_step else "plain"
+        return f"{measured}, {'compared with the teacher' if self.is_active else 'alone'}"
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.balance_terms()
         # Gradients that overflow are everyday under 16-mixed; its scaler leaves those steps out by itself.
         looked_at = [] if self.trainer.precision == "16-mixed" else trained_by(optimizer)
         if not self.guard.hold_back(optimizer, looked_at):
             self.guard.check(self.trainer.global_step + 1, self.trainer.current_epoch + 1)
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        # The first hook after an optimiser step; a checkpoint at the step's end holds what this leaves.
-        if self.is_logging_step or self.trainer.is_last_batch:
-            self.check_finite()
-            # On CUDA they are tensors, so that a graph can read them.
-            self._log_window([float(rate) for rate in scheduler.get_last_lr()])
-        scheduler.step()
+    def balance_terms(self) -> None:
+        """Set the terms' weights by the gradients that this step has measured, if the weighting does so."""
+        # After the backward pass, which reads the weights.
+        if self.weighting.needs_gradients and self.is_logging_step and self._measured_norms:
+            self.term_weights.balance(self.weighting.balanced(*self._measured_norms.values()))
 
-    def on_validation_epoch_start(self) -> None:
-        self.val_meter.reset()
+    def gradient_norms(self, losses: Losses) -> dict[str, Tensor]:
+        """The norms [*S] of each term's gradient by the student's weights; each costs a backward pass."""
+        if losses.transfer is None:
+            return {}
+        parameters = list(self.model.parameters())
+        terms = {"class": losses.class_loss, "transfer": losses.transfer.weighted}
+        return {f"gradient_norm_{name}": self.gradient_norm(term, parameters) for name, term in terms.items()}
 
-    def on_validation_epoch_end(self) -> None:
-        self._write("val", self.curves(self.val_meter.means(self._sum_over_processes)))
+    def gradient_norm(self, term: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
+        """The 2-norm [*S] of d term / d parameters; the graph is kept."""
+        return gradient_norm(term, parameters)
 
     def configure_optimizers(self) -> Any:
         # A fused optimiser unscales gradients itself, too late for clipping them.
@@ -207,112 +266,26 @@ class ClassifyModule(L.LightningModule):
         else:
             torch.nn.utils.clip_grad_norm_(trained_by(optimizer), gradient_clip_val)
 
-    def check_finite(self) -> None:
-        """RunError if a loss or gradient so far was not finite; the weights are those before that step."""
-        self.guard.check(self.trainer.global_step, self.trainer.current_epoch + 1)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_finite()
+        super().on_save_checkpoint(checkpoint)
         checkpoint["model"] = describe(self.model)
-        checkpoint["curves"] = {
-            "window": self.train_meter.state_dict(),
-            "window_seconds": self._window_seconds + time.perf_counter() - self._window_start,
-            "images_trained": self.images_trained,
-            "seconds_trained": self.seconds_trained,
-            "latest": {name: value.tolist() for name, value in self.trainer.callback_metrics.items()},
-            "gradient_norms": dict(self._norms),
-        }
+        checkpoint["term_weights"] = self.term_weights.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        curves = checkpoint["curves"]
-        self.train_meter.load_state_dict(curves["window"], self.device)
-        self._window_seconds = curves["window_seconds"]
-        self.images_trained, self.seconds_trained = curves["images_trained"], curves["seconds_trained"]
-        self._latest = curves["latest"]
-        self._norms = {name: norm.to(self.device) for name, norm in curves["gradient_norms"].items()}
-
-    @property
-    def is_logging_step(self) -> bool:
-        """Whether a window of `log_every_n_steps` optimiser steps ends (and the next begins) here."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.trainer.global_step % every == 0
+        super().on_load_checkpoint(checkpoint)
+        self.term_weights.load_state_dict(checkpoint["term_weights"])
 
     def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
-        """Each curve's name and value, of each student; several entries of a measure are several curves."""
-        return [{name: value for name, (value,) in means.items()}]
+        values = means.get("transfer_values")
+        (curves,) = super().curves({name: mean for name, mean in means.items() if name != "transfer_values"})
+        if values is not None and self.objective is not None and self.objective.curves:
+            curves |= dict(zip(self.objective.curves, values, strict=True))
+        return [curves]
 
     def window_curves(self) -> list[dict[str, float]]:
-        """The training curves' values since the last window, of each student."""
-        return self.curves(self.train_meter.means(self._sum_over_processes))
-
-    def _log_window(self, lr: Sequence[float]) -> None:
-        curves = self.window_curves()
-        images = self.train_meter.images * self.trainer.world_size
-        now = time.perf_counter()
-        seconds = self._window_seconds + now - self._window_start
-        self.images_trained += images
-        self.seconds_trained += seconds
-        self.train_meter.reset()
-        self._window_start, self._window_seconds = now, 0.0
-        for values, rate in zip(curves, lr, strict=True):
-            values |= {"images_per_second": images / seconds, "lr": rate}
-        self._write("train", curves)
-
-    def _write(self, phase: str, curves: list[dict[str, float]]) -> None:
-        """Hand each student's values to the loggers that are its own."""
-        # Not self.log: four of its calls a step cost 2 ms, and these values are means already.
-        curves = [{f"{phase}/{name}": value for name, value in values.items()} for values in curves]
-        self.trainer.callback_metrics.update(tensors(self.summary(curves)))
-        share = len(self.loggers) // len(curves)
-        for student, values in enumerate(curves):
-            for logger in self.loggers[student * share : (student + 1) * share]:
-                logger.log_metrics(values, step=self.trainer.global_step)
-
-    def summary(self, curves: list[dict[str, float]]) -> Mapping[str, float | list[float]]:
-        """What callbacks see of the students' curves."""
-        return curves[0]
-
-    def _sum_over_processes(self, sums: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(sums, reduce_op="sum") if self.trainer.world_size > 1 else sums
-
-
-class TaughtModule(ClassifyModule):
-    """Trains beside a frozen teacher, if there is one, whose answers may be kept."""
-
-    def __init__(
-        self,
-        model: Model,
-        teacher: Model | None,
-        optimizer: AdamW,
-        schedule: Schedule,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__(model, optimizer, schedule, label_smoothing)
-        # In a tuple PyTorch does not see it: it goes where the module goes, but is no part of what is
-        # trained, averaged, saved or shared among processes.
-        frozen = () if teacher is None else (teacher.requires_grad_(False).eval(),)
-        self._teachers: tuple[Model, ...] = frozen
-        self.cached: dict[str, TeacherCache] = {}
-        """by split, the answers that the teacher has given already"""
-
-    def teacher_blocks(self, split: str) -> list[int] | None:
-        """The blocks whose scores "train" or "val" needs; None where the teacher is not asked."""
-        raise NotImplementedError
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether training asks the teacher for its logits, too."""
-        raise NotImplementedError
-
-    @property
-    def records_factors(self) -> bool:
-        """Whether the models record just their scores' factors."""
-        raise NotImplementedError
-
-    @property
-    def teacher(self) -> Model:
-        """Frozen and in eval mode."""
-        return self._teachers[0]
+        (curves,) = super().window_curves()
+        norms = {name: norm.item() for name, norm in self.window.take_norms().items()}
+        return [curves | norms | gradient_ratio(norms, self.term_weights.class_loss.item() if norms else 0)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # They lie on the old device, in the old precision.
@@ -321,137 +294,7 @@ class TaughtModule(ClassifyModule):
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    @torch.no_grad()
-    def ask_teacher(self, images: Tensor, split: str) -> Answer:
-        """Run the teacher on `images` [*U, B, C, H, W]; validation always asks for its logits."""
-        blocks, many = self.teacher_blocks(split) or [], images.shape[:-3]
-        given = images.flatten(0, -4), blocks, self.records_factors
-        if split == "train" and not self.needs_logits:
-            assert isinstance(self.teacher, ViT)
-            scores, logits = self.teacher.scores(*given), None
-        else:
-            output = self.teacher(*given)
-            scores, logits = output.scores, output.logits.unflatten(0, many)
-        apart = {b: changed(found, lambda t: t.unflatten(0, many)) for b, found in scores.items()}
-        return Answer(apart, logits)
-
-    def answer(self, batch: Batch, split: str) -> Answer:
-        """What the teacher says of the batch's images, given now or before."""
-        cache = self.cached.get(split)
-        return self.ask_teacher(batch.image, split) if cache is None else cache.answer(batch.index)
-
-
-class DistillModule(TaughtModule):
-    """Trains a student on labels and on what a frozen teacher says.
-
-    `alpha` weighs the *class* loss: alpha·task + (1 − alpha)·transfer (DeiT's and vit-pytorch's alpha weigh
-    the other term). At alpha = 1 training is the student's alone, step for step.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        teacher: Model,
-        transfer: Transfer,
-        alpha: float,
-        optimizer: AdamW,
-        schedule: Schedule,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__(model, teacher, optimizer, schedule, label_smoothing)
-        self.transfer = transfer
-        self.alpha = alpha
-
-    def teacher_blocks(self, split: str) -> list[int] | None:
-        return None if split == "train" and self.alpha == 1 else self.transfer.teacher_blocks
-
-    @property
-    def needs_logits(self) -> bool:
-        return self.transfer.needs_logits
-
-    @property
-    def records_factors(self) -> bool:
-        return self.transfer.streams
-
-    def terms(self, batch: Batch) -> Terms:
-        if self.alpha == 1:
-            # Recording attention would draw its dropout in another order than the student alone does.
-            return super().terms(batch)
-        return self._distill(batch, self.answer(batch, "train"))
-
-    def gradient_norms(self, terms: Terms) -> dict[str, Tensor]:
-        """The figures to choose alpha by: two unweighted norms, and what alpha makes of their ratio."""
-        if terms.transfer is None:
-            return {}
-        parameters = list(self.model.parameters())
-        task, transfer = gradient_norm(terms.task, parameters), gradient_norm(terms.transfer, parameters)
-        norms = {"gradient_norm_task": task, "gradient_norm_transfer": transfer}
-        if self.alpha > 0:
-            norms["gradient_ratio"] = (1 - self.alpha) * transfer / (self.alpha * task)
-        return norms
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        answer = self.answer(batch, "val")
-        terms = self._distill(batch, answer)
-        agreement = share_equal(terms.logits.argmax(-1), answer.predicted)
-        self.val_meter.add({**measures(terms, batch), "teacher_agreement": agreement}, len(batch.label))
-
-    def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
-        values = means.get("map_loss")
-        (curves,) = super().curves({name: mean for name, mean in means.items() if name != "map_loss"})
-        if values is not None and self.transfer.curves:
-            curves |= dict(zip(self.transfer.curves, values, strict=True))
-        return [curves]
-
-    def window_curves(self) -> list[dict[str, float]]:
-        norms, self._norms = self._norms, {}
-        (curves,) = super().window_curves()
-        return [curves | {name: norm.item() for name, norm in norms.items()}]
-
-    def _distill(self, batch: Batch, answer: Answer) -> Terms:
-        output = self.model(batch.image, self.transfer.student_blocks, self.transfer.streams)
-        # At alpha = 1 nothing but the answer was trained.
-        learns_labels = output.logits if self.alpha == 1 else self.transfer.task_logits(output)
-        task = self.task_loss(learns_labels, batch.label)
-        per_map = self.transfer.compare(output, answer)
-        transfer = self.transfer.total(per_map)
-        total = self.alpha * task + (1 - self.alpha) * transfer
-        return Terms(output.logits, task, total, transfer, per_map, output.of_tokens)
-
-
-def tensors(values: Mapping[str, float | list[float]]) -> dict[str, Tensor]:
-    """Each value as a tensor, as Lightning's callbacks expect metrics."""
-    return {name: torch.tensor(value) for name, value in values.items()}
-
 
 def trained_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The parameters of an optimiser; a tenth of the time that a walk through the modules takes."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def measures(terms: Terms, batch: Batch) -> dict[str, Tensor]:
-    """What becomes a curve, as means over the batch."""
-    values = {
-        "task_loss": terms.task,
-        "total_loss": terms.total,
-        "acc": share_equal(terms.logits.argmax(-1), batch.label),
-    }
-    if terms.transfer is not None and terms.per_map is not None:
-        values |= {"transfer_loss": terms.transfer, "map_loss": terms.per_map}
-    if terms.of_tokens is not None:
-        for token, logits in terms.of_tokens._asdict().items():
-            values[f"acc_{token}"] = share_equal(logits.argmax(-1), batch.label)
-    return values
-
-
-def share_equal(predicted: Tensor, true: Tensor) -> Tensor:
-    """The share [*S] of classes [*S, B] that are equal."""
-    return (predicted == true).float().mean(-1)
-
-
-def gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-    """The 2-norm of d loss / d parameters; the graph is kept."""
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients if gradient is not None])
-    )

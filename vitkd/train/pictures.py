@@ -5,6 +5,7 @@ Shapes: B images, C channels, g patches along one side.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from vitkd.explain import cls_attention, denormalise, figure_1
 from vitkd.explain.figures import attention_unit
 from vitkd.explain.recording import evaluating, layout, who_reads
 from vitkd.methods.maps.pairing import BlockPair
-from vitkd.models import ViT
+from vitkd.models import Model, Taps
 from vitkd.train.module import DistillModule
 
 IMAGES = 4
@@ -63,13 +64,14 @@ class AttentionPictures(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if trainer.is_global_zero and self.every_n_epochs and epoch % self.every_n_epochs == 0:
-            module = distilling(pl_module)
+            module = cast(DistillModule, pl_module)
             picture = rendered(self.draw(module, f"epoch {epoch}"))
             self._log(module, trainer.loggers, picture, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self.conclude(distilling(pl_module), trainer.loggers, trainer.current_epoch, trainer.global_step)
+            module = cast(DistillModule, pl_module)
+            self.conclude(module, trainer.loggers, trainer.current_epoch, trainer.global_step)
 
     def conclude(self, module: DistillModule, loggers: Sequence[Logger], epoch: int, step: int) -> None:
         """Draw the trained `module`, for TensorBoard and as a file."""
@@ -90,17 +92,17 @@ class AttentionPictures(Callback):
 
     def draw(self, module: DistillModule, when: str) -> Figure:
         """Figure 1 of the last distilled pair; `when` opens its caption."""
-        student, teacher = both(module)
+        student, teacher = module.model, module.teacher
         pair, other = shown_pair(module), other_block(module)
         teacher_heads = [head for heads in pair.teacher_heads for head in heads]
         student_heads: dict[int, Sequence[int]] = {pair.student_block: pair.student_heads}
         if other is not None:
-            student_heads[other] = range(student.config.num_heads)
+            student_heads[other] = range(student.attention[other].heads)
         teacher_maps, teacher_says = look(teacher, self.images, {pair.teacher_block: teacher_heads})
         student_maps, student_says = look(student, self.images, student_heads)
         columns = ["image", f"teacher, block {pair.teacher_block}", f"student, block {pair.student_block}"]
         readers = [who_reads(layout(model, self.images)) for model in (teacher, student)]
-        caption = f"{when} · mean over the {'distilled' if module.transfer.pairs else 'blocks’'} heads"
+        caption = f"{when} · mean over the {'distilled' if distilled_pairs(module) else 'blocks’'} heads"
         return figure_1(
             self.pixels,
             teacher_maps[pair.teacher_block],
@@ -126,39 +128,30 @@ class AttentionPictures(Callback):
 
 def shown_pair(module: DistillModule) -> BlockPair:
     """The last distilled pair; where no map is distilled, the last blocks."""
-    if module.transfer.pairs:
-        return module.transfer.pairs[-1]
-    ours, theirs = (model.config for model in both(module))
-    every_head = (tuple(range(theirs.num_heads)),) * ours.num_heads
-    return BlockPair(ours.depth - 1, theirs.depth - 1, tuple(range(ours.num_heads)), every_head)
+    if distilled := distilled_pairs(module):
+        return distilled[-1]
+    students, teachers = module.model.attention, module.teacher.attention
+    every_head = (tuple(range(teachers[-1].heads)),) * students[-1].heads
+    return BlockPair(len(students) - 1, len(teachers) - 1, tuple(range(students[-1].heads)), every_head)
 
 
 def other_block(module: DistillModule) -> int | None:
     """The last student block that is not distilled; None where every block is, or no map at all."""
-    distilled = set(module.transfer.student_blocks)
-    others = [block for block in range(both(module)[0].config.depth) if block not in distilled]
+    distilled = {pair.student_block for pair in distilled_pairs(module)}
+    others = [block for block in range(len(module.model.attention)) if block not in distilled]
     return others[-1] if distilled and others else None
 
 
-def both(module: DistillModule) -> tuple[ViT, ViT]:
-    """The student and its teacher, known to have attention maps."""
-    student, teacher = module.model, module.teacher
-    assert isinstance(student, ViT)
-    assert isinstance(teacher, ViT)
-    return student, teacher
-
-
-def distilling(module: LightningModule) -> DistillModule:
-    """`module`, known to have a teacher and a student."""
-    assert isinstance(module, DistillModule), f"{type(module).__name__} has no two attention maps to compare"
-    return module
+def distilled_pairs(module: DistillModule) -> Sequence[BlockPair]:
+    """Which student maps learn from which teacher maps."""
+    return () if module.objective is None else module.objective.pairs
 
 
 @torch.no_grad()
 def look(
-    model: ViT, images: Tensor, heads: Mapping[int, Sequence[int]]
+    model: Model, images: Tensor, heads: Mapping[int, Sequence[int]]
 ) -> tuple[dict[int, Tensor], list[int]]:
-    """Where the tokens look that a model classifies by, and what the model says, by one forward pass.
+    """Where the tokens look that a model classifies by, and its classes, by one forward pass.
 
     Args:
         model: stays on its device and in its mode.
@@ -168,13 +161,16 @@ def look(
     Returns:
         block → [B, g, g] on the CPU, and B labels.
     """
-    weight = model.head.weight
+    weight = next(model.parameters())
     with evaluating(model):
-        output = model(images.to(weight.device, weight.dtype), record=[*heads])
-    c = model.config
-    allowed = c.allowed(weight.device)
-    maps = {b: cls_attention(output.scores[b], c.grid, heads[b], c.prefix, allowed).cpu() for b in heads}
-    return maps, output.logits.argmax(-1).tolist()
+        output = model(images.to(weight.device, weight.dtype), Taps(scores=tuple(heads)))
+    maps = {}
+    for block, of_block in heads.items():
+        layout = model.attention[block]
+        mask = None if layout.mask is None else layout.mask.to(weight.device)
+        scores = output.scores[block]
+        maps[block] = cls_attention(scores, layout.grid[0], of_block, layout.prefix, mask).cpu()
+    return maps, output.predicted.tolist()
 
 
 def rendered(figure: Figure) -> np.ndarray:

@@ -7,6 +7,7 @@ H heads, T tokens, K classes.
 import logging
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, Self, cast
 
 import lightning as L
@@ -15,9 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from vitkd.data import Batch, ImageDataModule, Loader
-from vitkd.models import Model, ViTConfig
-from vitkd.models.base import Answer
-from vitkd.models.layers import Factors
+from vitkd.models import Model, Output, Taps
 
 log = logging.getLogger("vitkd")
 
@@ -38,21 +37,20 @@ class TeacherCache:
 
     def __init__(self, images: Tensor, size: int) -> None:
         self.images = images
-        # What is not held points behind the end: a lookup fails, where −1 would give another image's scores.
+        # What is not held points behind the end: a lookup fails, where −1 would give another image's answers.
         self._rows = torch.full((size,), len(images), device=images.device)
         self._rows[images] = torch.arange(len(images), device=images.device)
-        self._scores: dict[int, Tensor] = {}
-        self._logits: Tensor | None = None
+        self._answers: Output | None = None
 
     @classmethod
     @torch.no_grad()
     def fill(
-        cls, ask: Callable[[Tensor], Answer], batches: Iterable[Batch], images: Tensor, size: int
+        cls, ask: Callable[[Tensor], Output], batches: Iterable[Batch], images: Tensor, size: int
     ) -> Self:
-        """A cache of what `ask` says of `batches`, which hold each of `images` once.
+        """A cache of what `ask` answers to `batches`, which hold each of `images` once.
 
         Args:
-            ask: from [B, C, H, W] to scores [B, H, T, T] a block; it runs in the caller's precision.
+            ask: from [B, channels, H, W] to the teacher's answer; it runs in the caller's precision.
             images, size: as the constructor's.
         """
         cache = cls(images, size)
@@ -63,49 +61,36 @@ class TeacherCache:
         assert filled == len(images), f"{filled} images for {len(images)} rows"
         return cache
 
-    def answer(self, index: Tensor) -> Answer:
-        """What was said of the images `index` [*I]; an IndexError, on CUDA an assertion, if nothing was."""
+    def answer(self, index: Tensor) -> Output:
+        """The answers to the images `index` [*I]; an IndexError, on CUDA an assertion, if there are none."""
+        assert self._answers is not None
         rows = self._rows[index]
-        logits = None if self._logits is None else _take(self._logits, rows)
-        return Answer({block: _take(scores, rows) for block, scores in self._scores.items()}, logits)
+        # Several times faster than indexing where an answer is large.
+        return self._answers.map(lambda all_: all_.index_select(0, rows.flatten()).unflatten(0, rows.shape))
 
-    def scores(self, index: Tensor) -> dict[int, Tensor]:
-        """The scores [*I, H, T, T] of each block, of the images `index` [*I]; raises as `answer`."""
-        return dict(self.answer(index).scores)  # type: ignore[arg-type]
-
-    def _put(self, index: Tensor, answer: Answer) -> None:
+    def _put(self, index: Tensor, answer: Output) -> None:
+        if self._answers is None:
+            self._answers = answer.map(lambda part: part.new_empty(len(self.images), *part.shape[1:]))
         rows = self._rows[index]
-        for block, found in answer.scores.items():
-            scores = found.scores() if isinstance(found, Factors) else found
-            if block not in self._scores:
-                self._scores[block] = scores.new_empty(len(self.images), *scores.shape[1:])
-            self._scores[block][rows] = scores
-        if answer.logits is not None:
-            if self._logits is None:
-                self._logits = answer.logits.new_empty(len(self.images), answer.logits.shape[-1])
-            self._logits[rows] = answer.logits
+        for all_, part in zip(self._answers.tensors(), answer.tensors(), strict=True):
+            all_[rows] = part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
 
-def _take(values: Tensor, rows: Tensor) -> Tensor:
-    """[*I, …] of [N, …] for rows [*I]; several times faster than indexing where … is large."""
-    return values.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-
-
-class Learner(Protocol):
+class AsksTeacher(Protocol):
     """A module that asks a teacher."""
 
     teacher: Model
     cached: dict[str, TeacherCache]
     """By split; what is not there has to be asked. Whoever moves or casts the module empties it."""
 
-    def teacher_blocks(self, split: str) -> list[int] | None:
-        """The blocks whose scores are needed for the images of "train" or "val"; None if no answer is."""
+    def teacher_taps(self, split: str) -> Taps | None:
+        """What is asked for the images of "train" or "val"; None if nothing is."""
 
-    def ask_teacher(self, images: Tensor, split: str) -> Answer:
-        """Run the teacher on `images` [B, C, H, W] as training or validation does."""
+    def ask_teacher(self, images: Tensor, split: str) -> Output:
+        """The teacher's answer to `images` [B, channels, H, W], as training or validation asks for it."""
 
 
 class TeacherCaching(Callback):
@@ -124,19 +109,18 @@ class TeacherCaching(Callback):
         self.data, self.gib = data, gib
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        learner = cast(Learner, pl_module)
+        module = cast(AsksTeacher, pl_module)
         left = self.gib * 2**30
         for split in SPLITS:
-            blocks = learner.teacher_blocks(split)
-            views = None if blocks is None else self.data.fixed_views(split)
-            if blocks is None or views is None or self._passes(trainer, split, views) <= 1:
+            views = None if module.teacher_taps(split) is None else self.data.fixed_views(split)
+            if views is None or self._passes(trainer, split, views) <= 1:
                 continue
             images = torch.cat(views.sampler.batches())
-            size = len(images) * bytes_per_image(learner.teacher, blocks)
-            self._tell(split, len(images), size, fits=size <= left)
+            size = len(images) * self._bytes_per_image(trainer, module, split, views)
+            self._log(split, len(images), size, fits=size <= left)
             if size <= left:
                 left -= size
-                learner.cached[split] = self._fill(trainer, learner, split, views, images)
+                module.cached[split] = self._fill(trainer, module, split, views, images)
 
     def _passes(self, trainer: L.Trainer, split: str, views: Loader) -> float:
         """How often the rest of the training goes through the images of `split`."""
@@ -149,38 +133,41 @@ class TeacherCaching(Callback):
         share = min(limit / len(views), 1.0) if isinstance(limit, int) else limit
         return left / (trainer.check_val_every_n_epoch or 1) * share
 
+    def _bytes_per_image(self, trainer: L.Trainer, module: AsksTeacher, split: str, views: Loader) -> int:
+        """What the answer to one image takes; it is asked for to find out."""
+        with asking_as_training(trainer):
+            image = trainer.precision_plugin.convert_input(next(iter(views))).image[:1]
+            return sum(part.nbytes for part in module.ask_teacher(image, split).tensors())
+
     def _fill(
-        self, trainer: L.Trainer, learner: Learner, split: str, views: Loader, images: Tensor
+        self, trainer: L.Trainer, module: AsksTeacher, split: str, views: Loader, images: Tensor
     ) -> TeacherCache:
-        # What Lightning does around a step: in another precision the teacher would say something else.
-        precision = trainer.precision_plugin
-        with precision.val_step_context():
+        with asking_as_training(trainer):
             return TeacherCache.fill(
-                lambda pixels: learner.ask_teacher(pixels, split),
-                (precision.convert_input(batch) for batch in views),
+                lambda pixels: module.ask_teacher(pixels, split),
+                (trainer.precision_plugin.convert_input(batch) for batch in views),
                 images,
                 len(views.labels),
             )
 
-    def _tell(self, split: str, images: int, size: int, fits: bool) -> None:
+    def _log(self, split: str, images: int, size: int, fits: bool) -> None:
         what = f"teacher: its answers to {images:,} {SPLITS[split]} images"
         if fits:
-            log.info("%s are computed once and kept (%s); teacher.cache=off asks it anew", what, amount(size))
+            log.info(
+                "%s are computed once and kept (%s); teacher.cache=off asks it every time", what, amount(size)
+            )
         else:
             log.info(
-                "%s would take %s: not kept, with teacher.cache_gib=%g it is asked anew in every epoch",
+                "%s would take %s: not kept, with teacher.cache_gib=%g it is asked again in every epoch",
                 *(what, amount(size), self.gib),
             )
 
 
-def bytes_per_image(teacher: Model, blocks: list[int]) -> int:
-    """What the scores of `blocks` and the logits of one image take."""
-    entry = torch.promote_types(next(teacher.parameters()).dtype, torch.float32).itemsize
-    c = teacher.config
-    of_maps = len(blocks) * c.num_heads * c.tokens**2 if isinstance(c, ViTConfig) else 0
-    return (of_maps + c.num_classes) * entry
+def asking_as_training(trainer: L.Trainer) -> AbstractContextManager[None]:
+    """What Lightning does around a step: in another precision the teacher would answer something else."""
+    return trainer.precision_plugin.val_step_context()
 
 
 def amount(size: int) -> str:
-    """Bytes, as a person reads them."""
+    """Bytes in MiB or GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from tests.cli.test_multirun import Sweeps, read
+from tests.train.objectives import compare_maps
 from tests.train.stacked.test_module import CLASSES, EXACT, assert_trains_as_alone, batch
-from vitkd.methods.maps.alignment import align
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity
 from vitkd.methods.maps.losses import JS, KL, MSE, AttentionLoss
-from vitkd.methods.maps.objective import AttentionTransfer
 from vitkd.models import ViT, ViTConfig
 from vitkd.optim import AdamW, Constant
-from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
 
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -54,11 +53,12 @@ def test_losses_and_gradients_are_those_of_separate_runs(student, teacher, order
     modules = []
     for granularity, loss, alpha in CELLS:
         model = randomised(tiny(**STUDENTS[student]))
-        transfer = AttentionTransfer(
-            granularity.pairs(model.config, taught_by.config), loss, align(model.config, taught_by.config),
-            tokens=1000 if factors else 0,
-        )  # fmt: skip
-        modules.append(DistillModule(model, taught_by, transfer, alpha, AdamW(), Constant()).train())
+        objective = compare_maps(model, taught_by, granularity, loss, tokens=1000 if factors else 0)
+        assert objective.streams == factors
+        module = DistillModule(
+            model, AdamW(), Constant(), teacher=taught_by, objective=objective, alpha=alpha
+        )
+        modules.append(module.train())
 
     assert_trains_as_alone(modules, [s % (orders or 1) for s in range(len(CELLS))], batch(orders))
 
@@ -66,26 +66,21 @@ def test_losses_and_gradients_are_those_of_separate_runs(student, teacher, order
 @pytest.mark.parametrize("taught", [True, False])
 def test_each_students_heads_are_told_apart(taught, tiny):
     teacher = randomised(tiny(num_heads=2))
-    modules: list[ClassifyModule] = []
+    modules: list[DistillModule] = []
     for _ in range(3):
         model = randomised(tiny(**STUDENTS["all"]))
-        transfer = AttentionTransfer(
-            Block().pairs(model.config, teacher.config), KL(), align(model.config, teacher.config)
-        )
-        modules.append(
-            DistillModule(model, teacher, transfer, 0.5, AdamW(), Constant())
-            if taught
-            else ClassifyModule(model, AdamW(), Constant())
-        )
+        beside = {"teacher": teacher, "objective": compare_maps(model, teacher, Block()), "alpha": 0.5}
+        modules.append(DistillModule(model, AdamW(), Constant(), **(beside if taught else {})))
     stacked, given = StackedModule(modules, [0, 0, 0], seeds=range(3)).eval(), batch()
 
-    terms = stacked.terms(given)
+    output = stacked.losses(given).output
 
     for s, module in enumerate(modules):
-        expected = module.eval().terms(given)
-        assert expected.of_tokens.class_token.shape == (len(given.label), CLASSES)
-        for found, alone in zip(terms.of_tokens, expected.of_tokens, strict=True):
-            torch.testing.assert_close(found[s], alone, **EXACT)
+        expected = module.eval().losses(given).output
+        assert expected.heads["class_token"].shape == (len(given.label), CLASSES)
+        assert output.heads.keys() == expected.heads.keys() == {"class_token", "distillation_token"}
+        for name, alone in expected.heads.items():
+            torch.testing.assert_close(output.heads[name][s], alone, **EXACT)
 
 
 BRIEFLY = [

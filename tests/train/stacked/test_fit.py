@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.train.objectives import compare_maps
 from tests.train.test_fit import Batches, without_validation
 from vitkd.errors import RunError
-from vitkd.methods.maps.granularity import Encoder
-from vitkd.methods.maps.losses import KL
-from vitkd.methods.maps.objective import AttentionTransfer
 from vitkd.optim import AdamW, Constant
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
@@ -34,8 +32,12 @@ def stacked(tiny) -> Callable[[], StackedModule]:
         modules = []
         for _ in range(STUDENTS):
             student = tiny().build()
-            transfer = AttentionTransfer(Encoder().pairs(student.config, teacher.config), KL())
-            modules.append(DistillModule(student, teacher, transfer, 0.5, AdamW(lr=1e-2), Constant()))
+            objective = compare_maps(student, teacher)
+            modules.append(
+                DistillModule(
+                    student, AdamW(lr=1e-2), Constant(), teacher=teacher, objective=objective, alpha=0.5
+                )
+            )
         return StackedModule(modules, [0] * STUDENTS, range(STUDENTS))
 
     return build

@@ -9,15 +9,16 @@ import torch
 from tests.train.stacked.test_architectures import randomised
 from tests.train.stacked.test_module import assert_trains_as_alone, batch
 from vitkd.methods.attention import AttentionDistillation
-from vitkd.methods.base import Method
+from vitkd.methods.base import DataFacts, Method, Objective
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block
 from vitkd.methods.maps.losses import KL
-from vitkd.methods.maps.objective import Transfer
 from vitkd.methods.token import TokenDistillation
+from vitkd.methods.weighting.base import Constant as ConstantWeighting
 from vitkd.models import Model, ResNetConfig
 from vitkd.optim import AdamW, Constant
-from vitkd.train.module import ClassifyModule
+from vitkd.train.build import build_module
+from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
 
 OF_LOGITS: list[tuple[Method, float]] = [
@@ -44,7 +45,7 @@ TEACHERS = ["a ViT", "a ViT with both tokens", "a network"]
 def members(tiny):
     """members(teacher) is that teacher's students, each as it would train alone."""
 
-    def make(kind: str) -> list[ClassifyModule]:
+    def make(kind: str) -> list[DistillModule]:
         teacher: Model
         if kind == "a network":
             teacher = ResNetConfig(image_size=8, channels=3, num_classes=5, stem="small").build().double()
@@ -60,13 +61,13 @@ def members(tiny):
     return make
 
 
-def alone(tiny, method: Method, alpha: float, teacher: Model, smoothing: float) -> ClassifyModule:
+def alone(tiny, method: Method, alpha: float, teacher: Model, smoothing: float) -> DistillModule:
     plan: Any = SimpleNamespace(
         granularity=Block(), loss=KL(), alpha=alpha, optimizer=AdamW(), schedule=Constant(),
-        label_smoothing=smoothing,
+        label_smoothing=smoothing, method=method, weighting=ConstantWeighting(),
     )  # fmt: skip
     student = randomised(tiny(distillation_token=True))
-    return method.module(student, teacher, plan, lambda: torch.empty(0)).train()
+    return build_module(plan, student, teacher, DataFacts(100, 5, lambda: torch.empty(0))).train()
 
 
 @pytest.mark.parametrize("orders", [None, 3], ids=["one order", "three orders"])
@@ -92,25 +93,22 @@ def test_curves_are_those_of_separate_runs(teacher, members):
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_students_of_one_kind_share_a_cell_and_no_others_do(members):
-    cells = StackedModule(members("a ViT"), [0] * 13, seeds=range(13)).cells
+def test_students_of_one_kind_share_a_group_and_no_others_do(members):
+    groups = StackedModule(members("a ViT"), [0] * 13, seeds=range(13)).groups
 
-    assert [(cell.start, cell.stop) for cell in cells if cell.stop - cell.start > 1] == [(1, 3)]
-    assert len(cells) == 12
+    assert [(group.start, group.stop) for group in groups if group.stop - group.start > 1] == [(1, 3)]
+    assert len(groups) == 12
 
 
-def test_a_transfer_that_says_nothing_of_its_kind_is_one_of_its_own():
-    class Mine(Transfer):
-        def compare(self, student, teacher):
-            return student.logits.mean((-2, -1), keepdim=False).unsqueeze(-1)
-
-        def total(self, values):
-            return values.squeeze(-1)
+def test_an_objective_without_a_stack_key_is_in_a_group_of_its_own():
+    class Mine(Objective):
+        def forward(self, batch, student, teacher):
+            return {"mine": student.answer.mean(-1, keepdim=True)}
 
     one, other = Mine(), Mine()
 
-    assert one.kind == one.kind
-    assert one.kind != other.kind
+    assert one.stack_key == one.stack_key
+    assert one.stack_key != other.stack_key
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ from itertools import product
 import pytest
 import torch
 
+from tests.train.objectives import compare_maps
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.methods.maps.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.models import ViT
 from vitkd.optim import AdamW, Constant
-from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -47,33 +48,35 @@ def alone(tiny, teacher) -> Callable[..., DistillModule]:
 
     def build(granularity: Granularity, loss: AttentionLoss, alpha: float, **settings: float):
         student = tiny(num_heads=2).build().double()
-        transfer = AttentionTransfer(granularity.pairs(student.config, teacher.config), loss)
-        return DistillModule(student, teacher, transfer, alpha, AdamW(), Constant(), **settings).train()
+        objective = compare_maps(student, teacher, granularity, loss)
+        return DistillModule(
+            student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=alpha, **settings
+        ).train()
 
     return build
 
 
 def test_temperatures_go_where_the_scores_are_and_stay_there(alone):
     modules = [alone(Encoder(), KL(temperature=t), 0.5) for t in (0.7, 1.3)]
-    (cell,) = StackedModule(modules, [0, 0], seeds=[0, 1]).cells
+    (group,) = StackedModule(modules, [0, 0], seeds=[0, 1]).groups
     elsewhere = torch.ones(2, 1, 1, 3, 3, device="meta")
 
-    assert cell.transfer.loss.softened(elsewhere).shape == elsewhere.shape
+    assert group.objective.loss.softened(elsewhere).shape == elsewhere.shape
 
-    assert cell.transfer.loss.temperature.is_meta
+    assert group.objective.loss.temperature.is_meta
 
 
 def test_students_of_several_temperatures_share_all_else_of_their_comparison(alone):
     modules = [alone(Encoder(), KL(temperature=t), 0.5) for t in (0.7, 1.3)]
     for module in modules:
-        pairs, loss = module.transfer.pairs, module.transfer.loss
-        module.transfer = AttentionTransfer(pairs, loss, tokens=1000, control="uniform")
+        pairs, loss = module.objective.pairs, module.objective.loss
+        module.objective = AttentionObjective(pairs, loss, tokens=1000, control="uniform")
 
-    (cell,) = StackedModule(modules, [0, 0], seeds=[0, 1]).cells
+    (group,) = StackedModule(modules, [0, 0], seeds=[0, 1]).groups
 
-    assert cell.transfer.streams
-    assert cell.transfer.control == "uniform"
-    assert [module.transfer.loss.temperature for module in modules] == [0.7, 1.3], "theirs are as before"
+    assert group.objective.streams
+    assert group.objective.control == "uniform"
+    assert [module.objective.loss.temperature for module in modules] == [0.7, 1.3], "theirs are as before"
 
 
 def test_settings_are_not_rounded_as_bf16_weights_are(alone):
@@ -81,10 +84,11 @@ def test_settings_are_not_rounded_as_bf16_weights_are(alone):
     stacked = StackedModule(modules, [0, 0], seeds=[0, 1]).train().to(torch.bfloat16)
     given = batch()
 
-    terms = stacked.terms(given._replace(image=given.image.bfloat16()))
+    losses = stacked.losses(given._replace(image=given.image.bfloat16()))
 
-    expected = torch.tensor([0.1, 0.7]) * terms.task + torch.tensor([0.9, 0.3]) * terms.transfer
-    torch.testing.assert_close(terms.total, expected, rtol=1e-6, atol=0)
+    weights, transfer = torch.tensor([0.1, 0.7]), losses.transfer.loss
+    expected = weights * losses.class_loss + torch.tensor([0.9, 0.3]) * transfer
+    torch.testing.assert_close(losses.total, expected, rtol=1e-6, atol=0)
     assert stacked.smoothings.tolist() == pytest.approx([0.3, 0.3], rel=1e-6)
 
 
@@ -110,18 +114,19 @@ def test_losses_and_gradients_are_those_of_separate_runs(alone, orders):
     assert all(p.grad is not None for module in modules for p in module.model.parameters())
 
 
-def assert_trains_as_alone(modules: Sequence[ClassifyModule], order: Sequence[int], given: Batch) -> None:
+def assert_trains_as_alone(modules: Sequence[DistillModule], order: Sequence[int], given: Batch) -> None:
     """One step of the stack of `modules` has the losses, logits and gradients of each one's own."""
     stacked = StackedModule(modules, order, seeds=range(len(modules))).train()
 
-    together = stacked.terms(given)
+    together = stacked.losses(given)
     together.total.sum().backward()
 
     for s, module in enumerate(modules):
-        expected = module.terms(given if given.label.ndim == 1 else of_order(given, order[s]))
+        expected = module.losses(given if given.label.ndim == 1 else of_order(given, order[s]))
         expected.total.backward()
-        for part in ("total", "task", "logits"):
-            torch.testing.assert_close(getattr(together, part)[s], getattr(expected, part), **EXACT)
+        torch.testing.assert_close(together.total[s], expected.total, **EXACT)
+        torch.testing.assert_close(together.class_loss[s], expected.class_loss, **EXACT)
+        torch.testing.assert_close(together.output.answer[s], expected.output.answer, **EXACT)
         for name, parameter in module.model.named_parameters():
             gradient = stacked.model.get_parameter(name).grad[s]
             # Where alone there is none at all, in a stack others have one.

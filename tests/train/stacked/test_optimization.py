@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from vitkd.optim import AdamW, Constant, WarmupCosine
 from vitkd.train.stacked.checkpoint import take_students
-from vitkd.train.stacked.optimization import Pace, StackedAdamW, StackedSchedule
+from vitkd.train.stacked.optimization import OptimSettings, StackedAdamW, StackedSchedule
 
 STEPS = 12
 PACES = [
-    Pace(AdamW(lr=0.1, weight_decay=0.3), WarmupCosine(warmup=0.3)),
-    Pace(AdamW(lr=0.01, weight_decay=0.0), Constant()),
-    Pace(AdamW(lr=0.1, weight_decay=0.3), WarmupCosine(warmup=0.3)),
+    OptimSettings(AdamW(lr=0.1, weight_decay=0.3), WarmupCosine(warmup=0.3)),
+    OptimSettings(AdamW(lr=0.01, weight_decay=0.0), Constant()),
+    OptimSettings(AdamW(lr=0.1, weight_decay=0.3), WarmupCosine(warmup=0.3)),
 ]
 
 
 class Steps:
     """Optimiser and schedule of one parameter, [S, 4], with gradients that are functions of the step."""
 
-    def __init__(self, paces: Sequence[Pace], start: Tensor) -> None:
+    def __init__(self, paces: Sequence[OptimSettings], start: Tensor) -> None:
         self.parameter = nn.Parameter(start.clone())
         self.optimizer = StackedAdamW([self.parameter], paces)
         self.schedule = StackedSchedule(self.optimizer, paces, STEPS)

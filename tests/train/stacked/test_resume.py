@@ -39,7 +39,7 @@ SETTINGS = [
 JOBS = ["granularity=head,encoder", "seed=0,1"]
 NAMES = ["encoder-0", "encoder-1", "head-0", "head-1"]
 
-STEP = "vitkd.train.module:ClassifyModule.training_step"
+STEP = "vitkd.train.module:DistillModule.training_step"
 VALIDATION = "vitkd.train.stacked.module:StackedModule.validation_step"
 FIGURES = "vitkd.runs.folder:RunFolder.write_metrics"
 
@@ -200,7 +200,7 @@ def alone(folder: Path, *strikes: Strike) -> Ended:
 def test_alone_one_of_them_starts_anew_and_goes_on_with_that(start, reference, tmp_path):
     start(Strike(STEP, 11))
 
-    struck = alone(tmp_path, Strike("vitkd.train.module:DistillModule.training_step", 5))
+    struck = alone(tmp_path, Strike(STEP, 5))
 
     assert struck.code == -signal.SIGKILL
     assert "head-0: starting anew: hydra/launcher=stacked alone could go on with its stack\n" in struck.out

@@ -8,57 +8,59 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitkd.models import ViTConfig
-from vitkd.models.layers import Factors, Scores
+from vitkd.models import AttentionLayout
+from vitkd.models.output import QKV
 from vitkd.models.tokens import token_interpolation, without_tokens
-
-# Where a distillation token stands: behind the class token.
-DISTILLATION_TOKEN = 1
 
 
 class Alignment(NamedTuple):
-    """How the maps of a student and a teacher become maps of the same tokens."""
+    """How the maps of a student block and a teacher block become maps of the same tokens."""
 
     resize: Tensor | None = None
     """[N, N'] interpolates the teacher's tokens to the student's grid, if they differ"""
     allowed: Tensor | None = None
     """[N, N]: False where either model masks attention; those entries stay out of every mean"""
-    drop_from_student: bool = False
-    """Whether its distillation token's row and column are left out."""
-    drop_from_teacher: bool = False
-    """The same of the teacher's."""
+    dropped_from_student: int = 0
+    """how many tokens after the class token have their rows and columns left out"""
+    dropped_from_teacher: int = 0
+    """the same of the teacher's"""
+
+    def to(self, device: torch.device) -> "Alignment":
+        """The same on `device`."""
+        resize, allowed = (None if tensor is None else tensor.to(device) for tensor in self[:2])
+        return self._replace(resize=resize, allowed=allowed)
 
 
 AS_THEY_ARE = Alignment()
 
 
-def align(student: ViTConfig, teacher: ViTConfig) -> Alignment:
-    """How to compare their maps.
+def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:
+    """How to compare the maps of two blocks.
 
-    A distillation token is left out unless both have one and equal grids. Where one model masks attention, as
-    locality attention does a token's to itself, the other's there is not compared either. Losses on weights
-    make what is left of a row a whole again.
+    Tokens between the class token and the patches, a distillation token for example, are left out unless both
+    have as many and equal grids. Where one model masks attention, as locality attention does a token's to
+    itself, the other's there is not compared either. Losses on weights normalise what is left of a row.
     """
     resize = None if student.grid == teacher.grid else token_interpolation(teacher.grid, student.grid)
-    both = student.distillation_token and teacher.distillation_token and resize is None
-    drops = [each.distillation_token and not both for each in (student, teacher)]
+    keep = student.prefix == teacher.prefix and resize is None
+    dropped = [0 if keep else layout.prefix - 1 for layout in (student, teacher)]
     masks = [
-        _without(allowed, (-2, -1)) if drop else allowed
-        for each, drop in zip((student, teacher), drops, strict=True)
-        if (allowed := each.allowed()) is not None
+        drop_prefix(layout.mask, count, (-2, -1))
+        for layout, count in zip((student, teacher), dropped, strict=True)
+        if layout.mask is not None
     ]
-    return Alignment(resize, torch.stack(masks).all(0) if masks else None, *drops)
+    return Alignment(resize, torch.stack(masks).all(0) if masks else None, *dropped)
 
 
-def without_distillation_token(scores: Scores) -> Scores:
-    """The scores [*S, B, H, N + 1, N + 1] of all tokens but the distillation token, or their factors."""
-    if isinstance(scores, Factors):
-        return Factors(*(_without(factor, (-2,)) for factor in scores))
-    return _without(scores, (-2, -1))
+def without_prefix(maps: Tensor | QKV, count: int) -> Tensor | QKV:
+    """Scores [*S, B, H, T, T], or their factors, without the first `count` tokens after the class token."""
+    if isinstance(maps, QKV):
+        return maps.map(lambda factor: drop_prefix(factor, count))
+    return drop_prefix(maps, count, (-2, -1))
 
 
-def _without(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """All but the distillation token's entries along `axes`."""
-    for axis in axes:
-        x = without_tokens(x, axis, DISTILLATION_TOKEN, DISTILLATION_TOKEN + 1)
+def drop_prefix(x: Tensor, count: int, axes: tuple[int, ...] = (-2,)) -> Tensor:
+    """All but the entries of `count` tokens after the class token along `axes`."""
+    for axis in axes if count else ():
+        x = without_tokens(x, axis, 1, 1 + count)
     return x

@@ -4,18 +4,17 @@ Each class is its own configuration schema and yields `BlockPair`s; nothing down
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from vitkd.errors import ConfigError
 from vitkd.methods.maps.pairing import HEAD_MAPS, BlockPair, map_block, map_heads
+from vitkd.models import AttentionLayout
 
-
-class Shape(Protocol):
-    """What pairing has to know of a model; every model's config has it."""
-
-    depth: int
-    num_heads: int
+Layouts = Sequence[AttentionLayout]
+"""of each block of a model"""
+HeadPairs = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
+"""student heads, and for each of them its teacher heads"""
 
 
 @dataclass
@@ -32,39 +31,39 @@ class Granularity(ABC):
         """Whether `match_heads` has yet to settle the pairs on real scores."""
         return False
 
-    def pairs(self, student: Shape, teacher: Shape) -> list[BlockPair]:
+    def pairs(self, student: Layouts, teacher: Layouts) -> list[BlockPair]:
         """One `BlockPair` a chosen student block.
 
         Raises ConfigError where a block or head does not exist or the heads do not fit.
         """
-        ours, theirs = self.heads_of(student, teacher)
-        return [BlockPair(s, t, ours, theirs) for s, t in self.block_pairs(student, teacher)]
+        blocks = self.block_pairs(len(student), len(teacher))
+        return [BlockPair(s, t, *self.head_pairs(student[s].heads, teacher[t].heads)) for s, t in blocks]
 
     @abstractmethod
-    def heads_of(self, student: Shape, teacher: Shape) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-        """The student heads of each chosen block, and for each of them its teacher heads."""
+    def head_pairs(self, student_heads: int, teacher_heads: int) -> HeadPairs:
+        """Which heads of a chosen block learn, and from which, where its models have so many."""
 
     def default_blocks(self, depth: int) -> list[int]:
         """The student blocks where none are named: the last, which the class token reads."""
         return [depth - 1]
 
-    def block_pairs(self, student: Shape, teacher: Shape) -> list[tuple[int, int]]:
+    def block_pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
         """(student block, teacher block) pairs, checked."""
-        chosen = self.default_blocks(student.depth) if self.blocks is None else self.blocks
-        ours = [existing("blocks", block, student.depth, "the student") for block in chosen]
-        if not ours or len(set(ours)) != len(ours):
+        chosen = self.default_blocks(student_depth) if self.blocks is None else self.blocks
+        students = [existing("blocks", block, student_depth, "the student") for block in chosen]
+        if not students or len(set(students)) != len(students):
             raise ConfigError(f"granularity.blocks={chosen}: name at least one block, and each only once")
         if self.teacher_blocks is None:
-            return [(block, map_block(block, student.depth, teacher.depth)) for block in ours]
-        if len(self.teacher_blocks) != len(ours):
+            return [(block, map_block(block, student_depth, teacher_depth)) for block in students]
+        if len(self.teacher_blocks) != len(students):
             raise ConfigError(
-                f"granularity.teacher_blocks={self.teacher_blocks}: name one for each of the {len(ours)} "
+                f"granularity.teacher_blocks={self.teacher_blocks}: name one for each of the {len(students)} "
                 "student blocks, or null to map them by depth"
             )
-        theirs = [
-            existing("teacher_blocks", block, teacher.depth, "the teacher") for block in self.teacher_blocks
+        teachers = [
+            existing("teacher_blocks", block, teacher_depth, "the teacher") for block in self.teacher_blocks
         ]
-        return list(zip(ours, theirs, strict=True))
+        return list(zip(students, teachers, strict=True))
 
 
 @dataclass
@@ -74,19 +73,19 @@ class Head(Granularity):
     heads: list[list[int]] | None = None
     """[student head, teacher head] pairs."""
 
-    def heads_of(self, student: Shape, teacher: Shape) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    def head_pairs(self, student_heads: int, teacher_heads: int) -> HeadPairs:
         heads = [[0, 0]] if self.heads is None else self.heads
         if not heads or any(len(pair) != 2 for pair in heads):
             raise ConfigError(
                 f"granularity.heads={heads}: write [student head, teacher head] pairs, for example [[0,2]]"
             )
-        ours = tuple(existing("heads", pair[0], student.num_heads, "the student") for pair in heads)
-        theirs = tuple((existing("heads", pair[1], teacher.num_heads, "the teacher"),) for pair in heads)
-        if len(set(ours)) != len(ours):
+        students = tuple(existing("heads", pair[0], student_heads, "the student") for pair in heads)
+        teachers = tuple((existing("heads", pair[1], teacher_heads, "the teacher"),) for pair in heads)
+        if len(set(students)) != len(students):
             raise ConfigError(
                 f"granularity.heads={heads}: each student head learns from one teacher head only"
             )
-        return ours, theirs
+        return students, teachers
 
 
 @dataclass
@@ -104,8 +103,8 @@ class Block(Granularity):
     def needs_calibration(self) -> bool:
         return self.head_map == "hungarian"
 
-    def heads_of(self, student: Shape, teacher: Shape) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-        return tuple(range(student.num_heads)), map_heads(self.head_map, student.num_heads, teacher.num_heads)
+    def head_pairs(self, student_heads: int, teacher_heads: int) -> HeadPairs:
+        return tuple(range(student_heads)), map_heads(self.head_map, student_heads, teacher_heads)
 
 
 @dataclass

@@ -1,11 +1,11 @@
 """What makes two attention maps alike: one tiny class a loss, each its own configuration schema.
 
 A loss turns teacher scores into a `target`, then compares student scores with it map by map. It returns one
-value per student map and leaves weighing them to the caller, so that one head, one block, the whole encoder
-and many stacked students are the same computation on other data.
+value per image and student map and leaves weighing them to the caller, so that one head, one block, the whole
+encoder and many stacked students are the same computation on other data.
 
 Shapes: S stacked students (absent for one), B batch, P student maps, N tokens.
-Student scores [*S, B, P, N, N]; target [B, P, N, N]; result [*S, P]. The last axis is the key axis.
+Student scores [*S, B, P, Q, K]; target [B, P, Q, K]; result [*S, B, P]. A plain ViT has Q = K = N.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.models.layers import at_least_float32
+from vitkd.models.output import at_least_float32
 from vitkd.models.tokens import resized_weights
 
 # Stands for −∞ where attention is masked: exp() of it is exactly 0, and 0 times it is not NaN.
@@ -25,7 +25,7 @@ MASKED = -1e30
 
 @dataclass
 class AttentionLoss(ABC):
-    """A mean over batch and queries (and keys, for scores); never `batchmean`."""
+    """A mean over queries (and keys, for scores) of each map; never `batchmean`."""
 
     reduction: str = "mean"
     """Over the chosen maps: `mean`, so that alpha means the same at every granularity, or `sum`."""
@@ -48,7 +48,7 @@ class AttentionLoss(ABC):
 
     @abstractmethod
     def __call__(self, student_scores: Tensor, target: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """One value per student map [*S, P]; `allowed` [N, N] marks the entries that count (None: all)."""
+        """One value per image and map [*S, B, P]; `allowed` [Q, K] marks what counts (None: all)."""
 
 
 @dataclass
@@ -77,12 +77,12 @@ class MSE(AttentionLoss):
         if allowed is None:
             if self.center == "row":
                 difference = difference - difference.mean(-1, keepdim=True)
-            return difference.square().mean((-4, -2, -1))
+            return difference.square().mean((-2, -1))
         difference = difference.masked_fill(~allowed, 0)
         if self.center == "row":
             row_mean = difference.sum(-1, keepdim=True) / allowed.sum(-1, keepdim=True).clamp(min=1)
             difference = (difference - row_mean).masked_fill(~allowed, 0)
-        return difference.square().sum((-2, -1)).mean(-2) / allowed.sum()
+        return difference.square().sum((-2, -1)) / allowed.sum()
 
 
 @dataclass
@@ -112,7 +112,7 @@ class DistributionLoss(AttentionLoss):
         if allowed is not None:
             scores = scores.masked_fill(~allowed, MASKED)
             target = target.masked_fill(~allowed, MASKED).log_softmax(-1)
-        return self.rows(scores.log_softmax(-1), target).mean((-3, -1))
+        return self.rows(scores.log_softmax(-1), target).mean(-1)
 
     def softened(self, scores: Tensor) -> Tensor:
         """The scores divided by the temperature, in at least float32."""

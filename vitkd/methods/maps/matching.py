@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment
 from vitkd.methods.maps.losses import AttentionLoss
-from vitkd.methods.maps.objective import AttentionTransfer
+from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.maps.pairing import BlockPair
 
 
@@ -21,24 +21,23 @@ def match_heads(
     student_scores: Mapping[int, Tensor],
     teacher_scores: Mapping[int, Tensor],
     loss: AttentionLoss,
-    alignment: Alignment = AS_THEY_ARE,
+    alignments: Sequence[Alignment] = (),
 ) -> list[BlockPair]:
     """Pair heads so that their total loss on a calibration batch is least (Kuhn 1955, by scipy).
 
-    Scores are [B, H, T, T] per block, recorded on the same images; `alignment` makes the two comparable.
+    Scores are [B, H, T, T] per block, recorded on the same images; `alignments` make the two comparable, pair
+    by pair.
     """
     from scipy.optimize import linear_sum_assignment  # takes a while, and hardly a run needs it
 
     matched = []
-    for pair in pairs:
+    for pair, alignment in zip(pairs, alignments or [AS_THEY_ARE] * len(pairs), strict=True):
         teacher_heads = tuple((head,) for head in range(teacher_scores[pair.teacher_block].shape[1]))
         cost = []
         for head in pair.student_heads:
-            beside_all = replace(
-                pair, student_heads=(head,) * len(teacher_heads), teacher_heads=teacher_heads
-            )
-            compare = AttentionTransfer([beside_all], loss, alignment)
-            cost.append(compare(student_scores, teacher_scores))
+            all_heads = replace(pair, student_heads=(head,) * len(teacher_heads), teacher_heads=teacher_heads)
+            objective = AttentionObjective([all_heads], loss, [alignment])
+            cost.append(objective.compare(student_scores, teacher_scores).mean(-2))
         rows, columns = linear_sum_assignment(torch.stack(cost).double().cpu().numpy())
         assert list(rows) == list(range(len(pair.student_heads)))
         matched.append(replace(pair, teacher_heads=tuple((int(column),) for column in columns)))

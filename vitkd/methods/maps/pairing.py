@@ -1,4 +1,4 @@
-"""Which student map learns from which teacher map: plain data, made here, used by `transfer`."""
+"""Which student map learns from which teacher map: plain data, made here, used by `objective`."""
 
 from dataclasses import dataclass
 

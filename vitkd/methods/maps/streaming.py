@@ -1,7 +1,7 @@
 """A loss on attention maps of which only a few images' are in memory at a time.
 
 Granularity `encoder` at 785 tokens would keep every block's T×T maps for the backward pass: the student's
-scores, its softmax, the loss's logarithms, the teacher's target. But a loss is a mean over images, and each
+scores, its softmax, the loss's logarithms, the teacher's target. But each
 map's value depends on that map's Q and K alone. So a few images' maps are made from their factors, compared,
 differentiated at once and dropped; what stays is the gradient of the value, as large as Q and K.
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vitkd.models.layers import Factors, at_least_float32
+from vitkd.models.output import QKV, at_least_float32
 
 # With head_dim 64 a head's Q and K, and their gradients, are as large as its scores at 128 tokens. Below it
 # streaming saves next to nothing; measured at 145 it saves a quarter (`benchmarks.memory` has more sizes).
@@ -27,35 +27,35 @@ STREAM_ABOVE = 128
 CHUNK_BYTES = 2**23
 
 Compare = Callable[[Tensor, slice], Tensor]
-"""Student scores [*S, b, P, T, T] of the images of a slice of the batch, and that slice → values [*S, P]."""
+"""Student scores [*S, b, P, T, T] of a slice of the batch, and that slice → values [*S, b, P]."""
 
 
-def streamed(student: Factors, compare: Compare, chunk: int) -> Tensor:
-    """The values [*S, P] that `compare` would give for the scores of all images at once, and their gradient.
-
-    With b images in chunk c, value = Σ_c b_c/B · compare(scores_c): exact for every mean over images.
+def streamed(student: QKV, compare: Compare, chunk: int) -> Tensor:
+    """The values [*S, B, P] that `compare` gives for the scores of all images, and their gradient.
 
     Args:
         student: [*S, B, P, T, head_dim] each.
-        compare: map p's value may depend on the student's map p alone; all else in it is a constant.
+        compare: the value of an image's map p may depend on the student's map p of that image alone; all else
+        in
+            it is a constant.
         chunk: images at a time.
     """
-    value: Tensor = _Streamed.apply(*student, compare, chunk)
-    return value
+    values: Tensor = _Streamed.apply(student.q, student.k, compare, chunk)
+    return values
 
 
-def images_at_a_time(maps: Iterable[Factors]) -> int:
+def images_at_a_time(maps: Iterable[QKV]) -> int:
     """How many images' scores fit into `CHUNK_BYTES`, whichever of `maps` has the largest; at least one."""
     return max(CHUNK_BYTES // max(bytes_of_an_image(factors) for factors in maps), 1)
 
 
-def bytes_of_an_image(factors: Factors) -> int:
+def bytes_of_an_image(factors: QKV) -> int:
     """The size of the scores that one image has in `factors`."""
     *students, _, heads, tokens, _ = factors.q.shape
     return prod(students) * heads * tokens**2 * compared_in(factors).itemsize
 
 
-def compared_in(factors: Factors) -> torch.dtype:
+def compared_in(factors: QKV) -> torch.dtype:
     """The precision of the scores that `factors` make."""
     return torch.promote_types(factors.q.dtype, torch.float32)
 
@@ -63,42 +63,42 @@ def compared_in(factors: Factors) -> torch.dtype:
 class _Streamed(torch.autograd.Function):
     """Value and gradient in one pass (as Hsu et al. 2024, "Liger Kernel", fuse a head with its loss).
 
-    Map p's gradient is linear in d total / d value_p, which the backward pass alone knows: forward keeps the
-    gradient for 1, backward multiplies. Nothing is computed twice, however often the gradient is asked for.
+    The gradient by an image's map p is linear in d total / d value [image, p], which the backward pass alone
+    knows: forward keeps the gradient for 1, backward multiplies. Nothing is computed twice, however often the
+    gradient is asked for.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, compare: Compare, chunk: int) -> Tensor:
-        student = Factors(q, k)
+        student = QKV(q, k)
         gradient = None
         if any(ctx.needs_input_grad):
             # In float32 even for float16: it is tiny before the loss scale, known in backward, enlarges it.
-            gradient = Factors(*(torch.empty_like(x, dtype=compared_in(student)) for x in student))
+            gradient = tuple(torch.empty_like(x, dtype=compared_in(student)) for x in (q, k))
             ctx.save_for_backward(*gradient)
             ctx.dtype = q.dtype
-        shares = [_share(student, images, compare, gradient) for images in _slices(q.shape[-4], chunk)]
-        return torch.stack(shares).sum(0)
+        return torch.cat(
+            [_values(student, images, compare, gradient) for images in _slices(q.shape[-4], chunk)], dim=-2
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, per_map: Tensor) -> tuple[Tensor | None, ...]:
-        weight = per_map[..., None, :, None, None]
+        weight = per_map[..., None, None]
         q, k = ((weight * gradient).to(ctx.dtype) for gradient in ctx.saved_tensors)
         return q, k, None, None
 
 
-def _share(student: Factors, images: slice, compare: Compare, gradient: Factors | None) -> Tensor:
-    """What `images` add to the values [*S, P]; their part of `gradient`, if wanted, is filled in."""
-    share = (images.stop - images.start) / student.q.shape[-4]
-    leaves = Factors(*(at_least_float32(of_images(x, images)).detach() for x in student))
+def _values(student: QKV, images: slice, compare: Compare, gradient: tuple[Tensor, ...] | None) -> Tensor:
+    """The values [*S, b, P] of `images`; their part of `gradient`, if wanted, is filled in."""
+    leaves = QKV(*(at_least_float32(of_images(x, images)).detach() for x in (student.q, student.k)))
     if gradient is None:
-        return share * compare(leaves.scores(), images)
+        return compare(leaves.scores(), images)
     # Autocast would multiply in half precision on the way back, which elsewhere it has long ended by then.
     with torch.enable_grad(), torch.autocast(student.q.device.type, enabled=False):
-        for leaf in leaves:
-            leaf.requires_grad_()
-        values = share * compare(leaves.scores(), images)
-        parts = torch.autograd.grad(values.sum(), leaves)
+        inputs = leaves.q.requires_grad_(), leaves.k.requires_grad_()
+        values = compare(leaves.scores(), images)
+        parts = torch.autograd.grad(values.sum(), inputs)
     for whole, part in zip(gradient, parts, strict=True):
         of_images(whole, images).copy_(part)
     return values.detach()

@@ -13,7 +13,6 @@ from vitkd.cli.command import run_path
 from vitkd.cli.console import Job
 from vitkd.cli.jobs import as_job, overridden
 from vitkd.config import Config, parse
-from vitkd.models import ViTConfig
 from vitkd.runs.folder import IMMATERIAL, RunFolder, first_difference
 from vitkd.runs.stack_folder import Place, leave_place, read_place, stacks_folder
 from vitkd.train.compilation import check_compiler
@@ -77,14 +76,15 @@ def candidate(composed: DictConfig) -> Candidate | None:
 def why_alone(found: Candidate) -> str | None:
     """What keeps a job from being stacked with any other, or None."""
     student, precision = found.config.student, str(found.config.trainer.get("precision"))
-    if not isinstance(student, ViTConfig):
+    if not student.stacks:
         return f"student={student}: its batch normalisation would mix the students of a stack"
-    drops = max(student.dropout, student.emb_dropout) > 0
+    if found.config.method.trains_parameters:
+        return "its method trains parameters of its own, which a stack does not"
     if found.machine.processes > 1:
         return f"it spreads over {found.machine.processes} processes"
     if precision in ("16-mixed", "16"):
         return f"under trainer.precision={precision} one student's overflow would hold all others back"
-    if drops and not has_streams(found.machine.device):
+    if student.drops and not has_streams(found.machine.device):
         return f"its dropout masks need Triton on a GPU, and {found.machine.device} has none"
     if found.folder and found.folder.last.exists() and not found.place:
         return "it goes on from a checkpoint of its own"

@@ -208,7 +208,7 @@ def fitted(
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "wall_seconds": checkpointing.wall_seconds,
-        "images_per_second": module.images_trained / module.seconds_trained,
+        "images_per_second": module.window.images_trained / module.window.seconds_trained,
         "stack/students": module.students,
     }
     return Fitted(trainer, loggers, last, best, metrics)

@@ -7,7 +7,8 @@ from typing import Any
 
 # What each student of a stack has of its own, by where it stands in a run's resolved configuration.
 OWN = (
-    *(("alpha",), ("seed",), ("label_smoothing",), ("method",), ("granularity",), ("loss",), ("schedule",)),
+    *(("alpha",), ("seed",), ("label_smoothing",), ("method",), ("weighting",), ("granularity",), ("loss",)),
+    ("schedule",),
     *(("optimizer", "lr"), ("optimizer", "weight_decay")),
 )
 # What a stack takes from its first student. Not `paths`: the images lie there.
@@ -27,11 +28,12 @@ def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_stack_order(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Sorts runs so that those of equal method, granularity and loss are neighbours; labels alone is last."""
+    """Sorts runs: those of equal method, granularity, weighting and loss are neighbours, alpha = 1 last."""
     return (
         config["alpha"] == 1,
         json.dumps(config["method"], sort_keys=True),
         json.dumps(config["granularity"], sort_keys=True),
+        json.dumps(config["weighting"], sort_keys=True),
         # Not before: losses that differ in their temperature alone are compared in one go.
         json.dumps(config["loss"], sort_keys=True),
         config["seed"],

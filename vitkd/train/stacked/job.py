@@ -7,7 +7,6 @@ have left alone.
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +18,14 @@ from vitkd.cli.console import start_logging
 from vitkd.cli.jobs import all_recorded, as_job
 from vitkd.errors import ConfigError, RunError
 from vitkd.evaluate.measure import Evaluation
-from vitkd.models import Model, ViT
+from vitkd.models import Model
 from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
 from vitkd.runs import results
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
 from vitkd.runs.stack_folder import StackFolder, leave_place, read_place, stacks_folder
 from vitkd.runs.teacher_store import given_teacher
+from vitkd.train.build import build_module, facts_of
 from vitkd.train.compilation import compile_training
 from vitkd.train.fit import Fitted
 from vitkd.train.job import (
@@ -38,7 +38,7 @@ from vitkd.train.job import (
     obtain_teacher,
     pictures,
 )
-from vitkd.train.module import ClassifyModule, DistillModule
+from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedImages, StackedModule
 from vitkd.train.stacked.candidates import Candidate, candidate, saved_place, stacks_of, told, without_twins
 from vitkd.train.stacked.checkpoint import carry_over
@@ -176,10 +176,10 @@ def train_members(members: Sequence[Candidate], beside: Beside, sweep: str) -> N
         for member, run in zip(members, runs, strict=True):
             open_run(member, run)
         place = settle_place(members, stacks_folder(first.paths.outputs) / sweep)
-        modules = [build_module(member, beside) for member in members]
+        modules = [build_member(member, beside) for member in members]
         for member, module in zip(members, modules, strict=True):
-            if isinstance(module, DistillModule) and module.transfer.pairs:
-                results.write_pairs(member.run, module.transfer.pairs)
+            if module.objective is not None and module.objective.pairs:
+                results.write_pairs(member.run, module.objective.pairs)
         dropout = [seed_of(member.config.seed, DROPOUT, member.config.student) for member in members]
         orders = [data.seeds.index(order_of(member)) for member in members]
         stacked = StackedModule(modules, orders, dropout, beside.device)
@@ -222,20 +222,19 @@ def settle_place(members: Sequence[Candidate], path: Path) -> StackFolder:
     return folder
 
 
-def build_module(member: Candidate, beside: Beside) -> ClassifyModule:
+def build_member(member: Candidate, beside: Beside) -> DistillModule:
     """What the job would train alone, with the same first weights and pairs."""
     config = member.config
     student = first_weights(config.seed, config.student)
-    calibration = partial(beside.data.first, "train", 64, order_of(member))
-    return config.method.module(student, beside.teacher, config, lambda: calibration().image)
+    return build_module(config, student, beside.teacher, facts_of(beside.data, order_of(member)))
 
 
 def finish(
-    member: Candidate, module: ClassifyModule, student: Fitted, about_teacher: dict[str, Any], beside: Beside
+    member: Candidate, module: DistillModule, student: Fitted, about_teacher: dict[str, Any], beside: Beside
 ) -> None:
     """Leave a trained student's picture, figures and checkpoints."""
     config, data = member.config, beside.data
-    if isinstance(module, DistillModule) and isinstance(module.teacher, ViT):
+    if module.objective is not None and module.teacher.attention:
         module.model.load_state_dict(student.last.state_dict())
         epochs, steps = student.metrics["epochs"], student.metrics["steps"]
         pictures(config, data, member.run).conclude(module, student.loggers, epochs, steps)

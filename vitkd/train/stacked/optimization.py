@@ -13,8 +13,8 @@ from vitkd.optim import AdamW, Schedule
 from vitkd.train.stacked.students import along
 
 
-class Pace(NamedTuple):
-    """How fast one student learns."""
+class OptimSettings(NamedTuple):
+    """One student's optimiser and schedule."""
 
     optimizer: AdamW
     schedule: Schedule
@@ -25,23 +25,23 @@ class Pace(NamedTuple):
 
 
 class StackedAdamW(torch.optim.AdamW):
-    """AdamW whose students each have a pace of their own.
+    """AdamW whose students each have a learning rate and weight decay of their own.
 
     Adam's direction depends neither on the learning rate nor on the weight decay, so one fused step finds it
-    for all students, and each then goes its own share of it. Where all paces are equal that is PyTorch's own
+    for all students, and each then goes its own share of it. Where all are equal that is PyTorch's own
     step, bit for bit.
 
     Args:
         parameters: [S, …] each.
-        paces: one a student, with equal betas and eps.
+        all_settings: one a student, with equal betas and eps.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], paces: Sequence[Pace]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], all_settings: Sequence[OptimSettings]) -> None:
         parameters = list(parameters)
-        settings, like = [pace.optimizer for pace in paces], parameters[0]
+        settings, like = [each.optimizer for each in all_settings], parameters[0]
         first = settings[0]
         assert all((s.betas, s.eps) == (first.betas, first.eps) for s in settings)
-        self.alike = len({repr(pace) for pace in paces}) == 1
+        self.alike = len({repr(each) for each in all_settings}) == 1
         lr, decay = (first.lr, first.weight_decay) if self.alike else (1.0, 0.0)
         super().__init__(
             parameters,
@@ -53,12 +53,12 @@ class StackedAdamW(torch.optim.AdamW):
         )
         # Under bf16-true weights are rounded, rates are not.
         exact = torch.promote_types(like.dtype, torch.float32)
-        self.rates = torch.zeros(len(paces), dtype=exact, device=like.device)
+        self.rates = torch.zeros(len(all_settings), dtype=exact, device=like.device)
         decays = torch.tensor([s.weight_decay for s in settings], dtype=torch.float64)
         self.decays = decays.to(exact).to(like.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict` at this stack's own pace: in a larger one paces may have differed."""
+        """Go on from `state_dict` at this stack's own rates: in a larger one they may have differed."""
         super().load_state_dict({**state_dict, "param_groups": self.state_dict()["param_groups"]})
 
     @torch.no_grad()
@@ -84,12 +84,14 @@ class StackedSchedule:
 
     Args:
         optimizer: whose rates.
-        paces: one a student.
+        all_settings: one a student.
         total_steps: of the whole run.
     """
 
-    def __init__(self, optimizer: StackedAdamW, paces: Sequence[Pace], total_steps: int) -> None:
-        self.optimizer, self.paces, self.total_steps = optimizer, paces, total_steps
+    def __init__(
+        self, optimizer: StackedAdamW, all_settings: Sequence[OptimSettings], total_steps: int
+    ) -> None:
+        self.optimizer, self.all_settings, self.total_steps = optimizer, all_settings, total_steps
         self._taken = 0
         if not optimizer.alike:
             self._table, self._column = self._rates_of_all_steps()
@@ -114,24 +116,27 @@ class StackedSchedule:
         self._set_rates()
 
     def _rates_of_all_steps(self) -> tuple[Tensor, Tensor]:
-        """The rates [steps, distinct paces], and which of these each student has [S].
+        """The rates [steps, distinct all_settings], and which of these each student has [S].
 
         On the device: a copy a step from the host would have to wait for it.
         """
-        distinct = {repr(pace): pace for pace in self.paces}
+        distinct = {repr(each): each for each in self.all_settings}
         steps = range(self.total_steps + 1)
-        rates = [[pace.rate(step, self.total_steps) for step in steps] for pace in distinct.values()]
-        column = [list(distinct).index(repr(pace)) for pace in self.paces]
+        rates = [[each.rate(step, self.total_steps) for step in steps] for each in distinct.values()]
+        column = [list(distinct).index(repr(each)) for each in self.all_settings]
         like = self.optimizer.rates
         table = torch.tensor(rates, dtype=torch.float64).T.to(like.dtype)
         return table.to(like.device), torch.tensor(column, device=like.device)
 
     def _rates_at(self, step: int) -> list[float]:
-        return [pace.rate(step, self.total_steps) for pace in self.paces]
+        return [each.rate(step, self.total_steps) for each in self.all_settings]
 
     def _set_rates(self) -> None:
         if self.optimizer.alike:
-            group, rate = self.optimizer.param_groups[0], self.paces[0].rate(self._taken, self.total_steps)
+            group, rate = (
+                self.optimizer.param_groups[0],
+                self.all_settings[0].rate(self._taken, self.total_steps),
+            )
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:

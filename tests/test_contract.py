@@ -1,0 +1,288 @@
+"""The contract of methods, weightings and students; each of their files in `conf/` inherits these tests."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from vitkd.config import CONF_DIR, Config, parse
+from vitkd.data import Batch
+from vitkd.errors import RunError
+from vitkd.models import Model
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.seeding import first_weights
+from vitkd.train.build import build_module, facts_of
+from vitkd.train.cuda_graph import GraphedStep
+from vitkd.train.fit import fit
+from vitkd.train.job import load_data
+from vitkd.train.meter import Meter
+from vitkd.train.module import DistillModule
+from vitkd.train.stacked import StackedModule
+from vitkd.train.teacher_cache import TeacherCaching
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+]
+GROUPS = ("method", "weighting", "student")
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+# What an option needs besides to suit the others' defaults.
+SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
+BESIDES = {
+    ("student", "resnet"): ["method=logit"],
+    ("student", "report"): SMALL,
+    ("student", "mnist"): SMALL,
+    ("student", "report_teacher"): ["granularity=head", *SMALL],
+}
+BRIEF = [
+    *("trainer=cpu", "dataset.batch_size=16", "log_every_n_steps=2", "label_smoothing=0.1"),
+    *("trainer.max_epochs=2", "trainer.limit_train_batches=4", "+trainer.limit_val_batches=2"),
+    "checkpoint_minutes=0",
+]
+STEPS = 8
+CLOSE = {"atol": 1e-9, "rtol": 1e-7}
+
+
+@cache
+def composed(group: str, option: str) -> Config:
+    """`python -m vitkd.train group=option`, briefly, on digits; whoever changes it works on a copy."""
+    dropout = [] if option == "resnet" else ["student.dropout=0.1", "student.emb_dropout=0.1"]
+    besides = BESIDES.get((group, option), [])
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return parse(hydra.compose("train", [*BRIEF, *dropout, *besides, f"{group}={option}"]))
+
+
+# A residual network takes as long as all others together.
+PARAMS = [
+    pytest.param(option, id="=".join(option), marks=pytest.mark.slow if option[1] == "resnet" else ())
+    for option in OPTIONS
+]
+
+
+@pytest.fixture(params=PARAMS)
+def option(request) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def config(option) -> Config:
+    return composed(*option)
+
+
+def teacher_of(config: Config) -> Model | None:
+    """One with random weights, always the same."""
+    if not config.method.needs_teacher:
+        return None
+    return first_weights(config.teacher.seed, config.teacher.model)
+
+
+def module_of(config: Config, data: Any, seed: int = 0) -> DistillModule:
+    student = first_weights(seed, config.student)
+    return build_module(config, student, teacher_of(config), facts_of(data)).train()
+
+
+def train(module: DistillModule, config: Config, data: Any, *callbacks: L.Callback) -> None:
+    """As the configuration says, in float64."""
+    silent = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    settings = config.trainer | {"precision": "64-true", "num_sanity_val_steps": 0}
+    trainer = L.Trainer(
+        **settings, **silent, logger=False, callbacks=[*callbacks], log_every_n_steps=config.log_every_n_steps
+    )
+    trainer.fit(module, data)
+    assert trainer.global_step == STEPS
+
+
+def weights_of(model: Model) -> list[Tensor]:
+    return [value.detach().clone() for value in model.state_dict().values()]
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor], **tolerance: float) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        if tolerance:
+            torch.testing.assert_close(a, b, **tolerance)
+        else:
+            assert torch.equal(a, b)
+
+
+@cache
+def trained_alone(
+    group: str, option: str, seed: int
+) -> tuple[DistillModule, list[Tensor], list[dict[str, Any]]]:
+    """A module after its training, its weights before that, and what was kept of every step."""
+    config, kept = composed(group, option), Keep()
+    data = load_data(config)
+    module = module_of(config, data, seed)
+    first = weights_of(module.model.double())
+    torch.manual_seed(seed + 10)
+    train(module, config, data, kept)
+    return module, first, kept.steps
+
+
+class Keep(L.Callback):
+    """Keeps the curves and the term weights after every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        curves = {k: v.tolist() for k, v in trainer.callback_metrics.items() if "per_second" not in k}
+        weights = {f"term {k}": v.tolist() for k, v in pl_module.term_weights.state_dict().items()}
+        self.steps.append(curves | weights)
+
+
+class Curves(L.pytorch.loggers.logger.DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.logged.append(metrics)
+
+    def of(self, name: str) -> list[float]:
+        return [metrics[name] for metrics in self.logged if name in metrics]
+
+
+def curves_of(config: Config, module: Any, data: Any, count: int = 1, **settings: Any) -> list[Curves]:
+    """What each of `count` students' loggers keeps of a training in float64."""
+    torch.manual_seed(0)
+    curves = [Curves() for _ in range(count)]
+    silent = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    settings = config.trainer | {"precision": "64-true", "num_sanity_val_steps": 0} | settings
+    L.Trainer(**settings, **silent, logger=curves, log_every_n_steps=2).fit(module, data)
+    return curves
+
+
+def test_the_gradient_reaches_the_student_and_what_learns_beside_it(config):
+    data = load_data(config)
+    module = module_of(config, data).double()
+    batch = data.first("train", 16)
+
+    losses = module.losses(Batch(batch.image.double(), batch.label, batch.index))
+    losses.total.backward()
+
+    assert losses.total.isfinite()
+    learning = [*module.model.parameters(), *(module.objective.parameters() if module.objective else ())]
+    assert {id(p) for p in learning} == {id(p) for p in module.parameters()}
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in learning)
+    if module.objective is not None:
+        assert all(p.grad is None and not p.requires_grad for p in module.teacher.parameters())
+
+
+def test_the_teacher_stays_and_the_student_learns(option, config):
+    module, first, _ = trained_alone(*option, 0)
+
+    assert any(not torch.equal(a, b) for a, b in zip(first, weights_of(module.model), strict=True))
+    if (before := teacher_of(config)) is not None:
+        assert not module.teacher.training
+        assert_equal(weights_of(before.double()), weights_of(module.teacher))
+
+
+def test_resumed_is_uninterrupted(config, tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                raise RunError("as a killed process would")
+
+    def attempt(folder: Path, *callbacks: L.Callback) -> list[Tensor]:
+        data, run = load_data(config), RunFolder(folder)
+        folder.mkdir(exist_ok=True)
+        module = module_of(config, data)
+        torch.manual_seed(0)
+        fit(module, data, run, config, callbacks)
+        return weights_of(module.model)
+
+    uninterrupted, resumed = Keep(), Keep()
+    expected = attempt(tmp_path / "whole", uninterrupted)
+    with pytest.raises(RunError):
+        attempt(tmp_path / "cut", Stop())
+
+    assert_equal(attempt(tmp_path / "cut", resumed), expected)
+    assert resumed.steps == uninterrupted.steps[5:]
+
+
+def test_stacked_is_alone_or_refused(option, config):
+    if not config.student.stacks or config.method.trains_parameters:
+        # `candidates.why_alone` gives the reason; its tests hold that.
+        return
+    data = load_data(config)
+
+    stacked = StackedModule([module_of(config, data, seed) for seed in (0, 1)], [0, 0], [10, 11])
+    train(stacked, config, data)
+
+    for student in (0, 1):
+        own = [weights[student] for weights in weights_of(stacked.model)]
+        assert_equal(own, weights_of(trained_alone(*option, student)[0].model), **CLOSE)
+
+
+class Recording:
+    """A captured step, played on the CPU: a replay runs it again, and the host notes nothing of that."""
+
+    def __init__(self, work: Callable[[], None], meter: Meter) -> None:
+        self.work, self.meter, self.replays = work, meter, 0
+
+    def replay(self) -> None:
+        counts = self.meter.counts()
+        self.work()
+        if self.replays:
+            self.meter.set_counts(counts)
+        self.replays += 1
+
+
+class PlayedGraphs(L.Callback):
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.recordings: list[Recording] = []
+
+        def capture(work: Callable[[], None]) -> Recording:
+            self.recordings.append(Recording(work, pl_module.window.meter))
+            return self.recordings[-1]
+
+        pl_module.graph = GraphedStep(pl_module.whole_step, capture, lambda work: work())
+
+
+def test_a_played_graph_is_eager(option, config, monkeypatch):
+    monkeypatch.setattr("vitkd.train.cuda_graph.WARM_UP", 1)
+    eager, _, expected = trained_alone(*option, 0)
+    graphs, played, data = PlayedGraphs(), Keep(), load_data(config)
+    module = module_of(config, data)
+
+    torch.manual_seed(10)
+    train(module, config, data, graphs, played)
+
+    assert sum(recording.replays for recording in graphs.recordings) >= 2
+    assert_equal(weights_of(module.model), weights_of(eager.model))
+    for ours, theirs in zip(played.steps, expected, strict=True):
+        assert ours == pytest.approx(theirs)
+
+
+class KeepsAll(TeacherCaching):
+    """Keeps the answers however short the training is, and notes of which splits."""
+
+    def _passes(self, *_: Any) -> float:
+        return 2.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.splits = {*pl_module.cached}
+
+
+def test_a_cached_teacher_is_an_asked_one(option, config):
+    if not config.method.needs_teacher:
+        return
+    data = load_data(config)
+    module, caching = module_of(config, data), KeepsAll(data, gib=1.0)
+
+    torch.manual_seed(10)
+    train(module, config, data, caching)
+
+    assert caching.splits == {"train", "val"}
+    assert_equal(weights_of(module.model), weights_of(trained_alone(*option, 0)[0].model), **CLOSE)

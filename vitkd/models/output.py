@@ -1,0 +1,156 @@
+"""What can be asked of a model, and what it answers.
+
+Shapes: S stacked students (absent for one model), B batch, H heads, Q queries, K keys, T tokens, D embed_dim,
+C classes. A plain ViT has Q = K = T.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from types import MappingProxyType
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class BlockTaps(NamedTuple):
+    """What is asked of one block's attention."""
+
+    scores: bool = False
+    factors: bool = False
+    qkv: bool = False
+
+
+class Taps(NamedTuple):
+    """What is asked of a model besides, or instead of, its logits; it computes no more than that takes."""
+
+    scores: tuple[int, ...] = ()
+    """the blocks whose scores before mask and softmax are wanted"""
+    factors: tuple[int, ...] = ()
+    """the blocks of which queries and keys, the scores' factors, are wanted"""
+    qkv: tuple[int, ...] = ()
+    """the blocks of which queries, keys and values are wanted"""
+    features: tuple[str, ...] = ()
+    """the activations wanted, by name: a ViT's "embed", "block0", …; a ResNet's "stage1", …; "pre_logits" """
+    logits: bool = True
+
+    def of_block(self, block: int) -> BlockTaps:
+        """What is asked of the attention in `block`."""
+        return BlockTaps(block in self.scores, block in self.factors, block in self.qkv)
+
+    @property
+    def blocks(self) -> set[int]:
+        """All blocks whose attention is asked for anything."""
+        return {*self.scores, *self.factors, *self.qkv}
+
+    @classmethod
+    def union(cls, all_taps: Iterable["Taps"]) -> "Taps":
+        """Everything that any of `all_taps` asks for."""
+        taps = [*all_taps]
+        return cls(
+            tuple(sorted({block for each in taps for block in each.scores})),
+            tuple(sorted({block for each in taps for block in each.factors})),
+            tuple(sorted({block for each in taps for block in each.qkv})),
+            tuple(sorted({name for each in taps for name in each.features})),
+            any(each.logits for each in taps),
+        )
+
+
+LOGITS = Taps()
+NO_BLOCK_TAPS = BlockTaps()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Attention is compared in float32 even where bf16 computed it; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class QKV(NamedTuple):
+    """An attention's queries, keys and, if they were asked for, values, [*S, B, H, T, head_dim] each."""
+
+    q: Tensor
+    """at the attention's own temperature, if it has one, not yet divided by √head_dim"""
+    k: Tensor
+    v: Tensor | None = None
+
+    def scores(self) -> Tensor:
+        """QKᵀ/√head_dim [*S, B, H, Q, K], in at least float32; masked entries are computed too."""
+        # Rounded to bf16, scores of some tens differ by tenths; they are what is compared, so they are exact.
+        with torch.autocast(self.q.device.type, enabled=False):
+            return (at_least_float32(self.q) * self.q.shape[-1] ** -0.5) @ at_least_float32(self.k).mT
+
+    def factors(self) -> Self:
+        """Without the values: as copies, unless a backward pass keeps the tensor that all three share."""
+        if self.q.requires_grad:
+            return self._replace(v=None)
+        return self._replace(q=self.q.contiguous(), k=self.k.contiguous(), v=None)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "QKV":
+        """All of them after `change`."""
+        return QKV(change(self.q), change(self.k), None if self.v is None else change(self.v))
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: exactly what the taps asked for."""
+
+    logits: Tensor | None = None
+    """[*S, B, C]: the model's answer"""
+    heads: Mapping[str, Tensor] = NOTHING
+    """the logits of each classification head, by the token it reads, where there are several; else nothing"""
+    scores: Mapping[int, Tensor] = MappingProxyType({})
+    """block → scores before mask and softmax [*S, B, H, Q, K]"""
+    qkv: Mapping[int, QKV] = MappingProxyType({})
+    """block → queries, keys and perhaps values"""
+    features: Mapping[str, Tensor] = NOTHING
+    """name → tokens [*S, B, T, D], feature maps [B, channels, height, width] or vectors [*S, B, D]"""
+
+    @property
+    def answer(self) -> Tensor:
+        """The logits, known to be there."""
+        assert self.logits is not None, "the model was not asked for logits"
+        return self.logits
+
+    @property
+    def predicted(self) -> Tensor:
+        """The most probable classes [*S, B]."""
+        return self.answer.argmax(-1)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Output":
+        """Every tensor after `change`."""
+        return Output(
+            None if self.logits is None else change(self.logits),
+            {name: change(logits) for name, logits in self.heads.items()},
+            {block: change(scores) for block, scores in self.scores.items()},
+            {block: qkv.map(change) for block, qkv in self.qkv.items()},
+            {name: change(values) for name, values in self.features.items()},
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of `map`."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+
+class AttentionLayout(NamedTuple):
+    """What the rows and columns of one block's attention stand for."""
+
+    heads: int
+    head_dim: int
+    grid: tuple[int, int]
+    """patches from top to bottom and from left to right"""
+    prefix: int
+    """tokens before the patches, the class token first"""
+    readers: tuple[int, ...]
+    """the tokens from which the model classifies"""
+    mask: Tensor | None = None
+    """[Q, K], False where a query may not look at a key; None where all is allowed"""
+    windows: int = 1
+    """groups of tokens that attend among themselves, the rows of one after those of another"""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens: the prefix and the patches."""
+        return self.prefix + prod(self.grid)

@@ -1,0 +1,96 @@
+"""Which students of a stack are compared with their teacher by one objective, and their share of the outputs.
+
+Shapes: S stacked students.
+"""
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitkd.methods.base import Objective
+from vitkd.methods.maps.losses import DistributionLoss
+from vitkd.methods.maps.objective import AttentionObjective
+from vitkd.methods.weighting.base import Constant, Weighting
+from vitkd.models import Output, Taps
+from vitkd.train.module import DistillModule
+
+
+class StudentGroup(NamedTuple):
+    """Neighbours in the stack that learn the same from their teacher, weighed in the same way."""
+
+    start: int
+    stop: int
+    objective: Objective
+    weighting: Weighting
+    distils: bool
+    """whether their transfer loss counts in any epoch"""
+
+    @property
+    def students(self) -> range:
+        """Their places in the stack."""
+        return range(self.start, self.stop)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the weights are the same in every epoch and for every image."""
+        return isinstance(self.weighting, Constant)
+
+    def teacher_taps(self, split: str) -> Taps:
+        """What their teacher is asked for in "train" or "val"."""
+        logits = split == "val" or self.weighting.needs_teacher_logits
+        return Taps.union([self.objective.teacher_taps, Taps(logits=logits)])
+
+
+def group_students(modules: Sequence[DistillModule]) -> list[StudentGroup]:
+    """The groups of students that stand in the order of `modules`; those without an objective are in none."""
+    groups, start = [], 0
+    for _, neighbours in groupby(modules, key=_group_key):
+        members = list(neighbours)
+        objectives = [module.objective for module in members if module.objective is not None]
+        if objectives:
+            objective, first = shared_objective(objectives), members[0]
+            groups.append(
+                StudentGroup(start, start + len(members), objective, first.weighting, first.distils)
+            )
+        start += len(members)
+    return groups
+
+
+def _group_key(module: DistillModule) -> Any:
+    if module.objective is None:
+        return None
+    return module.objective.stack_key, module.weighting.stack_key, module.distils
+
+
+def shared_objective(objectives: Sequence[Objective]) -> Objective:
+    """One for all `objectives` of equal stack keys; with a temperature for each where these differ."""
+    first = objectives[0]
+    assert not any(True for _ in first.parameters()), "a stack cannot train an objective's parameters"
+    losses = [objective.loss for objective in objectives if isinstance(objective, AttentionObjective)]
+    temperatures = [loss.temperature for loss in losses if isinstance(loss, DistributionLoss)]
+    if not isinstance(first, AttentionObjective) or len(set(temperatures)) < 2:
+        return first
+    shared = copy(first)
+    shared.loss = copy(first.loss)
+    exact = torch.tensor(temperatures, dtype=torch.float64)
+    shared.loss.temperature = exact.reshape(-1, 1, 1, 1, 1)  # type: ignore[attr-defined]
+    return shared
+
+
+def shares(output: Output, groups: Sequence[StudentGroup], students: int) -> Mapping[int, Output]:
+    """The output of all students cut at the groups' ends, by each part's first student."""
+    ends = sorted({0, students} | {end for group in groups for end in (group.start, group.stop)})
+    sizes = [stop - start for start, stop in pairwise(ends)]
+    # One cut, not a slice a group: each slice's gradient would be as large as the whole.
+    parts = [tensor.split(sizes) for tensor in output.tensors()]
+    return {start: _refilled(output, [part[i] for part in parts]) for i, start in enumerate(ends[:-1])}
+
+
+def _refilled(output: Output, tensors: Sequence[Tensor]) -> Output:
+    """An output like `output`, of other tensors in the same order."""
+    remaining = iter(tensors)
+    return output.map(lambda _: next(remaining))
