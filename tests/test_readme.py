@@ -24,7 +24,9 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 # Overrides beside which every setting that the pages name exists.
 OPTIONS = [
     ("train", []),
-    ("train", ["method=token", "granularity=head", "loss=mse"]),
+    ("train", ["method=token", "granularity=head", "loss=mse", "weighting=step"]),
+    ("train", ["method=relation", "weighting=student_correct"]),
+    ("train", ["weighting=gradient_balance"]),
     ("train", ["method=logit", "teacher=resnet", "dataset=image_folder", "hydra/launcher=stacked"]),
     ("explain", ["run=outputs"]),
     ("evaluate", ["run=outputs"]),
