@@ -41,6 +41,8 @@ TRAIN = [
     ("+alpha=0.3", "alpha", "already"),
     ("loss=mse loss.temperature=2", "loss.temperature", "loss=kl"),
     ("granularity=encoder granularity.blocks=[0]", "granularity.blocks", "granularity=block"),
+    ("student=resnet student.tokenizer=spt", "student.tokenizer", "student=report or", "student=small"),
+    ("teacher=resnet teacher.tokenizer=spt", "teacher.tokenizer", "teacher=small"),
     ("dataset.root=photos", "dataset.root", "dataset=image_folder"),
     ("alpha=[", "alpha=[", "KEY=VALUE"),
     ("alpha", "alpha", "KEY=VALUE"),

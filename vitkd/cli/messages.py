@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
@@ -72,9 +73,7 @@ def _no_such_option(group: str, option: str, text: str) -> str:
 def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
     group, _, setting = key.partition(".")
     owners = [
-        path.stem
-        for path in sorted((CONF_DIR / group).glob("*.yaml"))
-        if setting in (OmegaConf.load(path) or {})
+        path.stem for path in sorted((CONF_DIR / group).glob("*.yaml")) if setting in _settings_of(path)
     ]
     if setting and owners:
         return (
@@ -88,6 +87,15 @@ def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
     close = get_close_matches(key, known, n=1) or same_ending
     hint = f"did you mean {close[0]}?" if close else "`--help` lists them all"
     return f"{key}: no such setting; {hint}"
+
+
+def _settings_of(option: Path) -> set[str]:
+    """The names of the settings in an option's file and in the files that it inherits from."""
+    content = OmegaConf.load(option)
+    bases = [base.partition("@")[0] for base in content.get("defaults", []) if isinstance(base, str)]
+    files = [CONF_DIR / base[1:] if base[0] == "/" else option.parent / base for base in bases]
+    inherited = [_settings_of(file.with_suffix(".yaml")) for file in files if file.name != "_self_"]
+    return {str(key) for key in content}.union(*inherited)
 
 
 def _composed(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
