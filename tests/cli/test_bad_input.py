@@ -21,6 +21,7 @@ BRIEFLY = [
     "trainer.max_epochs=1",
     "teacher.max_epochs=1",
     "trainer.limit_train_batches=1",
+    "teacher.trainer.limit_train_batches=1",
     "log_every_n_steps=1",
 ]
 
@@ -229,7 +230,7 @@ def files(tmp_path_factory) -> Path:
     checkpoint = {"model": describe(good), "state_dict": weights, "epoch": 0}
     torch.save(checkpoint, folder / "good.ckpt")
     torch.save({"weights": weights}, folder / "stranger.ckpt")
-    torch.save({**checkpoint, "model": {"config": "ViTConfig", "model": "[1]"}}, folder / "headless.ckpt")
+    torch.save({**checkpoint, "model": {"config": "ViTConfig", "model": [1]}}, folder / "headless.ckpt")
     bomb = Bomb(folder / "went off")
     torch.save({**checkpoint, "state_dict": bomb}, folder / "bomb.ckpt")
     (folder / "bomb.pickle").write_bytes(pickle.dumps(bomb))

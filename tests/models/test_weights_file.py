@@ -1,7 +1,11 @@
 """One safetensors file is enough to have a model back, bit for bit; a bad file is one clear line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,11 +47,10 @@ def test_a_loaded_model_can_learn(file):
 
 
 def test_the_header_holds_what_is_known_about_the_model(file, model):
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata()
+    header = header_of(file)
 
     assert header["epoch"] == "3"
-    assert json.loads(header["model"])["dropout"] == 0.1
+    assert header["model"]["dropout"] == 0.1
     assert build_from_header(header, file).config == model.config
 
 
@@ -63,28 +66,41 @@ def test_every_switch_survives_a_file(tiny, tmp_path):
     assert torch.equal(loaded(images).logits, model.eval()(images).logits)
 
 
-def test_a_file_older_than_the_newest_settings_still_loads(file, model):
-    settings = json.loads(describe(model)["model"])
-    later = [settings.pop(name) for name in ("tokenizer", "attention", "distillation_token")]
-    assert later == ["patch", "msa", False]
-    rewritten(file, model=json.dumps(settings))
+SAVE = """
+import sys, torch
+from pathlib import Path
+from vitkd.models import ViTConfig, save_model
+model = ViTConfig(8, 3, 5, patch_size=4, embed_dim=8, depth=2, head_dim=4, mlp_dim=8).architecture()
+with torch.no_grad():
+    for place, parameter in enumerate(model.parameters()):
+        parameter.fill_(place)
+save_model(model, Path(sys.argv[1]), {"epoch": "3", "run": "a", "why": "b"})
+"""
 
-    loaded = load_model(file)
 
-    assert loaded.config == model.config
-    images = torch.randn(3, 2, 8, 8)
-    assert torch.equal(loaded(images).logits, model.eval()(images).logits)
+def test_every_process_writes_the_same_bytes(tmp_path):
+    files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    for seed, file in enumerate(files, start=1):
+        environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+        subprocess.run([sys.executable, "-c", SAVE, str(file)], env=environment, check=True)
+
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def rewritten(file: Path, **changes: str) -> None:
-    """The same weights under another header."""
+def header_of(file: Path) -> dict[str, Any]:
+    """All that a file says besides its weights."""
     with safe_open(file, framework="pt") as opened:
-        header = opened.metadata()
-    save_file(load_file(file), file, metadata=header | changes)
+        (text,) = opened.metadata().values()
+    return json.loads(text)
 
 
-def shape(model: ViT, **changes: object) -> str:
-    return json.dumps(json.loads(describe(model)["model"]) | changes)
+def rewritten(file: Path, **changes: object) -> None:
+    """The same weights under another header."""
+    save_file(load_file(file), file, metadata={"vitkd": json.dumps(header_of(file) | changes)})
+
+
+def shape(model: ViT, **changes: object) -> dict[str, Any]:
+    return describe(model)["model"] | changes
 
 
 DAMAGES = {
@@ -97,9 +113,12 @@ DAMAGES = {
     "no header": lambda file, model: save_file(load_file(file), file),
     "somebody else's header": lambda file, model: save_file(load_file(file), file, metadata={"format": "pt"}),
     "another model": lambda file, model: rewritten(file, config="SwinConfig"),
-    "header is no JSON": lambda file, model: rewritten(file, model="{"),
-    "header is no mapping": lambda file, model: rewritten(file, model="[1, 2]"),
-    "header is a number": lambda file, model: rewritten(file, model="7"),
+    "header is no JSON": lambda file, model: save_file(load_file(file), file, metadata={"vitkd": "{"}),
+    "header is a list": lambda file, model: save_file(load_file(file), file, metadata={"vitkd": "[1, 2]"}),
+    "config is a list": lambda file, model: rewritten(file, config=["ViTConfig"]),
+    "model is a text": lambda file, model: rewritten(file, model="{"),
+    "model is a list": lambda file, model: rewritten(file, model=[1, 2]),
+    "model is a number": lambda file, model: rewritten(file, model=7),
     "sizes are words": lambda file, model: rewritten(file, model=shape(model, embed_dim="wide")),
     "sizes are fractions": lambda file, model: rewritten(file, model=shape(model, embed_dim=12.5)),
     "impossible shape": lambda file, model: rewritten(file, model=shape(model, patch_size=3)),
@@ -114,7 +133,7 @@ DAMAGES = {
     "another tokenizer": lambda file, model: rewritten(file, model=shape(model, tokenizer="spt")),
     "a token more": lambda file, model: rewritten(file, model=shape(model, distillation_token=True)),
     "a convolutional network": lambda file, model: rewritten(
-        file, config="ResNetConfig", model='{"image_size": 8, "channels": 2, "num_classes": 7}'
+        file, config="ResNetConfig", model={"image_size": 8, "channels": 2, "num_classes": 7}
     ),
 }
 

@@ -1,10 +1,14 @@
-"""One model in one safetensors file: the weights, and in its header everything needed to build the model."""
+"""One model in one safetensors file: the weights, and in its header everything needed to build the model.
+
+The header is one JSON text: several keys of metadata would be written in another order by each process.
+"""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,18 +23,22 @@ from vitkd.models.vit import ViTConfig
 CONFIGS: dict[str, type[ModelConfig]] = {config.__name__: config for config in (ViTConfig, ResNetConfig)}
 
 
+HEADER = "vitkd"
+"""The one key of the file's metadata."""
+
+
 def save_model(model: Model, path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write `model` to `path`; `about` adds plain strings (which epoch, which run) to the header."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     header = {**(about or {}), **describe(model), "digest": digest(model)}
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(save(weights, metadata=header))
+    temporary.write_bytes(save(weights, metadata={HEADER: json.dumps(header, sort_keys=True)}))
     temporary.replace(path)
 
 
-def describe(model: Model) -> dict[str, str]:
+def describe(model: Model) -> dict[str, Any]:
     """The header from which `build_from_header` builds a model like `model`."""
-    return {"config": type(model.config).__name__, "model": json.dumps(asdict(model.config))}
+    return {"config": type(model.config).__name__, "model": asdict(model.config)}
 
 
 def load_model(path: Path | str) -> Model:
@@ -43,10 +51,11 @@ def load_model(path: Path | str) -> Model:
         path = path / "student.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be read as a safetensors file ({error})") from error
+    header = read_header(metadata)
     model = build_from_header(header, path)
     try:
         model.load_state_dict(weights, assign=True)
@@ -57,16 +66,24 @@ def load_model(path: Path | str) -> Model:
     return model.float().eval()
 
 
-def build_from_header(header: Mapping[str, str], path: Path) -> Model:
+def read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `save_model` wrote of a model; an empty header for a file of somebody else's."""
+    try:
+        header = json.loads(metadata.get(HEADER, ""))
+    except ValueError:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def build_from_header(header: Mapping[str, Any], path: Path) -> Model:
     """The model that a file's header describes, without memory yet: load weights with `assign=True`.
 
     Raises ConfigError if it describes none.
     """
     try:
         config = CONFIGS[header["config"]]
-        settings = json.loads(header["model"])
         with torch.device("meta"):
-            return config(**settings).architecture()
+            return config(**header["model"]).architecture()
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: its header does not describe a vitkd model; give a student.safetensors or a run folder"
