@@ -103,7 +103,12 @@ def command() -> Command:
 def finished(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that ended well; whoever changes it works on a copy."""
     outputs = tmp_path_factory.mktemp("finished")
-    briefly = ["trainer.max_epochs=1", "teacher.max_epochs=1", "trainer.limit_train_batches=1"]
+    briefly = [
+        "trainer.max_epochs=1",
+        "teacher.max_epochs=1",
+        "trainer.limit_train_batches=1",
+        "teacher.trainer.limit_train_batches=1",
+    ]
     ended = command("train", *briefly, f"paths.outputs={outputs}", "name=run")
     assert ended.code == 0, ended.err
     return outputs / "digits" / "run"

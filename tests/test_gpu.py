@@ -72,7 +72,13 @@ def test_a_whole_run(command, tmp_path, precision):
 
 def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path):
     settings = ["trainer=gpu", "trainer.deterministic=true", "trainer.max_epochs=3", "teacher.max_epochs=1"]
-    settings += ["+trainer.limit_train_batches=10", "student.dropout=0.1", "name=run", "resume=auto"]
+    settings += [
+        "+trainer.limit_train_batches=10",
+        "teacher.trainer.limit_train_batches=10",
+        "student.dropout=0.1",
+        "name=run",
+        "resume=auto",
+    ]
     step = "vitkd.train.module:DistillModule.training_step"
 
     def student(folder: Path) -> dict[str, torch.Tensor]:

@@ -21,7 +21,12 @@ from vitkd.models import ViTConfig
 from vitkd.runs.checkpoints import load_any
 
 # Should a command not be refused after all, it soon ends.
-BRIEFLY = ["trainer.max_epochs=1", "teacher.max_epochs=1", "trainer.limit_train_batches=1"]
+BRIEFLY = [
+    "trainer.max_epochs=1",
+    "teacher.max_epochs=1",
+    "trainer.limit_train_batches=1",
+    "teacher.trainer.limit_train_batches=1",
+]
 
 
 @pytest.fixture

@@ -106,6 +106,12 @@ TRAIN = [
     ("+trainer.val_check_interval=0.5", "trainer.val_check_interval", "decided by vitkd"),
     ("+trainer.nonsense=1", "trainer.nonsense", "max_epochs"),
     ("+trainer.logger=true", "trainer.logger", "decided by vitkd"),
+    ("+teacher.trainer.logger=true", "teacher.trainer.logger", "decided by vitkd"),
+    ("+teacher.trainer.nonsense=1", "teacher.trainer.nonsense", "max_epochs"),
+    ("teacher.trainer.precision=12", "teacher.trainer", "12", "32-true"),
+    ("teacher.trainer.gradient_clip_val=-1", "teacher.trainer.gradient_clip_val=-1", "above 0"),
+    ("+teacher.trainer.max_epochs=3", "teacher.trainer.max_epochs", "teacher.max_epochs is that setting"),
+    ("+teacher.trainer.devices=2", "teacher.trainer.devices", "trainer.devices is the teacher's as well"),
     # which attention maps
     ("student.num_heads=8", "student.num_heads=8", "teacher.num_heads=4", "at most 4"),
     ("granularity=head granularity.heads=[[0,9]]", "heads", "teacher has no head 9", "0 to 3"),

@@ -19,6 +19,7 @@ TINY = [
     "trainer.max_epochs=1",
     "trainer.accelerator=cpu",
     "trainer.limit_train_batches=2",
+    "teacher.trainer.limit_train_batches=2",
     "+trainer.limit_val_batches=1",
     "student.depth=1",
     "teacher.depth=1",

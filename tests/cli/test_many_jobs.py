@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 from vitkd.train import job
 
 TINY = [
-    *("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=1", "+trainer.limit_val_batches=1"),
+    *(
+        "trainer=cpu",
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=1",
+        "teacher.trainer.limit_train_batches=1",
+        "+trainer.limit_val_batches=1",
+    ),
     *("teacher.max_epochs=1", "teacher.depth=1", "student.depth=1", "pictures_every_n_epochs=0"),
     "student.dropout=0.1",
 ]

@@ -287,10 +287,10 @@ class TestAgain:
         students = weights(outputs.path)
         assert are_equal({"": students["seed0"]}, {"": students["seed0-2"]})
 
-    def test_another_setting_starts_anew_and_names_it(self, outputs):
+    def test_another_setting_starts_a_new_run_and_names_it(self, outputs):
         ended = outputs.run("seed=0", NAMED, *ALONE, "optimizer.lr=0.01")
 
-        (line,) = (line for line in ended.out.splitlines() if "starting anew" in line)
+        (line,) = (line for line in ended.out.splitlines() if "starting a new run" in line)
         assert "optimizer.lr" in line
         assert ended.states == ["done"]
         assert RunFolder(Path(ended.records[0]["folder"])).read_config()["optimizer"]["lr"] == 0.01
@@ -322,7 +322,7 @@ class TestAgain:
         ended = auto("seed=1", "student.mlp_dim=16")
 
         assert ended.code == 0
-        (line,) = (line for line in ended.out.splitlines() if "starting anew" in line)
+        (line,) = (line for line in ended.out.splitlines() if "starting a new run" in line)
         assert line.startswith(str(outputs.folder("seed1")))
         assert "has another student.mlp_dim:" in line
         assert contents(outputs.folder("seed1")) == before

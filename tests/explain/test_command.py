@@ -22,8 +22,14 @@ from vitkd.explain.gallery import BOTH_RIGHT, CELLS, STUDENT_WRONG
 from vitkd.explain.methods import METHODS
 from vitkd.models import ViTConfig, load_model, save_model
 from vitkd.report.runs import read_run
+from vitkd.runs.folder import RunFolder
 
-BRIEFLY = ["teacher.max_epochs=1", "trainer.limit_train_batches=1", "pictures_every_n_epochs=0"]
+BRIEFLY = [
+    "teacher.max_epochs=1",
+    "trainer.limit_train_batches=1",
+    "teacher.trainer.limit_train_batches=1",
+    "pictures_every_n_epochs=0",
+]
 LIGHT = ["images=3", "faithfulness_images=4", "methods=[attention,relevance]"]
 ALWAYS = {"figures.json", "index.html", "maps.npz", "methods.png", "regions.png"}
 OF_TEACHER = {"figure_1.png", "fidelity.json", "fidelity.png", "gallery.png"}
@@ -132,7 +138,7 @@ class TestOneRun:
         assert max(found["cells"].tolist().count(cell) for cell in CELLS) == 3
 
     def test_maps_are_those_of_the_images_at_their_positions(self, explained, run):
-        config = parse(OmegaConf.load(run / "config.yaml"))
+        config = parse(OmegaConf.create(RunFolder(run).read_config()))
         data = ImageDataModule(config.dataset, config.paths.data, 0)
         data.setup()
         (batch,) = data.loader("test", torch.device("cpu"), rank=0, world_size=1)

@@ -24,7 +24,13 @@ from tests.crashes import Ended, Strike
 from vitkd.process.distributed import rank
 
 SMALL = [
-    *("trainer=cpu", "trainer.max_epochs=3", "+trainer.limit_train_batches=3", "teacher.max_epochs=1"),
+    *(
+        "trainer=cpu",
+        "trainer.max_epochs=3",
+        "+trainer.limit_train_batches=3",
+        "teacher.trainer.limit_train_batches=3",
+        "teacher.max_epochs=1",
+    ),
     *("teacher.depth=1", "student.depth=1", "log_every_n_steps=1", "pictures_every_n_epochs=0"),
 ]
 TWO = ["trainer.devices=2", "trainer.strategy=ddp", "dataset.batch_size=32"]

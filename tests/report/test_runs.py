@@ -12,8 +12,7 @@ from vitkd.errors import ConfigError
 from vitkd.report.curves import band, last, median_ratio, read_curves
 from vitkd.report.parsing import flatten
 from vitkd.report.runs import Run, find_runs, read_run
-from vitkd.report.settings import IMMATERIAL, option
-from vitkd.runs import folder as run_folder
+from vitkd.report.settings import option
 from vitkd.runs.folder import RunFolder
 
 
@@ -53,10 +52,6 @@ def test_the_store_of_teachers_holds_teachers(finished):
     assert [run.path.name for run in found if not run.is_teacher] == ["run"]
     (teacher,) = [run for run in found if run.is_teacher]
     assert teacher.path.parent == outputs / "teachers" / "digits"
-
-
-def test_immaterial_settings_are_those_of_a_run_folder():
-    assert IMMATERIAL == run_folder.IMMATERIAL
 
 
 def test_states(runs):

@@ -14,11 +14,12 @@ import pytest
 import yaml
 from filelock import FileLock
 
+import vitkd
 from tests.crashes import SERVER
+from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
-from vitkd.runs import older
 from vitkd.runs.files import write_atomically
-from vitkd.runs.folder import IMMATERIAL, RunFolder, first_difference
+from vitkd.runs.folder import RunFolder
 
 
 def state_of(folder: RunFolder) -> dict[str, str]:
@@ -147,6 +148,7 @@ def test_what_is_no_run_folder_is_told(name, tmp_path):
 
 
 CONFIG = {"paths": {"data": "data", "outputs": "outputs"}, "name": None, "alpha": 0.5, "loss": {"t": 1.0}}
+OURS = {"version": vitkd.__version__} | CONFIG
 
 
 def left(path: Path, config: Mapping[str, Any] | str | None) -> Path:
@@ -169,7 +171,7 @@ def test_where_no_run_was_none_is_found(tmp_path):
 
 def test_of_several_runs_of_a_configuration_the_newest_is_found(tmp_path):
     for name in ("run", "run-2", "run-3"):
-        left(tmp_path / name, CONFIG)
+        left(tmp_path / name, OURS)
 
     assert latest(tmp_path / "run") == tmp_path / "run-3"
 
@@ -177,29 +179,29 @@ def test_of_several_runs_of_a_configuration_the_newest_is_found(tmp_path):
 def test_runs_of_another_configuration_are_passed_over(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vitkd"), "propagate", True)
     caplog.set_level(logging.INFO)
-    left(tmp_path / "run", CONFIG)
-    left(tmp_path / "run-2", CONFIG | {"alpha": 0.9})
+    left(tmp_path / "run", OURS)
+    left(tmp_path / "run-2", OURS | {"alpha": 0.9})
 
     assert latest(tmp_path / "run") == tmp_path / "run"
     assert latest(tmp_path / "run", alpha=0.9) == tmp_path / "run-2"
     assert not caplog.messages
     assert latest(tmp_path / "run", alpha=0.1) is None
     (told,) = set(caplog.messages)
-    assert "run-2 has another alpha: starting anew" in told
+    assert "run-2 has another alpha: starting a new run" in told
 
 
 def test_a_folder_that_a_run_did_not_come_to_fill_is_passed_over(tmp_path):
     """It was killed between making the folder and writing its configuration."""
     left(tmp_path / "run", None)
-    left(tmp_path / "run-2", CONFIG)
+    left(tmp_path / "run-2", OURS)
     left(tmp_path / "run-3", None)
 
     assert latest(tmp_path / "run") == tmp_path / "run-2"
 
 
 def test_a_run_of_a_longer_name_is_no_run_of_this_one(tmp_path):
-    left(tmp_path / "run-2", CONFIG)
-    left(tmp_path / "run-more", CONFIG)
+    left(tmp_path / "run-2", OURS)
+    left(tmp_path / "run-more", OURS)
 
     assert latest(tmp_path / "run") is None
 
@@ -215,50 +217,34 @@ def test_a_configuration_that_is_cut_or_foreign_is_one_line(text, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_what_leaves_every_figure_as_it_is_is_no_difference():
-    other = CONFIG | {key: {"else": 1} for key in IMMATERIAL}
-
-    assert first_difference(CONFIG, other) is None
-    assert first_difference(other, CONFIG) is None
-
-
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("made_by", "says"),
     [
-        ({"alpha": 0.25}, "alpha"),
-        ({"alpha": "0.5"}, "alpha"),
-        ({"loss": {"t": 2.0}}, "loss.t"),
-        ({"loss": {"t": 1.0, "name": "x"}}, "loss.name"),
-        ({"loss": {}}, "loss.t"),
-        ({"loss": None}, "loss"),
-        ({"new": 1}, "new"),
-        ({"new": {"paths": 1}}, "new"),
-        ({"loss": {"t": 1.0, "seed": [1, 2]}}, "loss.seed"),
+        ({"version": "0.0.9"}, f"made by vitkd 0.0.9, this is {vitkd.__version__}; install that version"),
+        ({}, f"made by a vitkd that left no version, this is {vitkd.__version__}; train it again"),
     ],
     ids=repr,
 )
-def test_what_may_change_a_figure_is_named(change, name):
-    assert first_difference(CONFIG, CONFIG | change) == name
-    assert first_difference(CONFIG | change, CONFIG) == name
+def test_a_run_of_another_version_is_refused_in_one_line(made_by, says, tmp_path):
+    left(tmp_path / "run", made_by | CONFIG)
+
+    with pytest.raises(ConfigError, match=says) as raised:
+        RunFolder(tmp_path / "run").read_config()
+
+    assert str(raised.value).startswith(f"run={tmp_path / 'run'}: ")
+    assert "\n" not in str(raised.value)
 
 
-def test_a_setting_that_is_new_and_off_is_no_difference():
-    """So that runs of an earlier version can be gone on with."""
-    assert first_difference(CONFIG, CONFIG | {"new": None}) is None
+def test_a_run_of_another_version_is_not_resumed(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vitkd"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    left(tmp_path / "run", {"version": "0.0.9"} | CONFIG)
 
+    assert latest(tmp_path / "run") is None
 
-def test_a_run_older_than_a_setting_is_gone_on_with(tmp_path):
-    """It trained as the setting's default does."""
-    old = {"_target_": older.VIT, "depth": 2}
-    new = old | {"tokenizer": "patch", "attention": "msa", "distillation_token": False}
-    left(tmp_path / "run", CONFIG | {"student": old, "teacher": {"_target_": "else"}})
-
-    assert latest(tmp_path / "run", student=new, teacher={"_target_": "else"}) == tmp_path / "run"
-    assert latest(tmp_path / "run", student=new | {"attention": "lsa"}, teacher={"_target_": "else"}) is None
-
-
-def test_a_setting_of_a_group_is_material_whatever_it_is_called():
-    assert first_difference({"dataset": {"name": "a"}}, {"dataset": {"name": "b"}}) == "dataset.name"
+    (line,) = caplog.messages
+    both = f"run was made by vitkd 0.0.9, this is {vitkd.__version__}"
+    assert line.endswith(f"{both}: starting a new run in a folder beside it")
 
 
 def test_a_configuration_comes_back_from_disk_without_a_difference(tmp_path):

@@ -15,7 +15,12 @@ from vitkd.models import ViTConfig, digest, load_model, save_model
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.load import load_run
 
-TINY = ["trainer.limit_train_batches=2", "+trainer.limit_val_batches=1", "pictures_every_n_epochs=0"]
+TINY = [
+    "trainer.limit_train_batches=2",
+    "teacher.trainer.limit_train_batches=2",
+    "+trainer.limit_val_batches=1",
+    "pictures_every_n_epochs=0",
+]
 
 
 @pytest.fixture(scope="module")

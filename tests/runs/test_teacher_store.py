@@ -8,18 +8,23 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from vitkd.config import CONF_DIR, parse, teacher_run
+import vitkd
+from vitkd.config import CONF_DIR, Config, parse, teacher_run
 from vitkd.errors import ConfigError
 from vitkd.models import ResNetConfig, save_model
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
+from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher, what_is_new
 
 
 def mark(*settings: str, contents: str | None = None) -> str:
     """The fingerprint of the teacher that `python -m vitkd.train SETTINGS` would train."""
+    return fingerprint(own_run(*settings), contents)
+
+
+def own_run(*settings: str) -> Config:
+    """The teacher's own run of `python -m vitkd.train SETTINGS`."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        own = teacher_run(parse(compose("train", [*settings])))
-    return fingerprint(own, contents)
+        return teacher_run(parse(compose("train", [*settings])))
 
 
 @pytest.mark.parametrize(
@@ -37,8 +42,12 @@ def mark(*settings: str, contents: str | None = None) -> str:
         "dataset.val_fraction=0.2",
         "dataset.split_seed=1",
         "dataset.augment.flip=true",
-        "trainer.precision=bf16-mixed",
-        "trainer.limit_train_batches=3",
+        "teacher.trainer.precision=bf16-mixed",
+        "teacher.trainer.limit_train_batches=3",
+        "teacher.trainer.gradient_clip_val=1",
+        "+teacher.trainer.gradient_clip_algorithm=value",
+        "trainer.devices=2",
+        "trainer.deterministic=true",
         "matmul_precision=high",
     ],
 )
@@ -60,6 +69,15 @@ def test_what_determines_the_teacher_changes_its_name(setting):
         "paths.outputs=elsewhere",
         "name=mine",
         "trainer.accelerator=cpu",
+        "trainer.max_epochs=3",
+        "trainer.precision=bf16-mixed",
+        "trainer.limit_train_batches=3",
+        "trainer.gradient_clip_val=1",
+        "trainer.accumulate_grad_batches=2",
+        "label_smoothing=0.1",
+        "ema_decay=0.9",
+        "cuda_graph=off",
+        "log_every_n_steps=3",
         "dataset.eval_batch_size=64",
         "teacher.cache=off",
         "teacher.cache_gib=0.5",
@@ -69,6 +87,13 @@ def test_what_determines_the_teacher_changes_its_name(setting):
 )
 def test_what_does_not_determine_it_does_not(setting):
     assert mark(setting) == mark()
+
+
+def test_another_version_trains_another_teacher(monkeypatch):
+    ours = mark()
+    monkeypatch.setattr(vitkd, "__version__", "0.0.9")
+
+    assert mark() != ours
 
 
 def test_every_architecture_is_another_teacher():
@@ -87,6 +112,41 @@ def test_the_students_architecture_and_what_it_learns_by_are_of_no_account():
 
 def test_other_images_under_the_same_name_make_another_teacher():
     assert mark(contents="a") != mark(contents="b")
+
+
+STORED = [(), ("teacher.depth=2", "teacher.seed=1", "dataset.batch_size=32")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["teacher.optimizer.lr=0.002"],
+         " with teacher.optimizer.lr=0.002 (the nearest stored one has 0.001)"),
+        (["teacher.max_epochs=3"], " with teacher.max_epochs=3 (the nearest stored one has 20)"),
+        (["teacher.trainer.gradient_clip_val=1"],
+         " with teacher.trainer.gradient_clip_val=1 (the nearest stored one has null)"),
+        (["trainer.devices=2"], " with trainer.devices=2 (the nearest stored one has 1)"),
+        (["matmul_precision=high"], " with matmul_precision=high (the nearest stored one has highest)"),
+        (["schedule@teacher.schedule=constant", "teacher.patch_norm=true"],
+         " with teacher.patch_norm=true, teacher.schedule=Constant"
+         " (the nearest stored one has false, WarmupCosine)"),
+        ([*(f"teacher.{name}=3" for name in ("depth", "num_heads", "head_dim", "mlp_dim"))],
+         " with teacher.depth=3, teacher.num_heads=3, teacher.head_dim=3 and 1 more"
+         " (the nearest stored one has 4, 4, 16)"),
+        (["teacher.depth=2", "teacher.seed=2", "dataset.batch_size=32"],
+         " with teacher.seed=2 (the nearest stored one has 1)"),
+        (["seed=3", "trainer.precision=bf16-mixed"], " for these images"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_settings_that_make_a_teacher_new_are_named(settings, says):
+    stored = [own_run(*others).resolved for others in STORED]
+
+    assert what_is_new(own_run(*settings).resolved, stored) == says
+
+
+def test_the_first_teacher_is_new_in_everything():
+    assert what_is_new(own_run().resolved, []) == ""
 
 
 @pytest.fixture

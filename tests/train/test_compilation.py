@@ -174,7 +174,13 @@ def test_takes_the_same_steps_and_compiles_nothing_after_the_first(fit, alpha):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @from_pytorch
 def test_the_command_trains_as_without(command, tmp_path):
-    briefly = ["trainer=cpu", "trainer.max_epochs=2", "teacher.max_epochs=1", "trainer.limit_train_batches=3"]
+    briefly = [
+        "trainer=cpu",
+        "trainer.max_epochs=2",
+        "teacher.max_epochs=1",
+        "trainer.limit_train_batches=3",
+        "teacher.trainer.limit_train_batches=3",
+    ]
     weights = []
     for name, compiles in (("compiled", "true"), ("eager", "false")):
         ended = command("train", *briefly, f"paths.outputs={tmp_path}", f"name={name}", f"compile={compiles}")

@@ -22,6 +22,7 @@ TINY = [
         "trainer=cpu",
         "trainer.max_epochs=1",
         "+trainer.limit_train_batches=2",
+        "teacher.trainer.limit_train_batches=2",
         "+trainer.limit_val_batches=1",
     ),
     *("teacher.max_epochs=1", "log_every_n_steps=1", "pictures_every_n_epochs=0", "dataset.batch_size=32"),
@@ -222,7 +223,13 @@ class TestWarnings:
 
 
 TO_BE_KILLED = [
-    *("trainer=cpu", "trainer.max_epochs=2", "+trainer.limit_train_batches=6", "teacher.max_epochs=2"),
+    *(
+        "trainer=cpu",
+        "trainer.max_epochs=2",
+        "+trainer.limit_train_batches=6",
+        "teacher.trainer.limit_train_batches=6",
+        "teacher.max_epochs=2",
+    ),
     *("+trainer.limit_val_batches=1", "student.depth=1", "student.dropout=0.1", "student.attention=lsa"),
     *("student.tokenizer=spt", "log_every_n_steps=4", "pictures_every_n_epochs=0", "name=run"),
     *("method=token", "teacher=resnet", "dataset.batch_size=32", "resume=auto"),

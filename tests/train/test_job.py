@@ -20,12 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vitkd.config import parse, teacher_run
 from vitkd.models import digest, load_model
 from vitkd.runs.checkpoints import load_from_checkpoint
+from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import WEIGHTS, seed_generators
 from vitkd.train.teacher_cache import TeacherCaching
 
 TINY = [
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=2",
+    "teacher.trainer.limit_train_batches=2",
     "+trainer.limit_val_batches=1",
     "log_every_n_steps=1",
     "pictures_every_n_epochs=0",
@@ -334,7 +336,7 @@ class TestRepetition:
 class TestControls:
     def test_an_untrained_teacher_is_what_training_would_begin_with(self, fresh):
         folder = fresh.run("untrained", "teacher.trained=false", "teacher.seed=4")
-        config = parse(OmegaConf.create(yaml.safe_load((folder / "config.yaml").read_text())))
+        config = parse(OmegaConf.create(RunFolder(folder).read_config()))
         own = teacher_run(config)
         seed_generators(own.seed, WEIGHTS, own.student)
 
@@ -427,6 +429,7 @@ class TestVariants:
 
         warnings = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
         assert warnings == [
+            "warning: teacher.trainer.limit_train_batches has no effect with method=none",
             "warning: alpha has no effect with method=none",
             "warning: granularity.head_map has no effect with method=none",
         ]

@@ -21,7 +21,13 @@ from vitkd.runs.checkpoints import read_checkpoint
 
 # 3 epochs of 10 steps; with dropout, a warm-up, and windows of 4 steps that are cut by most kills.
 SMALL = [
-    *("trainer=cpu", "trainer.max_epochs=3", "+trainer.limit_train_batches=10", "teacher.max_epochs=2"),
+    *(
+        "trainer=cpu",
+        "trainer.max_epochs=3",
+        "+trainer.limit_train_batches=10",
+        "teacher.trainer.limit_train_batches=10",
+        "teacher.max_epochs=2",
+    ),
     *("teacher.depth=1", "student.depth=1", "student.dropout=0.1", "student.emb_dropout=0.1"),
     *("schedule.warmup=0.3", "log_every_n_steps=4", "pictures_every_n_epochs=2", "name=run", "resume=auto"),
 ]

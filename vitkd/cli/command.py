@@ -23,6 +23,7 @@ from vitkd.cli.console import Job, print_jobs
 from vitkd.cli.jobs import Sweep, as_typed, is_multirun, overridden, recorded
 from vitkd.cli.messages import explain, explain_foreign
 from vitkd.config import CONF_DIR, LONGEST_NAME, Config
+from vitkd.config.roles import names_folder
 from vitkd.config.schema import refuse_foreign_code
 from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
@@ -31,7 +32,6 @@ from vitkd.process.isolation import isolated
 from vitkd.process.memory import keep_freed_memory, pass_over_what_is_imported
 from vitkd.process.signals import TERMINATED, exit_on_termination
 from vitkd.runs.files import NO_ROOM
-from vitkd.runs.folder import IMMATERIAL
 
 log = logging.getLogger("vitkd")
 
@@ -43,8 +43,6 @@ HYDRA_OPTIONS = {
 }
 # Commands whose settings come in groups, which Hydra's own help lists.
 WITH_CHOICES = {"train"}
-# Besides what is immaterial: they stand elsewhere in the path, or do not change what is computed.
-NOT_NAMED = {"experiment", "log_every_n_steps", "trainer", "trainer.accelerator"}
 
 
 def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None]) -> None:
@@ -206,12 +204,7 @@ def run_path(config: Config) -> Path:
     """Where this job's run folder goes: outputs/<experiment or data set>/<its overrides>."""
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     group, in_path = (experiment, "experiment") if experiment else (config.dataset.name, "dataset")
-    unnamed = NOT_NAMED | {in_path}
-    told = {
-        key: value
-        for key, value in overridden().items()
-        if key not in unnamed and key.partition(".")[0] not in IMMATERIAL
-    }
+    told = {key: value for key, value in overridden().items() if key != in_path and names_folder(key)}
     return Path(config.paths.outputs, group, config.name or folder_name(told))
 
 

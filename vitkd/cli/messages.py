@@ -91,11 +91,11 @@ def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
 
 def _settings_of(option: Path) -> set[str]:
     """The names of the settings in an option's file and in the files that it inherits from."""
-    content = OmegaConf.load(option)
+    content = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(option)))
     bases = [base.partition("@")[0] for base in content.get("defaults", []) if isinstance(base, str)]
     files = [CONF_DIR / base[1:] if base[0] == "/" else option.parent / base for base in bases]
     inherited = [_settings_of(file.with_suffix(".yaml")) for file in files if file.name != "_self_"]
-    return {str(key) for key in content}.union(*inherited)
+    return set(content).union(*inherited)
 
 
 def _composed(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:

@@ -76,10 +76,17 @@ class TeacherSource:
     cache: str
     """`auto` asks the teacher once for what it says of images that always look the same; `off` every time."""
     cache_gib: float
-    """What those answers may take of the device's memory."""
+    """What those answers may take of the device's memory, in GiB."""
+    trainer: dict[str, Any]
+    """Arguments of Lightning's Trainer for the teacher's own run, but for `max_epochs` and MACHINE."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        for name in self.trainer:
+            if name == "max_epochs":
+                raise ConfigError("trainer.max_epochs: leave it out; teacher.max_epochs is that setting")
+            if name in MACHINE:
+                raise ConfigError(f"trainer.{name}: leave it out; trainer.{name} is the teacher's as well")
         if self.max_epochs < 1:
             raise ConfigError(f"max_epochs={self.max_epochs}: must be at least 1")
         if not self.trained and self.checkpoint is not None:
@@ -99,6 +106,9 @@ class Teacher(TeacherSource):
     optimizer: AdamW
     schedule: Schedule
 
+
+# Settings of `trainer` that say on what a run is computed: the teacher's run takes them from its student's.
+MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "deterministic", "benchmark")
 
 # What stands in the teacher's group beside its model's settings.
 TEACHER_KEYS = {f.name for f in fields(Teacher)} - {"model"}
@@ -201,7 +211,7 @@ def parse(composed: DictConfig) -> Config:
         # A folder of one's own images shows its number of classes only when looked at.
         composed.dataset.num_classes = dataset.num_classes = dataset.inspect(Path(composed.paths.data))
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-    record_whereabouts(plain)
+    make_paths_absolute(plain)
     root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
     student = build("student", plain["student"], ModelConfig)
     method = build("method", plain["method"], Method)
@@ -238,8 +248,11 @@ def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> N
         )
 
 
-def record_whereabouts(plain: dict[str, Any]) -> None:
-    """Make the paths of what is read absolute, so that the record is true in any folder."""
+def make_paths_absolute(plain: dict[str, Any]) -> None:
+    """Make the paths of what is read absolute, so that config.yaml means the same in any working folder.
+
+    Raises ConfigError for a path that is no text.
+    """
     for group, key in (("paths", "data"), ("dataset", "root"), ("teacher", "checkpoint")):
         if (place := plain[group].get(key)) is not None:
             if not isinstance(place, str):
@@ -248,14 +261,24 @@ def record_whereabouts(plain: dict[str, Any]) -> None:
 
 
 def teacher_run(config: Config) -> Config:
-    """The run that trains the teacher: the same job without distillation, with the teacher as its student."""
+    """The run that trains the teacher: on the job's data set and machine, by the teacher's own settings."""
     node = config.resolved["teacher"]
     model = {key: value for key, value in node.items() if key not in TEACHER_KEYS}
     none = {"_target_": f"{NoDistillation.__module__}.{NoDistillation.__name__}"}
-    trainer = config.trainer | {"max_epochs": node["max_epochs"]}
+    machine = {key: value for key, value in config.trainer.items() if key in MACHINE}
+    trainer = machine | node["trainer"] | {"max_epochs": node["max_epochs"]}
     own = {"student": model, "method": none, "trainer": trainer, "ema_decay": None, "label_smoothing": 0.0}
     own |= {key: node[key] for key in ("optimizer", "schedule", "seed")}
     return parse(OmegaConf.create(config.resolved | own))
+
+
+def name_in_job(setting: str) -> str:
+    """A setting of the teacher's own run as a job sets it that needs the teacher: student.x is teacher.x."""
+    group, _, key = setting.partition(".")
+    if group == "student" or setting == "trainer.max_epochs":
+        return f"teacher.{key}"
+    is_teachers = group in ("optimizer", "schedule", "seed") or (group == "trainer" and key not in MACHINE)
+    return f"teacher.{setting}" if is_teachers else setting
 
 
 def unquoted(choice: str) -> str:

@@ -4,9 +4,9 @@ Shapes: S stacked students (absent for one model), B batch, C channels, H height
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,9 +33,6 @@ class ModelConfig(ABC):
     channels: int
     num_classes: int
 
-    # Settings younger than the first trained models, and what these were built as.
-    LATER: ClassVar[Mapping[str, Any]] = {}
-
     # A model cannot train on fewer images a step.
     MIN_BATCH_SIZE: ClassVar[int] = 1
 
@@ -53,15 +50,15 @@ class ModelConfig(ABC):
         if getattr(self, name) not in choices:
             raise ConfigError(f"{name}={getattr(self, name)}: choose {' or '.join(choices)}")
 
-    def facts(self) -> dict[str, Any]:
-        """What tells this model from others: its settings, but for later ones that change nothing.
-
-        Random streams and the names of stored teachers hang on it, so a new setting leaves both as they were.
-        """
-        return {k: v for k, v in asdict(self).items() if k not in self.LATER or v != self.LATER[k]}
-
     def __repr__(self) -> str:
-        return f"{type(self).__qualname__}({', '.join(f'{k}={v!r}' for k, v in self.facts().items())})"
+        """The settings as code; keyword-only ones, variants of an architecture, only if they are not default.
+
+        Seeds are made from it (`vitkd.runs.seeding`), so a new variant leaves those of other models alone.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        default = {f.name for f in fields(self) if f.kw_only and values[f.name] == f.default}
+        shown = [f"{name}={value!r}" for name, value in values.items() if name not in default]
+        return f"{type(self).__qualname__}({', '.join(shown)})"
 
     @abstractmethod
     def __str__(self) -> str:

@@ -8,9 +8,7 @@ Shapes: S stacked students (absent for one model), B batch, C channels, T tokens
 token, grid²), H heads, D embed_dim, K classes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +29,6 @@ TOKENIZERS = ("patch", "spt")
 class ViTConfig(ModelConfig):
     """Everything that determines a ViT's shape."""
 
-    LATER: ClassVar[Mapping[str, Any]] = {
-        "tokenizer": "patch",
-        "attention": "msa",
-        "distillation_token": False,
-    }
-
     stacks = True
 
     patch_size: int
@@ -54,6 +46,7 @@ class ViTConfig(ModelConfig):
     patch_norm: bool = True
     """LayerNorm before and after the patch projection, as vit-pytorch has it; timm and torchvision do not.
     Shifted patches have their own norm, whatever this says."""
+    _: KW_ONLY  # variants, see __repr__
     tokenizer: str = "patch"
     """patch | spt: see `spt`"""
     attention: str = "msa"

@@ -4,7 +4,7 @@ from collections.abc import Sequence, Set
 
 from vitkd.report.arms import Arm
 from vitkd.report.parsing import Settings
-from vitkd.report.settings import ARM_GROUPS, arm_settings, format_settings, group_of
+from vitkd.report.settings import arm_settings, format_settings, group_of
 
 UNCONTROLLED: Settings = {"method.control": None, "teacher.trained": True}
 """Settings with which attention is distilled from the teacher's own maps, and their defaults."""
@@ -29,24 +29,21 @@ def is_control(control: Arm, arm: Arm) -> bool:
     """
     if uses_own_maps(control) or control.first.attention_weight:
         return False
-    groups = ARM_GROUPS if control.method == arm.method else {"teacher", "alpha", "weighting"}
     ignored = {*UNCONTROLLED}
+    if control.method != arm.method:
+        ignored |= {"method", "granularity", "loss"}
     if control.first.settings.get("teacher.trained") is False:
         ignored |= {"teacher.seed", "teacher.checkpoint"}  # which random weights it has is chance
     seeds = sorted(control.runs.keys() & arm.runs.keys())
     return bool(seeds) and all(
-        settings_at(seed, control, groups, ignored) == settings_at(seed, arm, groups, ignored)
-        for seed in seeds
+        settings_at(seed, control, ignored) == settings_at(seed, arm, ignored) for seed in seeds
     )
 
 
-def settings_at(seed: int, arm: Arm, groups: Set[str], ignored: Set[str]) -> Settings:
-    """The settings of an arm's run in `groups`, without those in `ignored`."""
-    return {
-        name: value
-        for name, value in arm_settings(arm.runs[seed].settings).items()
-        if group_of(name) in groups and name not in ignored
-    }
+def settings_at(seed: int, arm: Arm, ignored: Set[str]) -> Settings:
+    """The settings of an arm's run, without those and the groups in `ignored`."""
+    settings = arm_settings(arm.runs[seed].settings)
+    return {name: value for name, value in settings.items() if not {name, group_of(name)} & ignored}
 
 
 def control_settings(arm: Arm) -> Settings:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from vitkd import __version__
 from vitkd.errors import ConfigError
 from vitkd.report.curves import Curves, read_curves
 from vitkd.report.parsing import (
@@ -29,6 +28,7 @@ from vitkd.report.parsing import (
     read_json,
 )
 from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
+from vitkd.runs.version import version_problem
 
 FOLDERS_WITHOUT_RUNS = {"checkpoints", "stacks", "sweeps", "report", "explain"}
 STATES = ("done", "running", "stopped", "failed")
@@ -151,7 +151,8 @@ def read_run(path: Path) -> Run:
     problem = "" if is_of_a_run(config) else "config.yaml is cut or not a run's"
     if not any((path / name).is_file() for name in ("status.json", "metrics.json")):
         return Run(path, "foreign", problem or "no status.json")
-    if other_version := version_problem(config):
+    other_version = version_problem(config)
+    if other_version and (not problem or "version" in config):
         return Run(path, "incompatible", other_version)
     if problem:
         return Run(path, "damaged", problem)
@@ -172,14 +173,6 @@ def read_run(path: Path) -> Run:
         is_teacher=bool(STORED_TEACHER.fullmatch(path.resolve().as_posix())),
     )
     return with_metrics(run, read_json(path / "metrics.json")) if run.state == "done" else run
-
-
-def version_problem(config: Mapping[str, Any]) -> str:
-    """One line that names both versions if another version of vitkd made the run; else empty."""
-    version = config.get("version")
-    if not isinstance(version, str) or version == __version__:
-        return ""
-    return f"made by vitkd {one_line(version)}, this is vitkd {__version__}"
 
 
 def with_metrics(run: Run, metrics: Mapping[str, Any]) -> Run:

@@ -6,25 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from vitkd.config.roles import Separates, separates
 from vitkd.report.parsing import Settings, Value
-
-# As in vitkd.runs.folder, whose import would load PyTorch.
-IMMATERIAL = {"paths", "name", "resume", "sweep", "checkpoint_minutes", "pictures_every_n_epochs"}
-
-SPEED_AND_LOGGING = {
-    *("log_every_n_steps", "cuda_graph", "compile"),
-    *("trainer.accelerator", "trainer.strategy", "trainer.deterministic"),
-    *("teacher.cache", "teacher.cache_gib"),
-    *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
-    # The default of trainer.max_epochs and teacher.max_epochs, which are compared themselves.
-    "dataset.max_epochs",
-}
 
 T = TypeVar("T")
 K = TypeVar("K")
-
-ARM_GROUPS = {"teacher", "method", "granularity", "loss", "alpha", "weighting"}
-"""The groups of settings in which the arms of one experiment may differ."""
 
 WEIGHTING, CONSTANT = "weighting._target_", "constant"
 CLASS_SUFFIXES = {"method": "Distillation", "weighting": "Weighting"}
@@ -32,11 +18,10 @@ CLASS_SUFFIXES = {"method": "Distillation", "weighting": "Weighting"}
 
 def comparable(settings: Settings) -> Settings:
     """The settings that may change a result, without the seed; null counts as absent."""
-    left_out = IMMATERIAL | {"seed", "version"}
     kept = {
         name: value
         for name, value in settings.items()
-        if value is not None and group_of(name) not in left_out and name not in SPEED_AND_LOGGING
+        if value is not None and separates(name, Separates.ARMS)
     }
     return dict(sorted((kept | {WEIGHTING: weighting_of(settings)}).items()))
 
@@ -49,12 +34,12 @@ def weighting_of(settings: Settings) -> str:
 
 def experiment_settings(settings: Settings) -> Settings:
     """Those that all runs of an experiment share."""
-    return {name: value for name, value in settings.items() if group_of(name) not in ARM_GROUPS}
+    return {name: value for name, value in settings.items() if separates(name, Separates.EXPERIMENTS)}
 
 
 def arm_settings(settings: Settings) -> Settings:
     """Those that all runs of an arm share."""
-    return {name: value for name, value in settings.items() if group_of(name) in ARM_GROUPS}
+    return {name: value for name, value in settings.items() if not separates(name, Separates.EXPERIMENTS)}
 
 
 def group_by(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from vitkd.config.roles import HYPERPARAMETERS, flatten
 from vitkd.runs.files import force_to_disk, write_atomically
 
 CHARTS = {
@@ -135,20 +136,17 @@ class TensorBoardCurves(TensorBoardLogger):
 
 
 def hyperparameters(settings: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """What tells one run from another, less what had no effect.
+    """The settings on TensorBoard's HParams page, without those that had no effect.
 
     TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
     """
-    told: dict[str, Any] = {
-        "dataset": settings["dataset"]["name"],
-        "trainer.max_epochs": settings["trainer"]["max_epochs"],
-    }
-    for key in {"alpha", "seed"} - set(ignored):
-        told[key] = settings[key]
-    for group in {"granularity", "loss", "method", "optimizer", "schedule", "student"} - set(ignored):
-        for name, value in settings[group].items():
-            if name == "_target_":
-                told[group] = value.rpartition(".")[2]
-            else:
-                told[f"{group}.{name}"] = value if isinstance(value, int | float | str) else str(value)
-    return {name: value for name, value in told.items() if name not in ignored}
+    shown: dict[str, Any] = {"dataset": settings["dataset"]["name"]}
+    for name, value in flatten(settings):
+        group = name.partition(".")[0]
+        if not {name, group} & HYPERPARAMETERS or {name, group} & {*ignored}:
+            continue
+        if name == f"{group}._target_":
+            shown[group] = value.rpartition(".")[2]
+        else:
+            shown[name] = value if isinstance(value, int | float | str) else str(value)
+    return shown

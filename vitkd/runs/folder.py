@@ -1,4 +1,4 @@
-"""What a run leaves on disk: one folder, one run at a time in it, and its state for all to read."""
+"""A run's folder on disk: its files, its state, and a lock so that one process at a time works in it."""
 
 import json
 import logging
@@ -14,18 +14,16 @@ from typing import Any, Self
 import yaml
 from filelock import FileLock, Timeout
 
+from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
 from vitkd.process.distributed import is_first
 from vitkd.runs.files import NO_ROOM, write_atomically
-from vitkd.runs.older import completed
+from vitkd.runs.version import KEY, stamped, version_problem
 
 log = logging.getLogger("vitkd")
 
-# Settings that say where files lie and how often to look, and leave every figure as it is.
-IMMATERIAL = {"paths", "name", "resume", "sweep", "checkpoint_minutes", "pictures_every_n_epochs"}
-
-# For as long at most another process holds a lock that only looks whether it is free.
-LOOK_SECONDS = 1
+# A process that only tests whether the lock is free holds it for no longer than this.
+LOCK_TEST_SECONDS = 1
 
 
 class RunFolder:
@@ -50,9 +48,9 @@ class RunFolder:
 
     @classmethod
     def claim(cls, path: Path) -> Self:
-        """Make a new folder at `path`, or at `path`-2, -3, … where others have been before.
+        """Make a new folder at `path`, or at `path`-2, -3, … if those exist.
 
-        `mkdir` decides, so two runs started in the same instant never share one.
+        `mkdir` decides, so two runs started at the same instant never share one.
         """
         for candidate in numbered(path):
             try:
@@ -62,11 +60,11 @@ class RunFolder:
                 continue
             except OSError as error:
                 raise ConfigError(f"{candidate}: no folder can be made there ({error.strerror})") from error
-        raise AssertionError("numbers never end")
+        raise AssertionError("unreachable: numbers never end")
 
     @classmethod
     def latest(cls, path: Path, config: Mapping[str, Any]) -> Self | None:
-        """The newest of the folders at `path`, `path`-2, … that holds a run of just this configuration."""
+        """The newest of the folders at `path`, `path`-2, … with a run of this configuration and version."""
         found, other = None, None
         for candidate in numbered(path):
             if not candidate.is_dir():
@@ -74,13 +72,21 @@ class RunFolder:
             folder = cls(candidate)
             if not folder.config.is_file():
                 continue
-            if (difference := first_difference(folder.read_config(), config)) is None:
+            if (difference := folder.difference(config)) is None:
                 found = folder
             else:
-                other = f"{candidate} has another {difference.removesuffix('._target_')}"
+                other = f"{candidate} {difference}"
         if found is None and other is not None:
-            log.info("%s: starting anew, in a folder beside it", other)
+            log.info("%s: starting a new run in a folder beside it", other)
         return found
+
+    def difference(self, config: Mapping[str, Any]) -> str | None:
+        """Why the run here is not one of `config` by this version, in words, or None if it is one."""
+        written = self._read_config()
+        if problem := version_problem(written):
+            return f"was {problem.partition(';')[0]}"
+        setting = first_difference(written, config)
+        return setting and f"has another {setting.removesuffix('._target_')}"
 
     @classmethod
     def existing(cls, path: Path) -> Self:
@@ -92,13 +98,13 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """`running`, `done`, `failed` or `stopped`, which a run that was killed is too."""
+        """`running`, `done`, `failed` or `stopped`; a killed run is `stopped`."""
         written = self._written_state()
         if written != "running":
             return written
         if self.is_locked:
             return "running"
-        # It may have ended well between the two looks.
+        # It may have finished since the status was read.
         return "stopped" if (written := self._written_state()) == "running" else written
 
     def _written_state(self) -> str:
@@ -129,7 +135,7 @@ class RunFolder:
             yield self
             return
         try:
-            with self._lock.acquire(timeout=LOOK_SECONDS), self._told(config):
+            with self._lock.acquire(timeout=LOCK_TEST_SECONDS), self._recorded(config):
                 yield self
         except Timeout as error:
             raise ConfigError(f"{self.path}: another process is at work there; let it finish") from error
@@ -137,15 +143,15 @@ class RunFolder:
             if error.errno not in NO_ROOM:
                 raise
             raise RunError(
-                f"{error.filename or self.path}: cannot be written ({error.strerror}); make room, then the"
-                " same command with resume=auto goes on"
+                f"{error.filename or self.path}: cannot be written ({error.strerror}); make room, then resume"
+                " by the same command with resume=auto"
             ) from error
 
     @contextmanager
-    def _told(self, config: Mapping[str, Any]) -> Iterator[None]:
-        for half in self.path.glob(".*.tmp"):
-            half.unlink()  # of an attempt that was killed while it wrote
-        write_atomically(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    def _recorded(self, config: Mapping[str, Any]) -> Iterator[None]:
+        for partial in self.path.glob(".*.tmp"):
+            partial.unlink()  # of an attempt that was killed while it wrote
+        write_atomically(self.config, yaml.safe_dump(stamped(config), sort_keys=False, allow_unicode=True))
         handler = LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
@@ -154,7 +160,7 @@ class RunFolder:
             yield
             self._set_status("done")
         except BaseException as error:
-            # Where the disk is full this cannot be written either; the first error is what counts.
+            # On a full disk this cannot be written either; the first error is the one to report.
             with suppress(OSError):
                 if isinstance(error, KeyboardInterrupt | SystemExit):
                     self._set_status("stopped")
@@ -167,14 +173,25 @@ class RunFolder:
                 handler.close()
 
     def read_config(self) -> dict[str, Any]:
-        """The run's resolved configuration, an old one completed; ConfigError if it cannot be read."""
+        """The run's resolved configuration.
+
+        Raises ConfigError if it cannot be read or is of another version of vitkd.
+        """
+        config = self._read_config()
+        if problem := version_problem(config):
+            raise ConfigError(f"run={self.path}: {problem}")
+        return {key: value for key, value in config.items() if key != KEY}
+
+    def _read_config(self) -> dict[str, Any]:
         try:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"{self.config}: cannot be read as a run's configuration") from error
         if not isinstance(config, dict) or not isinstance(config.get("paths"), dict):
-            raise ConfigError(f"{self.config}: cannot be read as a run's configuration, it is cut or foreign")
-        return completed(config)
+            raise ConfigError(
+                f"{self.config}: cannot be read as a run's configuration, it is cut or not vitkd's"
+            )
+        return config
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the flat `metrics.json`."""
@@ -189,7 +206,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.metrics}: cannot be read; has the run finished?") from error
         if not isinstance(metrics, dict):
-            raise ConfigError(f"{self.metrics}: cannot be read as a run's metrics, it is foreign")
+            raise ConfigError(f"{self.metrics}: cannot be read as a run's metrics, it is not vitkd's")
         return metrics
 
     def _set_status(self, state: str, **more: str) -> None:
@@ -203,7 +220,7 @@ class RunFolder:
 
 
 class LogFile(logging.FileHandler):
-    """Leaves out what a full disk does not take: whoever needs the disk next tells of it."""
+    """Drops lines that a full disk does not take: the next write that matters reports the error."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Nothing; logging would print a traceback a line."""
@@ -214,17 +231,3 @@ def numbered(path: Path) -> Iterator[Path]:
     yield path
     for number in count(2):
         yield path.with_name(f"{path.name}-{number}")
-
-
-def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str | None:
-    """The first setting in which two configurations differ such that figures may, as `group.key`, or None."""
-    for key in [*one, *(key for key in other if key not in one)]:
-        if not prefix and key in IMMATERIAL:
-            continue
-        mine, theirs = one.get(key), other.get(key)
-        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            if (found := first_difference(mine, theirs, f"{prefix}{key}.")) is not None:
-                return found
-        elif mine != theirs:
-            return f"{prefix}{key}"
-    return None

@@ -95,7 +95,7 @@ def begin_alone(run: RunFolder, stacks: Path) -> None:
         return
     place = read_place(run, stacks)
     if place and place.folder.is_saved:
-        log.info("%s: starting anew: hydra/launcher=stacked alone could go on with its stack", run.path)
+        log.info("%s: starting over: only hydra/launcher=stacked could resume its stack", run.path)
     # A stack leaves its students weights alone, nothing to go on from.
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     leave_place(run, stacks)

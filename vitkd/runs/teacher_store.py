@@ -4,42 +4,28 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 
+import vitkd
+from vitkd.config.roles import Separates, relevant
+from vitkd.config.run import Config, name_in_job
 from vitkd.data import Dataset
 from vitkd.errors import ConfigError
-from vitkd.models import Model, ModelConfig
-from vitkd.optim import AdamW, Schedule
+from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.folder import RunFolder
 
 log = logging.getLogger("vitkd")
 
-# Raise it when a change to the code makes teachers trained before it different.
-RECIPE_VERSION = 1
-
-# Settings that say where and how fast, not what is learned.
-IMMATERIAL = {"eval_batch_size", "resident_limit_gib", "workers", "download", "max_epochs", "root"}
-IMMATERIAL_TO_TRAINER = {"accelerator", "strategy"}
-
-
-class TeacherRun(Protocol):
-    """The part of the configuration of a teacher's own run that determines the teacher."""
-
-    student: ModelConfig
-    dataset: Dataset
-    optimizer: AdamW
-    schedule: Schedule
-    trainer: dict[str, Any]
-    matmul_precision: str
-    seed: int
+TARGET = "._target_"
+MOST_NAMED = 3
+"""Settings that the line about a new teacher names; more follow as a number."""
 
 
 def given_teacher(
@@ -63,25 +49,19 @@ def given_teacher(
     return model
 
 
-def fingerprint(run: TeacherRun, contents: str | None) -> str:
-    """A short hash of everything that determines the teacher that `run` trains.
+def fingerprint(run: Config, contents: str | None) -> str:
+    """A short hash of everything that determines the teacher that `run` trains, the version of vitkd too.
 
     `contents` stands for the images themselves, where the data set's name does not.
     """
-    data = {key: value for key, value in asdict(run.dataset).items() if key not in IMMATERIAL}
-    facts = {
-        "version": RECIPE_VERSION,
-        "seed": run.seed,
-        "model": run.student.facts(),
-        "dataset": data | {"contents": contents},
-        "optimizer": [type(run.optimizer).__name__, asdict(run.optimizer)],
-        "schedule": [type(run.schedule).__name__, asdict(run.schedule)],
-        "trainer": {k: v for k, v in run.trainer.items() if k not in IMMATERIAL_TO_TRAINER},
-    }
-    if run.matmul_precision != "highest":
-        # Otherwise left out: the teachers trained before there was a choice keep their name.
-        facts["matmul_precision"] = run.matmul_precision
+    facts = {"settings": determining(run.resolved), "contents": contents, "version": vitkd.__version__}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def determining(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a teacher's own settings that determine it, by `group.key`; 0 and 0.0 are one value."""
+    values = relevant(settings, Separates.TEACHERS)
+    return {name: float(value) if type(value) is int else value for name, value in values.items()}
 
 
 def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[RunFolder], object]) -> Model:
@@ -100,12 +80,51 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
         if agree(store.exists):
             log.info("teacher: reusing %s", store)
         else:
-            log.info("no teacher yet: training it first, once; later runs reuse it")
+            new = what_is_new(settings, stored_settings(store.parent))
+            log.info("no teacher yet%s: training it first, once; later runs reuse it", new)
             folder = RunFolder(agree(lambda: attempt(store, settings)))
             train(folder)
             agree(lambda: folder.path.rename(store))
         agree(lambda: remove_attempts(store))
     return load_any(store)
+
+
+def stored_settings(place: Path) -> list[dict[str, Any]]:
+    """The settings of the teachers stored in the folder `place`, of those that can be read."""
+    found = []
+    for path in sorted(place.glob("*/student.safetensors")):
+        if path.parent.suffix:
+            continue  # .unfinished
+        with suppress(ConfigError):
+            found.append(RunFolder(path.parent).read_config())
+    return found
+
+
+def what_is_new(settings: Mapping[str, Any], stored: Iterable[Mapping[str, Any]]) -> str:
+    """In which settings a teacher differs from the stored one that is most like it; empty without any."""
+    wanted = determining(settings)
+    others = [determining(each) for each in stored]
+    if not others:
+        return ""
+    differing = [[n for n in {**wanted, **other} if wanted.get(n) != other.get(n)] for other in others]
+    names, nearest = min(zip(differing, others, strict=True), key=lambda pair: len(pair[0]))
+    if not names:
+        return " for these images"
+    # What only the other has goes without saying where its class is another.
+    names = [n for n in names if n in wanted] or names
+    shown = [
+        f"{name_in_job(n.removesuffix(TARGET))}={shown_value(wanted.get(n))}" for n in names[:MOST_NAMED]
+    ]
+    before = [shown_value(nearest.get(n)) for n in names[:MOST_NAMED]]
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f" with {', '.join(shown)}{more} (the nearest stored one has {', '.join(before)})"
+
+
+def shown_value(value: Any) -> str:
+    """A setting's value as typed; of a class its name."""
+    if isinstance(value, str):
+        return value.rpartition(".")[2] if value.startswith("vitkd.") else value
+    return f"{value:g}" if type(value) is float else json.dumps(value)
 
 
 def attempt(store: Path, settings: Mapping[str, Any]) -> Path:

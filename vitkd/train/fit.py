@@ -71,30 +71,30 @@ class Fitted(NamedTuple):
     metrics: dict[str, Any]
 
 
-def check_trainer(settings: dict[str, Any]) -> Machine:
-    """What a Trainer with these settings runs on.
+def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
+    """What a Trainer with these settings, which stand at `key` of the configuration, runs on.
 
     Raises ConfigError unless Lightning's Trainer, and this project's use of it, take all of them.
     """
     accepted = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"} - DECIDED
     for name, value in settings.items():
         if name in DECIDED:
-            raise ConfigError(f"trainer.{name}: is decided by vitkd; leave it out")
+            raise ConfigError(f"{key}.{name}: is decided by vitkd; leave it out")
         if name not in accepted:
-            raise ConfigError(f"trainer.{name}: no such setting; {suggest(name, accepted)}")
+            raise ConfigError(f"{key}.{name}: no such setting; {suggest(name, accepted)}")
         if name in COUNTS and not (type(value) is int and value >= 1):
-            raise ConfigError(f"trainer.{name}={value}: must be a whole number of at least 1")
+            raise ConfigError(f"{key}.{name}={value}: must be a whole number of at least 1")
     batches, clip = settings.get("limit_train_batches"), settings.get("gradient_clip_val")
     if batches is not None and not batches > 0:
-        raise ConfigError(f"trainer.limit_train_batches={batches}: must be above 0, or null for all")
+        raise ConfigError(f"{key}.limit_train_batches={batches}: must be above 0, or null for all")
     if clip is not None and not 0 < clip < math.inf:
-        raise ConfigError(f"trainer.gradient_clip_val={clip}: must be a finite number above 0, or null")
+        raise ConfigError(f"{key}.gradient_clip_val={clip}: must be a finite number above 0, or null")
     try:
         trial = L.Trainer(**settings, logger=False, enable_checkpointing=False)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"trainer: {one_line(error)}; trainer=auto fits this machine") from error
+        raise ConfigError(f"{key}: {one_line(error)}; trainer=auto fits this machine") from error
     if isinstance(trial.strategy.launcher, _MultiProcessingLauncher):
-        raise ConfigError(f"trainer.strategy={settings.get('strategy')}: its processes share one; use ddp")
+        raise ConfigError(f"{key}.strategy={settings.get('strategy')}: its processes share one; use ddp")
     # Not its world size: under torchrun that is what torchrun says.
     return Machine(trial.strategy.root_device, trial.num_devices * trial.num_nodes, trial.num_nodes)
 

@@ -122,6 +122,7 @@ def obtain_teacher(config: Config, device: torch.device) -> Model:
         agree(lambda: prepare("teacher", own.student))
         log.info("teacher: left as it is before training (teacher.trained=false), as a control")
         return first_weights(own.seed, own.student)
+    check_trainer(own.trainer, "teacher.trainer")
     mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
     store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
     if not store.exists():

@@ -88,6 +88,7 @@ BRIEFLY = [
         "trainer=cpu",
         "trainer.max_epochs=1",
         "+trainer.limit_train_batches=3",
+        "teacher.trainer.limit_train_batches=3",
         "+trainer.limit_val_batches=1",
     ),
     *("student.depth=1", "teacher.depth=1", "teacher.max_epochs=1", "dataset.batch_size=32"),

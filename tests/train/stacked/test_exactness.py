@@ -109,7 +109,12 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weights_however_it_trains(variant, options, teachers, tmp_path, command):
-    chosen = ["trainer.max_epochs=2", "+trainer.limit_train_batches=6", *VARIANTS[variant]]
+    chosen = [
+        "trainer.max_epochs=2",
+        "+trainer.limit_train_batches=6",
+        "teacher.trainer.limit_train_batches=6",
+        *VARIANTS[variant],
+    ]
     together, alone = both_ways(options, teachers, tmp_path, command, *chosen)
 
     for name in STUDENTS:

@@ -43,6 +43,7 @@ ALONE = [
 ]
 OVERFLOW = "one student's overflow would hold all others back"
 BESIDE_A_TEACHER = [*ALONE[1:], "teacher.depth=1", "teacher.max_epochs=1"]
+BESIDE_A_TEACHER += ["teacher.trainer.limit_train_batches=2"]
 
 
 @pytest.fixture
@@ -265,7 +266,12 @@ class TestWhatRunsAlone:
     def test_is_what_goes_on_from_a_checkpoint_of_its_own(self, plan, finished, sweeps):
         shutil.copytree(finished, sweeps.folder("run0"))
         (sweeps.folder("run0") / "status.json").write_text('{"state": "stopped"}')
-        briefly = ["trainer.max_epochs=1", "teacher.max_epochs=1", "trainer.limit_train_batches=1"]
+        briefly = [
+            "trainer.max_epochs=1",
+            "teacher.max_epochs=1",
+            "trainer.limit_train_batches=1",
+            "teacher.trainer.limit_train_batches=1",
+        ]
 
         stacks, alone, told = plan("seed=0,1,2", "name=run${seed}", *briefly)
 

@@ -30,6 +30,7 @@ SETTINGS = [
         "trainer=cpu",
         "trainer.max_epochs=2",
         "+trainer.limit_train_batches=7",
+        "teacher.trainer.limit_train_batches=7",
     ),
     *("teacher.max_epochs=1", "teacher.depth=1", "student.depth=1", "dataset.batch_size=16"),
     *("student.dropout=0.1", "schedule.warmup=0.3", "log_every_n_steps=4", "pictures_every_n_epochs=0"),
@@ -203,7 +204,7 @@ def test_alone_one_of_them_starts_anew_and_goes_on_with_that(start, reference, t
     struck = alone(tmp_path, Strike(STEP, 5))
 
     assert struck.code == -signal.SIGKILL
-    assert "head-0: starting anew: hydra/launcher=stacked alone could go on with its stack\n" in struck.out
+    assert "head-0: starting over: only hydra/launcher=stacked could resume its stack\n" in struck.out
     assert not (run_of(tmp_path, "head-0") / "stack.json").exists()
 
     rest = start()
@@ -223,7 +224,7 @@ def test_alone_one_that_was_being_concluded_starts_anew(start, reference, tmp_pa
     ended = alone(tmp_path)
 
     assert "last.ckpt" in before, "with weights alone in it"
-    assert "starting anew" in ended.out
+    assert "starting over" in ended.out
     assert ended.code == 0, ended
     assert_close(run_of(tmp_path, "head-0"), run_of(reference, "head-0"))
     assert not (run_of(tmp_path, "head-0") / "stack.json").exists()

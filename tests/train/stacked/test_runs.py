@@ -17,7 +17,13 @@ from vitkd.models import load_model
 from vitkd.runs.checkpoints import load_from_checkpoint, read_checkpoint
 
 BRIEFLY = [
-    *("trainer=cpu", "trainer.max_epochs=2", "+trainer.limit_train_batches=5", "log_every_n_steps=2"),
+    *(
+        "trainer=cpu",
+        "trainer.max_epochs=2",
+        "+trainer.limit_train_batches=5",
+        "teacher.trainer.limit_train_batches=5",
+        "log_every_n_steps=2",
+    ),
     *("student.depth=1", "teacher.depth=2", "teacher.max_epochs=1", "dataset.batch_size=32"),
 ]
 JOBS = [

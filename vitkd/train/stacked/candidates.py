@@ -13,7 +13,8 @@ from vitkd.cli.command import run_path
 from vitkd.cli.console import Job
 from vitkd.cli.jobs import as_job, overridden
 from vitkd.config import Config, parse
-from vitkd.runs.folder import IMMATERIAL, RunFolder, first_difference
+from vitkd.config.roles import Separates, first_difference, relevant
+from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import Place, leave_place, read_place, stacks_folder
 from vitkd.train.compilation import check_compiler
 from vitkd.train.fit import Machine, check_trainer
@@ -101,7 +102,7 @@ def without_twins(candidates: Iterable[Candidate]) -> list[Candidate]:
     """All but those that would do in the same place what another does; such a one runs after it."""
     first: dict[str, Candidate] = {}
     for found in candidates:
-        settings = {key: value for key, value in found.config.resolved.items() if key not in IMMATERIAL}
+        settings = relevant(found.config.resolved, Separates.RUNS)
         first.setdefault(json.dumps([str(found.path), settings], sort_keys=True), found)
     return [*first.values()]
 

@@ -2,29 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
-# What each student of a stack has of its own, by where it stands in a run's resolved configuration.
-OWN = (
-    *(("alpha",), ("seed",), ("label_smoothing",), ("method",), ("weighting",), ("granularity",), ("loss",)),
-    ("schedule",),
-    *(("optimizer", "lr"), ("optimizer", "weight_decay")),
-)
-# What a stack takes from its first student. Not `paths`: the images lie there.
-NO_MATTER = ("name", "resume", "sweep", "checkpoint_minutes", "pictures_every_n_epochs")
+from vitkd.config.roles import Separates, relevant
 
 
 def shared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What all runs of a stack have in common: the resolved `config` without what each has of its own."""
-    shared = {key: deepcopy(value) for key, value in config.items() if key not in NO_MATTER}
-    for path in OWN:
-        *groups, last = path
-        node = shared
-        for group in groups:
-            node = node.get(group, {})
-        node.pop(last, None)
-    return shared
+    """What all runs of a stack have in common, by `group.key`, of their resolved `config`."""
+    return relevant(config, Separates.STACKS)
 
 
 def in_stack_order(config: Mapping[str, Any]) -> tuple[Any, ...]:
