@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vitkd.config import CONF_DIR, Config, parse, teacher_run
+from vitkd.config.run import name_in_job
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
@@ -257,11 +258,11 @@ def test_the_reports_models_have_their_sizes(name, parameters, read):
 
 
 @every_experiment
-def test_an_experiment_tells_its_command_and_the_reports_figure(path):
+def test_an_experiment_states_its_command_and_the_reports_result(path):
     header = path.read_text(encoding="utf-8").partition("defaults:")[0]
 
     assert re.search(rf"^# python -m vitkd\.train .*{re.escape(choice(path))}\b", header, re.MULTILINE)
-    assert re.search(r"\d ?%|no figures", header)
+    assert re.search(r"\d ?%|no numbers", header)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +338,54 @@ def test_the_teachers_run_is_the_teacher_without_distillation(read):
     assert (own.seed, own.optimizer.lr, own.trainer["max_epochs"]) == (5, 0.1, 3)
     assert own.resolved["seed"] == 5
     assert own.resolved["student"]["depth"] == config.teacher.model.depth
+
+
+def test_the_teacher_has_its_own_trainer_on_the_students_machine(read):
+    students = [
+        "trainer.precision=bf16-mixed",
+        "trainer.gradient_clip_val=1",
+        "trainer.limit_train_batches=3",
+    ]
+    machine = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "deterministic": True}
+
+    own = teacher_run(
+        read(
+            *students,
+            *(f"trainer.{name}={value}" for name, value in machine.items()),
+            "teacher.trainer.gradient_clip_val=0.5",
+            "+teacher.trainer.gradient_clip_algorithm=value",
+        )
+    )
+
+    assert own.trainer.items() >= machine.items()
+    assert own.trainer["precision"] == "32-true"
+    assert own.trainer["limit_train_batches"] is None
+    assert (own.trainer["gradient_clip_val"], own.trainer["gradient_clip_algorithm"]) == (0.5, "value")
+
+
+@pytest.mark.parametrize(
+    ("setting", "in_job"),
+    [
+        ("student.depth", "teacher.depth"),
+        ("optimizer.lr", "teacher.optimizer.lr"),
+        ("schedule.warmup", "teacher.schedule.warmup"),
+        ("seed", "teacher.seed"),
+        ("trainer.max_epochs", "teacher.max_epochs"),
+        ("trainer.precision", "teacher.trainer.precision"),
+        ("trainer.devices", "trainer.devices"),
+        ("dataset.batch_size", "dataset.batch_size"),
+        ("matmul_precision", "matmul_precision"),
+    ],
+)
+def test_a_setting_of_the_teachers_run_is_named_as_a_job_sets_it(setting, in_job, read):
+    """What the job sets there is what the teacher's run has here."""
+    values = {"trainer.devices": 2, "matmul_precision": "high", "trainer.precision": "bf16-mixed"}
+    value = values.get(setting, 7 if "warmup" not in setting else 0.7)
+
+    own = OmegaConf.create(teacher_run(read(f"{in_job}={value}")).resolved)
+
+    assert name_in_job(setting) == in_job
+    assert OmegaConf.select(own, setting) == value
 
 
 def test_what_was_resolved_reads_back_as_the_same_run(read):

@@ -223,7 +223,7 @@ class TestTeacher:
 
         line = str(error.value)
         assert line.startswith(f"run={run}: its teacher (teachers/digits/")
-        assert line.endswith("is gone; name one by teacher.checkpoint=PATH")
+        assert line.endswith("is missing; set teacher.checkpoint=PATH")
         assert "\n" not in line
         assert load_run(run, "best", teacher=str(copy / "digits" / "alone")).teacher is not None
 
@@ -238,7 +238,9 @@ class TestTeacher:
         found = load_run(run, "best")
 
         assert digest(found.teacher) == digest(model)
-        assert warnings() == [f"warning: {run} learned from a teacher with other weights than the one found"]
+        assert warnings() == [
+            f"warning: {run} was trained with a teacher of other weights than the one found"
+        ]
 
 
 class TestData:

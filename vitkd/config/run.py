@@ -1,8 +1,7 @@
-"""The typed configuration: what Hydra composed, checked as a whole before anything is loaded or written.
+"""The typed configuration: what Hydra composed, checked completely before anything is loaded or written.
 
-Every group's option names a class by `_target_`. That class, a dataclass, *is* the option's schema: its
-fields are the keys and types, its `__post_init__` the ranges. So a new option is one class and one YAML;
-`schema` does the checking.
+Every option of a group names a dataclass by `_target_`, and that class is the option's schema: its fields are
+the keys and types, its `__post_init__` checks the ranges. A new option is one class and one YAML file.
 """
 
 import math
@@ -38,7 +37,7 @@ GROUPS = (
 
 @dataclass
 class Paths:
-    """Where things lie; relative paths start from the working folder."""
+    """Folders; relative paths start from the working folder."""
 
     data: str
     outputs: str
@@ -53,10 +52,10 @@ class Paths:
 
 @dataclass
 class SweepSettings:
-    """How a multirun treats jobs that an earlier one has run."""
+    """How a multirun treats jobs that an earlier multirun has run."""
 
     rerun: str
-    """`missing` runs what is not done yet, and goes on with what was cut off; `all` runs every job anew."""
+    """`missing` skips jobs that are done and resumes interrupted ones; `all` runs every job again."""
 
     def __post_init__(self) -> None:
         if self.rerun not in ("missing", "all"):
@@ -65,18 +64,18 @@ class SweepSettings:
 
 @dataclass
 class TeacherSource:
-    """What a teacher is besides its shape, optimiser and schedule."""
+    """The teacher's settings besides its model, optimiser and schedule."""
 
     checkpoint: str | None
-    """A run folder, .safetensors or .ckpt file; null takes the teacher from the store, trained at need."""
+    """A run folder, .safetensors or .ckpt file; null takes the stored teacher, trained first if need be."""
     seed: int
     max_epochs: int
     trained: bool
-    """False leaves it with the random weights that training would begin with: a control arm."""
+    """False leaves it with the random weights that training would start from: a control arm."""
     cache: str
-    """`auto` asks the teacher once for what it says of images that always look the same; `off` every time."""
+    """`auto` computes the teacher's outputs once for images without random augmentation; `off` every time."""
     cache_gib: float
-    """What those answers may take of the device's memory, in GiB."""
+    """The most device memory that these outputs may take, in GiB."""
     trainer: dict[str, Any]
     """Arguments of Lightning's Trainer for the teacher's own run, but for `max_epochs` and MACHINE."""
 
@@ -100,7 +99,7 @@ class TeacherSource:
 
 @dataclass
 class Teacher(TeacherSource):
-    """The teacher and how it is trained, should it not be there yet."""
+    """The teacher and how it is trained if it is not stored yet."""
 
     model: ModelConfig
     optimizer: AdamW
@@ -110,7 +109,7 @@ class Teacher(TeacherSource):
 # Settings of `trainer` that say on what a run is computed: the teacher's run takes them from its student's.
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy", "deterministic", "benchmark")
 
-# What stands in the teacher's group beside its model's settings.
+# The keys of the teacher's group that are not its model's.
 TEACHER_KEYS = {f.name for f in fields(Teacher)} - {"model"}
 
 
@@ -122,27 +121,27 @@ class Root:
     """Weight of the *class* loss: alpha·L_class + (1 − alpha)·L_att. 1 is the student alone. DeiT's and
     vit-pytorch's alpha weigh the other term."""
     label_smoothing: float
-    """What the student's labels share among all classes (Szegedy et al. 2016); 0 for none."""
+    """The share of a label's weight that is spread over all classes (Szegedy et al. 2016); 0 for none."""
     seed: int
     name: str | None
     """The run folder's name; null makes one from the overrides."""
     log_every_n_steps: int
     pictures_every_n_epochs: int
-    """How often attention pictures go to TensorBoard; 0 is never."""
+    """Epochs between attention pictures in TensorBoard; 0 for none."""
     checkpoint_minutes: float
-    """A checkpoint is written when so much time has passed since the last, besides every epoch's end."""
+    """A checkpoint is written at every epoch's end and when this much time has passed since the last one."""
     resume: str | None
-    """`auto` goes on with a run of the same configuration that was cut off; null begins anew, beside it."""
+    """`auto` resumes an interrupted run of the same configuration; null starts a new one beside it."""
     ema_decay: float | None
-    """Validate and keep the exponential moving average of the student's weights; null keeps the weights.
-    The decay starts low and grows to this value."""
+    """Validate and keep an exponential moving average of the student's weights; null keeps the weights. The
+    decay starts low and grows to this value."""
     matmul_precision: str
-    """Of products of float32 matrices, and convolutions: `highest` is float32; `high` and `medium` may round
-    the factors, on NVIDIA GPUs to TF32."""
+    """Precision of float32 matrix products and convolutions: `highest` is float32; `high` and `medium` may
+    round the factors, on NVIDIA GPUs to TF32."""
     cuda_graph: str
-    """`auto` replays training steps on a GPU from a CUDA graph, where that can be done; `off` never does."""
+    """`auto` replays training steps on a GPU from a CUDA graph where possible; `off` never does."""
     compile: bool
-    """Compile the losses of a training step, models included (torch.compile)."""
+    """torch.compile the losses of a training step, models included."""
     sweep: SweepSettings
     paths: Paths
 
@@ -180,7 +179,7 @@ class Root:
 
 @dataclass
 class Config(Root):
-    """A whole run, typed and checked."""
+    """All settings of a run, typed and checked."""
 
     dataset: Dataset
     student: ModelConfig
@@ -194,21 +193,21 @@ class Config(Root):
     trainer: dict[str, Any]
     """Arguments of Lightning's Trainer."""
     resolved: dict[str, Any] = field(repr=False)
-    """The plain configuration that this was read from, with every interpolation resolved."""
+    """The configuration as plain values, with every interpolation resolved: what config.yaml holds."""
 
 
 def parse(composed: DictConfig) -> Config:
     """Check a composed configuration and turn it into objects; reads no images and writes nothing.
 
-    Raises ConfigError, with one line, for the first thing that is wrong.
+    Raises ConfigError for the first mistake.
     """
     composed = composed.copy()
     for group in (*GROUPS, "paths"):
         if composed.get(group) is None:
-            raise ConfigError(f"{group}: is missing, and nothing can do without it")
+            raise ConfigError(f"{group}: is missing and required")
     dataset = build("dataset", composed.dataset, Dataset)
     if dataset.num_classes is None:
-        # A folder of one's own images shows its number of classes only when looked at.
+        # The number of classes of an image folder is only known from its files.
         composed.dataset.num_classes = dataset.num_classes = dataset.inspect(Path(composed.paths.data))
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     make_paths_absolute(plain)
@@ -282,7 +281,7 @@ def name_in_job(setting: str) -> str:
 
 
 def unquoted(choice: str) -> str:
-    """A choice as it was meant: a file's bare `off` is YAML's word for false."""
+    """A choice as text: an unquoted `off` in a YAML file is read as false."""
     return "off" if choice == "False" else choice
 
 
@@ -293,7 +292,7 @@ def check_seed(seed: int) -> None:
 
 
 def _teacher(node: dict[str, Any]) -> Teacher:
-    """Split the group's node into the model's settings and the teacher's own."""
+    """The teacher of the group's node, whose settings are the model's and the teacher's own."""
     own_keys = [f.name for f in fields(TeacherSource) if f.name in node]
     own = instantiate("teacher", TeacherSource, {key: node[key] for key in own_keys})
     return Teacher(

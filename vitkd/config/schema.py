@@ -17,7 +17,7 @@ ALLOWED_TO_HYDRA = (
     *("vitkd.cli.jobs.Sweep", "hydra._internal.core_plugins.", "hydra_plugins."),
     *("optuna.samplers.", "logging.", "colorlog."),
 )
-# A type as a person calls it.
+# Types in plain English, for error messages.
 IN_WORDS = {
     **{"None": "null", "bool": "true or false", "str": "text"},
     **{"float": "a number", "int": "a whole number"},
@@ -28,7 +28,7 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 def build(key: str, node: Mapping[str, Any], base: type) -> Any:
     """The object that a group's node describes, an instance of `base`.
 
-    Raises ConfigError if `_target_` is not a class of vitkd's of that kind, or a setting does not fit it.
+    Raises ConfigError if `_target_` is not such a class of vitkd's, or a setting does not fit it.
     """
     settings = {str(name): node[name] for name in node if name != "_target_"}
     return instantiate(key, allowed_class(key, str(node.get("_target_")), base), settings)
@@ -45,8 +45,8 @@ def allowed_class(key: str, target: str, base: type) -> type:
             found = getattr(importlib.import_module(module), name, None)
         except ImportError:
             found = None
-        is_kind = inspect.isclass(found) and issubclass(found, base) and not inspect.isabstract(found)
-        if is_kind and found.__module__.startswith("vitkd."):
+        is_subclass = inspect.isclass(found) and issubclass(found, base) and not inspect.isabstract(found)
+        if is_subclass and found.__module__.startswith("vitkd."):
             return cast(type, found)
     raise ConfigError(f"{key}._target_={target}: only vitkd's own {base.__name__} classes are allowed")
 
@@ -67,15 +67,15 @@ def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
     try:
         return OmegaConf.to_object(schema)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{prefix}{error.full_key}: is missing, and nothing can do without it") from error
+        raise ConfigError(f"{prefix}{error.full_key}: is missing and required") from error
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from error
 
 
 def type_of(cls: type, name: str) -> str:
-    """The type of a dataclass's field, in a person's words."""
-    kind = get_type_hints(cls)[name]
-    text = kind.__name__ if inspect.isclass(kind) and not get_args(kind) else str(kind)
+    """The type of a dataclass's field in plain English."""
+    hint = get_type_hints(cls)[name]
+    text = hint.__name__ if inspect.isclass(hint) and not get_args(hint) else str(hint)
     for code, words in IN_WORDS.items():
         text = re.sub(rf"\b{code}\b", words, text)
     return text.replace(" | ", " or ")

@@ -1,8 +1,8 @@
 """Checkpoints that survive a crash, a full disk and a flipped bit; nothing is ever unpickled.
 
-A checkpoint is written beside its place, forced to the disk and renamed, and the one before it is kept. The
-folder's SHA256SUMS (in sha256sum's own format) is written before the renames, so at every instant some file
-holds a whole checkpoint and its digest is listed, under whichever name.
+A checkpoint is written to a temporary file, flushed to disk and renamed; the previous one is kept. The
+folder's SHA256SUMS (in sha256sum's format) is written before the renames, so at every instant some file holds
+a complete checkpoint whose digest is listed, under either name.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
             force_to_disk(file)
         listed, old = _read_sums(path.parent), _sha256(path)
         sums = {name: digest for name, digest in listed.items() if path.with_name(name).exists()}
-        # Looked at, not looked up: what a write that was cut off has listed may never have come here.
+        # The file's own digest: an interrupted write may have listed one that never got its name.
         kept = old if path.name not in listed or old in listed.values() else None
         if kept:
             sums[previous(path).name] = kept
@@ -76,10 +76,10 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         temporary.replace(path)
         force_names_to_disk(path.parent)
     except OSError as error:
-        remedy = "make room" if error.errno in NO_ROOM else "put that right"
+        fix = "make room" if error.errno in NO_ROOM else "fix that"
         raise RunError(
-            f"{path}: cannot be written ({error.strerror}); what was saved before is good: {remedy}, and the"
-            " same command with resume=auto goes on from there"
+            f"{path}: cannot be written ({error.strerror}); the previous checkpoint is valid: {fix}, and the"
+            " same command with resume=auto resumes from it"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def newest_good(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint at `path`, else the one that it replaced, else None.
 
-    One that is damaged is told of and put aside, so that it never takes the place of a good one.
+    A damaged one is renamed, with a warning, so that it never replaces a valid one.
     """
     for candidate in (path, previous(path)):
         if not candidate.exists():
@@ -124,9 +124,9 @@ def newest_good(path: Path) -> tuple[Path, dict[str, Any]] | None:
         except ConfigError as error:
             digest = _sha256(candidate)
             if digest is None or digest in _read_sums(path.parent).values():
-                raise  # it is whole: what is wrong lies elsewhere, and may pass
-            aside = candidate.replace(candidate.with_name(f"{candidate.name}.damaged"))
-            log.warning("warning: %s; it is now %s", error, aside.name)
+                raise  # the file is complete: the problem is elsewhere and may be temporary
+            renamed = candidate.replace(candidate.with_name(f"{candidate.name}.damaged"))
+            log.warning("warning: %s; it is now %s", error, renamed.name)
     return None
 
 
@@ -162,7 +162,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
-    """Each file's digest; none where there is no list, or a foreign one."""
+    """File name → digest; empty if there is no list or it is in another format."""
     sums = folder / SUMS
     if not sums.is_file():
         return {}

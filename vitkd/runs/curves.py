@@ -1,7 +1,7 @@
-"""The curves of a run: metrics.csv, and what TensorBoard shows.
+"""The curves of a run: metrics.csv, and TensorBoard's events.
 
-Both are written as the run goes on and can be taken up again at any step, so that a run that was killed and
-resumed leaves the same curves as one that was not: no step twice, none missing.
+Both are written during the run and can be continued from any step, so that a run that was killed and resumed
+leaves the same curves as an uninterrupted one: no step twice, none missing.
 """
 
 import csv
@@ -25,7 +25,7 @@ CHARTS = {
     "accuracy": {"student": ["Multiline", ["train/acc", "val/acc", "val/teacher_agreement"]]},
     "alpha": {"gradient norms": ["Multiline", ["train/gradient_norm_class", "train/gradient_norm_transfer"]]},
 }
-"""TensorBoard's custom scalar page: what belongs together on one chart."""
+"""TensorBoard's custom scalar page: the curves that share a chart."""
 
 
 class MetricsFile(Logger):
@@ -33,7 +33,7 @@ class MetricsFile(Logger):
 
     Args:
         path: the file.
-        start: the step to go on from; rows after it, of an attempt that was cut off, are dropped.
+        start: the step to resume from; later rows, of an interrupted attempt, are dropped.
     """
 
     def __init__(self, path: Path, start: int = 0) -> None:
@@ -42,7 +42,7 @@ class MetricsFile(Logger):
         self._columns: list[str] = ["step"]
         self._row: dict[str, Any] = {}
         self._row_begins = 0
-        self._take_up(start)
+        self._resume(start)
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class MetricsFile(Logger):
         with self.path.open("r+b") as file:
             force_to_disk(file)
 
-    def _take_up(self, start: int) -> None:
+    def _resume(self, start: int) -> None:
         rows = [row for row in self._read() if int(row["step"]) <= start] if self.path.exists() else []
         self._columns += [name for row in rows[:1] for name in row if name != "step"]
         self._rewrite(rows)
@@ -87,8 +87,8 @@ class MetricsFile(Logger):
     def _read(self) -> list[dict[str, Any]]:
         written = self.path.read_bytes()
         # What follows the last line break was being written when the process died.
-        whole = written[: written.rfind(b"\n") + 1].decode()
-        return [*csv.DictReader(io.StringIO(whole, newline=""))]
+        complete = written[: written.rfind(b"\n") + 1].decode()
+        return [*csv.DictReader(io.StringIO(complete, newline=""))]
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")
@@ -106,7 +106,7 @@ class TensorBoardCurves(TensorBoardLogger):
 
     Args:
         folder: the run's.
-        start: the step to go on from; TensorBoard discards what an attempt that was cut off wrote after it.
+        start: the step to resume from; TensorBoard discards what an interrupted attempt wrote after it.
     """
 
     def __init__(self, folder: Path, start: int = 0) -> None:

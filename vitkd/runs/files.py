@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the whole new one, whatever happens."""
+"""Writing files so that a reader always sees either the old one or the complete new one."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A run that trained, loaded again from its folder: its student, its teacher, and what learned from what."""
+"""Load a finished run: config, student, teacher, distilled pairs."""
 
 import json
 import logging
@@ -25,15 +25,16 @@ PAIR = {"student_block", "teacher_block", "student_heads", "teacher_heads"}
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run, with what it trained and from whom."""
+    """A loaded run."""
 
     path: Path
     config: Config
     student: Model
     teacher: Model | None
     pairs: Sequence[Mapping[str, Any]]
-    """as `pairs.json` has them; empty if no map was learned from"""
+    """as in `pairs.json`; empty if no attention map was distilled"""
     epoch: str
+    """of the student: best | last"""
 
     @property
     def is_alone(self) -> bool:
@@ -47,11 +48,12 @@ def load_run(
     """The run in `path` after its "best" or "last" epoch, in eval mode on the CPU.
 
     Args:
-        teacher: its teacher, if that is not to be looked for.
-        data, root: where its data set lies, if not where it lay.
+        teacher: its teacher's file or folder; None looks it up in the store.
+        data, root: `paths.data` and `dataset.root`, if they have changed since training.
 
     Raises:
-        ConfigError: there is no run, nothing was trained yet, or the teacher is gone or of other data.
+        ConfigError: there is no run, it is of another version of vitkd, nothing was trained yet, or the
+            teacher is missing or of other data.
     """
     folder = RunFolder.existing(path)
     plain = folder.read_config()
@@ -74,34 +76,30 @@ def find_teacher(path: Path, config: Config, given: str | None) -> Model | None:
     """The teacher of the run in `path`, or None if it had none and none is given."""
     if given is None and not config.method.needs_teacher:
         return None
-    if (place := given or config.teacher.checkpoint) is not None:
-        return given_teacher(place, config.dataset, otherwise="")
+    if (checkpoint := given or config.teacher.checkpoint) is not None:
+        return given_teacher(checkpoint, config.dataset, otherwise="")
     own = teacher_run(config)
     if not config.teacher.trained:
         with torch.random.fork_rng(devices=[]):
             return first_weights(own.seed, own.student).eval()
-    mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
-    stores = (parent / "teachers" / own.dataset.name / mark for parent in path.resolve().parents)
-    for store in stores:
-        if store.is_dir():
-            return _checked(load_any(store), path)
-    raise ConfigError(
-        f"run={path}: its teacher (teachers/{own.dataset.name}/{mark}) is gone; "
-        "name one by teacher.checkpoint=PATH"
-    )
+    stored = Path("teachers", own.dataset.name, fingerprint(own, own.dataset.contents(Path(own.paths.data))))
+    for parent in path.resolve().parents:
+        if (parent / stored).is_dir():
+            return _checked(load_any(parent / stored), path)
+    raise ConfigError(f"run={path}: its teacher ({stored}) is missing; set teacher.checkpoint=PATH")
 
 
 def _read_pairs(file: Path) -> list[Mapping[str, Any]]:
-    """What learned from what; nothing if there is no such file."""
+    """The distilled pairs in `file`; none if it does not exist."""
     if not file.is_file():
         return []
     try:
         pairs = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read, it is cut or foreign") from error
+        raise ConfigError(f"{file}: cannot be read, it is cut or not vitkd's") from error
     are_pairs = isinstance(pairs, list) and all(isinstance(p, dict) and p.keys() >= PAIR for p in pairs)
     if not are_pairs:
-        raise ConfigError(f"{file}: cannot be read, it is no list of pairs of blocks")
+        raise ConfigError(f"{file}: cannot be read, it is not a list of block pairs")
     return pairs
 
 
@@ -109,7 +107,7 @@ def _checked(teacher: Model, path: Path) -> Model:
     try:
         recorded = RunFolder(path).read_metrics().get("teacher/weights")
     except ConfigError:
-        return teacher  # the run goes on
+        return teacher  # the run has not finished
     if recorded not in (None, digest(teacher)):
-        log.warning("warning: %s learned from a teacher with other weights than the one found", path)
+        log.warning("warning: %s was trained with a teacher of other weights than the one found", path)
     return teacher

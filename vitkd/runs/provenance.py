@@ -1,4 +1,4 @@
-"""What a figure depends on besides the configuration: versions, code state, precision, hardware."""
+"""What results depend on besides the configuration: versions, code state, precision, hardware."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ import vitkd
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Flat facts for `metrics.json`."""
+    """The entries of `metrics.json` about them."""
     return {
         "versions/vitkd": vitkd.__version__,
         "versions/python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""A finished run's figures and files: written once by `train`, computed again by `evaluate`."""
+"""A finished run's predictions and distilled pairs."""
 
 import json
 import zipfile
@@ -17,13 +17,16 @@ from vitkd.runs.folder import RunFolder
 
 
 def write_predictions(folder: RunFolder, predictions: Mapping[str, Tensor]) -> None:
-    """Keep each model's class for every test image, in the split's order."""
+    """Write each model's predicted class [N] for every test image, in the split's order."""
     arrays: dict[str, Any] = {name: classes.to(torch.int32).numpy() for name, classes in predictions.items()}
     np.savez_compressed(folder.predictions, **arrays)
 
 
 def read_teacher_predictions(folder: RunFolder) -> Tensor | None:
-    """The teacher's class for every test image, or None for a run without a teacher."""
+    """The teacher's predicted class [N] for every test image, or None for a run without a teacher.
+
+    Raises ConfigError if the file cannot be read.
+    """
     try:
         with folder.predictions.open("rb") as file, np.load(file, allow_pickle=False) as predictions:
             return torch.from_numpy(predictions["teacher"]).long() if "teacher" in predictions else None
@@ -32,5 +35,5 @@ def read_teacher_predictions(folder: RunFolder) -> Tensor | None:
 
 
 def write_pairs(folder: RunFolder, pairs: Sequence[BlockPair]) -> None:
-    """Keep which student map learned from which teacher maps, as settled for this run."""
+    """Write which student map learned from which teacher maps."""
     write_atomically(folder.pairs, json.dumps([asdict(pair) for pair in pairs], indent=2) + "\n")

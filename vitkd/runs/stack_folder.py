@@ -1,4 +1,4 @@
-"""Where a stack of students is saved while it trains, and what each student's run folder tells of that."""
+"""Where a stack of students is saved while it trains, and the note of it in each student's run folder."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger("vitkd")
 
 
 class StackFolder:
-    """The folder of a stack under way: its checkpoint. What is to stay goes to the students' run folders."""
+    """The folder of a stack in training: its checkpoint. Results go to the students' run folders."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,15 +27,15 @@ class StackFolder:
 
     @property
     def is_saved(self) -> bool:
-        """Whether there is anything to go on from."""
+        """Whether there is a checkpoint to resume from."""
         return self.last.exists() or previous(self.last).exists()
 
     def hold(self, runs: Sequence[RunFolder]) -> None:
-        """Note whose students are saved here from now on, and tell each run its place."""
+        """Record which runs' students are saved here, and in each run's folder where that is."""
         paths = [os.path.relpath(run.path, self.path) for run in runs]
         write_atomically(self._runs, json.dumps(paths) + "\n")
         for student, run in enumerate(runs):
-            # A name, not a path: outputs may move, and what is removed in the end lies among the stacks.
+            # A name, not a path: outputs may move, and only folders of stacks are ever removed.
             place = {"stack": self.path.name, "student": student, "students": len(runs)}
             write_atomically(run.stack, json.dumps(place) + "\n")
 
@@ -49,19 +49,19 @@ class StackFolder:
         if any(place and place.folder.path == self.path for place in places):
             return
         shutil.rmtree(self.path, ignore_errors=True)
-        # Other stacks may lie there, and other processes put some there or remove it at this moment.
+        # It may hold other stacks, and other processes may add some or remove it at this moment.
         with suppress(OSError):
             self.path.parent.rmdir()
 
 
 class Place(NamedTuple):
-    """Where a student's training is saved while it goes on."""
+    """Where the state of a student in training is saved."""
 
     folder: StackFolder
     student: int
-    """its number there"""
+    """its index in the stack"""
     students: int
-    """of the stack"""
+    """the stack's size"""
 
 
 def stacks_folder(outputs: str | Path) -> Path:
@@ -70,10 +70,10 @@ def stacks_folder(outputs: str | Path) -> Path:
 
 
 def read_place(run: RunFolder, stacks: Path) -> Place | None:
-    """The place of a run's student in one of the folders in `stacks`; None if it has none there."""
+    """Where in one of the folders in `stacks` a run's student is saved; None if it is in none."""
     try:
-        told = json.loads(run.stack.read_text(encoding="utf-8"))
-        name, student, students = str(told["stack"]), int(told["student"]), int(told["students"])
+        note = json.loads(run.stack.read_text(encoding="utf-8"))
+        name, student, students = str(note["stack"]), int(note["student"]), int(note["students"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     is_name = Path(name).name == name and name not in ("", "..")
@@ -82,7 +82,7 @@ def read_place(run: RunFolder, stacks: Path) -> Place | None:
 
 
 def leave_place(run: RunFolder, stacks: Path) -> None:
-    """Forget where a run that is over was saved, and remove the stack's folder after its last student."""
+    """Delete the note of a run that is over, and the stack's folder after its last student."""
     place = read_place(run, stacks)
     run.stack.unlink(missing_ok=True)
     if place:
@@ -90,12 +90,12 @@ def leave_place(run: RunFolder, stacks: Path) -> None:
 
 
 def begin_alone(run: RunFolder, stacks: Path) -> None:
-    """Let a run that was cut off as part of a stack begin anew by itself; other runs stay as they are."""
+    """Restart by itself a run that was interrupted as part of a stack; other runs stay as they are."""
     if not run.stack.exists():
         return
     place = read_place(run, stacks)
     if place and place.folder.is_saved:
         log.info("%s: starting over: only hydra/launcher=stacked could resume its stack", run.path)
-    # A stack leaves its students weights alone, nothing to go on from.
+    # A stack leaves its students' weights only, which cannot be resumed from.
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     leave_place(run, stacks)

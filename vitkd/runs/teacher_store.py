@@ -1,4 +1,4 @@
-"""Where the teacher comes from: a checkpoint, the store of teachers trained before, or training it now."""
+"""Where the teacher comes from: a checkpoint, the store of trained teachers, or training it now."""
 
 import hashlib
 import json
@@ -33,8 +33,7 @@ def given_teacher(
 ) -> Model | None:
     """The teacher of `teacher.checkpoint`, or None if none was named.
 
-    Raises ConfigError, whose advice ends in `otherwise`, if it cannot be read or was made for other images or
-    classes.
+    Raises ConfigError, which ends in `otherwise`, if it cannot be read or is for other images or classes.
     """
     if checkpoint is None:
         return None
@@ -65,11 +64,11 @@ def determining(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[RunFolder], object]) -> Model:
-    """The teacher in the folder `store`; if it is not there yet, `train` makes it first.
+    """The teacher in the folder `store`; if it does not exist yet, `train` makes it first.
 
-    A lock keeps parallel runs from training it twice. The folder gets its name only when it is complete, so
-    an interrupted training never passes for a teacher; the next run goes on with it, if `settings`, the
-    teacher's own resolved configuration, are still the same.
+    A lock keeps parallel runs from training it twice. The folder gets its name when it is complete, so an
+    interrupted training is never taken for a teacher; the next run resumes it if `settings`, the teacher's
+    own resolved configuration, are the same.
     """
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
@@ -128,19 +127,19 @@ def shown_value(value: Any) -> str:
 
 
 def attempt(store: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder to train in: that of an attempt that was cut off, else a new one."""
+    """The folder to train in: that of an interrupted attempt, else a new one."""
     unfinished = store.with_name(f"{store.name}.unfinished")
     return (RunFolder.latest(unfinished, settings) or RunFolder.claim(unfinished)).path
 
 
 def remove_attempts(store: Path) -> None:
-    """Remove what attempts at a teacher that is there by now have left."""
+    """Remove the folders of unfinished attempts at a teacher that is stored by now."""
     for folder in store.parent.glob(f"{store.name}.unfinished*"):
         shutil.rmtree(folder)
 
 
 def acquired(lock: BaseFileLock) -> AcquireReturnProxy:
-    """The lock, taken; says so if another run has to finish first."""
+    """The lock, acquired; logs a line if another run has to finish first."""
     try:
         return lock.acquire(timeout=0)
     except Timeout:
