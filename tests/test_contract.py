@@ -37,6 +37,7 @@ OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF_DIR /
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
     ("student", "resnet"): ["method=logit"],
+    ("student", "vit"): SMALL,
     ("student", "report"): SMALL,
     ("student", "mnist"): SMALL,
     ("student", "report_teacher"): ["granularity=head", *SMALL],

@@ -361,6 +361,7 @@ def test_a_real_grid(command, tmp_path, report):
     """What training leaves is what the report reads: nothing in between is made up."""
     arguments = ["student.depth=1", "teacher.depth=1", "trainer=cpu", "trainer.max_epochs=2"]
     arguments += ["teacher.max_epochs=1", "trainer.limit_train_batches=3", f"paths.outputs={tmp_path}"]
+    arguments += ["teacher.trainer.limit_train_batches=3"]
     arguments += ["granularity=head,block", "loss=mse,kl", "alpha=0.1,1", "seed=0,1,2"]
     done = command("train", "-m", "hydra/launcher=stacked", *arguments)
     assert done.code == 0, done.err
