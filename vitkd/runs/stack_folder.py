@@ -30,23 +30,23 @@ class StackFolder:
         """Whether there is a checkpoint to resume from."""
         return self.last.exists() or previous(self.last).exists()
 
-    def hold(self, runs: Sequence[RunFolder]) -> None:
+    def assign(self, runs: Sequence[RunFolder]) -> None:
         """Record which runs' students are saved here, and in each run's folder where that is."""
         paths = [os.path.relpath(run.path, self.path) for run in runs]
         write_atomically(self._runs, json.dumps(paths) + "\n")
         for student, run in enumerate(runs):
             # A name, not a path: outputs may move, and only folders of stacks are ever removed.
-            place = {"stack": self.path.name, "student": student, "students": len(runs)}
-            write_atomically(run.stack, json.dumps(place) + "\n")
+            slot = {"stack": self.path.name, "student": student, "students": len(runs)}
+            write_atomically(run.stack, json.dumps(slot) + "\n")
 
-    def remove_if_left(self) -> None:
+    def remove_if_unused(self) -> None:
         """Remove the folder unless some run still has its student here."""
         try:
             runs = [RunFolder(self.path / path) for path in json.loads(self._runs.read_text("utf-8"))]
         except (OSError, ValueError, TypeError):
             return
-        places = (read_place(run, self.path.parent) for run in runs)
-        if any(place and place.folder.path == self.path for place in places):
+        slots = (read_slot(run, self.path.parent) for run in runs)
+        if any(slot and slot.folder.path == self.path for slot in slots):
             return
         shutil.rmtree(self.path, ignore_errors=True)
         # It may hold other stacks, and other processes may add some or remove it at this moment.
@@ -54,7 +54,7 @@ class StackFolder:
             self.path.parent.rmdir()
 
 
-class Place(NamedTuple):
+class StackSlot(NamedTuple):
     """Where the state of a student in training is saved."""
 
     folder: StackFolder
@@ -69,7 +69,7 @@ def stacks_folder(outputs: str | Path) -> Path:
     return Path(outputs, "stacks")
 
 
-def read_place(run: RunFolder, stacks: Path) -> Place | None:
+def read_slot(run: RunFolder, stacks: Path) -> StackSlot | None:
     """Where in one of the folders in `stacks` a run's student is saved; None if it is in none."""
     try:
         note = json.loads(run.stack.read_text(encoding="utf-8"))
@@ -77,25 +77,25 @@ def read_place(run: RunFolder, stacks: Path) -> Place | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     is_name = Path(name).name == name and name not in ("", "..")
-    is_place = is_name and 0 <= student < students and (stacks / name).is_dir()
-    return Place(StackFolder(stacks / name), student, students) if is_place else None
+    is_slot = is_name and 0 <= student < students and (stacks / name).is_dir()
+    return StackSlot(StackFolder(stacks / name), student, students) if is_slot else None
 
 
-def leave_place(run: RunFolder, stacks: Path) -> None:
+def release_slot(run: RunFolder, stacks: Path) -> None:
     """Delete the note of a run that is over, and the stack's folder after its last student."""
-    place = read_place(run, stacks)
+    slot = read_slot(run, stacks)
     run.stack.unlink(missing_ok=True)
-    if place:
-        place.folder.remove_if_left()
+    if slot:
+        slot.folder.remove_if_unused()
 
 
-def begin_alone(run: RunFolder, stacks: Path) -> None:
+def restart_alone(run: RunFolder, stacks: Path) -> None:
     """Restart by itself a run that was interrupted as part of a stack; other runs stay as they are."""
     if not run.stack.exists():
         return
-    place = read_place(run, stacks)
-    if place and place.folder.is_saved:
+    slot = read_slot(run, stacks)
+    if slot and slot.folder.is_saved:
         log.info("%s: starting over: only hydra/launcher=stacked could resume its stack", run.path)
     # A stack leaves its students' weights only, which cannot be resumed from.
     shutil.rmtree(run.checkpoints, ignore_errors=True)
-    leave_place(run, stacks)
+    release_slot(run, stacks)

@@ -24,7 +24,7 @@ from vitkd.runs import results
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
-from vitkd.runs.stack_folder import begin_alone, stacks_folder
+from vitkd.runs.stack_folder import restart_alone, stacks_folder
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
 from vitkd.train.build import build_module, facts_of
 from vitkd.train.compilation import check_compiler, compile_training
@@ -161,7 +161,7 @@ def train(
     """
     with folder.running(config.resolved):
         if is_first():
-            begin_alone(folder, stacks_folder(config.paths.outputs))
+            restart_alone(folder, stacks_folder(config.paths.outputs))
         student = first_weights(config.seed, config.student)
         module = build_module(config, student, teacher, facts_of(data))
         teacher_test = measure_teacher(teacher, data, device) if teacher and is_first() else None

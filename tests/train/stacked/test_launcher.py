@@ -29,7 +29,7 @@ from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import Method
 from vitkd.models import ResNetConfig, ViTConfig
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.stack_folder import Place, StackFolder
+from vitkd.runs.stack_folder import StackFolder, StackSlot
 from vitkd.train import job as train
 from vitkd.train.fit import Machine
 from vitkd.train.stacked import StackedModule
@@ -104,7 +104,7 @@ def stacked(resolved, monkeypatch) -> Callable[..., tuple[list[list[int]], list[
                 node = reduce(getitem, groups, settings)
                 node[last] = value
             config = SimpleNamespace(resolved=settings, method=build("method", settings["method"], Method))
-            place = Place(StackFolder(Path(f"stack-{number}")), 0, 1) if number in saved else None
+            place = StackSlot(StackFolder(Path(f"stack-{number}")), 0, 1) if number in saved else None
             members.append(SimpleNamespace(job=Job(number, {}), config=config, place=place))
         found = stacks_of(cast(Any, members), most)
         return [[member.job.number for member in stack] for stack in found], said

@@ -17,7 +17,7 @@ from tests.crashes import Ended, Strike
 from tests.train.test_resume import curves_of, rows_of, same
 from vitkd.runs.checkpoints import newest_good
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.stack_folder import StackFolder, leave_place, read_place
+from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot
 
 pytestmark = pytest.mark.slow
 
@@ -233,7 +233,7 @@ def test_alone_one_that_was_being_concluded_starts_anew(start, reference, tmp_pa
 @pytest.mark.parametrize("damage", ["last", "both", "folder"])
 def test_damage_loses_nothing(damage, start, reference, tmp_path):
     start(Strike(STEP, 11))
-    place = read_place(RunFolder(run_of(tmp_path, "head-1")), tmp_path / "outputs" / "stacks")
+    place = read_slot(RunFolder(run_of(tmp_path, "head-1")), tmp_path / "outputs" / "stacks")
     assert place is not None
     if damage == "folder":
         shutil.rmtree(place.folder.path)
@@ -261,12 +261,12 @@ def test_a_foreign_place_is_none_and_nothing_outside_is_removed(tmp_path):
     for stack in ("../outside", str(outside), "..", ".", "", None, 7):
         run.stack.write_text(json.dumps({"stack": stack, "student": 0, "students": 2}))
 
-        assert read_place(run, tmp_path / "stacks") is None
-        leave_place(run, tmp_path / "stacks")
+        assert read_slot(run, tmp_path / "stacks") is None
+        release_slot(run, tmp_path / "stacks")
     for text in ("", "[]", '{"stack": "own"}', '{"stack": "own", "student": 2, "students": 2}', "nonsense"):
         run.stack.write_text(text)
 
-        assert read_place(run, tmp_path / "stacks") is None
-        leave_place(run, tmp_path / "stacks")
+        assert read_slot(run, tmp_path / "stacks") is None
+        release_slot(run, tmp_path / "stacks")
     assert contents(tmp_path) == before
     assert (tmp_path / "stacks" / "own").is_dir()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.stack_folder import StackFolder, leave_place, read_place
+from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def held(tmp_path) -> Callable[..., list[RunFolder]]:
         folder = StackFolder(tmp_path / "stacks" / names[0])
         for path in (folder.last.parent, *(run.path for run in runs)):
             path.mkdir(parents=True)
-        folder.hold(runs)
+        folder.assign(runs)
         return runs
 
     return hold
@@ -29,11 +29,11 @@ def test_goes_after_the_last_student_and_leaves_other_stacks_alone(held, tmp_pat
     first, second, (other,) = *held("a", "b"), held("c")
     stacks = tmp_path / "stacks"
 
-    leave_place(first, stacks)
-    assert read_place(second, stacks).student == 1
-    leave_place(second, stacks)
+    release_slot(first, stacks)
+    assert read_slot(second, stacks).student == 1
+    release_slot(second, stacks)
     assert [path.name for path in stacks.iterdir()] == ["c"]
-    leave_place(other, stacks)
+    release_slot(other, stacks)
 
     assert not stacks.exists()
 
@@ -50,7 +50,7 @@ def test_it_does_not_matter_what_another_process_did_at_that_moment(others, held
 
     monkeypatch.setattr("vitkd.runs.stack_folder.shutil.rmtree", removed)
 
-    leave_place(run, stacks)
+    release_slot(run, stacks)
 
     assert stacks.exists() == bool(others)
     assert [path.name for path in stacks.glob("*")] == others

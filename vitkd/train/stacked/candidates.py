@@ -15,7 +15,7 @@ from vitkd.cli.jobs import as_job, overridden
 from vitkd.config import Config, parse
 from vitkd.config.roles import Separates, first_difference, relevant
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.stack_folder import Place, leave_place, read_place, stacks_folder
+from vitkd.runs.stack_folder import StackSlot, read_slot, release_slot, stacks_folder
 from vitkd.train.compilation import check_compiler
 from vitkd.train.fit import Machine, check_trainer
 from vitkd.train.job import earlier_run
@@ -37,7 +37,7 @@ class Candidate:
     """where its run folder goes"""
     folder: RunFolder | None
     """that of an attempt that was cut off"""
-    place: Place | None
+    place: StackSlot | None
     """where that attempt is saved, if it was part of a stack"""
     result: float | None = None
     """what a sweeper may maximise"""
@@ -65,7 +65,7 @@ def candidate(composed: DictConfig) -> Candidate | None:
     folder = RunFolder(earlier.path) if earlier else None
     if earlier and folder and earlier.state in ("running", "done"):
         if earlier.state == "done":
-            leave_place(folder, stacks_folder(config.paths.outputs))
+            release_slot(folder, stacks_folder(config.paths.outputs))
         return None
     found = Candidate(job, composed, config, machine, path, folder, saved_place(config, folder))
     if reason := why_alone(found):
@@ -92,9 +92,9 @@ def why_alone(found: Candidate) -> str | None:
     return None
 
 
-def saved_place(config: Config, folder: RunFolder | None) -> Place | None:
+def saved_place(config: Config, folder: RunFolder | None) -> StackSlot | None:
     """Where the stack that the run in `folder` was part of is saved, if there is anything saved."""
-    place = read_place(folder, stacks_folder(config.paths.outputs)) if folder else None
+    place = read_slot(folder, stacks_folder(config.paths.outputs)) if folder else None
     return place if place and place.folder.is_saved else None
 
 

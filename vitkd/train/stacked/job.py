@@ -23,7 +23,7 @@ from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
 from vitkd.runs import results
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
-from vitkd.runs.stack_folder import StackFolder, leave_place, read_place, stacks_folder
+from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot, stacks_folder
 from vitkd.runs.teacher_store import given_teacher
 from vitkd.train.build import build_module, facts_of
 from vitkd.train.compilation import compile_training
@@ -196,7 +196,7 @@ def train_members(members: Sequence[Candidate], beside: Beside, sweep: str) -> N
                 finish(member, module, outcome, about_teacher, beside)
                 run.close()
             # Not before: what is cut off until here goes on from the stack.
-            leave_place(member.run, stacks_folder(first.paths.outputs))
+            release_slot(member.run, stacks_folder(first.paths.outputs))
 
 
 def open_run(member: Candidate, run: ExitStack) -> None:
@@ -208,7 +208,7 @@ def open_run(member: Candidate, run: ExitStack) -> None:
 
 def settle_place(members: Sequence[Candidate], path: Path) -> StackFolder:
     """Where the stack is saved: where its students were before, or a new folder with what they had."""
-    before = [read_place(member.run, path.parent) for member in members]
+    before = [read_slot(member.run, path.parent) for member in members]
     places = [member.place for member in members if member.place]
     assert len(places) in (0, len(members)), "a stack goes on as a whole"
     if places and [place.student for place in places] == list(range(places[0].students)):
@@ -216,9 +216,9 @@ def settle_place(members: Sequence[Candidate], path: Path) -> StackFolder:
     folder = StackFolder(RunFolder.claim(path).path)
     if places:
         carry_over(places[0].folder, [place.student for place in places], places[0].students, folder)
-    folder.hold([member.run for member in members])
+    folder.assign([member.run for member in members])
     for left in {place.folder.path for place in before if place}:
-        StackFolder(left).remove_if_left()
+        StackFolder(left).remove_if_unused()
     return folder
 
 
