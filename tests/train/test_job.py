@@ -205,12 +205,12 @@ class TestTensorBoard:
         assert all(math.isfinite(point.value) for point in points)
 
     def test_total_is_the_weighted_sum(self, events):
-        task, transfer, total = (
+        class_loss, transfer, total = (
             [point.value for point in events.Scalars(f"train/{name}_loss")]
-            for name in ("task", "transfer", "total")
+            for name in ("class", "transfer", "total")
         )
 
-        assert total == pytest.approx([0.5 * a + 0.5 * b for a, b in zip(task, transfer, strict=True)])
+        assert total == pytest.approx([0.5 * a + 0.5 * b for a, b in zip(class_loss, transfer, strict=True)])
 
     def test_transfer_is_the_mean_over_maps(self, events):
         maps = [[p.value for p in events.Scalars(f"train/map_loss/1.{head}")] for head in range(4)]

@@ -39,7 +39,7 @@ class Run:
     @property
     def is_alone(self) -> bool:
         """Whether the student learned from labels alone."""
-        return not self.config.method.needs_teacher or self.config.alpha == 1
+        return not (self.config.method.needs_teacher and self.config.weighting.distils(self.config.alpha))
 
 
 def load_run(
@@ -68,7 +68,7 @@ def load_run(
         if not checkpoint.is_file():
             raise ConfigError(f"run={path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
         student, _ = load_from_checkpoint(checkpoint)
-    pairs = [] if config.alpha == 1 else _read_pairs(folder.pairs)
+    pairs = _read_pairs(folder.pairs) if config.weighting.distils(config.alpha) else []
     return Run(path, config, student, find_teacher(path, config, teacher), pairs, epoch)
 
 

@@ -374,16 +374,16 @@ class TestTooLittleMemory:
 
         def limit(most: int, run_out: Callable[[], Any] = on_a_gpu) -> list[weakref.ref[StackedModule]]:
             stacks: list[weakref.ref[StackedModule]] = []
-            original = StackedModule.terms
+            original = StackedModule.losses
 
-            def terms(self: StackedModule, batch: Any) -> Any:
+            def losses(self: StackedModule, batch: Any) -> Any:
                 if self.students > most:
                     stacks.append(weakref.ref(self))
                     run_out()
                 assert [stack for stack in stacks if stack() is not None] == [], "they hold memory still"
                 return original(self, batch)
 
-            monkeypatch.setattr(StackedModule, "terms", terms)
+            monkeypatch.setattr(StackedModule, "losses", losses)
             return stacks
 
         return limit
