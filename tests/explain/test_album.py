@@ -11,15 +11,22 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from vitkd.explain import album as album_module
-from vitkd.explain.album import Album, fidelity_numbers, figures_of, files_of, numbers_of, page_of
-from vitkd.explain.correctness import correctness_correlation
-from vitkd.explain.faithfulness import faithfulness
-from vitkd.explain.fidelity import MapPair
-from vitkd.explain.gallery import BOTH_RIGHT, BOTH_WRONG, CELLS, STUDENT_WRONG, TEACHER_WRONG, OverRepresented
-from vitkd.explain.page import render
-from vitkd.explain.subjects import regions_of, subject_of
-from vitkd.explain.survey import Comparison, TokenAlignment, survey
+from vitkd.explain.gallery import album as album_module
+from vitkd.explain.gallery.album import Album, fidelity_numbers, figures_of, files_of, numbers_of, page_of
+from vitkd.explain.gallery.cells import (
+    BOTH_RIGHT,
+    BOTH_WRONG,
+    CELLS,
+    STUDENT_WRONG,
+    TEACHER_WRONG,
+    OverRepresented,
+)
+from vitkd.explain.gallery.page import render
+from vitkd.explain.gallery.subjects import regions_of, subject_of
+from vitkd.explain.measures.correctness import correctness_correlation
+from vitkd.explain.measures.faithfulness import faithfulness
+from vitkd.explain.measures.fidelity import MapPair
+from vitkd.explain.measures.survey import Comparison, TokenAlignment, survey
 from vitkd.report.runs import read_fidelity
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -17,9 +17,9 @@ from PIL import Image
 from vitkd.config import CONF_DIR, parse
 from vitkd.data import ImageDataModule
 from vitkd.explain import __main__ as main
-from vitkd.explain import album
-from vitkd.explain.gallery import BOTH_RIGHT, CELLS, STUDENT_WRONG
-from vitkd.explain.methods import METHODS
+from vitkd.explain.gallery import album
+from vitkd.explain.gallery.cells import BOTH_RIGHT, CELLS, STUDENT_WRONG
+from vitkd.explain.maps.methods import METHODS
 from vitkd.models import ViTConfig, load_model, save_model
 from vitkd.report.runs import read_run
 

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import pointbiserialr
 from sklearn.metrics import roc_auc_score
 
-from vitkd.explain.correctness import correctness_correlation
+from vitkd.explain.measures.correctness import correctness_correlation
 
 
 def images(count=300, effect=0.6, seed=0):

@@ -14,7 +14,7 @@ from scipy.stats import entropy as scipy_entropy
 from scipy.stats import spearmanr
 
 from vitkd.errors import ConfigError
-from vitkd.explain.fidelity import (
+from vitkd.explain.measures.fidelity import (
     COMPARISONS,
     FidelitySums,
     compare,

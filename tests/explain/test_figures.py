@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vitkd.explain import upsample
-from vitkd.explain.figures import (
+from vitkd.explain.gallery.figures import (
     Rows,
     attention_unit,
     curves_figure,
@@ -21,7 +21,7 @@ from vitkd.explain.figures import (
     region_colours,
     region_figure,
 )
-from vitkd.explain.panel import COLOURS, OPACITY
+from vitkd.explain.gallery.panel import COLOURS, OPACITY
 
 
 def maps_of(count, grid=4):

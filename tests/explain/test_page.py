@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitkd.explain.page import CELLS, GalleryPage, Plot, Subject, Table, encode, number, render
+from vitkd.explain.gallery.page import CELLS, GalleryPage, Plot, Subject, Table, encode, number, render
 
 CLASSES = ["oak_tree", "seal", "bed"]
 

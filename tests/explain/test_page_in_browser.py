@@ -11,8 +11,8 @@ import torch
 
 from tests.explain.test_page import page_of, with_a_teacher_without_maps, without_teacher
 from vitkd.explain import upsample
-from vitkd.explain.figures import region_colours
-from vitkd.explain.page import Plot, Table, render
+from vitkd.explain.gallery.figures import region_colours
+from vitkd.explain.gallery.page import Plot, Table, render
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page's test drives a browser by playwright"

@@ -5,11 +5,18 @@ import pytest
 import timm
 import torch
 
-from vitkd.explain import subjects
-from vitkd.explain.methods import METHODS, explain_by
-from vitkd.explain.recording import record
-from vitkd.explain.regions import region_map
-from vitkd.explain.subjects import class_rows, features_of, head_mean, regions_of, subject_of, without_maps
+from vitkd.explain.gallery import subjects
+from vitkd.explain.gallery.subjects import (
+    class_rows,
+    features_of,
+    head_mean,
+    regions_of,
+    subject_of,
+    without_maps,
+)
+from vitkd.explain.maps.methods import METHODS, explain_by
+from vitkd.explain.maps.recording import record
+from vitkd.explain.measures.regions import region_map
 from vitkd.models import ResNetConfig
 
 # Noise is drawn a call, and the others need packages that are slow to import.

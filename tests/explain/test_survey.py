@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.special import rel_entr
 
-from vitkd.explain.fidelity import MapPair, compare, fidelity_table
-from vitkd.explain.recording import Recording, record
-from vitkd.explain.survey import Comparison, comparable, survey
+from vitkd.explain.maps.recording import Recording, record
+from vitkd.explain.measures.fidelity import MapPair, compare, fidelity_table
+from vitkd.explain.measures.survey import Comparison, comparable, survey
 from vitkd.models import ResNetConfig
 
 PATCH = 4
@@ -154,7 +154,7 @@ def test_one_image_has_no_other(models, images):
 def test_how_many_images_are_added_at_once_changes_nothing(models, images, monkeypatch):
     comparisons = {"student": comparison(True, True, True, alone="alone")}
     at_once = survey(models, batches(images, 9), comparisons).alikeness["student"].cka
-    monkeypatch.setattr("vitkd.explain.survey.AT_A_TIME", 2)
+    monkeypatch.setattr("vitkd.explain.measures.survey.AT_A_TIME", 2)
 
     in_parts = survey(models, batches(images, 9), comparisons).alikeness["student"].cka
 

@@ -19,19 +19,19 @@ from vitkd.data import ImageDataModule
 from vitkd.data.order import EpochOrder
 from vitkd.errors import ConfigError
 from vitkd.evaluate.__main__ import device_of
-from vitkd.explain.album import FILES, Album, files_of
-from vitkd.explain.correctness import Correlation, correctness_correlation
-from vitkd.explain.faithfulness import MapsOfClasses, faithfulness
-from vitkd.explain.fidelity import MapPair
-from vitkd.explain.gallery import Answers, Cell, EmptyCell, cells, choose, over_represented
-from vitkd.explain.methods import CLASS_SPECIFIC
-from vitkd.explain.page import Subject
-from vitkd.explain.panel import denormalise
-from vitkd.explain.pictures import Format, format_of, normalise, read_picture
-from vitkd.explain.recording import has_maps, timm_model
+from vitkd.explain.gallery.album import FILES, Album, files_of
+from vitkd.explain.gallery.cells import Answers, Cell, EmptyCell, cells, choose, over_represented
+from vitkd.explain.gallery.page import Subject
+from vitkd.explain.gallery.panel import denormalise
+from vitkd.explain.gallery.pictures import Format, format_of, normalise, read_picture
+from vitkd.explain.gallery.subjects import maps_of, regions_of, subject_of, without_maps
+from vitkd.explain.maps.methods import CLASS_SPECIFIC
+from vitkd.explain.maps.recording import has_maps, timm_model
+from vitkd.explain.measures.correctness import Correlation, correctness_correlation
+from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
+from vitkd.explain.measures.fidelity import MapPair
+from vitkd.explain.measures.survey import Comparison, Survey, survey
 from vitkd.explain.settings import Settings
-from vitkd.explain.subjects import maps_of, regions_of, subject_of, without_maps
-from vitkd.explain.survey import Comparison, Survey, survey
 from vitkd.methods.maps.pairing import map_block
 from vitkd.models import Model, ViTConfig, digest
 from vitkd.runs.checkpoints import load_any

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitkd.errors import ConfigError, suggest
-from vitkd.explain.methods import METHODS
+from vitkd.explain.maps.methods import METHODS
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.attention import rows_read
+from vitkd.explain.maps.attention import rows_read
 from vitkd.models.output import at_least_float32
 
 RESTARTS = 10

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vitkd.explain.panel import (
+from vitkd.explain.gallery.panel import (
     BAR,
     BAR_TEXT,
     CELL,

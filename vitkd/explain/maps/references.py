@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError
-from vitkd.explain.recording import evaluating, from_extra, layout, logits_of
-from vitkd.explain.relevance import check_classes
+from vitkd.explain.maps.recording import evaluating, from_extra, layout, logits_of
+from vitkd.explain.maps.relevance import check_classes
 from vitkd.models import ViT
 
 EXTRA = "explain"

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitkd.explain.attention import token_map
-from vitkd.explain.methods import explain_by
-from vitkd.explain.page import ATTENTION, Subject
-from vitkd.explain.recording import Recording, evaluating, logits_of, record, who_reads
-from vitkd.explain.regions import attention_features, region_map
+from vitkd.explain.gallery.page import ATTENTION, Subject
+from vitkd.explain.maps.attention import token_map
+from vitkd.explain.maps.methods import explain_by
+from vitkd.explain.maps.recording import Recording, evaluating, logits_of, record, who_reads
+from vitkd.explain.measures.regions import attention_features, region_map
 
 AT_A_TIME = 64
 MOST_NUMBERS = 16_000_000

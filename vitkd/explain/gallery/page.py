@@ -23,8 +23,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitkd.explain.figures import attention_unit, region_colours, whose
-from vitkd.explain.panel import COLOURS
+from vitkd.explain.gallery.figures import attention_unit, region_colours, whose
+from vitkd.explain.gallery.panel import COLOURS
 
 ATTENTION, REGIONS = "attention", "regions"
 """what the page draws by block and head, and in colours of its own"""
@@ -139,7 +139,9 @@ def render(page: GalleryPage) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = number
-    template = environment.from_string(files("vitkd.explain").joinpath("page.html").read_text("utf-8"))
+    template = environment.from_string(
+        files("vitkd.explain.gallery").joinpath("page.html").read_text("utf-8")
+    )
     height, width = page.images.shape[1:3]
     return template.render(
         page=page,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vitkd.errors import ConfigError
-from vitkd.explain.gallery import (
+from vitkd.explain.gallery.cells import (
     CELLS,
     FIGURE_2,
     FIGURE_3,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.recording import Recording
-from vitkd.explain.rollout import weighted_by_gradient
+from vitkd.explain.maps.recording import Recording
+from vitkd.explain.maps.rollout import weighted_by_gradient
 from vitkd.models.output import at_least_float32
 
 

@@ -17,9 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vitkd.explain.correctness import Correlation
-from vitkd.explain.faithfulness import Faithfulness
-from vitkd.explain.figures import (
+from vitkd.explain.gallery.cells import (
+    BOTH_RIGHT,
+    BOTH_WRONG,
+    CELLS,
+    STUDENT_WRONG,
+    TEACHER_WRONG,
+    OverRepresented,
+)
+from vitkd.explain.gallery.figures import (
     RELEVANCE_UNIT,
     Rows,
     attention_unit,
@@ -31,10 +37,11 @@ from vitkd.explain.figures import (
     region_figure,
     whose,
 )
-from vitkd.explain.gallery import BOTH_RIGHT, BOTH_WRONG, CELLS, STUDENT_WRONG, TEACHER_WRONG, OverRepresented
-from vitkd.explain.page import ATTENTION, GalleryPage, Plot, Subject, Table, render
-from vitkd.explain.subjects import head_mean
-from vitkd.explain.survey import Alikeness
+from vitkd.explain.gallery.page import ATTENTION, GalleryPage, Plot, Subject, Table, render
+from vitkd.explain.gallery.subjects import head_mean
+from vitkd.explain.measures.correctness import Correlation
+from vitkd.explain.measures.faithfulness import Faithfulness
+from vitkd.explain.measures.survey import Alikeness
 
 ROWS_OF_A_FIGURE = 4
 MEASURES = {

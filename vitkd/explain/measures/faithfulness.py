@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vitkd.errors import ConfigError, suggest
-from vitkd.explain.recording import evaluating, logits_of
-from vitkd.explain.relevance import check_classes
+from vitkd.explain.maps.recording import evaluating, logits_of
+from vitkd.explain.maps.relevance import check_classes
 from vitkd.models.output import at_least_float32
 
 Order = Literal["positive", "negative"]

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitkd.explain.cka import CKASums
-from vitkd.explain.fidelity import FidelityRow, FidelitySums, MapPair, locality
-from vitkd.explain.recording import Recording, evaluating, has_maps, logits_of, record
+from vitkd.explain.maps.recording import Recording, evaluating, has_maps, logits_of, record
+from vitkd.explain.measures.cka import CKASums
+from vitkd.explain.measures.fidelity import FidelityRow, FidelitySums, MapPair, locality
 from vitkd.models.tokens import resized_weights, token_interpolation, without_tokens
 
 AT_A_TIME = 64
