@@ -11,15 +11,11 @@ import torch
 from vitkd.errors import ConfigError
 from vitkd.explain.gallery.cells import (
     CELLS,
-    FIGURE_2,
-    FIGURE_3,
     Answers,
-    EmptyCell,
     cells,
     choose,
     class_index,
-    counts_by_class,
-    examples,
+    nothing_in,
     over_represented,
 )
 
@@ -35,7 +31,7 @@ def answers(count=200, teacher_errors=0.3, student_errors=0.4, seed=0, names=NAM
         return np.where(wrong, (labels + random.integers(1, len(names), size=count)) % len(names), labels)
 
     teacher, student = predicted(teacher_errors), predicted(student_errors)
-    return Answers(labels, teacher, student, random.random(count), random.random(count), names)
+    return Answers(labels, teacher, student, names)
 
 
 def by_hand():
@@ -44,8 +40,6 @@ def by_hand():
         labels=[0, 1, 2, 3, 0],
         teacher_predicted=[0, 1, 0, 1, 1],
         student_predicted=[0, 0, 2, 1, 2],
-        teacher_confidence=[0.9, 0.8, 0.7, 0.6, 0.5],
-        student_confidence=[0.1, 0.2, 0.3, 0.4, 0.5],
         class_names=NAMES,
     )
 
@@ -61,46 +55,19 @@ class TestCells:
         }
         assert [cell.count for cell in found.values()] == [1, 1, 1, 2]
 
-    def test_the_reports_figures(self):
-        found = cells(by_hand())
-        assert [found[name].indices.tolist() for name in FIGURE_2] == [[1]]
-        assert [found[name].indices.tolist() for name in FIGURE_3] == [[2], [3, 4]]
-
     def test_each_image_is_in_one_cell(self):
         found = cells(answers())
         assert tuple(found) == CELLS
         assert sorted(np.concatenate([cell.indices for cell in found.values()])) == [*range(200)]
 
-    def test_counts_by_class(self):
-        counted = counts_by_class(cells(by_hand()))
-        assert counted["both wrong"] == {"cat": 1, "dog": 0, "horse": 0, "ship": 1}
-        assert sum(sum(classes.values()) for classes in counted.values()) == 5
-        json.dumps(counted)
-
     def test_tensors_are_taken(self):
         given = by_hand()
-        tensors = Answers(
-            *(torch.tensor(getattr(given, name)) for name in ("labels", "teacher_predicted")),
-            torch.tensor(given.student_predicted),
-            torch.tensor(given.teacher_confidence),
-            torch.tensor(given.student_confidence),
-            NAMES,
-        )
+        names = ("labels", "teacher_predicted", "student_predicted")
+        tensors = Answers(*(torch.tensor(getattr(given, name)) for name in names), NAMES)
         assert cells(tensors)["both wrong"].indices.tolist() == [3, 4]
 
-    def test_examples_name_what_was_answered(self):
-        (example,) = examples(by_hand(), [1])
-        assert asdict(example) == {
-            "index": 1,
-            "label": "dog",
-            "teacher": "dog",
-            "teacher_confidence": 0.8,
-            "student": "cat",
-            "student_confidence": 0.2,
-        }
-
     def test_answers_that_do_not_fit_are_refused(self):
-        with pytest.raises(AssertionError, match="one answer an image"):
+        with pytest.raises(AssertionError, match="one prediction an image"):
             replace(by_hand(), labels=[0, 1])
         with pytest.raises(AssertionError, match=r"student_predicted .* among no 4 class names"):
             replace(by_hand(), student_predicted=[0, 1, 2, 3, 4])
@@ -150,17 +117,6 @@ class TestChoice:
         expected = 2000 * 5 / cell.count
         np.testing.assert_allclose(times[cell.indices], expected, rtol=0.25)
 
-    def test_per_class(self):
-        given = answers()
-        cell = cells(given)["both right"]
-        chosen = choose(cell, 100, seed=0, per_class=3)
-        assert np.bincount(given.labels[chosen]).tolist() == [3, 3, 3, 3]
-        # The first three of each class of the whole line, in its order.
-        line = choose(cell, cell.count, seed=0)
-        expected = [i for i in line if i in [j for j in line if given.labels[j] == given.labels[i]][:3]]
-        assert chosen.tolist() == expected
-        assert choose(cell, 5, seed=0, per_class=3).tolist() == expected[:5]
-
     def test_of_one_class(self):
         given = answers()
         chosen = choose(cells(given)["both right"], 5, seed=0, of_class="horse")
@@ -174,20 +130,17 @@ class TestChoice:
             class_index("zzz", NAMES)
 
     def test_an_empty_cell_says_so(self):
-        perfect = answers(teacher_errors=0, student_errors=0)
-        nothing = choose(cells(perfect)["student wrong"], 5, seed=0)
-        assert isinstance(nothing, EmptyCell)
-        assert nothing.message == "no image among 200: the teacher is right and the student wrong"
-        of_class = choose(cells(by_hand())["both wrong"], 5, seed=0, of_class="dog")
-        assert isinstance(of_class, EmptyCell)
-        assert of_class.message == "no image of class dog among 5: teacher and student are wrong"
+        empty = cells(answers(teacher_errors=0, student_errors=0))["student wrong"]
+        assert choose(empty, 5, seed=0).tolist() == []
+        assert nothing_in(empty) == "no image among 200: the teacher is right and the student wrong"
+        cell = cells(by_hand())["both wrong"]
+        assert choose(cell, 5, seed=0, of_class="dog").tolist() == []
+        assert nothing_in(cell, "dog") == "no image of class dog among 5: teacher and student are wrong"
 
     def test_no_images_are_refused(self):
         cell = cells(by_hand())["both right"]
         with pytest.raises(ConfigError, match="count=0: must be at least 1"):
             choose(cell, 0, seed=0)
-        with pytest.raises(ConfigError, match="per_class=0: must be at least 1"):
-            choose(cell, 1, seed=0, per_class=0)
 
 
 class TestOverRepresented:
@@ -195,7 +148,7 @@ class TestOverRepresented:
         # Ten images, four of class a; of the three in the cell all are a. Sets of three: 120, of a alone: 4.
         labels = np.array([0] * 4 + [1] * 6)
         wrong = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
-        given = Answers(labels, labels, np.where(wrong, 1 - labels, labels), wrong, wrong, ("a", "b"))
+        given = Answers(labels, labels, np.where(wrong, 1 - labels, labels), ("a", "b"))
         (found,) = over_represented(cells(given)["student wrong"], level=1)
         sets = [{*each} for each in combinations(range(10), 3)]
         assert found.label == "a"

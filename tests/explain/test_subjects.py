@@ -5,8 +5,11 @@ import pytest
 import timm
 import torch
 
-from vitkd.explain.gallery import subjects
-from vitkd.explain.gallery.subjects import (
+from vitkd.explain.maps import subjects
+from vitkd.explain.maps.methods import METHODS, explain_by
+from vitkd.explain.maps.recording import record
+from vitkd.explain.maps.regions import region_map
+from vitkd.explain.maps.subjects import (
     class_rows,
     features_of,
     head_mean,
@@ -14,9 +17,6 @@ from vitkd.explain.gallery.subjects import (
     subject_of,
     without_maps,
 )
-from vitkd.explain.maps.methods import METHODS, explain_by
-from vitkd.explain.maps.recording import record
-from vitkd.explain.measures.regions import region_map
 from vitkd.models import ResNetConfig
 
 # Noise is drawn a call, and the others need packages that are slow to import.
@@ -134,7 +134,7 @@ def test_beyond_so_many_numbers_heads_are_averaged(model, images, monkeypatch):
 
     assert averaged.maps["attention"].shape == (7, 3, 1, 3, 3)
     np.testing.assert_allclose(averaged.maps["attention"][:, :, 0], whole.mean(2), rtol=1e-5)
-    # So the figures are the same.
+    # So their mean is the same.
     torch.testing.assert_close(head_mean(averaged), head_mean(subject(model, images, ["attention"])))
 
 

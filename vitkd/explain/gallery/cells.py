@@ -3,9 +3,9 @@
 Shapes: N images of a test set, K classes, n images in a cell.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,7 @@ STUDENT_WRONG = "student wrong"
 TEACHER_WRONG = "teacher wrong"
 BOTH_WRONG = "both wrong"
 CELLS = (BOTH_RIGHT, STUDENT_WRONG, TEACHER_WRONG, BOTH_WRONG)
-"""who is wrong, if anybody; of two, it alone"""
-FIGURE_2 = (STUDENT_WRONG,)
-"""the report's: student wrong though teacher right"""
-FIGURE_3 = (TEACHER_WRONG, BOTH_WRONG)
-"""the report's: teacher wrong, then student right or wrong"""
+"""who is wrong, if either; of two, that one alone"""
 
 IN_WORDS = {
     BOTH_RIGHT: "teacher and student are right",
@@ -37,32 +33,26 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What teacher and student answered on a test set. Tensors on any device become arrays."""
+    """What teacher and student predicted on a test set. Tensors on any device become arrays."""
 
     labels: NDArray[np.int64]
     """[N] class indices, as the predictions are"""
     teacher_predicted: NDArray[np.int64]
     student_predicted: NDArray[np.int64]
-    teacher_confidence: NDArray[np.float64]
-    """[N] probabilities of the class predicted"""
-    student_confidence: NDArray[np.float64]
     class_names: Sequence[str]
     """[K]"""
 
     def __post_init__(self) -> None:
-        classes = ["labels", "teacher_predicted", "student_predicted"]
-        names = [*classes, "teacher_confidence", "student_confidence"]
+        names = ("labels", "teacher_predicted", "student_predicted")
         for name in names:
-            kind = np.int64 if name in classes else np.float64
-            object.__setattr__(self, name, _array(getattr(self, name)).astype(kind))
+            object.__setattr__(self, name, _array(getattr(self, name)).astype(np.int64))
         shapes = {name: getattr(self, name).shape for name in names}
-        assert len({*shapes.values()}) == 1, f"one answer an image: {shapes}"
-        for name in classes:
+        assert len({*shapes.values()}) == 1, f"one prediction an image: {shapes}"
+        classes = len(self.class_names)
+        for name in names:
             indices = getattr(self, name)
-            known = (indices >= 0) & (indices < len(self.class_names))
-            assert known.all(), (
-                f"{name} {indices[~known][:3]} are among no {len(self.class_names)} class names"
-            )
+            unknown = indices[(indices < 0) | (indices >= classes)]
+            assert not len(unknown), f"{name} {unknown[:3]} are among no {classes} class names"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,26 +68,6 @@ class Cell:
     @property
     def count(self) -> int:
         return len(self.indices)
-
-
-class EmptyCell(NamedTuple):
-    """There is nothing to choose from, which is no error: a good student leaves cells empty."""
-
-    cell: str
-    message: str
-    """for a person to read"""
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image and what was answered."""
-
-    index: int
-    label: str
-    teacher: str
-    teacher_confidence: float
-    student: str
-    student_confidence: float
 
 
 @dataclass(frozen=True)
@@ -125,63 +95,33 @@ def cells(answers: Answers) -> dict[str, Cell]:
     return {name: Cell(name, np.flatnonzero(mask), answers) for name, mask in zip(CELLS, inside, strict=True)}
 
 
-def choose(
-    cell: Cell, count: int, seed: int, *, per_class: int | None = None, of_class: str | None = None
-) -> Indices | EmptyCell:
-    """`count` images of a cell at random, or all where there are fewer.
+def choose(cell: Cell, count: int, seed: int, *, of_class: str | None = None) -> Indices:
+    """`count` images of a cell at random, or all where there are fewer: their indices, in random order.
 
     Every image has a place in a line that depends on the seed and its index alone, and the first in the cell
     are chosen. So the choice depends on neither earlier calls nor other cells, a larger count adds to a
     smaller one's, and of two students' cells the same images are chosen as far as both hold them.
 
     Args:
-        per_class: at most so many of each class.
         of_class: images of this class only.
-
-    Returns:
-        The images' indices in that line's order, or why there are none.
 
     Raises:
         ConfigError: a count below 1, or no such class.
     """
-    for name, number in (("count", count), ("per_class", per_class)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name}={number}: must be at least 1")
+    if count < 1:
+        raise ConfigError(f"count={count}: must be at least 1")
     indices = cell.indices
     if of_class is not None:
         indices = indices[cell.answers.labels[indices] == class_index(of_class, cell.answers.class_names)]
-    if not len(indices):
-        return _empty(cell, of_class)
     # The generator's first numbers are the same however many follow.
-    place = np.random.default_rng(seed).random(int(indices.max()) + 1)
-    line = indices[place[indices].argsort()]
-    if per_class is not None:
-        line = line[_occurrence(cell.answers.labels[line]) < per_class]
-    return line[:count]
+    place = np.random.default_rng(seed).random(int(indices.max(initial=0)) + 1)
+    return indices[place[indices].argsort()][:count]
 
 
-def examples(answers: Answers, indices: Sequence[int] | Indices) -> list[Example]:
-    """What was answered on these images, in words and confidences."""
-    names = answers.class_names
-    return [
-        Example(
-            int(i),
-            names[answers.labels[i]],
-            names[answers.teacher_predicted[i]],
-            float(answers.teacher_confidence[i]),
-            names[answers.student_predicted[i]],
-            float(answers.student_confidence[i]),
-        )
-        for i in indices
-    ]
-
-
-def counts_by_class(found: Mapping[str, Cell]) -> dict[str, dict[str, int]]:
-    """Cell → class → images, all classes named."""
-    return {
-        name: dict(zip(cell.answers.class_names, map(int, _counts(cell.answers, cell.indices)), strict=True))
-        for name, cell in found.items()
-    }
+def nothing_in(cell: Cell, of_class: str | None = None) -> str:
+    """That there is no image to choose from, which is no error: a good student leaves cells empty."""
+    whose = "" if of_class is None else f" of class {of_class}"
+    return f"no image{whose} among {len(cell.answers.labels):,}: {IN_WORDS[cell.name]}"
 
 
 def over_represented(cell: Cell, level: float = 0.05) -> list[OverRepresented]:
@@ -191,24 +131,20 @@ def over_represented(cell: Cell, level: float = 0.05) -> list[OverRepresented]:
     hypergeometric. `level` bounds Holm's corrected p, so the chance of naming any class wrongly; 1 names all
     that exceed what is expected.
     """
-    of_class = _counts(cell.answers, np.arange(len(cell.answers.labels)))
+    names, total = cell.answers.class_names, len(cell.answers.labels)
+    of_class = _counts(cell.answers, np.arange(total))
     present = np.flatnonzero(of_class)
     seen, sizes = _counts(cell.answers, cell.indices)[present], of_class[present]
-    total = len(cell.answers.labels)
     p = stats.hypergeom.sf(seen - 1, total, sizes, cell.count)
     corrected = np.array(holm(p.tolist()), np.float64)
     expected = cell.count * sizes / max(total, 1)
-    named = np.flatnonzero((seen > expected) & (corrected <= level))
+    chosen = np.flatnonzero((seen > expected) & (corrected <= level))
+    columns = (seen / np.where(expected > 0, expected, 1), p, corrected)
     return [
         OverRepresented(
-            cell.answers.class_names[present[i]],
-            int(seen[i]),
-            float(expected[i]),
-            float(seen[i] / expected[i]),
-            float(p[i]),
-            float(corrected[i]),
+            names[present[i]], int(seen[i]), float(expected[i]), *(float(each[i]) for each in columns)
         )
-        for i in named[np.argsort(p[named], kind="stable")]
+        for i in chosen[np.argsort(p[chosen], kind="stable")]
     ]
 
 
@@ -219,11 +155,6 @@ def class_index(name: str, class_names: Sequence[str]) -> int:
     return [*class_names].index(name)
 
 
-def _empty(cell: Cell, of_class: str | None) -> EmptyCell:
-    whose = "" if of_class is None else f" of class {of_class}"
-    return EmptyCell(cell.name, f"no image{whose} among {len(cell.answers.labels):,}: {IN_WORDS[cell.name]}")
-
-
 def _array(values: Any) -> NDArray[Any]:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
@@ -231,12 +162,3 @@ def _array(values: Any) -> NDArray[Any]:
 def _counts(answers: Answers, indices: Indices) -> NDArray[np.int64]:
     """Images of each class, [K]."""
     return np.bincount(answers.labels[indices], minlength=len(answers.class_names))
-
-
-def _occurrence(labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many equal labels stand before each."""
-    order = labels.argsort(kind="stable")
-    in_order = labels[order]
-    before = np.empty_like(order)
-    before[order] = np.arange(len(labels)) - np.searchsorted(in_order, in_order)
-    return before

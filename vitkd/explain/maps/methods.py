@@ -21,12 +21,12 @@ Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def explain_by(name: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """What `METHODS[name]` says of images [B, C, H, W] and classes [B]: float32 maps [B, h, w].
+    """The maps by `METHODS[name]` of images [B, C, H, W] and classes [B]: float32 [B, h, w].
 
     Works under `torch.no_grad` and `torch.inference_mode` too. The maps are in the method's own scale.
 
     Raises ConfigError if there is no such method or class, an optional package is absent, or the model's
-    maps cannot be had.
+    maps cannot be recorded.
     """
     if name not in METHODS:
         raise ConfigError(f"method={name}: {suggest(name, METHODS)}")
@@ -58,7 +58,7 @@ def _of_gradients(combine: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor
 
 
 def _read(matrix: Tensor, recording: Recording) -> Tensor:
-    """What the classifier takes from the patches: the mean row of the tokens that it reads."""
+    """What the classifier reads from the patches: the mean row of the tokens that it reads."""
     return token_map(matrix, recording.grid, recording.prefix, recording.readers).float()
 
 

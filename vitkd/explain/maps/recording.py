@@ -3,19 +3,31 @@
 Shapes: B images, C channels, H heads, T tokens (prefix + h·w), h × w patches, D embed_dim, K classes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vitkd.errors import ConfigError, one_line
-from vitkd.models import Model, ViT
-from vitkd.models.vit import Trace
+from vitkd.explain.maps.hooks import check_size, layout_of_timm, trace_by_hooks
+from vitkd.models import Model
+
+
+class AttentionLayout(NamedTuple):
+    """The attention of one block of a vitkd model."""
+
+    heads: int
+    grid: tuple[int, int]
+    """h rows of w patches"""
+    prefix: int
+    """tokens before the patches"""
+    readers: tuple[int, ...]
+    """positions of the tokens that the classifier reads"""
+    mask: Tensor | None = None
+    """[Q, K], False where attention is not allowed; None where all of it is"""
+    windows: int = 1
+    """parts of the image that attend each to itself"""
 
 
 class Layout(NamedTuple):
@@ -27,7 +39,7 @@ class Layout(NamedTuple):
     """h rows of w patches"""
     readers: Sequence[int] = (0,)
     """the tokens that the classifier reads: the class token; that and the distillation token, where the
-    answer is the mean of two heads; or the patches, where it pools these"""
+    prediction is the mean of two heads; or the patches, where it pools these"""
     sees_itself: bool = True
     """whether a token may attend to itself; in locality attention it may not"""
 
@@ -50,17 +62,21 @@ class Recording(NamedTuple):
 def record(model: nn.Module, images: Tensor) -> Recording:
     """Classify normalised images [B, C, H, W] in eval mode and keep every block's weights and tokens.
 
-    Takes vitkd's ViT and timm's VisionTransformer with its relatives. The model is left as it was: its mode,
-    its hooks and its fused attention, after an error too.
+    Takes vitkd's models with attention maps and timm's VisionTransformer with its relatives. The model is
+    left as it was: its mode, its hooks and its fused attention, after an error too.
 
-    Raises ConfigError if the attention maps cannot be had, naming the cause.
+    Raises ConfigError if the attention maps cannot be recorded, naming the cause.
     """
     place = layout(model, images)
     if torch.is_grad_enabled() and not images.requires_grad:
         # Else nothing of a frozen teacher would be in the graph.
         images = images.detach().requires_grad_()
+    own: Any = model
     with evaluating(model):
-        trace = model.trace(images) if isinstance(model, ViT) else _trace_by_hooks(model, images, place)
+        if isinstance(model, Model):
+            trace = own.trace(images)
+        else:
+            trace = trace_by_hooks(model, images, place.prefix, place.grid)
     return Recording(*trace, **place._asdict())
 
 
@@ -72,7 +88,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every module is back in its own."""
+    """In eval mode; afterwards every module is back in its own mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -82,35 +98,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def has_maps(model: nn.Module) -> bool:
+    """Whether attention maps can be asked for; a vitkd model may have none, another model is tried."""
+    return not isinstance(model, Model) or bool(attention_of(model))
+
+
 def layout(model: nn.Module, images: Tensor) -> Layout:
     """Where `model` puts the patches of images [B, C, H, W].
 
     Raises ConfigError if it has none that could be laid out, or takes images of another size.
     """
-    if isinstance(model, ViT):
+    if isinstance(model, Model) and has_maps(model):
         c = model.config
-        _check_size(images.shape[-3:], (c.channels, c.image_size, c.image_size))
-        mask = model.attention[0].mask
-        sees_itself = mask is None or bool(mask.diagonal().all())
-        return Layout(c.prefix, (c.grid, c.grid), range(c.prefix), sees_itself)
-    _blocks(model)
-    embed: Any = model.patch_embed
-    if getattr(embed, "strict_img_size", False) and embed.img_size is not None:
-        _check_size(images.shape[-2:], embed.img_size)
-    prefix = getattr(model, "num_prefix_tokens", None)
-    if prefix is None:
-        raise _no_maps(model, "does not say how many tokens precede its patches (num_prefix_tokens)")
-    if hasattr(embed, "dynamic_feat_size"):
-        grid = embed.dynamic_feat_size(images.shape[-2:])
-    elif (grid := getattr(embed, "grid_size", None)) is None:
-        raise _no_maps(model, "does not say how its patches are laid out (patch_embed.grid_size)")
-    rows, columns = grid
-    return Layout(prefix, (rows, columns), _readers(model, prefix, rows * columns))
+        check_size(images.shape[-3:], (c.channels, c.image_size, c.image_size))
+        return own_layout(model)
+    return Layout(*layout_of_timm(model, images))
 
 
-def has_maps(model: nn.Module) -> bool:
-    """Whether attention maps can be asked for; of vitkd's own models a residual network has none."""
-    return isinstance(model, ViT) or not isinstance(model, Model)
+def own_layout(model: Model) -> Layout:
+    """The layout of a vitkd model that has attention maps."""
+    first = attention_of(model)[0]
+    sees_itself = first.mask is None or bool(first.mask.diagonal().all())
+    return Layout(first.prefix, first.grid, first.readers, sees_itself)
+
+
+def attention_of(model: nn.Module) -> tuple[AttentionLayout, ...]:
+    """One layout a block of a vitkd model; none where it has no attention maps of the whole image."""
+    c: Any = getattr(model, "config", None)
+    if not isinstance(model, Model) or not hasattr(c, "num_heads"):
+        return ()
+    readers = tuple(range(c.prefix))
+    return (AttentionLayout(c.num_heads, (c.grid, c.grid), c.prefix, readers, c.allowed()),) * c.depth
 
 
 def who_reads(place: Layout | Recording) -> str:
@@ -118,133 +136,3 @@ def who_reads(place: Layout | Recording) -> str:
     if place.readers[0] >= place.prefix:
         return "patches"
     return "class token" if len(place.readers) == 1 else "class and distillation tokens"
-
-
-def timm_model(name: str, pretrained: bool = False) -> nn.Module:
-    """The timm model `name` in eval mode, randomly initialised unless `pretrained`, which needs a network.
-
-    Raises ConfigError if timm is absent, has no such model, or cannot fetch its weights.
-    """
-    timm = from_extra("timm", "timm")
-    name = name.removeprefix("timm:")
-    if not timm.is_model(name):
-        known = timm.list_models()
-        near = get_close_matches(name, known, n=3) or [each for each in known if each.startswith("vit_tiny")]
-        raise ConfigError(f"model=timm:{name}: timm has no such model, it has {', '.join(near[:3])}, …")
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"model=timm:{name}: cannot be built ({one_line(error)}); pretrained weights need a network, "
-            "random ones do not"
-        ) from error
-    return model.eval()
-
-
-def from_extra(module: str, extra: str) -> ModuleType:
-    """Import `module`, which the optional `extra` installs, or raise ConfigError saying how to get it."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ConfigError(
-            f"{package} cannot be imported ({one_line(error)}): pip install 'vitkd[{extra}]'"
-        ) from error
-
-
-def _check_size(given: Sequence[int], taken: Sequence[int]) -> None:
-    if tuple(given) != tuple(taken):
-        shown, allowed = ("×".join(map(str, shape)) for shape in (given, taken))
-        raise ConfigError(f"images of {shown}: the model takes {allowed}; resize them first")
-
-
-def _readers(model: nn.Module, prefix: int, patches: int) -> Sequence[int]:
-    """The tokens that the classifier of something like timm's VisionTransformer reads."""
-    if getattr(model, "global_pool", "token") != "token":
-        return range(prefix, prefix + patches)
-    # timm's distilled models answer by the mean of two heads; registers are read by none.
-    return range(2) if hasattr(model, "head_dist") else range(1)
-
-
-def _no_maps(model: nn.Module, cause: str) -> ConfigError:
-    return ConfigError(
-        f"{type(model).__name__} {cause}: its attention maps cannot be had; "
-        "give a vitkd run or a VisionTransformer of timm"
-    )
-
-
-def _blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The blocks of something like timm's VisionTransformer."""
-    blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) and hasattr(model, "patch_embed"):
-        return [*blocks]
-    if any(hasattr(module, "window_size") for module in model.modules()):
-        raise _no_maps(model, "attends within windows, so no map spans the image")
-    raise _no_maps(model, "has no softmax attention that was found (no `blocks` behind a `patch_embed`)")
-
-
-def _trace_by_hooks(model: nn.Module, images: Tensor, place: Layout) -> Trace:
-    """What the model's blocks compute, caught by hooks that are gone afterwards."""
-    blocks = _blocks(model)
-    weights: list[list[Tensor]] = [[] for _ in blocks]
-    tokens: list[list[Tensor]] = [[] for _ in blocks]
-    with ExitStack() as stack:
-        # A checkpointed block would run again, unfused no more, in the backward pass.
-        stack.enter_context(_switched_off([model], "grad_checkpointing"))
-        for block, its_weights, its_tokens in zip(blocks, weights, tokens, strict=True):
-            stack.enter_context(_switched_off(block.modules(), "fused_attn"))
-            stack.enter_context(block.register_forward_hook(_keep(its_tokens)))
-            for name, module in block.named_modules():
-                if name.rpartition(".")[2] == "attn_drop":
-                    stack.enter_context(module.register_forward_hook(_keep(its_weights)))
-        logits = model(images)
-    for i, (block, its_weights) in enumerate(zip(blocks, weights, strict=True)):
-        if cause := _unusable(block, its_weights, len(images), place):
-            raise _no_maps(model, f"{cause} (block {i})")
-    return Trace(logits, tuple(w for (w,) in weights), tuple(t for (t,) in tokens))
-
-
-def _keep(seen: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
-    """A forward hook that adds its module's output to `seen`."""
-
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        seen.append(output)
-
-    return hook
-
-
-@contextmanager
-def _switched_off(modules: Iterator[nn.Module] | Sequence[nn.Module], switch: str) -> Iterator[None]:
-    """With the attribute `switch` False in all modules where it was true."""
-    switched = [module for module in modules if getattr(module, switch, False)]
-    for module in switched:
-        setattr(module, switch, False)
-    try:
-        yield
-    finally:
-        for module in switched:
-            setattr(module, switch, True)
-
-
-def _unusable(block: nn.Module, seen: Sequence[Tensor], images: int, place: Layout) -> str | None:
-    """Why what passed through a block's `attn_drop` is not its attention weights [B, H, T, T]."""
-    if not seen:
-        return "has no softmax attention that was found (nothing passed through an `attn_drop`)"
-    if len(seen) > 1:
-        return f"has {len(seen)} attentions in one block"
-    shape = seen[0].shape
-    expected = place.prefix + place.grid[0] * place.grid[1]
-    if len(shape) != 4 or shape[-1] != shape[-2]:
-        return f"has no token-by-token attention, but one of shape {[*shape]}"
-    if shape[0] != images:
-        return f"attends within {shape[0] // images} windows an image, so no map spans it"
-    if shape[-1] != expected:
-        rows, columns = place.grid
-        return f"attends over {shape[-1]} tokens, which are not {place.prefix} and {rows}×{columns} patches"
-    heads = next((module.num_heads for module in block.modules() if hasattr(module, "num_heads")), shape[1])
-    if heads != shape[1]:
-        return f"mixes {shape[1]} maps into {heads} heads after the softmax (differential attention)"
-    # bf16 sums of some hundred weights are off by a hundredth.
-    if ((seen[0].detach().float().sum(-1) - 1).abs() > 0.05).any():
-        return "has attention weights that do not sum to 1, so they are not a softmax's"
-    return None

@@ -17,7 +17,7 @@ from vitkd.models.output import at_least_float32
 def attention_gradients(recording: Recording, target: Tensor) -> tuple[Tensor, ...]:
     """Per block [B, H, T, T]: image b's logit of class target[b] by the weights of image b.
 
-    The recording keeps its graph, so that another target may follow.
+    The recording keeps its graph, so that another target can be asked for.
 
     Args:
         target: [B] class indices.

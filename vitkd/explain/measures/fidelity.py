@@ -1,10 +1,8 @@
-"""How faithfully a student attends as its teacher does, in figures per image and map.
+"""The fidelity table: how alike student and teacher attend, map by map, beside two baselines.
 
-All maps are attention weights after the softmax. Where a figure is undefined (the rank correlation of a row
-of equal weights, for one) it is NaN, and averages leave it out.
+All maps are attention weights after the softmax. Averages leave out where a metric is undefined.
 
-Shapes: B images, H heads, M maps (any number of axes), T tokens (prefix + h·w), N = h·w patches, P pairs,
-L blocks.
+Shapes: B images, H heads, T tokens (prefix + h·w), P pairs.
 """
 
 import math
@@ -19,11 +17,8 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.attention import rows_read
+from vitkd.explain.measures.distances import COMPARISONS, Reading, compare_readings, mean_distance, read
 from vitkd.models.output import at_least_float32
-
-COMPARISONS = ("kl", "js", "spearman", "top_k_iou", "cls_overlap")
-"""of two maps; `kl` and `js` fall with fidelity, the others rise with it"""
 
 CHUNK = 2**18
 """Numbers in the maps that `fidelity_table` compares at once, so that they stay in the CPU's cache."""
@@ -31,15 +26,15 @@ CHUNK = 2**18
 Weights = Mapping[int, Tensor] | Sequence[Tensor]
 """block → its attention weights [B, H, T, T]"""
 
-Maps = Callable[[tuple[int, ...]], "Reading"]
+Maps = Callable[[tuple[int, ...]], Reading]
 """heads → the reading of their mean map"""
 
-Figures = dict[tuple[str, str], Tensor]
-"""(field of `FidelityRow`, name) → one figure an image [B]"""
+Metrics = dict[tuple[str, str], Tensor]
+"""(field of `FidelityRow`, name) → one value an image [B]"""
 
 
 class MapPair(NamedTuple):
-    """A student map and the teacher maps whose mean it is held against."""
+    """A student map and the teacher maps whose mean it is compared with."""
 
     student_block: int
     student_head: int
@@ -49,160 +44,21 @@ class MapPair(NamedTuple):
 
 @dataclass(frozen=True)
 class FidelityRow:
-    """The figures of one pair of maps, averaged over images; None where no image defines one."""
+    """The metrics of one pair of maps, averaged over images; None where no image defines one."""
 
     student_block: int
     student_head: int
     teacher_block: int
     teacher_heads: tuple[int, ...]
     images: int
-    figures: dict[str, float | None]
+    metrics: dict[str, float | None]
     """`COMPARISONS` with the teacher, and the student's own `entropy` [nats] and `mean_distance` [pixels]"""
     teacher: dict[str, float | None]
     """the teacher's `entropy` and `mean_distance`"""
     alone: dict[str, float | None] | None
-    """as `figures`, of a student that learned without the teacher; None if none was given"""
+    """as `metrics`, of a student that learned without the teacher; None if none was given"""
     permuted: dict[str, float | None] | None
     """`COMPARISONS` with other heads of the same teacher block; None if it has no others"""
-
-
-class Reading(NamedTuple):
-    """What comparisons read of maps, so that a map compared with many is read once."""
-
-    weights: Tensor
-    """[B, ...M, T, T]"""
-    log: Tensor
-    """[B, ...M, T, T]"""
-    row: Tensor
-    """[B, ...M, N]: the class row over patches, summing to 1"""
-    ranks: Tensor
-    """[B, ...M, N]: the ranks of `row`, centred and of norm 1"""
-    top: Tensor
-    """[B, ...M, N] bool: the k patches with most weight in `row`; of equal ones the first"""
-
-
-def compare(
-    ours: Tensor, theirs: Tensor, *, prefix: int = 1, k: int | None = None, readers: Sequence[int] = (0,)
-) -> dict[str, Tensor]:
-    """Measures [B, ...M] of how alike two maps are, for each image.
-
-    The class row is that of the class token, or the mean of the rows that the classifier reads.
-
-    - `kl`: KL(theirs ‖ ours) in nats, mean over query rows. A weight of ours that underflowed to 0 counts as
-      the smallest normal number, so that the figure stays finite.
-    - `js`: the Jensen-Shannon divergence in nats, mean over query rows, at most log 2.
-    - `spearman`: rank correlation of the class rows over patches, ties sharing their mean rank; NaN if all
-      weights of a row are equal.
-    - `top_k_iou`: intersection over union of the k patches with the highest weight in the class rows.
-    - `cls_overlap`: Σ min(p, q) of the class rows, renormalised over patches: 1 if equal, 0 if disjoint; NaN
-      if a row gives the patches nothing.
-
-    Args:
-        ours, theirs: [B, ...M, T, T], the student's and the teacher's, rows summing to 1.
-        prefix: tokens before the patches.
-        k: a quarter of the patches, at least one, if None.
-        readers: the tokens that the classifier reads, as `Recording.readers` has them.
-
-    Raises:
-        ConfigError: k is not 1 to N.
-        ValueError: the shapes differ.
-    """
-    if ours.shape != theirs.shape:
-        raise ValueError(f"maps of shapes {[*ours.shape]} and {[*theirs.shape]} cannot be compared")
-    return measures(read(ours, prefix, k, readers), read(theirs, prefix, k, readers))
-
-
-def read(weights: Tensor, prefix: int = 1, k: int | None = None, readers: Sequence[int] = (0,)) -> Reading:
-    """A `Reading` of attention weights [B, ...M, T, T]; the arguments are those of `compare`."""
-    p = at_least_float32(weights)
-    row = rows_read(p, readers)[..., prefix:].contiguous()
-    descending, order = row.sort(stable=True, dim=-1, descending=True)
-    top = torch.zeros_like(row, dtype=torch.bool)
-    top.scatter_(-1, order[..., : _top_count(k, row.shape[-1])], True)
-    ranks = _unit_ranks(row, descending.flip(-1))
-    return Reading(p, _log(p), row / row.sum(-1, keepdim=True), ranks, top)
-
-
-def measures(ours: Reading, theirs: Reading) -> dict[str, Tensor]:
-    """`compare` for maps that were read before."""
-    q, p = ours.weights, theirs.weights
-    log_mean = _log((p + q) / 2)
-    js = (p * (theirs.log - log_mean) + q * (ours.log - log_mean)).sum(-1) / 2
-    shared, either = (ours.top & theirs.top).sum(-1), (ours.top | theirs.top).sum(-1)
-    # Rounding leaves some figures a hair outside their bounds.
-    return {
-        "kl": (p * (theirs.log - ours.log)).sum(-1).mean(-1).clamp_min(0),
-        "js": js.mean(-1).clamp(0, math.log(2)),
-        "spearman": (ours.ranks * theirs.ranks).sum(-1).clamp(-1, 1),
-        "top_k_iou": shared.to(p.dtype) / either,
-        "cls_overlap": torch.minimum(ours.row, theirs.row).sum(-1).clamp_max(1),
-    }
-
-
-def entropy(weights: Tensor) -> Tensor:
-    """The entropy in nats of attention weights [B, ...M, T, T], mean over queries: [B, ...M], 0 to log T."""
-    p = at_least_float32(weights)
-    return (p * -_log(p)).sum(-1).mean(-1).clamp_min(0)
-
-
-def mean_distance(
-    weights: Tensor, grid: tuple[int, int], patch_size: float | tuple[float, float], prefix: int = 1
-) -> Tensor:
-    """Mean attention distance [B, ...M] in pixels (Dosovitskiy et al. 2020, figure 7).
-
-    Σ_j w_ij·|centre_i − centre_j| over patches, each row renormalised over them, mean over query patches.
-    A query that gives the patches nothing does not count; NaN if none gives them anything.
-
-    Args:
-        weights: [B, ...M, T, T].
-        grid: (h, w).
-        patch_size: the pixels of a patch's side, or (height, width).
-        prefix: tokens before the patches, which are left out as queries and as keys.
-
-    Raises:
-        ValueError: T is not prefix + h·w.
-    """
-    if weights.shape[-1] != prefix + grid[0] * grid[1]:
-        raise ValueError(f"{weights.shape[-1]} tokens are not {prefix} and {grid[0]}×{grid[1]} patches")
-    patches = at_least_float32(weights)[..., prefix:, prefix:]
-    distances = patch_distances(grid, patch_size).to(patches)
-    return ((patches * distances).sum(-1) / patches.sum(-1)).nanmean(-1)
-
-
-def patch_distances(grid: tuple[int, int], patch_size: float | tuple[float, float] = 1.0) -> Tensor:
-    """Distances [N, N] in pixels between the centres of h × w patches; float64, on the CPU."""
-    height, width = (patch_size, patch_size) if isinstance(patch_size, int | float) else patch_size
-    down = torch.arange(grid[0], dtype=torch.float64) * height
-    across = torch.arange(grid[1], dtype=torch.float64) * width
-    centres = torch.cartesian_prod(down, across)
-    return (centres[:, None] - centres).square().sum(-1).sqrt()
-
-
-def uniform_distance(grid: tuple[int, int], patch_size: float | tuple[float, float] = 1.0) -> float:
-    """The mean attention distance in pixels of attention that gives all patches the same."""
-    return patch_distances(grid, patch_size).mean().item()
-
-
-def locality(
-    weights: Sequence[Tensor],
-    grid: tuple[int, int],
-    prefix: int = 1,
-    patch_size: float | tuple[float, float] = 1.0,
-) -> Tensor:
-    """How far each block and head looks, relative to uniform attention: [B, L, H].
-
-    0 is a token that attends to itself alone, 1 the mean distance of uniform attention. In ViTs trained on
-    much data some heads of the low blocks are near 0; with little data these hardly learn local relations
-    (Zhu et al. 2023). The mean over the last axis is the block's. NaN for a single patch.
-
-    Args:
-        weights: per block [B, H, T, T].
-        grid: (h, w).
-        prefix: tokens before the patches.
-        patch_size: matters only if patches are not square.
-    """
-    distances = [mean_distance(each, grid, patch_size, prefix) for each in weights]
-    return torch.stack(distances, 1) / uniform_distance(grid, patch_size)
 
 
 def fidelity_table(
@@ -227,8 +83,8 @@ def fidelity_table(
 class FidelitySums:
     """The fidelity table over batches of images: only sums are kept.
 
-    Each pair's figures stand beside two baselines. `alone` is a student that learned without the teacher, if
-    one is given. `permuted` is what the map shares with any other head of the teacher's block: the
+    Each pair's metrics stand beside two baselines. `alone` is a student that learned without the teacher, if
+    one is given. `permuted` is how alike the map is to any other head of the teacher's block: the
     expectation over permutations of the teacher's heads that give the pair others, so the mean over all other
     sets of as many heads, or over `draws` of them where there are more.
 
@@ -269,7 +125,7 @@ class FidelitySums:
 
     @torch.no_grad()
     def add(self, student: Weights, teacher: Weights, alone: Weights | None = None) -> dict[str, Tensor]:
-        """Add a batch, and return each image's figures: name → [B, P] float64 on the CPU.
+        """Add a batch, and return each image's metrics: name → [B, P] float64 on the CPU.
 
         Args:
             student, teacher, alone: block → weights [B, H, T, T], for the blocks that pairs name at least;
@@ -279,18 +135,18 @@ class FidelitySums:
             ConfigError: a pair names a block or head that does not exist.
             ValueError: student and teacher have different tokens, or not those of the grid.
         """
-        figures: dict[int, Figures] = {}
+        metrics: dict[int, Metrics] = {}
         for (student_block, teacher_block), indices in self._by_blocks().items():
             ours = self._maps("student", student, student_block)
             theirs = self._maps("teacher", teacher, teacher_block)
             without = None if alone is None else self._maps("student alone", alone, student_block)
             heads = teacher[teacher_block].shape[1]
             for index in indices:
-                figures[index] = self._figures(self.pairs[index], heads, ours, theirs, without)
-        return self._accumulate([figures[index] for index in range(len(self.pairs))])
+                metrics[index] = self._metrics(self.pairs[index], heads, ours, theirs, without)
+        return self._accumulate([metrics[index] for index in range(len(self.pairs))])
 
     def table(self) -> list[FidelityRow]:
-        """One row a pair, averaged over the images added; one that leaves a figure undefined is left out."""
+        """One row a pair, averaged over the images added; one where a metric is undefined is left out."""
         assert self._images, "add a batch first"
         return [self._row(index, pair) for index, pair in enumerate(self.pairs)]
 
@@ -314,23 +170,23 @@ class FidelitySums:
 
         return reading
 
-    def _figures(
+    def _metrics(
         self, pair: MapPair, teacher_heads: int, ours: Maps, theirs: Maps, alone: Maps | None
-    ) -> Figures:
-        """One pair's figures [B]."""
+    ) -> Metrics:
+        """One pair's metrics [B]."""
         student, teacher = ours((pair.student_head,)), theirs(pair.teacher_heads)
         if student.weights.shape != teacher.weights.shape:
             tokens = (reading.weights.shape[-1] for reading in (student, teacher))
             raise ValueError("student and teacher have {} and {} tokens: resize one's maps".format(*tokens))
         others = other_heads(pair.teacher_heads, teacher_heads, self._draws, self._seed)
         parts = {
-            "figures": measures(student, teacher) | self._spread(student),
+            "metrics": compare_readings(student, teacher) | self._spread(student),
             "teacher": self._spread(teacher),
-            "permuted": _mean_measures(student, [theirs(heads) for heads in others]),
+            "permuted": _mean_comparisons(student, [theirs(heads) for heads in others]),
         }
         if alone is not None:
             without = alone((pair.student_head,))
-            parts["alone"] = measures(without, teacher) | self._spread(without)
+            parts["alone"] = compare_readings(without, teacher) | self._spread(without)
         return {(part, name): values for part, each in parts.items() for name, values in each.items()}
 
     def _spread(self, of: Reading) -> dict[str, Tensor]:
@@ -338,18 +194,18 @@ class FidelitySums:
         distance = mean_distance(of.weights, self._grid, self._patch_size, self._prefix)
         return {"entropy": (of.weights * -of.log).sum(-1).mean(-1), "mean_distance": distance}
 
-    def _accumulate(self, of_pairs: Sequence[Figures]) -> dict[str, Tensor]:
-        """Add the figures [B] of all pairs to the sums; return those of the students, name → [B, P]."""
+    def _accumulate(self, of_pairs: Sequence[Metrics]) -> dict[str, Tensor]:
+        """Add the metrics [B] of all pairs to the sums; return those of the students, name → [B, P]."""
         keys = list(of_pairs[0])
         assert not self._sums or keys == list(self._sums), "give the student alone in all batches or in none"
-        # One transfer from the device, where each costs as much as all; float64 is not to be had on MPS.
-        stacked = torch.stack([torch.stack([figures[key] for figures in of_pairs], 1) for key in keys])
+        # One transfer from the device, where each costs as much as all; MPS has no float64.
+        stacked = torch.stack([torch.stack([metrics[key] for metrics in of_pairs], 1) for key in keys])
         table = dict(zip(keys, stacked.cpu().double(), strict=True))
         for key, values in table.items():
             self._sums[key] = self._sums.get(key, 0) + values.nansum(0).numpy()
             self._defined[key] = self._defined.get(key, 0) + (~values.isnan()).sum(0).numpy()
         self._images += stacked.shape[1]
-        return {name: values for (part, name), values in table.items() if part == "figures"}
+        return {name: values for (part, name), values in table.items() if part == "metrics"}
 
     def _row(self, index: int, pair: MapPair) -> FidelityRow:
         parts: dict[str, dict[str, float | None]] = {}
@@ -359,7 +215,7 @@ class FidelitySums:
             parts.setdefault(part, {})[name] = mean
         permuted = None if all(mean is None for mean in parts["permuted"].values()) else parts["permuted"]
         return FidelityRow(
-            *pair, self._images, parts["figures"], parts["teacher"], parts.get("alone"), permuted
+            *pair, self._images, parts["metrics"], parts["teacher"], parts.get("alone"), permuted
         )
 
 
@@ -382,12 +238,12 @@ def other_heads(heads: Sequence[int], count: int, draws: int, seed: int) -> list
     return sorted(chosen)
 
 
-def _mean_measures(student: Reading, others: Sequence[Reading]) -> dict[str, Tensor]:
+def _mean_comparisons(student: Reading, others: Sequence[Reading]) -> dict[str, Tensor]:
     """`COMPARISONS` [B] of one map, averaged over several it is compared with; NaN if there are none."""
     if not others:
         return dict.fromkeys(COMPARISONS, torch.full_like(student.log[..., 0, 0], math.nan))
-    each = [measures(student, other) for other in others]
-    return {name: torch.stack([figures[name] for figures in each]).nanmean(0) for name in COMPARISONS}
+    each = [compare_readings(student, other) for other in others]
+    return {name: torch.stack([metrics[name] for metrics in each]).nanmean(0) for name in COMPARISONS}
 
 
 def _check_pairs(pairs: Sequence[MapPair]) -> None:
@@ -418,26 +274,3 @@ def _images(weights: Weights, images: slice) -> Weights:
     if isinstance(weights, Mapping):
         return {block: each[images] for block, each in weights.items()}
     return [each[images] for each in weights]
-
-
-def _top_count(k: int | None, patches: int) -> int:
-    if k is None:
-        return max(patches // 4, 1)
-    if not 1 <= k <= patches:
-        raise ConfigError(f"k={k}: there are {patches} patches, so choose 1 to {patches}")
-    return k
-
-
-def _log(p: Tensor) -> Tensor:
-    return p.clamp_min(torch.finfo(p.dtype).tiny).log()
-
-
-def _unit_ranks(values: Tensor, ascending: Tensor) -> Tensor:
-    """Ranks of `values` [..., N], centred and of norm 1, ties sharing their mean; NaN if all are equal.
-
-    `ascending` holds the values in order. The inner product of two such is Spearman's coefficient.
-    """
-    # Twice the rank, less a constant: below and up to each value.
-    ends = [torch.searchsorted(ascending, values, right=right) for right in (False, True)]
-    centred = (ends[0] + ends[1] - values.shape[-1]).to(values.dtype)
-    return centred / centred.square().sum(-1, keepdim=True).sqrt()

@@ -17,7 +17,7 @@ from vitkd.models.output import at_least_float32
 RESTARTS = 10
 """k-means runs, of which the best counts"""
 DECIMALS = 5
-"""Activities are told apart to a hundred-thousandth of the highest: below that is float32's rounding."""
+"""Activities are distinguished to a hundred-thousandth of the highest: below that is float32's rounding."""
 
 
 def attention_activity(
@@ -100,7 +100,7 @@ def _cluster(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, 
     """Labels [B·N] and centres [k, F], k at most the number of distinct points."""
     from sklearn.cluster import KMeans  # takes a while to import
 
-    # Distinct points of a few are quickly told, and hardly ever fewer than the clusters.
+    # A few points are quickly compared, and hardly ever have fewer distinct ones than clusters.
     few = np.unique(points[: 100 * clusters], axis=0)
     distinct = len(few) if len(few) >= clusters else len(np.unique(points, axis=0))
     means = KMeans(min(clusters, distinct), n_init=RESTARTS, random_state=seed).fit(points)
