@@ -15,7 +15,15 @@ from vitkd.data import ImageDataModule
 from vitkd.data.order import EpochOrder
 from vitkd.errors import ConfigError
 from vitkd.explain.comparisons import comparisons
-from vitkd.explain.gallery.cells import Answers, Cell, cells, choose, nothing_in, over_represented
+from vitkd.explain.gallery.cells import (
+    BOTH_RIGHT,
+    IN_WORDS,
+    Indices,
+    cells,
+    choose,
+    class_index,
+    over_represented,
+)
 from vitkd.explain.gallery.explanation import Explanation, OfMethods
 from vitkd.explain.gallery.pixels import denormalise, normalise
 from vitkd.explain.maps.methods import CLASS_SPECIFIC
@@ -40,8 +48,9 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
     notes = [*_note_on_students(sources), *sources.notes(), *remarks]
     log.info("measuring %s on the test split", ", ".join(sources.models))
     seen = survey(sources.models, in_random_order(data, settings.seed, sources.device), compared)
-    of_cells = cells_of(seen, next(iter(runs)), data.class_names)
-    chosen, remarks = _choose(of_cells, settings)
+    labels, class_names = seen.labels.numpy(), data.class_names
+    of_cells = _cells(seen, next(iter(runs)))
+    chosen, remarks = choose_images(of_cells, labels, class_names, settings)
     positions = [position for position, _ in chosen]
     images = _images(data, seen.numbers[positions], sources.device)
     log.info("explaining %d images by %s", len(images), ", ".join(settings.methods))
@@ -52,16 +61,19 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
         source=_source(runs),
         epoch=settings.epoch,
         pixels=denormalise(images.cpu(), dataset.mean, dataset.std),
-        labels=seen.labels[positions].tolist(),
+        labels=labels[positions].tolist(),
         cells=[name if counted else "" for _, name in chosen],
         numbers=seen.numbers[positions].tolist(),
-        class_names=data.class_names,
+        class_names=class_names,
         subjects=subjects,
         regions=regions,
         other_block=_other_block(sources.first),
-        counts={name: cell.count for name, cell in counted.items()},
+        counts={name: len(indices) for name, indices in counted.items()},
         # Together, the cells have a 5 % chance of any false finding.
-        over_represented={n: over_represented(cell, 0.05 / len(counted)) for n, cell in counted.items()},
+        over_represented={
+            name: over_represented(indices, labels, class_names, 0.05 / len(counted))
+            for name, indices in counted.items()
+        },
         fidelity=seen.fidelity,
         correlations={name: _correlations(seen, name) for name in seen.fidelity},
         reach=seen.reach,
@@ -70,23 +82,28 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
     )
 
 
-def cells_of(seen: Survey, student: str, class_names: list[str]) -> dict[str, Cell]:
+def _cells(seen: Survey, student: str) -> dict[str, Indices]:
     """The images by who is right; without a teacher they are all in the first cell, whoever is right."""
     labels = seen.labels.numpy()
     if TEACHER not in seen.predicted:
-        return dict([*cells(Answers(labels, labels, labels, class_names)).items()][:1])
-    teacher_predicted, predicted = (seen.predicted[name].numpy() for name in (TEACHER, student))
-    return cells(Answers(labels, teacher_predicted, predicted, class_names))
+        return {BOTH_RIGHT: np.arange(len(labels))}
+    return cells(labels, *(seen.predicted[name].numpy() for name in (TEACHER, student)))
 
 
-def _choose(of_cells: Mapping[str, Cell], settings: Settings) -> tuple[list[tuple[int, str]], list[str]]:
+def choose_images(
+    of_cells: Mapping[str, Indices], labels: Indices, class_names: list[str], settings: Settings
+) -> tuple[list[tuple[int, str]], list[str]]:
     """Positions of images to show, each with its cell; and notes on cells that have none."""
-    chosen, notes = [], []
-    for name, cell in of_cells.items():
-        of_cell = choose(cell, settings.images, settings.seed, of_class=settings.of_class)
-        chosen += [(int(position), name) for position in of_cell]
-        if not len(of_cell):
-            notes.append(f"There is {nothing_in(cell, settings.of_class)}.")
+    chosen, notes, whose = [], [], ""
+    if settings.of_class is not None:
+        wanted = labels == class_index(settings.of_class, class_names)
+        of_cells = {name: indices[wanted[indices]] for name, indices in of_cells.items()}
+        whose = f" of class {settings.of_class}"
+    for name, indices in of_cells.items():
+        chosen += [(int(position), name) for position in choose(indices, settings.images, settings.seed)]
+        if not len(indices):
+            # No error: a good student leaves cells empty.
+            notes.append(f"There is no image{whose} among {len(labels):,}: {IN_WORDS[name]}.")
     if not chosen:
         raise ConfigError(f"of_class={settings.of_class}: no image of that class is in the test split")
     return chosen, notes
