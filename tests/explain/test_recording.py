@@ -9,7 +9,7 @@ from torch import nn
 
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.hooks import timm_model
-from vitkd.explain.maps.recording import has_maps, layout, logits_of, record, who_reads
+from vitkd.explain.maps.recording import attention_of, has_maps, layout, logits_of, record, who_reads
 from vitkd.models import ResNetConfig
 
 
@@ -43,6 +43,23 @@ def test_vitkds_own_model_is_traced(tiny):
         assert_close(recording.weights[i], scores.softmax(-1))
     assert (recording.prefix, recording.grid, [*recording.readers]) == (1, (2, 2), [0])
     assert [tokens.shape for tokens in recording.tokens] == [(2, 5, 12)] * 3
+
+
+@pytest.mark.parametrize("attention", ["msa", "lsa"])
+def test_a_vitkd_model_has_a_layout_a_block(tiny, attention):
+    model = tiny(depth=2, num_heads=3, distillation_token=True, attention=attention).build()
+
+    layouts = attention_of(model)
+
+    assert len(layouts) == 2
+    for each in layouts:
+        assert (each.heads, each.grid, each.prefix, each.readers) == (3, (2, 2), 2, (0, 1))
+        if attention == "msa":
+            assert each.mask is None
+        else:
+            assert torch.equal(each.mask, ~torch.eye(6, dtype=torch.bool))
+    assert attention_of(ResNetConfig(8, 3, 5, stem="small").build()) == ()
+    assert attention_of(timm_vit()) == ()
 
 
 def test_readers_are_the_tokens_that_the_answer_comes_from(tiny):
