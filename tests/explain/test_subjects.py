@@ -42,7 +42,7 @@ def images():
 
 @pytest.fixture
 def in_parts(monkeypatch):
-    monkeypatch.setattr(subjects, "AT_A_TIME", 3)
+    monkeypatch.setattr(subjects, "BATCH_SIZE", 3)
 
 
 def subject(model, images, methods=("attention",), **more):
@@ -126,9 +126,9 @@ def test_every_method_stands_in_the_order_asked_for(model, images):
 
 def test_beyond_so_many_numbers_heads_are_averaged(model, images, monkeypatch):
     whole = subject(model, images).maps["attention"]
-    monkeypatch.setattr(subjects, "MOST_NUMBERS", whole.size)
+    monkeypatch.setattr(subjects, "MAX_ATTENTION_VALUES", whole.size)
     assert subject(model, images).maps["attention"].shape == whole.shape
-    monkeypatch.setattr(subjects, "MOST_NUMBERS", whole.size - 1)
+    monkeypatch.setattr(subjects, "MAX_ATTENTION_VALUES", whole.size - 1)
 
     averaged = subject(model, images)
 
@@ -151,8 +151,8 @@ def test_what_patches_attend_to_is_kept_by_head_by_mean_or_not_at_all(model, ima
         (whole - 1, whole // 2, by_head.mean(2, keepdim=True)),
         (whole - 1, whole // 2 - 1, None),
     ]:
-        monkeypatch.setattr(subjects, "MOST_OF_HEADS", of_heads)
-        monkeypatch.setattr(subjects, "MOST_OF_PATCHES", of_patches)
+        monkeypatch.setattr(subjects, "MAX_VALUES_BY_HEAD", of_heads)
+        monkeypatch.setattr(subjects, "MAX_PATCH_VALUES", of_patches)
         found = subject(model, images).patches
         if expected is None:
             assert found is None

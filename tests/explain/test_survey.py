@@ -155,7 +155,7 @@ def test_one_image_has_no_other(models, images):
 def test_how_many_images_are_added_at_once_changes_nothing(models, images, monkeypatch):
     comparisons = {"student": comparison(True, True, True, alone="alone")}
     at_once = survey(models, batches(images, 9), comparisons).fidelity["student"].cka
-    monkeypatch.setattr("vitkd.explain.measures.survey.AT_A_TIME", 2)
+    monkeypatch.setattr("vitkd.explain.measures.survey.CHUNK", 2)
 
     in_parts = survey(models, batches(images, 9), comparisons).fidelity["student"].cka
 

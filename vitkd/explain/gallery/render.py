@@ -49,7 +49,7 @@ TITLES = {
     REGIONS: "attention regions",
 }
 """of the methods in this package; others go by their own names"""
-UNITS = {REGIONS: "regions by the attention they draw"}
+UNITS = {REGIONS: "regions by the attention they receive"}
 OTHER_UNIT = "relevance, arbitrary units"
 
 

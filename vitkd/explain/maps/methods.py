@@ -1,4 +1,4 @@
-"""Every way to ask a model where it looks, under one signature.
+"""Every way to ask a model where it looks, with one signature.
 
 Shapes: B images, C channels, T tokens (prefix + h·w), h × w patches.
 """
@@ -73,7 +73,7 @@ def _integrated_gradients(model: nn.Module, images: Tensor, target: Tensor) -> T
 
 
 def _random(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Uniform noise, the same at every call: what a method must beat."""
+    """Uniform noise, the same at every call: the baseline."""
     noise = torch.rand(len(images), *layout(model, images).grid, generator=torch.Generator().manual_seed(0))
     return noise.to(images.device)
 
@@ -89,4 +89,4 @@ METHODS: dict[str, Method] = {
     "random": _random,
 }
 CLASS_SPECIFIC = {"gradient_rollout", "relevance", "grad_cam", "pytorch_grad_cam", "integrated_gradients"}
-"""those whose maps depend on the class asked for"""
+"""those whose maps depend on the class"""

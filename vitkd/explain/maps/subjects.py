@@ -20,12 +20,11 @@ from vitkd.explain.maps.regions import attention_features, region_map
 ATTENTION = "attention"
 """the method whose maps are kept by block and head"""
 
-AT_A_TIME = 64
-MOST_NUMBERS = 16_000_000
-"""of one subject's attention maps; beyond, heads are averaged, or the page would be too large to open"""
-MOST_OF_HEADS, MOST_OF_PATCHES = 1_000_000, 4_000_000
-"""of the maps of all its patches: up to the first by every head, up to the second by their mean, else none"""
-
+BATCH_SIZE = 64
+MAX_ATTENTION_VALUES = 16_000_000
+"""in one subject's attention maps; beyond, heads are averaged, to keep the page small enough to open"""
+MAX_VALUES_BY_HEAD, MAX_PATCH_VALUES = 1_000_000, 4_000_000
+"""in the maps of all its patches: up to the first by every head, up to the second by their mean, else none"""
 
 Maps = NDArray[np.floating[Any]]
 
@@ -66,7 +65,7 @@ def subject_of(
     Raises ConfigError if its maps cannot be recorded, a method does not exist, or a package is absent.
     """
     rows, patches, features, logits = [], [], [], []
-    for part in images.split(AT_A_TIME):
+    for part in images.split(BATCH_SIZE):
         with torch.no_grad():
             recording = record(model, part)
             rows.append(class_rows(recording).cpu())
@@ -76,7 +75,7 @@ def subject_of(
         logits.append(recording.logits)
     predicted, confidence = predictions_of(torch.cat(logits))
     attention = torch.cat(rows)
-    if attention.numel() > MOST_NUMBERS:
+    if attention.numel() > MAX_ATTENTION_VALUES:
         attention = attention.mean(2, keepdim=True)
     maps = {ATTENTION: attention.numpy()}
     for method in methods:
@@ -99,7 +98,7 @@ def subject_of(
 def without_maps(name: str, role: Literal["teacher", "student"], model: nn.Module, images: Tensor) -> Subject:
     """The predictions for normalised images [N, C, H, W] by a model that has no attention maps."""
     with evaluating(model):
-        logits = torch.cat([logits_of(model, part) for part in images.split(AT_A_TIME)])
+        logits = torch.cat([logits_of(model, part) for part in images.split(BATCH_SIZE)])
     predicted, confidence = predictions_of(logits)
     return Subject(name, role, predicted.tolist(), confidence, {})
 
@@ -111,9 +110,9 @@ def predictions_of(logits: Tensor) -> tuple[Tensor, list[float]]:
 
 
 def maps_of(method: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """`explain_by` a few images at a time, for gradients of all blocks take much memory: [N, h, w]."""
-    # Each call draws the same noise from the start.
-    size = max(len(images), 1) if method == "random" else AT_A_TIME
+    """`explain_by` in batches, as gradients of all blocks take much memory: [N, h, w]."""
+    # In parts, every part would get the same noise.
+    size = max(len(images), 1) if method == "random" else BATCH_SIZE
     parts = zip(images.split(size), target.split(size), strict=True)
     return torch.cat([explain_by(method, model, part, classes) for part, classes in parts])
 
@@ -132,9 +131,9 @@ def patch_rows(recording: Recording, images: int) -> Tensor | None:
     prefix = recording.prefix
     weights = [each[..., prefix:, prefix:] for each in recording.weights]
     numbers = images * sum(each[0].numel() for each in weights)
-    if numbers > MOST_OF_PATCHES * weights[0].shape[1]:
+    if numbers > MAX_PATCH_VALUES * weights[0].shape[1]:
         return None
-    if numbers > MOST_OF_HEADS:
+    if numbers > MAX_VALUES_BY_HEAD:
         weights = [each.mean(1, keepdim=True) for each in weights]
     return torch.stack(weights, 1).float().unflatten(-1, recording.grid)
 

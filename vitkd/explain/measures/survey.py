@@ -17,7 +17,7 @@ from vitkd.explain.measures.distances import locality
 from vitkd.explain.measures.fidelity import FidelityRow, FidelitySums, MapPair
 from vitkd.models.tokens import resized_weights, token_interpolation, without_tokens
 
-AT_A_TIME = 64
+CHUNK = 64
 """Images whose tokens are in float64 at once."""
 
 
@@ -185,8 +185,8 @@ class _TokenSums:
             theirs = teacher.tokens[block]
             features["other images", block] = torch.cat([self.before.get(block, theirs[-1:]), theirs[:-1]])
             self.before[block] = theirs[-1:]
-        for start in range(0, len(student.tokens[0]), AT_A_TIME):
-            self.sums.add({name: each[start : start + AT_A_TIME] for name, each in features.items()})
+        for start in range(0, len(student.tokens[0]), CHUNK):
+            self.sums.add({name: each[start : start + CHUNK] for name, each in features.items()})
 
     def values(self) -> dict[tuple[int, int], TokenAlignment]:
         value = self.sums.value
