@@ -21,11 +21,9 @@ log = logging.getLogger("vitkd")
 def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
     """Where the models look in the pictures of `settings.image`."""
     paths = settings.pictures
-    image_format, names = _format(sources)
-    pixels = torch.stack([read_picture(path, image_format.size, image_format.channels) for path in paths])
-    images = normalise(pixels, image_format.mean, image_format.std).to(sources.device)
-    subjects, regions = look(settings, sources, images)
-    classes = 1 + max(max(subject.predicted) for subject in subjects)
+    size, channels, mean, std = _format(sources)
+    pixels = torch.stack([read_picture(path, size, channels) for path in paths])
+    subjects, regions = look(settings, sources, normalise(pixels, mean, std).to(sources.device))
     return Explanation(
         title=sources.title,
         source=", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else ""),
@@ -33,7 +31,7 @@ def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
         labels=[-1] * len(paths),
         cells=[""] * len(paths),
         numbers=[*range(len(paths))],
-        class_names=names or [f"class {number}" for number in range(classes)],
+        class_names=_class_names(sources, subjects),
         subjects=subjects,
         regions=regions,
         notes=[*sources.notes(), *_note_on_weights(settings), *note_on_patches(subjects)],
@@ -64,12 +62,19 @@ def note_on_patches(subjects: list[Subject]) -> list[str]:
     return [text] if left_out else []
 
 
-def _format(sources: Sources) -> tuple[Format, list[str]]:
-    """What the models take, and the names of their classes if these are known."""
-    if sources.data is None:
-        return format_of(next(iter(sources.models.values()))), []
+def _format(sources: Sources) -> Format:
+    """The images that the models take."""
+    if not sources.runs:
+        return format_of(next(iter(sources.models.values())))
     data = sources.first.config.dataset
-    return Format(data.image_size, data.channels, data.mean, data.std), sources.data.class_names
+    return Format(data.image_size, data.channels, data.mean, data.std)
+
+
+def _class_names(sources: Sources, subjects: list[Subject]) -> list[str]:
+    """Those of the data set; numbers where there is none."""
+    if sources.data is not None:
+        return sources.data.class_names
+    return [f"class {number}" for number in range(1 + max(max(each.predicted) for each in subjects))]
 
 
 def _note_on_weights(settings: Settings) -> list[str]:

@@ -5,11 +5,10 @@ Shapes: N images, C channels, H × W pixels.
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkd.data import ImageDataModule
 from vitkd.data.order import EpochOrder
@@ -152,23 +151,26 @@ def _faithfulness(
     drawn = np.random.default_rng(settings.seed).permutation(len(seen.labels))[: settings.faithfulness_images]
     images = _images(data, seen.numbers[drawn], sources.device)
     labels = seen.labels[drawn].to(sources.device)
-    dataset = sources.first.config.dataset
-    mean, std = dataset.mean, dataset.std
+    mean, std = data.dataset.mean, data.dataset.std
     pixels = denormalise(images, mean, std)
     log.info("removing pixels of %d images, step by step", len(images))
-    found: dict[str, Any] = {}
+    found: dict[str, OfMethods] = {}
     for name, model in ((name, model) for name, model in sources.models.items() if has_maps(model)):
         predicted = seen.predicted[name][drawn].to(sources.device)
-        maps = {
-            method: MapsOfClasses(*(maps_of(method, model, images, each) for each in (predicted, labels)))
-            if method in CLASS_SPECIFIC
-            else maps_of(method, model, images, predicted)
-            for method in settings.methods
-        }
+        maps = {method: _maps_of(method, model, images, predicted, labels) for method in settings.methods}
         found[name] = faithfulness(
             model, pixels, lambda x: normalise(x, mean, std), maps, predicted, labels, seed=settings.seed
         )
     return found
+
+
+def _maps_of(
+    method: str, model: nn.Module, images: Tensor, predicted: Tensor, labels: Tensor
+) -> Tensor | MapsOfClasses:
+    """A method's maps, of both classes where they depend on the class."""
+    if method in CLASS_SPECIFIC:
+        return MapsOfClasses(*(maps_of(method, model, images, each) for each in (predicted, labels)))
+    return maps_of(method, model, images, predicted)
 
 
 def _other_block(run: Run) -> int | None:

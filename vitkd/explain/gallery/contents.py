@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vitkd.explain.gallery.cells import BOTH_RIGHT, BOTH_WRONG, STUDENT_WRONG, TEACHER_WRONG
 from vitkd.explain.gallery.charts import Curves, HeatMap
@@ -27,12 +28,11 @@ WHO = {
 
 def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryPage:
     """The page; of the `pictures` (name → PNG) it shows Figure 1."""
-    pixels = explanation.pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
     first = [pictures[name] for name in ("figure_1",) if name in pictures]
     return GalleryPage(
         title=explanation.title,
         subtitle=explanation.source,
-        images=(pixels * 255).round().to(torch.uint8).numpy(),
+        images=as_bytes(explanation.pixels),
         labels=explanation.labels,
         cells=explanation.cells,
         indices=explanation.numbers,
@@ -46,6 +46,12 @@ def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryP
         curves=[removal_curves(explanation)] if explanation.faithfulness else [],
         regions=explanation.regions or None,
     )
+
+
+def as_bytes(pixels: Tensor) -> NDArray[np.uint8]:
+    """Pixels [N, C, H, W] in 0..1 as uint8 [N, H, W, 3]; a grey image gets three equal channels."""
+    rgb = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    return (rgb * 255).round().to(torch.uint8).numpy()
 
 
 def heat_map(student: str, result: FidelityResult) -> HeatMap:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vitkd.explain.gallery.contents import page_of
-from vitkd.explain.gallery.explanation import Explanation
+from vitkd.explain.gallery.explanation import Explanation, OfMethods
 from vitkd.explain.gallery.figures import png
 from vitkd.explain.gallery.render import render
 from vitkd.explain.gallery.report_figures import NAMES, figures_of
@@ -67,14 +67,15 @@ def metrics_of(explanation: Explanation) -> dict[str, Any]:
             for student, correlations in explanation.correlations.items()
         },
         "attention_distance": {name: reach.tolist() for name, reach in explanation.reach.items()},
-        "faithfulness": {
-            model: {
-                method: {o: {t: each._asdict() for t, each in of.items()} for o, of in orders.items()}
-                for method, orders in methods.items()
-            }
-            for model, methods in explanation.faithfulness.items()
-        },
+        "faithfulness": {model: _plain_faithfulness(m) for model, m in explanation.faithfulness.items()},
         "images": [int(number) for number in explanation.numbers],
+    }
+
+
+def _plain_faithfulness(methods: OfMethods) -> dict[str, Any]:
+    return {
+        method: {o: {t: each._asdict() for t, each in of.items()} for o, of in orders.items()}
+        for method, orders in methods.items()
     }
 
 

@@ -63,20 +63,19 @@ def render(page: GalleryPage) -> str:
         files("vitkd.explain.gallery").joinpath("page.html").read_text("utf-8")
     )
     height, width = page.images.shape[1:3]
-    readers = [subject.readers for subject in page.subjects if ATTENTION in subject.maps]
     return template.render(
         page=page,
         # [teacher right, wrong][student right, wrong]
         grid=(CELLS[:2], CELLS[2:]) if any(page.cells) else (),
         shown={cell: page.cells.count(cell) for cell in page.cells} if any(page.cells) else {},
         total=sum(page.counts.values()),
-        titles={method: TITLES.get(method, method.replace("_", " ")) for method in page.methods},
+        titles=_titles(page),
         classes=sorted({*page.labels} - {-1}, key=lambda label: page.class_names[label]),
         plots=[(plot, picture_url(plot.picture)) for plot in page.plots],
         aspect=f"{width} / {height}",
         patches=_finest_grid(page.subjects),
         charts=charts,
-        readers=common_name(readers),
+        readers=common_name(_readers(page)),
         gradient=", ".join(charts.css(COLOURS(level)) for level in np.linspace(0, 1, 17)),
         data=_as_script(_data(page)),
     )
@@ -131,6 +130,16 @@ def number(value: str | float | int | None) -> str:
     return f"{value:,}" if isinstance(value, int | np.integer) else value
 
 
+def _titles(page: GalleryPage) -> dict[str, str]:
+    """Method → how it is called on the page."""
+    return {method: TITLES.get(method, method.replace("_", " ")) for method in page.methods}
+
+
+def _readers(page: GalleryPage) -> list[str]:
+    """The tokens that each subject with maps classifies by."""
+    return [subject.readers for subject in page.subjects if ATTENTION in subject.maps]
+
+
 def _finest_grid(subjects: Sequence[Subject]) -> tuple[int, int] | None:
     """(h, w) of the patches whose attention the page holds, if it holds any."""
     grids = [subject.patches.shape[-2:] for subject in subjects if subject.patches is not None]
@@ -141,8 +150,7 @@ def _data(page: GalleryPage) -> dict[str, Any]:
     """What the page's script reads."""
     regions = page.regions or {}
     count = 1 + max((int(each.max()) for each in regions.values()), default=0)
-    shown = (subject.readers for subject in page.subjects if ATTENTION in subject.maps)
-    units = UNITS | {ATTENTION: attention_unit(shown).replace("\n", " ")}
+    units = UNITS | {ATTENTION: attention_unit(_readers(page)).replace("\n", " ")}
     return {
         "images": [image_url(pixels) for pixels in page.images],
         "isSharp": max(page.images.shape[1:3]) <= SHARP_PIXELS,
@@ -152,7 +160,7 @@ def _data(page: GalleryPage) -> dict[str, Any]:
         "indices": [*map(int, page.indices)],
         "classes": [*page.class_names],
         "units": {method: units.get(method, OTHER_UNIT) for method in page.methods},
-        "titles": {method: TITLES.get(method, method.replace("_", " ")) for method in page.methods},
+        "titles": _titles(page),
         "subjects": [_subject(subject, regions.get(subject.name)) for subject in page.subjects],
         "colours": [_bytes(COLOURS(level)[:3]) for level in np.linspace(0, 1, 256)],
         "regionColours": [_bytes(colour) for colour in region_colours(count)],

@@ -43,23 +43,23 @@ def figures_of(explanation: Explanation) -> dict[str, Figure]:
 def first_figure(explanation: Explanation) -> Figure:
     """Figure 1, of the first images that both have right, or of any."""
     rows = _of_cell(explanation, BOTH_RIGHT) or [*range(len(explanation.pixels))][:MAX_ROWS]
-    teacher, student, other = explanation.teacher, explanation.student, explanation.other_block
+    teacher, student, names = explanation.teacher, explanation.student, explanation.class_names
     assert teacher is not None
-    maps = [head_mean(teacher), head_mean(student)]
-    columns = ["image", f"teacher, block {teacher.first_block}", f"student, block {student.first_block}"]
-    if other is not None:
-        maps.append(head_mean(student, other))
-        columns.append(f"block {other}, not distilled")
-    names = explanation.class_names
+    maps = {
+        f"teacher, block {teacher.first_block}": head_mean(teacher),
+        f"student, block {student.first_block}": head_mean(student),
+    }
+    if (other := explanation.other_block) is not None:
+        maps[f"block {other}, not distilled"] = head_mean(student, other)
     return figure_1(
         explanation.pixels[rows],
-        *(each[rows] for each in on_one_grid(maps)),
+        *(each[rows] for each in on_one_grid([*maps.values()])),
         labels=_labels(explanation, rows),
         teacher_predictions=[names[teacher.predicted[i]] for i in rows],
         student_predictions=[names[student.predicted[i]] for i in rows],
         teacher_confidences=[teacher.confidence[i] for i in rows],
         student_confidences=[student.confidence[i] for i in rows],
-        columns=columns,
+        columns=["image", *maps],
         unit=attention_unit(explanation.readers),
         caption=f"Attention of the {common_name(explanation.readers)}, heads averaged. {explanation.source}",
     )

@@ -35,22 +35,26 @@ def fidelity_table(student: str, result: FidelityResult) -> Table:
     """Each map's metrics beside their baselines."""
     has_alone = all(row.alone for row in result.rows)
     baselines = ["alone", "permuted"] if has_alone else ["permuted"]
-    columns = ["student map", "teacher map", "distilled"]
-    for title in WITH_BASELINES.values():
-        columns += [title, *(f"… {baseline}" for baseline in baselines)]
-    columns += [*ALONE.values(), "CKA of tokens", *(["… alone"] if has_alone else []), "… other images"]
     return Table(
         f"Fidelity of {student}, block.head",
         "Means over all test images. "
         + ("… alone: of the student that learned without the teacher. " if has_alone else "")
         + "… permuted: of the same map with other heads of the teacher's block. "
         "… other images: CKA with the teacher's tokens of other images.",
-        columns,
+        _fidelity_columns(baselines),
         [
             _fidelity_row(row, distilled, result.cka[row.student_block, row.teacher_block], baselines)
             for row, distilled in zip(result.rows, result.distilled, strict=True)
         ],
     )
+
+
+def _fidelity_columns(baselines: Sequence[str]) -> list[str]:
+    columns = ["student map", "teacher map", "distilled"]
+    for title in WITH_BASELINES.values():
+        columns += [title, *(f"… {baseline}" for baseline in baselines)]
+    tokens = ["CKA of tokens", *(["… alone"] if "alone" in baselines else []), "… other images"]
+    return [*columns, *ALONE.values(), *tokens]
 
 
 def _fidelity_row(
