@@ -232,7 +232,7 @@ class TestOneMap:
         # A row of the third gives patches 6/14 evenly and 1/2 to itself.
         expected = torch.tensor([0.0, 1.0, (6 / 14) / (6 / 14 + 1 / 2)])
         torch.testing.assert_close(got, expected[None, :, None].expand(2, 3, 3))
-        torch.testing.assert_close(locality([uniform], (2, 3), patch_size=9), torch.ones(2, 1, 3))
+        torch.testing.assert_close(locality([uniform], (2, 3)), torch.ones(2, 1, 3))
 
     def test_a_single_patch_has_no_locality(self):
         assert locality([torch.full((1, 1, 2, 2), 0.5)], (1, 1)).isnan().all()

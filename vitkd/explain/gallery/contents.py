@@ -18,6 +18,8 @@ from vitkd.explain.gallery.page import GalleryPage, Plot
 from vitkd.explain.gallery.tables import tables_of
 from vitkd.explain.measures.survey import FidelityResult
 
+PLOTS = {"figure_1": "Where teacher and student look"}
+"""figure → its title on the page"""
 ORDERS = {"positive": "most relevant first", "negative": "least relevant first"}
 WHO = {
     STUDENT_WRONG: "only the student is wrong",
@@ -28,7 +30,6 @@ WHO = {
 
 def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryPage:
     """The page; of the `pictures` (name → PNG) it shows Figure 1."""
-    first = [pictures[name] for name in ("figure_1",) if name in pictures]
     return GalleryPage(
         title=explanation.title,
         subtitle=explanation.source,
@@ -41,7 +42,7 @@ def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryP
         counts=explanation.counts,
         notes=[*explanation.notes, *_over_represented(explanation), *_correlations(explanation)],
         tables=tables_of(explanation),
-        plots=[Plot("Where teacher and student look", explanation.source, picture) for picture in first],
+        plots=[Plot(PLOTS[name], explanation.source, pictures[name]) for name in PLOTS if name in pictures],
         heat_maps=[heat_map(student, result) for student, result in explanation.fidelity.items()],
         curves=[removal_curves(explanation)] if explanation.faithfulness else [],
         regions=explanation.regions or None,

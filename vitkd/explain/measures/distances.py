@@ -138,13 +138,8 @@ def uniform_distance(grid: tuple[int, int], patch_size: float | tuple[float, flo
     return patch_distances(grid, patch_size).mean().item()
 
 
-def locality(
-    weights: Sequence[Tensor],
-    grid: tuple[int, int],
-    prefix: int = 1,
-    patch_size: float | tuple[float, float] = 1.0,
-) -> Tensor:
-    """How far each block and head looks, relative to uniform attention: [B, L, H].
+def locality(weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1) -> Tensor:
+    """How far each block and head attends over square patches, relative to uniform attention: [B, L, H].
 
     0 is a token that attends to itself alone, 1 the mean distance of uniform attention. In ViTs trained on
     much data some heads of the low blocks are near 0; with little data these hardly learn local relations
@@ -154,10 +149,9 @@ def locality(
         weights: per block [B, H, T, T].
         grid: (h, w).
         prefix: tokens before the patches.
-        patch_size: matters only if patches are not square.
     """
-    distances = [mean_distance(each, grid, patch_size, prefix) for each in weights]
-    return torch.stack(distances, 1) / uniform_distance(grid, patch_size)
+    distances = [mean_distance(each, grid, 1, prefix) for each in weights]
+    return torch.stack(distances, 1) / uniform_distance(grid)
 
 
 def _top_count(k: int | None, patches: int) -> int:
