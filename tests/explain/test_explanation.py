@@ -142,6 +142,10 @@ def arrays_of(content: bytes):
         return dict(found)
 
 
+def tables_by_title(explanation):
+    return {table.title: table for table in page_of(explanation, {}).tables}
+
+
 class TestFiles:
     def test_of_two_students_and_their_teacher(self, files):
         assert files.keys() == ALWAYS | WITH_TEACHER | {"fidelity.json"} == FILES
@@ -345,7 +349,7 @@ class TestPage:
         assert "bee <b>" not in html
 
     def test_baselines_stand_in_the_table_where_there_are_any(self, whole):
-        tables = {table.title: table for table in page_of(whole, {}).tables}
+        tables = tables_by_title(whole)
 
         ours, theirs = (tables[f"Fidelity of student {name}, block.head"] for name in "AB")
         assert "… alone" in ours.columns
@@ -355,6 +359,46 @@ class TestPage:
         first = dict(zip(ours.columns, ours.rows[0], strict=False))
         assert (first["student map"], first["teacher map"], first["distilled"]) == ("1.0", "2.0", "yes")
         assert ours.rows[1][:3] == ["2.0", "2.0+1", ""]
+
+    def test_the_fidelity_table_holds_each_metric_beside_its_baselines(self, whole):
+        result = whole.fidelity["student A"]
+        table = tables_by_title(whole)["Fidelity of student A, block.head"]
+
+        for values, row in zip(table.rows, result.rows, strict=True):
+            expected = [row.metrics, row.alone, row.permuted]
+            for metric, title in (
+                ("js", "Jensen–Shannon, nats"),
+                ("spearman", "rank correlation, class row"),
+                ("cls_overlap", "overlap of the class rows"),
+            ):
+                place = table.columns.index(title)
+                assert table.columns[place + 1 : place + 3] == ["… alone", "… permuted"]
+                assert values[place : place + 3] == [each[metric] for each in expected]
+            assert values[table.columns.index("entropy, nats")] == row.metrics["entropy"]
+            assert values[table.columns.index("distance, px")] == row.metrics["mean_distance"]
+            cka = result.cka[row.student_block, row.teacher_block]
+            assert values[-3:] == [cka.value, cka.alone, cka.other_images]
+
+    def test_the_faithfulness_table_has_an_order_and_a_class_a_column(self, whole):
+        table = tables_by_title(whole)["Faithfulness, student"]
+
+        for method, *values in table.rows:
+            orders = whole.faithfulness["student"][method]
+            found = dict(zip(table.columns[1::3], zip(values[::3], values[1::3], strict=True), strict=True))
+            for order in ("positive", "negative"):
+                for target, words in (("predicted", "predicted"), ("target", "true")):
+                    each = orders[order][target]
+                    assert found[f"{order}, {words}: AUC"] == (each.auc, each.gap)
+
+    def test_the_distance_table_has_the_mean_over_heads(self, whole):
+        reach = {
+            "teacher": torch.tensor([[0.2, 0.4], [0.1, torch.nan]]),
+            "student A": torch.tensor([[0.6, 0.8]]),
+        }
+        table = tables_by_title(replace(whole, reach=reach))["Attention distance by block"]
+
+        assert table.columns == ["block", "teacher", "student A"]
+        assert table.rows == [[0, pytest.approx(0.3), pytest.approx(0.7)], [1, pytest.approx(0.1), None]]
 
     def test_heat_maps_hold_the_divergence_of_every_map(self, whole):
         result = whole.fidelity["student A"]
