@@ -187,6 +187,22 @@ class TestFigures:
 
         assert "teacher wrong" in texts(figure)
 
+    @pytest.mark.parametrize(
+        ("draw", "shown"),
+        [
+            (first_figure, [0, 1]),
+            (lambda whole: figure_of_cells(whole, "figure_2"), [2, 3]),
+            (lambda whole: figure_of_cells(whole, "figure_3"), [4, 5]),
+            (lambda whole: figure_of_cells(whole, "gallery"), [0, 1, 2, 3, 4, 5]),
+        ],
+    )
+    def test_show_the_images_of_their_cells(self, draw, shown, whole):
+        titles = [axes.get_title() for axes in draw(whole).axes]
+
+        expected = [CLASSES[whole.labels[i]] for i in shown]
+        # Of an image and its maps the image alone has a bare class for its title.
+        assert [title for title in titles if title in CLASSES] == expected
+
     def test_figure_1_shows_the_block_that_was_not_distilled_where_there_is_one(self, whole):
         figure = first_figure
 
