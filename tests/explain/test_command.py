@@ -23,7 +23,7 @@ from vitkd.explain.gallery.cells import BOTH_RIGHT, CELLS, STUDENT_WRONG
 from vitkd.explain.maps.methods import METHODS
 from vitkd.explain.maps.recording import own_layout
 from vitkd.explain.of_test_split import in_random_order
-from vitkd.models import ViTConfig, load_model, save_model
+from vitkd.models import Taps, ViTConfig, load_model, save_model
 from vitkd.report.runs import read_run
 
 BRIEFLY = ["teacher.max_epochs=1", "trainer.limit_train_batches=1", "pictures_every_n_epochs=0"]
@@ -144,7 +144,7 @@ class TestOneRun:
         images = batch.image[[place[int(each)] for each in positions]]
 
         with torch.no_grad():
-            scores = load_model(run / "student.safetensors").scores(images, [1])[1]
+            scores = load_model(run / "student.safetensors")(images, Taps(scores=(1,))).scores[1]
         rows = scores.softmax(-1)[:, :, 0, 1:].unflatten(-1, found["student/attention"].shape[-2:])
         np.testing.assert_allclose(found["student/attention"][:, 1], rows, rtol=1e-4)
 

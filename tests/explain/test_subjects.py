@@ -17,7 +17,7 @@ from vitkd.explain.maps.subjects import (
     subject_of,
     without_maps,
 )
-from vitkd.models import ResNetConfig
+from vitkd.models import ResNetConfig, Taps
 
 # Noise is drawn a call, and the others need packages that are slow to import.
 DETERMINISTIC = ["attention", "rollout", "gradient_rollout", "relevance", "grad_cam"]
@@ -52,7 +52,7 @@ def subject(model, images, methods=("attention",), **more):
 @torch.no_grad()
 def expected_rows(model, images):
     """[N, L, A, h, w] from the scores."""
-    scores = model.scores(images, range(model.config.depth))
+    scores = model(images, Taps(scores=tuple(range(model.config.depth)))).scores
     rows = [scores[block].softmax(-1)[..., 0, 1:] for block in sorted(scores)]
     return torch.stack(rows, 1).unflatten(-1, (model.config.grid,) * 2)
 
@@ -140,7 +140,7 @@ def test_beyond_so_many_numbers_heads_are_averaged(model, images, monkeypatch):
 
 @torch.no_grad()
 def test_what_patches_attend_to_is_kept_by_head_by_mean_or_not_at_all(model, images, in_parts, monkeypatch):
-    scores = model.scores(images, range(3))
+    scores = model(images, Taps(scores=(0, 1, 2))).scores
     weights = torch.stack([scores[block].softmax(-1) for block in range(3)], 1)
     by_head = weights[..., 1:, 1:].unflatten(-1, (3, 3))
     whole = by_head.numel()

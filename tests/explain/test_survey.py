@@ -9,7 +9,7 @@ from vitkd.explain.maps.recording import Recording, record
 from vitkd.explain.measures.distances import compare
 from vitkd.explain.measures.fidelity import MapPair, fidelity_table
 from vitkd.explain.measures.survey import Comparison, comparable, survey
-from vitkd.models import ResNetConfig
+from vitkd.models import ResNetConfig, Taps
 
 PATCH = 4
 PAIRS = [MapPair(0, 0, 1, (0, 2)), MapPair(2, 1, 3, (1,)), MapPair(2, 0, 3, (2,))]
@@ -41,7 +41,7 @@ def comparison(*distilled, alone=None):
 
 def weights(model, images):
     """Block → attention weights, by the other way to have them."""
-    scores = model.scores(images, range(model.config.depth))
+    scores = model(images, Taps(scores=tuple(range(model.config.depth)))).scores
     return {block: each.softmax(-1) for block, each in scores.items()}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from vitkd.explain.maps.recording import Layout, attention_of, has_maps, own_layout
+from vitkd.explain.maps.recording import Layout, has_maps, own_layout
 from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison
 from vitkd.explain.sources import TEACHER
@@ -76,7 +76,7 @@ def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
         for pair in run.pairs
         for head, heads in zip(pair["student_heads"], pair["teacher_heads"], strict=True)
     }
-    ours, theirs = attention_of(run.student), attention_of(teacher)
+    ours, theirs = run.student.attention, teacher.attention
     maps = [(block, head) for block, layout in enumerate(ours) for head in range(layout.heads)]
     pairs = []
     for block, head in maps:

@@ -26,7 +26,7 @@ from vitkd.explain.gallery.cells import (
 from vitkd.explain.gallery.explanation import Explanation, OfMethods
 from vitkd.explain.gallery.pixels import denormalise, normalise
 from vitkd.explain.maps.methods import CLASS_SPECIFIC
-from vitkd.explain.maps.recording import attention_of, has_maps
+from vitkd.explain.maps.recording import has_maps
 from vitkd.explain.maps.subjects import maps_of
 from vitkd.explain.measures.correctness import Correlation, correctness_correlation
 from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
@@ -176,7 +176,7 @@ def _maps_of(
 def _other_block(run: Run) -> int | None:
     """The last student block that was not distilled, if some were and some not."""
     distilled = {pair["student_block"] for pair in run.pairs}
-    others = [block for block in range(len(attention_of(run.student))) if block not in distilled]
+    others = [block for block in range(len(run.student.attention)) if block not in distilled]
     return others[-1] if distilled and others else None
 
 

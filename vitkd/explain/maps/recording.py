@@ -5,29 +5,14 @@ Shapes: B images, C channels, H heads, T tokens (prefix + h·w), h × w patches,
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitkd.explain.maps.hooks import check_size, layout_of_timm, trace_by_hooks
 from vitkd.models import Model
-
-
-class AttentionLayout(NamedTuple):
-    """The attention of one block of a vitkd model."""
-
-    heads: int
-    grid: tuple[int, int]
-    """h rows of w patches"""
-    prefix: int
-    """tokens before the patches"""
-    readers: tuple[int, ...]
-    """positions of the tokens that the classifier reads"""
-    mask: Tensor | None = None
-    """[Q, K], False where attention is not allowed; None where all of it is"""
-    windows: int = 1
-    """parts of the image that attend each to itself"""
+from vitkd.models.base import Trace
 
 
 class Layout(NamedTuple):
@@ -71,12 +56,11 @@ def record(model: nn.Module, images: Tensor) -> Recording:
     if torch.is_grad_enabled() and not images.requires_grad:
         # Else nothing of a frozen teacher would be in the graph.
         images = images.detach().requires_grad_()
-    own: Any = model
     with evaluating(model):
         if isinstance(model, Model):
-            trace = own.trace(images)
+            trace = model.trace(images)
         else:
-            trace = trace_by_hooks(model, images, place.prefix, place.grid)
+            trace = Trace(*trace_by_hooks(model, images, place.prefix, place.grid))
     return Recording(*trace, **place._asdict())
 
 
@@ -99,8 +83,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def has_maps(model: nn.Module) -> bool:
-    """Whether attention maps can be asked for; a vitkd model may have none, another model is tried."""
-    return not isinstance(model, Model) or bool(attention_of(model))
+    """Whether attention maps of the whole image can be asked for; a model that is not vitkd's is tried."""
+    return not isinstance(model, Model) or {each.windows for each in model.attention} == {1}
 
 
 def layout(model: nn.Module, images: Tensor) -> Layout:
@@ -117,18 +101,9 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
 
 def own_layout(model: Model) -> Layout:
     """The layout of a vitkd model that has attention maps."""
-    first = attention_of(model)[0]
+    first = model.attention[0]
     sees_itself = first.mask is None or bool(first.mask.diagonal().all())
     return Layout(first.prefix, first.grid, first.readers, sees_itself)
-
-
-def attention_of(model: nn.Module) -> tuple[AttentionLayout, ...]:
-    """One layout a block of a vitkd model; none where it has no attention maps of the whole image."""
-    c: Any = getattr(model, "config", None)
-    if not isinstance(model, Model) or not hasattr(c, "num_heads"):
-        return ()
-    readers = tuple(range(c.prefix))
-    return (AttentionLayout(c.num_heads, (c.grid, c.grid), c.prefix, readers, c.allowed()),) * c.depth
 
 
 def who_reads(place: Layout | Recording) -> str:
