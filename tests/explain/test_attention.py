@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from vitkd.errors import ConfigError
-from vitkd.explain.attention import fuse, token_map
-from vitkd.explain.panel import cls_attention
+from vitkd.explain.maps.attention import cls_attention, fuse, token_map
 
 # Two heads, two tokens.
 WEIGHTS = torch.tensor([[[[0.9, 0.1], [0.4, 0.6]], [[0.3, 0.7], [0.2, 0.8]]]])

@@ -11,16 +11,19 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
 from vitkd.config import CONF_DIR, parse
 from vitkd.data import ImageDataModule
-from vitkd.explain import __main__ as main
-from vitkd.explain import album
-from vitkd.explain.gallery import BOTH_RIGHT, CELLS, STUDENT_WRONG
-from vitkd.explain.methods import METHODS
-from vitkd.models import ViTConfig, load_model, save_model
+from vitkd.explain.comparisons import how_compared
+from vitkd.explain.gallery import report_figures
+from vitkd.explain.gallery.cells import BOTH_RIGHT, CELLS, STUDENT_WRONG
+from vitkd.explain.maps.methods import METHODS
+from vitkd.explain.maps.recording import own_layout
+from vitkd.explain.of_test_split import in_random_order
+from vitkd.models import Taps, ViTConfig, load_model, save_model
 from vitkd.report.runs import read_run
 from vitkd.runs.folder import RunFolder
 
@@ -31,8 +34,8 @@ BRIEFLY = [
     "pictures_every_n_epochs=0",
 ]
 LIGHT = ["images=3", "faithfulness_images=4", "methods=[attention,relevance]"]
-ALWAYS = {"figures.json", "index.html", "maps.npz", "methods.png", "regions.png"}
-OF_TEACHER = {"figure_1.png", "fidelity.json", "fidelity.png", "gallery.png"}
+ALWAYS = {"metrics.json", "index.html", "maps.npz"}
+OF_TEACHER = {"figure_1.png", "fidelity.json", "gallery.png"}
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +86,9 @@ def a_photo(path: Path) -> Path:
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leaves out the drawing, which takes longer than all else; test_album has it."""
-    for name in ("figure_rows", "figure_1", "region_figure", "fidelity_figure", "curves_figure"):
-        monkeypatch.setattr(album, name, lambda *_, **__: None)
-    monkeypatch.setattr(album, "png", lambda _: b"\x89PNG\r\n\x1a\n")
+    """Leaves out the drawing, which takes longer than all else; test_explanation has it."""
+    for name in ("figure_rows", "figure_1"):
+        monkeypatch.setattr(report_figures, name, lambda *_, **__: Figure())
 
 
 def names_in(folder: Path) -> set[str]:
@@ -113,7 +115,7 @@ def everything_below(*folders: Path) -> dict[Path, bytes]:
 
 class TestOneRun:
     def test_leaves_every_file(self, explained):
-        assert names_in(explained) >= ALWAYS | OF_TEACHER | {"perturbation.png"}
+        assert names_in(explained) >= ALWAYS | OF_TEACHER
         cells = {*arrays_of(explained)["cells"]}
         assert ("figure_2.png" in names_in(explained)) == (STUDENT_WRONG in cells)
         assert ("figure_3.png" in names_in(explained)) == bool(cells - {BOTH_RIGHT, STUDENT_WRONG})
@@ -121,7 +123,7 @@ class TestOneRun:
 
     def test_counts_agree_with_what_the_run_measured(self, explained, run):
         metrics = json.loads((run / "metrics.json").read_text())
-        cells = strict_json(explained / "figures.json")["cells"]
+        cells = strict_json(explained / "metrics.json")["cells"]
 
         total = sum(cells.values())
         assert [*cells] == [*CELLS]
@@ -148,12 +150,12 @@ class TestOneRun:
         images = batch.image[[place[int(each)] for each in positions]]
 
         with torch.no_grad():
-            scores = load_model(run / "student.safetensors").scores(images, [1])[1]
+            scores = load_model(run / "student.safetensors")(images, Taps(scores=(1,))).scores[1]
         rows = scores.softmax(-1)[:, :, 0, 1:].unflatten(-1, found["student/attention"].shape[-2:])
         np.testing.assert_allclose(found["student/attention"][:, 1], rows, rtol=1e-4)
 
     def test_every_method_is_held_against_random_order(self, explained):
-        found = strict_json(explained / "figures.json")["faithfulness"]
+        found = strict_json(explained / "metrics.json")["faithfulness"]
 
         assert found.keys() == {"teacher", "student"}
         for methods in found.values():
@@ -179,7 +181,7 @@ class TestOneRun:
 
         assert ended.code == 0, ended.err
         assert names_in(tmp_path / "again") == names_in(explained)
-        for name in ("index.html", "figures.json", "fidelity.json"):
+        for name in ("index.html", "metrics.json", "fidelity.json"):
             assert (tmp_path / "again" / name).read_bytes() == (explained / name).read_bytes()
         first, second = arrays_of(explained), arrays_of(tmp_path / "again")
         assert first.keys() == second.keys()
@@ -192,8 +194,8 @@ class TestOneRun:
 
         assert ended.code == 0, ended.err
         assert {*arrays_of(tmp_path)["labels"]} == {3}
-        assert "perturbation.png" not in names_in(tmp_path)
-        assert "last epoch" in strict_json(tmp_path / "figures.json")["source"]
+        assert strict_json(tmp_path / "metrics.json")["faithfulness"] == {}
+        assert "last epoch" in strict_json(tmp_path / "metrics.json")["source"]
 
 
 class TestOtherRuns:
@@ -209,13 +211,13 @@ class TestOtherRuns:
         fidelity = strict_json(tmp_path / "fidelity.json")
         assert all(row["alone"] for row in fidelity["rows"])
         assert "js_distilled_alone" in fidelity["summary"]
-        assert strict_json(tmp_path / "figures.json")["correctness"].keys() == {"student A", "student B"}
+        assert strict_json(tmp_path / "metrics.json")["correctness"].keys() == {"student A", "student B"}
 
     def test_a_student_alone(self, explain, outputs, tmp_path, undrawn):
         ended = explain(f"run={outputs / 'digits' / 'alone'}", *LIGHT, f"out={tmp_path}")
 
         assert (ended.code, ended.err) == (0, "")
-        assert names_in(tmp_path) == ALWAYS | {"perturbation.png"}
+        assert names_in(tmp_path) == ALWAYS
         assert {*arrays_of(tmp_path)["cells"]} == {""}
         assert len(arrays_of(tmp_path)["labels"]) == 3
 
@@ -264,10 +266,10 @@ class TestTeachersWithoutMaps:
         assert (ended.code, ended.err) == (0, "")
         assert self.SAYS in ended.out
         assert self.SAYS in (tmp_path / "index.html").read_text()
-        assert names_in(tmp_path) >= ALWAYS | {"gallery.png", "perturbation.png"}
-        assert not names_in(tmp_path) & {"figure_1.png", "fidelity.json", "fidelity.png"}
+        assert names_in(tmp_path) >= ALWAYS | {"gallery.png"}
+        assert not names_in(tmp_path) & {"figure_1.png", "fidelity.json"}
         metrics = json.loads((convolutional / "metrics.json").read_text())
-        cells = strict_json(tmp_path / "figures.json")["cells"]
+        cells = strict_json(tmp_path / "metrics.json")["cells"]
         right = (cells["both right"] + cells["student wrong"]) / sum(cells.values())
         assert right == pytest.approx(metrics["teacher/test_acc"])
         found = arrays_of(tmp_path)
@@ -383,7 +385,7 @@ class TestPictures:
         assert found["pixels"].shape == (1, 3, 224, 224)
         pages = [(tmp_path / name / "index.html").read_bytes() for name in ("one", "two")]
         assert pages[0] == pages[1]
-        assert b"are random: it has learnt nothing" in pages[0]
+        assert b"are random: it is not trained" in pages[0]
 
 
 @pytest.fixture(scope="module")
@@ -515,18 +517,43 @@ BOTH = {"distillation_token": True}
     ("ours", "theirs", "remark"),
     [
         ({}, {}, None),
-        ({}, {"patch_size": 2}, None),
         (BOTH, BOTH, "Class rows of student and teacher: the mean of class and distillation token."),
         (BOTH, {}, "the distillation token of student, which teacher has not"),
         ({}, {"attention": "lsa"}, "what tokens of student give to themselves"),
-        (BOTH, BOTH | {"patch_size": 2}, "Compared without distillation tokens"),
     ],
 )
 def test_what_the_tables_leave_out_is_said(ours, theirs, remark, tiny):
-    said = main._how_compared("student", tiny(**ours), tiny(**theirs))
+    is_possible, said = how_compared(
+        "student", *(own_layout(tiny(**each).build()) for each in (ours, theirs))
+    )
 
+    assert is_possible
     assert len(said) == (remark is not None)
     assert remark is None or remark in said[0]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "is_possible", "remarks"),
+    [
+        ({}, {}, True, ["the teacher's maps are resized to be compared."]),
+        (BOTH, BOTH, True, ["are resized", "Compared without distillation tokens"]),
+        ({"attention": "lsa"}, {}, True, ["are resized", "what tokens of teacher give to themselves"]),
+        (
+            {},
+            {"attention": "lsa"},
+            False,
+            ["student has 2×2 patches and the teacher 4×4 of locality"],
+        ),
+    ],
+)
+def test_maps_of_other_patches_are_resized_where_that_can_be_done(ours, theirs, is_possible, remarks, tiny):
+    layouts = (own_layout(tiny(**each).build()) for each in (ours, theirs | {"patch_size": 2}))
+
+    can_be_compared, said = how_compared("student", *layouts)
+
+    assert can_be_compared == is_possible
+    for words, sentence in zip(remarks, said, strict=True):
+        assert words in sentence
 
 
 def test_the_test_split_is_gone_through_in_any_order():
@@ -536,7 +563,7 @@ def test_the_test_split_is_gone_through_in_any_order():
     data = ImageDataModule(config.dataset, config.paths.data, 0)
 
     def numbers(seed):
-        seen = [*main._in_any_order(data, seed, torch.device("cpu"))]
+        seen = [*in_random_order(data, seed, torch.device("cpu"))]
         for images, labels, positions in seen:
             whole = data.loader("test", "cpu").first(10**6)
             assert torch.equal(images, whole.image[positions])

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import pointbiserialr
 from sklearn.metrics import roc_auc_score
 
-from vitkd.explain.correctness import correctness_correlation
+from vitkd.explain.measures.correctness import correctness_correlation
 
 
 def images(count=300, effect=0.6, seed=0):
@@ -21,9 +21,9 @@ def images(count=300, effect=0.6, seed=0):
 
 @pytest.mark.parametrize("effect", [0.0, 0.3, -2.0])
 def test_coefficient_and_p_are_scipys(effect):
-    figures, right = images(effect=effect)
-    expected = pointbiserialr(right, figures)
-    got = correctness_correlation(figures, right)
+    values, right = images(effect=effect)
+    expected = pointbiserialr(right, values)
+    got = correctness_correlation(values, right)
     assert got.r == pytest.approx(expected.statistic)
     assert got.p == pytest.approx(expected.pvalue, rel=1e-8)
     assert got.n == 300
@@ -31,8 +31,8 @@ def test_coefficient_and_p_are_scipys(effect):
 
 
 def test_auc_is_sklearns_with_ties():
-    figures, right = images()
-    for each in (figures, figures.round()):
+    values, right = images()
+    for each in (values, values.round()):
         assert correctness_correlation(each, right).auc == pytest.approx(roc_auc_score(right, each))
 
 
@@ -51,7 +51,7 @@ def test_a_perfect_coefficient():
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    # r of a figure shifted by d where right, with share p right: d·√(p(1−p)) / √(1 + d²·p(1−p)).
+    # r of a metric shifted by d where right, with share p right: d·√(p(1−p)) / √(1 + d²·p(1−p)).
     spread = 0.6 * math.sqrt(0.7 * 0.3)
     truth = spread / math.sqrt(1 + spread**2)
     intervals = [correctness_correlation(*images(seed=s), resamples=300).interval for s in range(200)]
@@ -60,8 +60,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_the_interval_is_as_wide_as_fishers():
-    figures, right = images(count=2000)
-    got = correctness_correlation(figures, right)
+    values, right = images(count=2000)
+    got = correctness_correlation(values, right)
     z = math.atanh(got.r)
     expected = [math.tanh(z + side * 1.96 / math.sqrt(2000 - 3)) for side in (-1, 1)]
     assert got.interval == pytest.approx(expected, abs=0.01)
@@ -69,28 +69,28 @@ def test_the_interval_is_as_wide_as_fishers():
 
 
 def test_the_seed_decides_the_interval():
-    figures, right = images()
-    assert correctness_correlation(figures, right) == correctness_correlation(figures, right)
+    values, right = images()
+    assert correctness_correlation(values, right) == correctness_correlation(values, right)
     assert (
-        correctness_correlation(figures, right, seed=1).interval
-        != correctness_correlation(figures, right).interval
+        correctness_correlation(values, right, seed=1).interval
+        != correctness_correlation(values, right).interval
     )
 
 
-def test_shift_and_scale_of_the_figure_change_nothing():
-    figures, right = images()
-    expected = correctness_correlation(figures, right)
-    got = correctness_correlation(1e6 + 1e-3 * figures, right)
+def test_shift_and_scale_of_the_metric_change_nothing():
+    values, right = images()
+    expected = correctness_correlation(values, right)
+    got = correctness_correlation(1e6 + 1e-3 * values, right)
     assert [got.r, got.p, got.auc, *got.interval] == pytest.approx(
         [expected.r, expected.p, expected.auc, *expected.interval], rel=1e-4
     )
 
 
 def test_only_some_images():
-    figures, right = images()
+    values, right = images()
     teacher_right = np.random.default_rng(1).random(300) < 0.5
-    assert correctness_correlation(figures, right, among=teacher_right) == correctness_correlation(
-        figures[teacher_right], right[teacher_right]
+    assert correctness_correlation(values, right, among=teacher_right) == correctness_correlation(
+        values[teacher_right], right[teacher_right]
     )
     # What may confound: both follow the teacher, and among the images it has right nothing is left.
     easy = np.arange(400) % 2 == 0
@@ -101,31 +101,31 @@ def test_only_some_images():
     assert correctness_correlation(follows, student, among=easy).p > 0.05
 
 
-def test_images_without_a_figure_are_left_out():
-    figures, right = images()
-    missing = figures.copy()
+def test_images_without_a_value_are_left_out():
+    values, right = images()
+    missing = values.copy()
     missing[:20] = math.nan
-    assert correctness_correlation(missing, right) == correctness_correlation(figures[20:], right[20:])
+    assert correctness_correlation(missing, right) == correctness_correlation(values[20:], right[20:])
 
 
 def test_tensors_are_taken():
-    figures, right = images()
-    got = correctness_correlation(torch.tensor(figures, requires_grad=True), torch.tensor(right))
-    assert got == correctness_correlation(figures, right)
+    values, right = images()
+    got = correctness_correlation(torch.tensor(values, requires_grad=True), torch.tensor(right))
+    assert got == correctness_correlation(values, right)
 
 
 @pytest.mark.parametrize(
-    ("figures", "right", "reason"),
+    ("values", "right", "reason"),
     [
         ([1.0, 2.0, 3.0], [True] * 3, "the student is right on all 3 images"),
         ([1.0, 2.0, 3.0], [False] * 3, "the student is wrong on all 3 images"),
-        ([0.1] * 7, [True, False] * 3 + [True], "the figure is 0.1 on all 7 images"),
-        ([1.0, math.nan, 2.0], [True, False, False], "2 images with a figure: a correlation takes 3"),
-        ([], [], "0 images with a figure"),
+        ([0.1] * 7, [True, False] * 3 + [True], "the metric is 0.1 on all 7 images"),
+        ([1.0, math.nan, 2.0], [True, False, False], "2 images with a value: a correlation takes 3"),
+        ([], [], "0 images with a value"),
     ],
 )
-def test_what_has_no_correlation_says_why(figures, right, reason):
-    got = correctness_correlation(figures, right)
+def test_what_has_no_correlation_says_why(values, right, reason):
+    got = correctness_correlation(values, right)
     assert math.isnan(got.r)
     assert math.isnan(got.p)
     assert all(math.isnan(end) for end in got.interval)
@@ -136,7 +136,7 @@ def test_what_has_no_correlation_says_why(figures, right, reason):
     assert plain["reason"] == got.reason
 
 
-def test_equal_figures_rank_no_better_than_chance():
+def test_equal_values_rank_no_better_than_chance():
     assert correctness_correlation([0.1] * 4, [True, False, True, False]).auc == 0.5
     assert math.isnan(correctness_correlation([1.0, 2.0, 3.0], [True] * 3).auc)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
 from vitkd.errors import ConfigError
-from vitkd.explain.faithfulness import MapsOfClasses, faithfulness, perturbation_curve
+from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness, perturbation_curve
 
 
 class Additive(nn.Module):

@@ -1,4 +1,4 @@
-"""Fidelity against scipy, against figures by hand, and its baselines against every permutation."""
+"""Fidelity against scipy, against values by hand, and its baselines against every permutation."""
 
 import json
 import math
@@ -14,18 +14,16 @@ from scipy.stats import entropy as scipy_entropy
 from scipy.stats import spearmanr
 
 from vitkd.errors import ConfigError
-from vitkd.explain.fidelity import (
+from vitkd.explain.measures.distances import (
     COMPARISONS,
-    FidelitySums,
     compare,
     entropy,
-    fidelity_table,
     locality,
     mean_distance,
-    other_heads,
     patch_distances,
     uniform_distance,
 )
+from vitkd.explain.measures.fidelity import FidelitySums, fidelity_table, other_heads
 
 PLACE = {"grid": (2, 3), "patch_size": 4}
 
@@ -131,7 +129,7 @@ class TestCompare:
         expected = torch.full((5,), -1.0, dtype=torch.float64)
         torch.testing.assert_close(compare(weights, opposite)["spearman"], expected)
 
-    def test_weights_that_underflowed_leave_figures_finite(self):
+    def test_weights_that_underflowed_leave_metrics_finite(self):
         eye = torch.eye(7)[None]
         got = compare(eye, eye.roll(1, -1))
         assert got["js"].item() == pytest.approx(math.log(2))
@@ -234,7 +232,7 @@ class TestOneMap:
         # A row of the third gives patches 6/14 evenly and 1/2 to itself.
         expected = torch.tensor([0.0, 1.0, (6 / 14) / (6 / 14 + 1 / 2)])
         torch.testing.assert_close(got, expected[None, :, None].expand(2, 3, 3))
-        torch.testing.assert_close(locality([uniform], (2, 3), patch_size=9), torch.ones(2, 1, 3))
+        torch.testing.assert_close(locality([uniform], (2, 3)), torch.ones(2, 1, 3))
 
     def test_a_single_patch_has_no_locality(self):
         assert locality([torch.full((1, 1, 2, 2), 0.5)], (1, 1)).isnan().all()
@@ -250,12 +248,12 @@ class TestTable:
         assert [(r.student_block, r.student_head, r.teacher_block, [*r.teacher_heads]) for r in rows] == PAIRS
         for row in rows:
             target = teacher[row.teacher_block][:, [*row.teacher_heads]].mean(1)
-            for figures, of in ((row.figures, student), (row.alone, alone)):
+            for metrics, of in ((row.metrics, student), (row.alone, alone)):
                 ours = of[row.student_block][:, row.student_head]
                 expected = {name: values.mean().item() for name, values in compare(ours, target).items()}
                 expected["entropy"] = entropy(ours).mean().item()
                 expected["mean_distance"] = mean_distance(ours, (2, 3), 4).mean().item()
-                assert figures == pytest.approx(expected)
+                assert metrics == pytest.approx(expected)
             assert row.teacher["entropy"] == pytest.approx(entropy(target).mean().item())
             assert row.teacher["mean_distance"] == pytest.approx(
                 mean_distance(target, (2, 3), 4).mean().item()
@@ -269,7 +267,7 @@ class TestTable:
             moved = [order for order in permutations(range(3)) if order[head] != head]
             each = [compare(student[0], teacher[0][:, [*order]]) for order in moved]
             expected = {
-                name: np.mean([figures[name][:, head].mean().item() for figures in each])
+                name: np.mean([metrics[name][:, head].mean().item() for metrics in each])
                 for name in COMPARISONS
             }
             assert row.permuted == pytest.approx(expected)
@@ -286,9 +284,9 @@ class TestTable:
         student = [(0.8 * own + 0.2 * other) for own, other in zip(teacher, model(), strict=True)]
         for row in fidelity_table(student, teacher, PAIRS[:1], alone=model(), **PLACE):
             for name in ("kl", "js"):
-                assert row.figures[name] < 0.3 * min(row.alone[name], row.permuted[name])
+                assert row.metrics[name] < 0.3 * min(row.alone[name], row.permuted[name])
             for name in ("spearman", "cls_overlap"):
-                assert row.figures[name] > max(row.alone[name], row.permuted[name])
+                assert row.metrics[name] > max(row.alone[name], row.permuted[name])
 
     def test_streaming_is_the_same_table(self):
         student, teacher, alone = (model(images=600) for _ in range(3))
@@ -300,33 +298,33 @@ class TestTable:
         for streamed, whole in zip(
             sums.table(), fidelity_table(student, teacher, PAIRS, alone=alone, **PLACE), strict=True
         ):
-            for part in ("figures", "teacher", "alone", "permuted"):
+            for part in ("metrics", "teacher", "alone", "permuted"):
                 assert getattr(streamed, part) == pytest.approx(getattr(whole, part))
         # What add() returns is each image's own.
-        js = torch.cat([figures["js"] for figures in of_images])
+        js = torch.cat([metrics["js"] for metrics in of_images])
         torch.testing.assert_close(js[:, 0], compare(student[0][:, 0], teacher[0][:, 0])["js"])
         assert js.shape == (600, 3)
 
-    def test_figures_are_of_recorded_blocks_by_number(self):
+    def test_metrics_are_of_recorded_blocks_by_number(self):
         student, teacher = model(), model()
         rows = fidelity_table({1: student[1]}, {1: teacher[1]}, [PAIRS[2]], **PLACE)
         assert rows == fidelity_table(student, teacher, [PAIRS[2]], **PLACE)
 
-    def test_undefined_figures_are_null_in_json(self):
+    def test_undefined_metrics_are_null_in_json(self):
         uniform = [torch.full((4, 3, 7, 7), 1 / 7)]
         (row,) = fidelity_table([maps(4, 3).float()], uniform, PAIRS[:1], **PLACE)
-        assert row.figures["spearman"] is None
-        assert row.figures["js"] > 0
+        assert row.metrics["spearman"] is None
+        assert row.metrics["js"] > 0
         plain = json.loads(json.dumps(asdict(row), allow_nan=False))
-        assert plain["figures"]["spearman"] is None
+        assert plain["metrics"]["spearman"] is None
         assert plain["alone"] is None
 
-    def test_images_without_a_figure_are_left_out_of_its_mean(self):
+    def test_images_without_a_value_are_left_out_of_its_mean(self):
         student, teacher = maps(4, 1), maps(4, 1)
         teacher[0] = 1 / 7
         (row,) = fidelity_table([student], [teacher], PAIRS[:1], **PLACE)
         expected = compare(student[1:, 0], teacher[1:, 0])["spearman"].mean().item()
-        assert row.figures["spearman"] == pytest.approx(expected)
+        assert row.metrics["spearman"] == pytest.approx(expected)
 
     def test_a_single_head_has_no_other_to_be_exchanged_with(self):
         student, teacher = [maps(4, 1), maps(4, 2)], [maps(4, 1), maps(4, 2)]
@@ -376,5 +374,5 @@ def test_a_gpu_gives_the_same_table():
         fidelity_table(*on_gpu, PAIRS, **PLACE),
         strict=True,
     ):
-        for part in ("figures", "teacher", "permuted"):
+        for part in ("metrics", "teacher", "permuted"):
             assert getattr(there, part) == pytest.approx(getattr(here, part), rel=1e-4)

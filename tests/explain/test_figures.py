@@ -1,6 +1,5 @@
-"""Figures whose colours, texts and curves are read back and held against the numbers given."""
+"""Figures whose colours and texts are read back and compared with the numbers given."""
 
-import math
 from io import BytesIO
 
 import matplotlib.pyplot as plt
@@ -10,18 +9,8 @@ import torch
 from PIL import Image
 
 from vitkd.explain import upsample
-from vitkd.explain.figures import (
-    Rows,
-    attention_unit,
-    curves_figure,
-    fidelity_figure,
-    figure_1,
-    figure_rows,
-    png,
-    region_colours,
-    region_figure,
-)
-from vitkd.explain.panel import COLOURS, OPACITY
+from vitkd.explain.gallery.figures import Rows, attention_unit, figure_1, figure_rows, png
+from vitkd.explain.gallery.panel import COLOURS, OPACITY
 
 
 def maps_of(count, grid=4):
@@ -149,92 +138,12 @@ def test_an_empty_group_says_so_beside_the_others():
     assert third.y0 < first.y0
 
 
-def test_regions_are_coloured_in_their_order_and_named_at_both_ends():
-    labels = torch.tensor([[[0, 1], [2, 2]]])
-    figure = region_figure(torch.zeros(1, 3, 16, 16), {"teacher": labels, "student": labels}, labels=["seal"])
-    pixels = drawn(figure.axes[1])
-    for label, (row, column) in enumerate([(0, 0), (0, -1), (-1, -1)]):
-        wanted = OPACITY * np.array(region_colours(3)[label]) + (1 - OPACITY) * 0.25
-        np.testing.assert_allclose(pixels[row, column], wanted, atol=1e-6)
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["least active", "", "most active"]
-    assert written(figure)[:3] == ["image", "teacher", "student"]
-
-
-def test_region_colours_go_from_blue_to_red():
-    colours = np.array(region_colours(5))
-    assert (np.diff(colours[:, 0] - colours[:, 2]) > 0).all()
-    assert len(region_colours(1)) == 1
-
-
-def test_a_single_region_is_no_extreme():
-    figure = region_figure(torch.zeros(1, 3, 16, 16), {"teacher": torch.zeros(1, 2, 2, dtype=torch.int64)})
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all alike"]
-
-
-def test_curves_are_means_with_a_band_of_standard_errors():
-    values = [[1.0, 0.2], [0.6, 0.0]]
-    figure = curves_figure({"positive": {"rollout": ([0, 1], values), "random": ([0, 1], [0.9, 0.1])}})
-    (axes,) = figure.axes
-    rollout, random = axes.lines
-    assert rollout.get_ydata().tolist() == pytest.approx([0.8, 0.1])
-    assert random.get_ydata().tolist() == pytest.approx([0.9, 0.1])
-    # Two values a and b have the standard error |a − b| / 2.
-    (band,) = axes.collections
-    corners = band.get_paths()[0].vertices
-    at_start = sorted({round(y, 9) for x, y in corners if x == 0})
-    assert at_start == pytest.approx([0.8 - 1.96 * 0.2, 0.8 + 1.96 * 0.2])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["rollout", "random"]
-
-
-def test_panels_of_curves_share_their_axis_and_a_method_its_line():
-    lines = {"rollout": ([0, 1], [0.9, 0.1]), "grad_cam": ([0, 1], [0.5, 0.3])}
-    figure = curves_figure({"positive": lines, "negative": {"grad_cam": ([0, 1], [0.2, 0.1])}})
-    left, right = figure.axes
-    assert left.get_ylim() == right.get_ylim()
-    assert left.lines[1].get_color() == right.lines[0].get_color() != left.lines[0].get_color()
-
-
-def test_fidelity_stands_beside_its_baselines_on_one_scale():
-    student = np.array([[0.1, 0.2], [0.3, math.nan]])
-    figure = fidelity_figure(
-        {"student": student, "student alone": student + 0.5, "permuted heads": student + 0.2},
-        measure="JS [nats]",
-    )
-    assert titles(figure)[:3] == ["student", "student alone", "permuted heads"]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["0.1", "0.2", "0.3", "–"]
-    for axes in figure.axes[:3]:
-        assert axes.images[0].get_clim() == pytest.approx((0.1, 0.8))
-    assert figure.axes[-1].get_ylabel() == "JS [nats]"
-
-
-def test_fidelity_where_no_figure_is_defined_is_drawn_all_the_same():
-    figure = fidelity_figure({"student": [[math.nan, math.nan]]}, measure="Spearman")
-    assert Image.open(BytesIO(png(figure))).size[0] > 0
-
-
 FIGURES = {
     "figure_1": lambda caption: figure_1(
         torch.rand(2, 1, 8, 8), maps_of(2), maps_of(2), labels=["a $1", "b_$2"], caption=caption
     ),
     "rows": lambda caption: figure_rows(
         [rows_of(1, "student wrong"), rows_of(2, "both wrong")], columns=COLUMNS, across=2, caption=caption
-    ),
-    "regions": lambda caption: region_figure(
-        torch.rand(2, 3, 8, 8), {"teacher": torch.arange(4).view(1, 2, 2).repeat(2, 1, 1)}, caption=caption
-    ),
-    "curves": lambda caption: curves_figure(
-        {
-            title: {f"a_method_{i}": ([0, 0.5, 1], np.random.rand(5, 3)) for i in range(9)}
-            for title in ("positive", "negative")
-        },
-        caption=caption,
-    ),
-    "fidelity": lambda caption: fidelity_figure(
-        {"student": np.random.rand(5, 4), "student alone": np.random.rand(5, 4)},
-        measure="Jensen–Shannon [nats],\nlower is closer",
-        blocks=[f"block {i} ← 9" for i in range(5)],
-        caption=caption,
     ),
 }
 
@@ -265,9 +174,6 @@ def test_a_figure_as_png():
         (lambda: figure_1(torch.rand(2, 1, 8, 8), maps_of(1), maps_of(2)), r"equally many .* \[1, 2\]"),
         (lambda: figure_1(torch.rand(0, 1, 8, 8), maps_of(0), maps_of(0)), "at least one image"),
         (lambda: figure_rows([rows_of(1)], columns=("image", "student")), "2 maps an image for 1 columns"),
-        (lambda: region_figure(torch.rand(2, 1, 8, 8), {"teacher": torch.zeros(1, 2, 2)}), "equally many"),
-        (lambda: curves_figure({"positive": {}}), "at least one curve"),
-        (lambda: fidelity_figure({"a": [[0.1]], "b": [[0.1, 0.2]]}, measure="JS"), "one shape"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(draw, message):

@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitkd.explain.page import CELLS, GalleryPage, Plot, Subject, Table, encode, number, render
+from vitkd.explain.gallery.cells import CELLS
+from vitkd.explain.gallery.charts import Curves, HeatMap
+from vitkd.explain.gallery.page import GalleryPage, Plot, Table
+from vitkd.explain.gallery.render import encode, number, region_colours, render
+from vitkd.explain.maps.subjects import Subject
 
 CLASSES = ["oak_tree", "seal", "bed"]
 
@@ -27,7 +31,7 @@ def page_of(count=8, size=16, seed=0, **changed):
         subtitle="Run digits/kl, epoch 3",
         images=random.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
         labels=labels,
-        cells=[CELLS[t][s] for t, s in right],
+        cells=[CELLS[2 * t + s] for t, s in right],
         indices=[10 + 7 * i for i in range(count)],
         class_names=CLASSES,
         subjects=[
@@ -61,6 +65,19 @@ def page_of(count=8, size=16, seed=0, **changed):
         notes=["Over-represented: seal."],
         tables=[Table("Fidelity", "of maps", ["block", "KL [nats]"], [["0, 1", 0.123456], ["0, 2", None]])],
         plots=[Plot("Curves", "of removal", b"<svg xmlns='http://www.w3.org/2000/svg'/>")],
+        heat_maps=[
+            HeatMap(
+                "Heat",
+                "of maps",
+                "nats",
+                {
+                    "student": np.array([[0.1, 0.3], [np.nan, 0.2]]),
+                    "alone": np.array([[0.5, 0.2], [0.3, 0.4]]),
+                },
+                ["0", "4"],
+            )
+        ],
+        curves=[Curves("Removal", "", "probability", {"student": {"rollout": ([0, 0.5, 1], [0.9, 0.3, 0])}})],
         regions={"teacher": random.integers(0, 3, (count, 4, 4)), "student": np.ones((count, 2, 2), int)},
     )
     return replace(page, **changed)
@@ -218,7 +235,7 @@ def test_tables_and_pictures_stand_below():
     ]
     assert 'src="data:image/svg+xml;base64,' in html
     assert '<a href="#figures">' in html
-    bare = render(page_of(tables=(), plots=()))
+    bare = render(page_of(tables=(), plots=(), heat_maps=(), curves=()))
     assert 'id="tables"' not in bare
     assert 'id="figures"' not in bare
 
@@ -269,6 +286,12 @@ def test_where_no_patch_can_be_asked_there_is_no_such_choice():
 
     assert 'id="query"' in render(page)
     assert 'id="query"' not in render(bare)
+
+
+def test_region_colours_go_from_blue_to_red():
+    colours = np.array(region_colours(5))
+    assert (np.diff(colours[:, 0] - colours[:, 2]) > 0).all()
+    assert len(region_colours(1)) == 1
 
 
 def picture(url):

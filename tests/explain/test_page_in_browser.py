@@ -11,8 +11,8 @@ import torch
 
 from tests.explain.test_page import page_of, with_a_teacher_without_maps, without_teacher
 from vitkd.explain import upsample
-from vitkd.explain.figures import region_colours
-from vitkd.explain.page import Plot, Table, render
+from vitkd.explain.gallery.page import Plot, Table
+from vitkd.explain.gallery.render import region_colours, render
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page's test drives a browser by playwright"
@@ -89,7 +89,11 @@ def pixels(tab, index, subject, within=".card"):
     tab.locator(where).scroll_into_view_if_needed()
     # Cards are painted with the next frame.
     tab.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    canvas = tab.locator(f'{where} canvas[data-subject="{subject}"]')
+    return painted(tab.locator(f'{where} canvas[data-subject="{subject}"]'))
+
+
+def painted(canvas):
+    """A canvas's pixels, [h, w, 3]."""
     height, width, values = canvas.evaluate(
         "c => [c.height, c.width, c.getContext('2d').getImageData(0, 0, c.width, c.height).data.join(' ')]"
     )
@@ -310,6 +314,40 @@ def test_every_head_can_be_chosen_by_its_picture(show):
     assert tab.input_value('[data-head="0"]') == "mean"
     tab.click("#close")
     assert not tab.is_visible("dialog")
+
+
+def test_every_method_can_be_seen_at_once_and_chosen_by_its_picture(show):
+    page = page_of()
+    teacher, student = page.subjects
+    tab = show(page)
+    tab.uncheck("#smooth")
+    tab.click('.card[data-index="17"] .open')
+    # The student has no such map as the teacher's third.
+    assert tab.locator("#methods th[scope=row]").all_inner_texts() == [
+        *("attention", "class relevance (Chefer)", "signed thing", "attention regions")
+    ]
+    assert tab.locator("#methods button").count() == 4 + 3
+    small = tab.get_by_role("button", name="student: class relevance (Chefer)")
+    relevance = student.maps["relevance"][1]
+    assert_close(painted(small.locator("canvas")), coloured(relevance, 0, relevance.max()))
+
+    small.click()
+
+    assert tab.input_value("#method") == "relevance"
+    assert small.get_attribute("aria-pressed") == "true"
+    assert small.evaluate("b => b === document.activeElement")
+    highest = max(relevance.max(), teacher.maps["relevance"][1].max())
+    assert_close(pixels(tab, 17, 1, "#large-tiles"), coloured(relevance, 0, highest))
+    regions = tab.locator('#methods [data-method="0,regions"] canvas')
+    assert (style(regions, "imageRendering"), regions.evaluate("c => c.width")) == ("pixelated", 4)
+
+
+def test_one_method_needs_no_choice(show):
+    page = page_of()
+    subjects = [replace(each, maps={"attention": each.maps["attention"]}) for each in page.subjects]
+    tab = show(replace(page, subjects=subjects, regions=None))
+    tab.locator(".open").first.click()
+    assert tab.locator("#methods button").count() == 0
 
 
 def test_a_patch_can_be_asked_what_it_attends_to(show):

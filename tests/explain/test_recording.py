@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.explain.recording import has_maps, layout, logits_of, record, timm_model, who_reads
-from vitkd.models import ResNetConfig
+from vitkd.explain.maps.hooks import timm_model
+from vitkd.explain.maps.recording import has_maps, layout, logits_of, record, who_reads
+from vitkd.models import ResNetConfig, Taps
 
 
 def timm_vit(**changes) -> nn.Module:
@@ -38,10 +39,19 @@ def test_vitkds_own_model_is_traced(tiny):
     recording = record(model, images)
 
     assert_close(recording.logits, model(images).logits)
-    for i, scores in model.scores(images, range(3)).items():
+    for i, scores in model(images, Taps(scores=(0, 1, 2))).scores.items():
         assert_close(recording.weights[i], scores.softmax(-1))
     assert (recording.prefix, recording.grid, [*recording.readers]) == (1, (2, 2), [0])
     assert [tokens.shape for tokens in recording.tokens] == [(2, 5, 12)] * 3
+
+
+def test_a_model_that_attends_in_windows_has_no_map_of_the_image(tiny, monkeypatch):
+    model = tiny().build()
+    monkeypatch.setattr(type(model), "attention", tuple(each._replace(windows=4) for each in model.attention))
+
+    assert not has_maps(model)
+    with pytest.raises(ConfigError, match="its attention maps cannot be had"):
+        record(model, torch.randn(1, 3, 8, 8))
 
 
 def test_readers_are_the_tokens_that_the_answer_comes_from(tiny):

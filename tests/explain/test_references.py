@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.explain.references import grad_cam, integrated_gradients
+from vitkd.explain.maps.references import grad_cam, integrated_gradients
 
 TARGET = torch.tensor([1, 4, 0])
 

@@ -5,12 +5,19 @@ import pytest
 import timm
 import torch
 
-from vitkd.explain import subjects
-from vitkd.explain.methods import METHODS, explain_by
-from vitkd.explain.recording import record
-from vitkd.explain.regions import region_map
-from vitkd.explain.subjects import class_rows, features_of, head_mean, regions_of, subject_of, without_maps
-from vitkd.models import ResNetConfig
+from vitkd.explain.maps import subjects
+from vitkd.explain.maps.methods import METHODS, explain_by
+from vitkd.explain.maps.recording import record
+from vitkd.explain.maps.regions import region_map
+from vitkd.explain.maps.subjects import (
+    class_rows,
+    features_of,
+    head_mean,
+    regions_of,
+    subject_of,
+    without_maps,
+)
+from vitkd.models import ResNetConfig, Taps
 
 # Noise is drawn a call, and the others need packages that are slow to import.
 DETERMINISTIC = ["attention", "rollout", "gradient_rollout", "relevance", "grad_cam"]
@@ -35,7 +42,7 @@ def images():
 
 @pytest.fixture
 def in_parts(monkeypatch):
-    monkeypatch.setattr(subjects, "AT_A_TIME", 3)
+    monkeypatch.setattr(subjects, "BATCH_SIZE", 3)
 
 
 def subject(model, images, methods=("attention",), **more):
@@ -45,7 +52,7 @@ def subject(model, images, methods=("attention",), **more):
 @torch.no_grad()
 def expected_rows(model, images):
     """[N, L, A, h, w] from the scores."""
-    scores = model.scores(images, range(model.config.depth))
+    scores = model(images, Taps(scores=tuple(range(model.config.depth)))).scores
     rows = [scores[block].softmax(-1)[..., 0, 1:] for block in sorted(scores)]
     return torch.stack(rows, 1).unflatten(-1, (model.config.grid,) * 2)
 
@@ -119,21 +126,21 @@ def test_every_method_stands_in_the_order_asked_for(model, images):
 
 def test_beyond_so_many_numbers_heads_are_averaged(model, images, monkeypatch):
     whole = subject(model, images).maps["attention"]
-    monkeypatch.setattr(subjects, "MOST_NUMBERS", whole.size)
+    monkeypatch.setattr(subjects, "MAX_ATTENTION_VALUES", whole.size)
     assert subject(model, images).maps["attention"].shape == whole.shape
-    monkeypatch.setattr(subjects, "MOST_NUMBERS", whole.size - 1)
+    monkeypatch.setattr(subjects, "MAX_ATTENTION_VALUES", whole.size - 1)
 
     averaged = subject(model, images)
 
     assert averaged.maps["attention"].shape == (7, 3, 1, 3, 3)
     np.testing.assert_allclose(averaged.maps["attention"][:, :, 0], whole.mean(2), rtol=1e-5)
-    # So the figures are the same.
+    # So their mean is the same.
     torch.testing.assert_close(head_mean(averaged), head_mean(subject(model, images, ["attention"])))
 
 
 @torch.no_grad()
 def test_what_patches_attend_to_is_kept_by_head_by_mean_or_not_at_all(model, images, in_parts, monkeypatch):
-    scores = model.scores(images, range(3))
+    scores = model(images, Taps(scores=(0, 1, 2))).scores
     weights = torch.stack([scores[block].softmax(-1) for block in range(3)], 1)
     by_head = weights[..., 1:, 1:].unflatten(-1, (3, 3))
     whole = by_head.numel()
@@ -144,8 +151,8 @@ def test_what_patches_attend_to_is_kept_by_head_by_mean_or_not_at_all(model, ima
         (whole - 1, whole // 2, by_head.mean(2, keepdim=True)),
         (whole - 1, whole // 2 - 1, None),
     ]:
-        monkeypatch.setattr(subjects, "MOST_OF_HEADS", of_heads)
-        monkeypatch.setattr(subjects, "MOST_OF_PATCHES", of_patches)
+        monkeypatch.setattr(subjects, "MAX_VALUES_BY_HEAD", of_heads)
+        monkeypatch.setattr(subjects, "MAX_PATCH_VALUES", of_patches)
         found = subject(model, images).patches
         if expected is None:
             assert found is None

@@ -5,10 +5,11 @@ import pytest
 import torch
 from scipy.special import rel_entr
 
-from vitkd.explain.fidelity import MapPair, compare, fidelity_table
-from vitkd.explain.recording import Recording, record
-from vitkd.explain.survey import Comparison, comparable, survey
-from vitkd.models import ResNetConfig
+from vitkd.explain.maps.recording import Recording, record
+from vitkd.explain.measures.distances import compare
+from vitkd.explain.measures.fidelity import MapPair, fidelity_table
+from vitkd.explain.measures.survey import Comparison, comparable, survey
+from vitkd.models import ResNetConfig, Taps
 
 PATCH = 4
 PAIRS = [MapPair(0, 0, 1, (0, 2)), MapPair(2, 1, 3, (1,)), MapPair(2, 0, 3, (2,))]
@@ -34,19 +35,19 @@ def batches(images, *sizes):
     return zip(*(each.split(sizes or len(images)) for each in (images, LABELS, NUMBERS)), strict=True)
 
 
-def comparison(*learnt, alone=None):
-    return Comparison("teacher", PAIRS, learnt, PATCH, alone)
+def comparison(*distilled, alone=None):
+    return Comparison("teacher", PAIRS, distilled, PATCH, alone)
 
 
 def weights(model, images):
     """Block → attention weights, by the other way to have them."""
-    scores = model.scores(images, range(model.config.depth))
+    scores = model(images, Taps(scores=tuple(range(model.config.depth)))).scores
     return {block: each.softmax(-1) for block, each in scores.items()}
 
 
-def figures(row):
+def metrics(row):
     """A row's numbers, for approximate comparison."""
-    parts = {name: getattr(row, name) for name in ("figures", "teacher", "alone", "permuted")}
+    parts = {name: getattr(row, name) for name in ("metrics", "teacher", "alone", "permuted")}
     return {f"{part}/{name}": v for part, each in parts.items() for name, v in (each or {}).items()}
 
 
@@ -62,7 +63,7 @@ def test_answers_are_those_of_a_plain_forward_pass(models, images):
         torch.testing.assert_close(
             seen.confidence[name], probabilities.amax(-1), rtol=1e-5, atol=0, check_dtype=False
         )
-    assert not seen.alikeness
+    assert not seen.fidelity
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def test_answers_are_those_of_a_plain_forward_pass(models, images):
 def test_rows_over_unequal_batches_are_those_of_all_images_at_once(alone, models, images):
     comparisons = {"student": comparison(True, False, True, alone=alone)}
 
-    (found,) = survey(models, batches(images, 2, 6, 1), comparisons).alikeness.values()
+    (found,) = survey(models, batches(images, 2, 6, 1), comparisons).fidelity.values()
 
     expected = fidelity_table(
         weights(models["student"], images),
@@ -84,20 +85,20 @@ def test_rows_over_unequal_batches_are_those_of_all_images_at_once(alone, models
         assert ours.images == len(images)
         assert (ours.student_block, ours.student_head) == (theirs.student_block, theirs.student_head)
         assert (ours.teacher_block, ours.teacher_heads) == (theirs.teacher_block, theirs.teacher_heads)
-        assert figures(ours) == pytest.approx(figures(theirs), rel=1e-9, abs=1e-12)
+        assert metrics(ours) == pytest.approx(metrics(theirs), rel=1e-9, abs=1e-12)
         assert (ours.alone is None) == (alone is None)
-    assert found.learnt == (True, False, True)
+    assert found.distilled == (True, False, True)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("learnt", "counted"),
+    ("distilled", "counted"),
     [((True, False, False), [0]), ((True, False, True), [0, 2]), ((False, False, False), [0, 1, 2])],
 )
-def test_divergence_counts_distilled_maps_or_all_where_none_is(learnt, counted, models, images):
-    comparisons = {"student": comparison(*learnt)}
+def test_divergence_counts_distilled_maps_or_all_where_none_is(distilled, counted, models, images):
+    comparisons = {"student": comparison(*distilled)}
 
-    found = survey(models, batches(images, 5, 4), comparisons).alikeness["student"].divergence
+    found = survey(models, batches(images, 5, 4), comparisons).fidelity["student"].divergence
 
     ours, theirs = weights(models["student"], images), weights(models["teacher"], images)
     each = [
@@ -120,7 +121,7 @@ def cka(x, y):
 def test_cka_of_tokens_is_that_by_gram_matrices(alone, models, images):
     comparisons = {"student": comparison(True, True, True, alone=alone)}
 
-    found = survey(models, batches(images, 3, 1, 5), comparisons).alikeness["student"].cka
+    found = survey(models, batches(images, 3, 1, 5), comparisons).fidelity["student"].cka
 
     tokens = {name: model.trace(images).tokens for name, model in models.items()}
     # Each image beside the one before it; the first has none, so the last of its batch stands in.
@@ -145,7 +146,7 @@ def test_cka_of_tokens_is_that_by_gram_matrices(alone, models, images):
 def test_one_image_has_no_other(models, images):
     comparisons = {"student": comparison(True, True, True)}
 
-    one = survey(models, [(images[:1], LABELS[:1], NUMBERS[:1])], comparisons).alikeness["student"].cka
+    one = survey(models, [(images[:1], LABELS[:1], NUMBERS[:1])], comparisons).fidelity["student"].cka
 
     assert all(np.isnan(each.other_images) and each.value > 0 for each in one.values())
 
@@ -153,10 +154,10 @@ def test_one_image_has_no_other(models, images):
 @torch.no_grad()
 def test_how_many_images_are_added_at_once_changes_nothing(models, images, monkeypatch):
     comparisons = {"student": comparison(True, True, True, alone="alone")}
-    at_once = survey(models, batches(images, 9), comparisons).alikeness["student"].cka
-    monkeypatch.setattr("vitkd.explain.survey.AT_A_TIME", 2)
+    at_once = survey(models, batches(images, 9), comparisons).fidelity["student"].cka
+    monkeypatch.setattr("vitkd.explain.measures.survey.CHUNK", 2)
 
-    in_parts = survey(models, batches(images, 9), comparisons).alikeness["student"].cka
+    in_parts = survey(models, batches(images, 9), comparisons).fidelity["student"].cka
 
     for blocks, alignment in at_once.items():
         assert in_parts[blocks] == pytest.approx(alignment, rel=1e-9)
@@ -183,18 +184,18 @@ def test_a_student_that_is_its_teacher_is_fully_faithful(models, images):
         "alone": Comparison("alone", pairs, [True] * 3, PATCH),
     }
 
-    found = survey(models, batches(images), comparisons).alikeness
+    found = survey(models, batches(images), comparisons).fidelity
 
-    assert [row.figures["js"] for row in found["alone"].rows] == pytest.approx([0] * 3, abs=1e-12)
-    assert [row.figures["top_k_iou"] for row in found["alone"].rows] == [1, 1, 1]
+    assert [row.metrics["js"] for row in found["alone"].rows] == pytest.approx([0] * 3, abs=1e-12)
+    assert [row.metrics["top_k_iou"] for row in found["alone"].rows] == [1, 1, 1]
     assert [each.value for each in found["alone"].cka.values()] == pytest.approx([1] * 3)
-    assert min(row.figures["js"] for row in found["student"].rows) > 1e-6
+    assert min(row.metrics["js"] for row in found["student"].rows) > 1e-6
 
 
 def test_nothing_is_kept_for_a_backward_pass(models, images):
     seen = survey(models, batches(images), {"student": comparison(True, True, True)})
 
-    assert not seen.alikeness["student"].divergence.requires_grad
+    assert not seen.fidelity["student"].divergence.requires_grad
     assert not any(each.requires_grad for each in (*seen.confidence.values(), *seen.reach.values()))
 
 
@@ -257,7 +258,7 @@ def test_a_teacher_of_other_patches_is_resized(student, tiny, images):
 
     (found,) = survey(
         models, batches(images, 4, 5), {"student": comparison(True, True, True)}
-    ).alikeness.values()
+    ).fidelity.values()
 
     drop, mask = [1] if "distillation_token" in student else [], "attention" in student
     q = numpy_weights(models["student"], images, drop, mask)
@@ -269,9 +270,9 @@ def test_a_teacher_of_other_patches_is_resized(student, tiny, images):
             target[..., range(5), range(5)] = 0
             target = target / target.sum(-1, keepdims=True)
         kl = rel_entr(target.mean(1), mine).sum(-1).mean()
-        assert row.figures["kl"] == pytest.approx(kl, rel=1e-6)
+        assert row.metrics["kl"] == pytest.approx(kl, rel=1e-6)
         rows = [each[:, 0, 1:] / each[:, 0, 1:].sum(-1, keepdims=True) for each in (mine, target.mean(1))]
-        assert row.figures["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-6)
+        assert row.metrics["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-6)
     kept = [0, 2, 3, 4, 5] if drop else [*range(5)]
     ours = models["student"].trace(images).tokens[2][:, kept].flatten(0, 1).numpy()
     theirs = (mean_of_four @ models["teacher"].trace(images).tokens[3].numpy()).reshape(len(ours), -1)
@@ -316,19 +317,19 @@ def test_fidelity_of_models_that_differ_by_design(ours, theirs, drop, mask, tiny
 
     (found,) = survey(
         models, batches(images, 4, 5), {"student": comparison(True, True, True, alone="alone")}
-    ).alikeness.values()
+    ).fidelity.values()
 
     q = numpy_weights(models["student"], images, [1] if drop else [], mask)
     b = numpy_weights(models["alone"], images, [1] if drop else [], mask)
     p = numpy_weights(models["teacher"], images, [], mask)
     for pair, row in zip(PAIRS, found.rows, strict=True):
         target = p[pair.teacher_block][:, [*pair.teacher_heads]].mean(1)
-        for model, figures in ((q, row.figures), (b, row.alone)):
+        for model, metrics in ((q, row.metrics), (b, row.alone)):
             mine = model[pair.student_block][:, pair.student_head]
             kl = rel_entr(target, mine).sum(-1).mean()
-            assert figures["kl"] == pytest.approx(kl, rel=1e-9)
+            assert metrics["kl"] == pytest.approx(kl, rel=1e-9)
             rows = [each[:, 0, 1:] / each[:, 0, 1:].sum(-1, keepdims=True) for each in (mine, target)]
-            assert figures["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-9)
+            assert metrics["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-9)
     of_student, of_teacher = (models[name].trace(images).tokens for name in ("student", "teacher"))
     kept = [0, 2, 3, 4, 5] if drop else [*range(5)]
     expected = cka(of_student[2][:, kept].flatten(0, 1).numpy(), of_teacher[3].flatten(0, 1).numpy())
@@ -343,7 +344,7 @@ def test_where_both_have_a_distillation_token_class_rows_are_the_mean_of_both(ti
 
     (found,) = survey(
         models, batches(images), {"student": Comparison("teacher", pairs, [True], PATCH)}
-    ).alikeness.values()
+    ).fidelity.values()
 
     maps = [
         models["student"].trace(images).weights[1][:, 0],
@@ -351,7 +352,7 @@ def test_where_both_have_a_distillation_token_class_rows_are_the_mean_of_both(ti
     ]
     rows = [(each[:, 0, 2:] + each[:, 1, 2:]).numpy() for each in maps]
     rows = [each / each.sum(-1, keepdims=True) for each in rows]
-    assert found.rows[0].figures["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-9)
+    assert found.rows[0].metrics["cls_overlap"] == pytest.approx(np.minimum(*rows).sum(-1).mean(), rel=1e-9)
 
 
 @torch.no_grad()
@@ -364,7 +365,7 @@ def test_a_baseline_of_another_design_is_brought_to_what_all_have(tiny, images):
 
     (found,) = survey(
         models, batches(images), {"student": comparison(True, True, True, alone="alone")}
-    ).alikeness.values()
+    ).fidelity.values()
 
     theirs = numpy_weights(models["teacher"], images, [1], False)[3][:, 1]
     mine = numpy_weights(models["alone"], images, [], False)[2][:, 1]

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vitkd.data import Batch
 from vitkd.explain import cls_attention, figure_1
-from vitkd.explain.recording import evaluating
+from vitkd.explain.maps.recording import evaluating
 from vitkd.methods.logit import LogitObjective
 from vitkd.methods.maps.alignment import align
 from vitkd.methods.maps.losses import KL

@@ -1,4 +1,4 @@
-"""What `python -m vitkd.explain` can be told."""
+"""The settings of `python -m vitkd.explain`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from vitkd.errors import ConfigError, suggest
-from vitkd.explain.methods import METHODS
+from vitkd.explain.maps.methods import METHODS
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass
 class Settings:
-    """What the command line says; conf/explain.yaml tells of each."""
+    """What the command line says; conf/explain.yaml describes each."""
 
     run: Any
     model: str | None
@@ -55,25 +55,32 @@ class Settings:
         return [Path(str(each)) for each in _listed(self.run)]
 
     @property
+    def folder(self) -> Path:
+        """Where to write: `out`, or a folder in the first run's."""
+        name = "explain" if self.image is None else "explain_pictures"
+        return Path(self.out) if self.out else Path(*self.runs[:1], name)
+
+    @property
     def pictures(self) -> list[Path]:
         """The files that `image` names."""
-        found: list[Path] = []
-        for place in (Path(str(each)) for each in _listed(self.image)):
-            if not place.exists():
-                raise ConfigError(f"image={place}: there is no such file or folder")
-            inside = (
-                sorted(p for p in place.iterdir() if p.suffix.lower() in PICTURES)
-                if place.is_dir()
-                else [place]
-            )
-            if not inside:
-                raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(PICTURES))})")
-            found += inside
-        if not found:
+        pictures = [file for each in _listed(self.image) for file in _pictures_in(Path(str(each)))]
+        if not pictures:
             raise ConfigError(
                 f"image={self.image}: names no picture; give a file, a folder or a list of them"
             )
-        return found
+        return pictures
+
+
+def _pictures_in(place: Path) -> list[Path]:
+    """The file itself, or the pictures in a folder."""
+    if not place.exists():
+        raise ConfigError(f"image={place}: there is no such file or folder")
+    if not place.is_dir():
+        return [place]
+    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in PICTURES)
+    if not pictures:
+        raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(PICTURES))})")
+    return pictures
 
 
 def _listed(value: Any) -> Iterator[Any]:

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from vitkd.explain import cls_attention, denormalise, figure_1
-from vitkd.explain.figures import attention_unit
-from vitkd.explain.recording import evaluating, layout, who_reads
+from vitkd.explain.gallery.figures import attention_unit
+from vitkd.explain.maps.recording import evaluating, layout, who_reads
 from vitkd.methods.maps.pairing import BlockPair
 from vitkd.models import Model, Taps
 from vitkd.train.module import DistillModule

@@ -1,6 +1,6 @@
-"""A person's own pictures, as a model takes them.
+"""Pixels: of a picture file, as a model takes them, and as a figure shows them.
 
-Shapes: C channels, H × W pixels.
+Shapes: B images, C channels, H × W pixels, g patches along one side.
 """
 
 import logging
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from vitkd.errors import ConfigError
-from vitkd.models import ViT
+from vitkd.models import Model
 
 log = logging.getLogger("vitkd")
 
@@ -31,13 +32,13 @@ class Format(NamedTuple):
 
 def format_of(model: nn.Module) -> Format:
     """What a model takes, as far as it says so."""
-    if isinstance(model, ViT):
+    if isinstance(model, Model):
         channels = model.config.channels
         log.warning("warning: the model does not say how images are normalised; 0.5 ± 0.5 is assumed")
         return Format(model.config.image_size, channels, [0.5] * channels, [0.5] * channels)
-    told: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
-    channels, _, size = told.get("input_size", (3, 224, 224))
-    return Format(size, channels, told.get("mean", [0.5] * channels), told.get("std", [0.5] * channels))
+    stated: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
+    channels, _, size = stated.get("input_size", (3, 224, 224))
+    return Format(size, channels, stated.get("mean", [0.5] * channels), stated.get("std", [0.5] * channels))
 
 
 def read_picture(path: Path, size: int, channels: int) -> Tensor:
@@ -53,6 +54,18 @@ def read_picture(path: Path, size: int, channels: int) -> Tensor:
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels [..., C, H, W] in 0..1 as a model takes them."""
+    """Pixels [..., C, H, W] in 0..1 as a model takes them; `mean` and `std` hold one value a channel."""
     shift, scale = (pixels.new_tensor(each)[:, None, None] for each in (mean, std))
     return (pixels - shift) / scale
+
+
+def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The pixels in 0..1 of normalised images [B, C, H, W]; `mean` and `std` hold one value a channel."""
+    shift, scale = (images.new_tensor(each)[:, None, None] for each in (mean, std))
+    return (images * scale + shift).clamp(0, 1)
+
+
+def upsample(maps: Tensor, size: int) -> Tensor:
+    """Maps [B, g, g] interpolated bilinearly to [B, size, size] pixels."""
+    resized = interpolate(maps.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=False)
+    return resized.squeeze(1)

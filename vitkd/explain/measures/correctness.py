@@ -1,4 +1,4 @@
-"""Does a student get right the images on which it attends as its teacher does?
+"""Is a student right on the images on which it attends as its teacher does?
 
 Shapes: N images.
 """
@@ -12,20 +12,20 @@ from scipy import stats
 
 
 class Correlation(NamedTuple):
-    """How a figure per image goes with being right; NaN, with the reason, where that is undefined."""
+    """How a metric per image goes with being right; NaN, with the reason, where that is undefined."""
 
     r: float
     """point-biserial correlation: Pearson's, with right = 1 and wrong = 0"""
     p: float
     """two-sided, of r = 0, by Student's t with n − 2 degrees of freedom"""
     auc: float
-    """area under the ROC curve: the chance that a right image's figure is above a wrong one's, ties half"""
+    """area under the ROC curve: the chance that a right image's value is above a wrong one's, ties half"""
     interval: tuple[float, float]
     """95 % of r, by the percentile bootstrap over images"""
     n: int
     """images that count"""
     reason: str = ""
-    """why figures are NaN, in words"""
+    """why values are NaN, in words"""
 
     def as_json(self) -> dict[str, Any]:
         """The fields, None for NaN, which JSON has not."""
@@ -43,11 +43,11 @@ def correctness_correlation(
 ) -> Correlation:
     """How a per-image fidelity goes with the student being right.
 
-    A correlation is no cause: an easy image may be faithfully attended and be right for its ease. `among` the
-    images that the teacher has right there is less of that.
+    A correlation is no cause: an easy image may be attended faithfully and be right because it is easy.
+    There is less of that `among` the images that the teacher has right.
 
     Args:
-        fidelity: [N], any figure of `fidelity`; of a divergence, which falls with fidelity, a negative r and
+        fidelity: [N], any metric of `distances`; of a divergence, which falls with fidelity, a negative r and
             an AUC below one half say that faithful maps are right. Left out where it is not finite.
         student_right: [N] bool.
         among: [N] bool, the images that count; None for all.
@@ -65,7 +65,7 @@ def correctness_correlation(
     x, right = x[counts], right[counts]
     if reason := _why_undefined(x, right):
         nan = math.nan
-        # Figures that are all equal still rank: no better than chance.
+        # Values that are all equal still rank: no better than chance.
         return Correlation(nan, nan, _auc(x, right), (nan, nan), len(x), reason)
     r = _pearson(x, right)
     return Correlation(r, _p_value(r, len(x)), _auc(x, right), _bootstrap(x, right, resamples, seed), len(x))
@@ -79,11 +79,11 @@ def _array(values: Any) -> NDArray[Any]:
 def _why_undefined(x: NDArray[np.float64], right: NDArray[np.bool_]) -> str:
     n = len(x)
     if n < 3:
-        return f"{n} images with a figure: a correlation takes 3 at least"
+        return f"{n} images with a value: a correlation takes 3 at least"
     if right.all() or not right.any():
         return f"the student is {'right' if right.all() else 'wrong'} on all {n} images"
     if x.min() == x.max():
-        return f"the figure is {x[0]:.4g} on all {n} images"
+        return f"the metric is {x[0]:.4g} on all {n} images"
     return ""
 
 

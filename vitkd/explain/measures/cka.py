@@ -1,4 +1,4 @@
-"""How alike two models' features are, whatever basis each has chosen for them.
+"""How alike two models' features are, whatever basis each has them in.
 
 Shapes: N examples (images times tokens), D and D' features.
 """
@@ -24,10 +24,10 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 class CKASums:
-    """`linear_cka` of named features over batches: what is kept are D × D' matrices, however many examples.
+    """`linear_cka` of named features over batches: only D × D' matrices are kept, however many examples.
 
     Args:
-        pairs: the names that are held against each other.
+        pairs: the names that are compared with each other.
     """
 
     def __init__(self, pairs: Sequence[tuple[Name, Name]]) -> None:

@@ -1,4 +1,4 @@
-"""Regions of an image by how much attention they draw, from the least to the most.
+"""Regions of an image by how much attention they receive, from the least to the most.
 
 Shapes: B images, H heads, T tokens (prefix + h·w), N = h·w patches, L blocks, F features of a patch.
 """
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.attention import rows_read
+from vitkd.explain.maps.attention import rows_read
 from vitkd.models.output import at_least_float32
 
 RESTARTS = 10
 """k-means runs, of which the best counts"""
 DECIMALS = 5
-"""Activities are told apart to a hundred-thousandth of the highest: below that is float32's rounding."""
+"""Activities are distinguished to a hundred-thousandth of the highest: below that is float32's rounding."""
 
 
 def attention_activity(
     weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, readers: Sequence[int] = (0,)
 ) -> Tensor:
-    """How much attention each patch draws, [B, h, w]: the mean of its `attention_features`.
+    """How much attention each patch receives, [B, h, w]: the mean of its `attention_features`.
 
     In units of the even share: every map's mean is 1, and all of it is 1 under uniform attention.
     """
@@ -33,11 +33,11 @@ def attention_activity(
 def attention_features(
     weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, readers: Sequence[int] = (0,)
 ) -> Tensor:
-    """What each patch draws of each block's attention, [B, N, 2·L].
+    """The attention that each patch receives in each block, [B, N, 2·L].
 
     Features 0 … L−1 are the attention received from all tokens, the mean over queries and heads; L … 2·L−1
     that of the tokens that the classifier reads, the mean over these and heads. Each is a share of what all
-    patches draw, times N: 1 is the even share, in any image, so that clusters of many images can be compared.
+    patches receive, times N: 1 is the even share in any image, so that many images can be clustered together.
 
     Args:
         weights: per block [B, H, T, T].
@@ -54,13 +54,13 @@ def attention_features(
     of_heads = [at_least_float32(each).mean(1) for each in weights]
     received = [each.mean(-2) for each in of_heads]
     read = [rows_read(each, readers) for each in of_heads]
-    drawn = torch.stack(received + read, -1)[:, prefix:]
-    # Patches that draw nothing at all are at 0 rather than 0/0.
-    return patches * drawn / drawn.sum(1, keepdim=True).clamp_min(torch.finfo(drawn.dtype).tiny)
+    features = torch.stack(received + read, -1)[:, prefix:]
+    # Where no patch receives anything, 0 rather than 0/0.
+    return patches * features / features.sum(1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
 
 
 def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
-    """Labels [B, h, w] from 0, the region that draws least attention, to clusters − 1, which draws most.
+    """Labels [B, h, w] from 0, the region that receives least attention, to clusters − 1, the most.
 
     k-means (Lloyd 1982, from k-means++) over the patches of all images at once, so that a label means the
     same in each of them. Regions are ordered by the mean of their centre's features. Where patches have fewer
@@ -100,7 +100,7 @@ def _cluster(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, 
     """Labels [B·N] and centres [k, F], k at most the number of distinct points."""
     from sklearn.cluster import KMeans  # takes a while to import
 
-    # Distinct points of a few are quickly told, and hardly ever fewer than the clusters.
+    # A few points are quickly compared, and hardly ever have fewer distinct ones than clusters.
     few = np.unique(points[: 100 * clusters], axis=0)
     distinct = len(few) if len(few) >= clusters else len(np.unique(points, axis=0))
     means = KMeans(min(clusters, distinct), n_init=RESTARTS, random_state=seed).fit(points)

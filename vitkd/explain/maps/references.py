@@ -1,4 +1,4 @@
-"""Other people's methods, to check ours against: Grad-CAM of tokens, and integrated gradients of pixels.
+"""Methods of other packages, to check ours against: Grad-CAM of tokens, integrated gradients of pixels.
 
 They need `pip install 'vitkd[explain]'`.
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError
-from vitkd.explain.recording import evaluating, from_extra, layout, logits_of
-from vitkd.explain.relevance import check_classes
-from vitkd.models import ViT
+from vitkd.explain.maps.hooks import from_extra
+from vitkd.explain.maps.recording import evaluating, layout, logits_of
+from vitkd.explain.maps.relevance import check_classes
 
 EXTRA = "explain"
 
@@ -73,7 +73,7 @@ def integrated_gradients(
 
 
 class _Logits(nn.Module):
-    """A model that returns its logits alone, and has all the classes of `target`."""
+    """The model, returning its logits alone; ConfigError if it lacks a class of `target`."""
 
     def __init__(self, model: nn.Module, target: Tensor) -> None:
         super().__init__()
@@ -86,17 +86,17 @@ class _Logits(nn.Module):
 
 
 def _last_norm(model: nn.Module) -> nn.Module:
-    """The norm before the last attention: past it only the classifying tokens would get a gradient."""
+    """The norm before the last attention: after it only the tokens that are read would get a gradient."""
     last: Any = model.blocks[-1]  # type: ignore[index]
-    norm = last.attention.norm if isinstance(model, ViT) else getattr(last, "norm1", None)
-    if norm is None:
+    norm = getattr(last, "norm1", None) or getattr(getattr(last, "attention", None), "norm", None)
+    if not isinstance(norm, nn.Module):
         raise ConfigError(f"{type(model).__name__}: its last block has no `norm1` for Grad-CAM to read")
     return norm
 
 
 @contextmanager
 def _explaining(model: nn.Module, images: Tensor, target: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-    """A model that returns logits, and images of which gradients are taken; the model's own come back."""
+    """A model that returns logits, and images that need gradients; the parameters' gradients are restored."""
     parameters = [*model.parameters()]
     gradients = [parameter.grad for parameter in parameters]
     try:

@@ -1,4 +1,4 @@
-"""Every way to ask a model where it looks, under one signature.
+"""Every way to ask a model where it looks, with one signature.
 
 Shapes: B images, C channels, T tokens (prefix + h·w), h × w patches.
 """
@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vitkd.errors import ConfigError, suggest
-from vitkd.explain import references
-from vitkd.explain.attention import fuse, token_map
-from vitkd.explain.recording import Recording, layout, record
-from vitkd.explain.relevance import attention_grad_cam, attention_gradients, relevance
-from vitkd.explain.rollout import gradient_rollout, rollout
+from vitkd.explain.maps import references
+from vitkd.explain.maps.attention import fuse, token_map
+from vitkd.explain.maps.recording import Recording, layout, record
+from vitkd.explain.maps.relevance import attention_grad_cam, attention_gradients, relevance
+from vitkd.explain.maps.rollout import gradient_rollout, rollout
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, normalised images [B, C, H, W], classes [B]) → float32 maps [B, h, w], higher = more relevant."""
 
 
 def explain_by(name: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """What `METHODS[name]` says of images [B, C, H, W] and classes [B]: float32 maps [B, h, w].
+    """The maps by `METHODS[name]` of images [B, C, H, W] and classes [B]: float32 [B, h, w].
 
     Works under `torch.no_grad` and `torch.inference_mode` too. The maps are in the method's own scale.
 
     Raises ConfigError if there is no such method or class, an optional package is absent, or the model's
-    maps cannot be had.
+    maps cannot be recorded.
     """
     if name not in METHODS:
         raise ConfigError(f"method={name}: {suggest(name, METHODS)}")
@@ -58,7 +58,7 @@ def _of_gradients(combine: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor
 
 
 def _read(matrix: Tensor, recording: Recording) -> Tensor:
-    """What the classifier takes from the patches: the mean row of the tokens that it reads."""
+    """What the classifier reads from the patches: the mean row of the tokens that it reads."""
     return token_map(matrix, recording.grid, recording.prefix, recording.readers).float()
 
 
@@ -73,7 +73,7 @@ def _integrated_gradients(model: nn.Module, images: Tensor, target: Tensor) -> T
 
 
 def _random(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Uniform noise, the same at every call: what a method must beat."""
+    """Uniform noise, the same at every call: the baseline."""
     noise = torch.rand(len(images), *layout(model, images).grid, generator=torch.Generator().manual_seed(0))
     return noise.to(images.device)
 
@@ -89,4 +89,4 @@ METHODS: dict[str, Method] = {
     "random": _random,
 }
 CLASS_SPECIFIC = {"gradient_rollout", "relevance", "grad_cam", "pytorch_grad_cam", "integrated_gradients"}
-"""those whose maps depend on the class asked for"""
+"""those whose maps depend on the class"""

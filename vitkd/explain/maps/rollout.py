@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.attention import Fusion, fuse
+from vitkd.explain.maps.attention import Fusion, fuse
 from vitkd.models.output import at_least_float32
 
 

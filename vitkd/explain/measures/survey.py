@@ -1,4 +1,4 @@
-"""One pass over a test split: what every model answers, and how alike student and teacher look at an image.
+"""One pass over a test split: what every model predicts, and how alike student and teacher attend.
 
 Shapes: B images of a batch, N of the split, L blocks, H heads, P pairs of maps.
 """
@@ -11,22 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitkd.explain.cka import CKASums
-from vitkd.explain.fidelity import FidelityRow, FidelitySums, MapPair, locality
-from vitkd.explain.recording import Recording, evaluating, has_maps, logits_of, record
+from vitkd.explain.maps.recording import Recording, evaluating, has_maps, logits_of, record
+from vitkd.explain.measures.cka import CKASums
+from vitkd.explain.measures.distances import locality
+from vitkd.explain.measures.fidelity import FidelityRow, FidelitySums, MapPair
 from vitkd.models.tokens import resized_weights, token_interpolation, without_tokens
 
-AT_A_TIME = 64
+CHUNK = 64
 """Images whose tokens are in float64 at once."""
 
 
 class Comparison(NamedTuple):
-    """Whose maps are held against whose."""
+    """Which maps of a student are compared with which of its teacher."""
 
     teacher: str
     """a model's name"""
     pairs: Sequence[MapPair]
-    learnt: Sequence[bool]
+    distilled: Sequence[bool]
     """[P] whether that pair was distilled"""
     patch_size: float
     """pixels of a patch's side"""
@@ -41,16 +42,16 @@ class TokenAlignment(NamedTuple):
     alone: float | None
     """of the student that learned without the teacher; None if none was given"""
     other_images: float
-    """with the teacher's tokens of another image: what their places have in common; NaN if there is none"""
+    """with the teacher's tokens of another image: what is common to all images; NaN if there is no other"""
 
 
 @dataclass(frozen=True, eq=False)
-class Alikeness:
-    """How alike a student attends to its teacher."""
+class FidelityResult:
+    """How alike a student and its teacher attend."""
 
     rows: Sequence[FidelityRow]
     """one a pair"""
-    learnt: Sequence[bool]
+    distilled: Sequence[bool]
     """[P] whether that pair was distilled"""
     divergence: Tensor
     """[N] Jensen–Shannon divergence in nats, the mean over distilled pairs, or over all if none was"""
@@ -60,7 +61,7 @@ class Alikeness:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What was seen on the whole split."""
+    """What was measured on the whole split."""
 
     labels: Tensor
     """[N]"""
@@ -72,8 +73,8 @@ class Survey:
     """model → [N] probability of the class predicted"""
     reach: Mapping[str, Tensor]
     """model → [L, H] mean attention distance over that of uniform attention, of those with maps"""
-    alikeness: Mapping[str, Alikeness]
-    """student → beside its teacher, where the two can be compared"""
+    fidelity: Mapping[str, FidelityResult]
+    """student → its fidelity to its teacher, where the two can be compared"""
 
 
 @torch.no_grad()
@@ -82,40 +83,40 @@ def survey(
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     comparisons: Mapping[str, Comparison],
 ) -> Survey:
-    """Ask all `models` about every batch (images [B, C, H, W], labels [B], positions [B]).
+    """Run all `models` on every batch (images [B, C, H, W], labels [B], positions [B]).
 
-    The batches' order is to be random: the baseline of CKA takes the image before for any other one.
-    One without attention maps is asked for its answers alone.
+    Images must come in random order: the baseline of CKA pairs each with the one before it. Of a model
+    without attention maps only the predictions are recorded.
 
-    Raises ConfigError if a model's maps cannot be had.
+    Raises ConfigError if a model's maps cannot be recorded.
     """
-    labels, numbers, found = [], [], {name: _Answers() for name in models}
-    sums: dict[str, _Sums] = {}
+    labels, numbers, predictions = [], [], {name: _Predictions() for name in models}
+    sums: dict[str, _FidelitySums] = {}
     for images, label, number in batches:
-        seen = {name: record(model, images) for name, model in models.items() if has_maps(model)}
+        recordings = {name: record(model, images) for name, model in models.items() if has_maps(model)}
         labels.append(label.cpu())
         numbers.append(number.cpu())
         for name, model in models.items():
-            found[name].add(seen[name].logits if name in seen else _logits(model, images))
-        for name, recording in seen.items():
-            found[name].look(recording)
+            predictions[name].add(recordings[name].logits if name in recordings else _logits(model, images))
+        for name, recording in recordings.items():
+            predictions[name].add_reach(recording)
         for student, comparison in comparisons.items():
-            those = _comparable(student, comparison, seen)
+            compared = _comparable(student, comparison, recordings)
             if student not in sums:
-                sums[student] = _Sums(comparison, those[0])
-            sums[student].add(*those)
+                sums[student] = _FidelitySums(comparison, compared[0])
+            sums[student].add(*compared)
     return Survey(
         torch.cat(labels),
         torch.cat(numbers),
-        {name: torch.cat(answers.predicted) for name, answers in found.items()},
-        {name: torch.cat(answers.confidence) for name, answers in found.items()},
-        {name: torch.cat(answers.reach).nanmean(0) for name, answers in found.items() if answers.reach},
-        {student: each.alikeness() for student, each in sums.items()},
+        {name: torch.cat(each.predicted) for name, each in predictions.items()},
+        {name: torch.cat(each.confidence) for name, each in predictions.items()},
+        {name: torch.cat(each.reach).nanmean(0) for name, each in predictions.items() if each.reach},
+        {student: each.result() for student, each in sums.items()},
     )
 
 
-class _Answers:
-    """One model's."""
+class _Predictions:
+    """One model's, batch by batch."""
 
     def __init__(self) -> None:
         self.predicted: list[Tensor] = []
@@ -127,12 +128,12 @@ class _Answers:
         self.predicted.append(predicted.cpu())
         self.confidence.append(confidence.cpu())
 
-    def look(self, recording: Recording) -> None:
+    def add_reach(self, recording: Recording) -> None:
         self.reach.append(locality(recording.weights, recording.grid, recording.prefix).cpu())
 
 
-class _Sums:
-    """One student's beside its teacher's."""
+class _FidelitySums:
+    """The fidelity of one student to its teacher, over batches."""
 
     def __init__(self, comparison: Comparison, recording: Recording) -> None:
         self.comparison = comparison
@@ -148,16 +149,15 @@ class _Sums:
 
     def add(self, student: Recording, teacher: Recording, alone: Recording | None = None) -> None:
         without = None if alone is None else _by_block(alone)
-        figures = self.fidelity.add(_by_block(student), _by_block(teacher), without)
-        counted = torch.tensor(self.comparison.learnt)
+        metrics = self.fidelity.add(_by_block(student), _by_block(teacher), without)
+        counted = torch.tensor(self.comparison.distilled)
         counted = counted if counted.any() else ~counted
-        self.divergence.append(figures["js"][:, counted].mean(1))
+        self.divergence.append(metrics["js"][:, counted].mean(1))
         self.cka.add(student, teacher, alone)
 
-    def alikeness(self) -> Alikeness:
-        return Alikeness(
-            self.fidelity.table(), self.comparison.learnt, torch.cat(self.divergence), self.cka.values()
-        )
+    def result(self) -> FidelityResult:
+        distilled, divergence = self.comparison.distilled, torch.cat(self.divergence)
+        return FidelityResult(self.fidelity.table(), distilled, divergence, self.cka.values())
 
 
 class _TokenSums:
@@ -171,7 +171,7 @@ class _TokenSums:
         """teacher block → its tokens [1, T, D] of the last image so far"""
         ours = ["student", *(["alone"] if self.has_alone else [])]
         pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in ours]
-        self.sums = CKASums([*pairs, *((("student", s), ("another's", t)) for s, t in self.blocks)])
+        self.sums = CKASums([*pairs, *((("student", s), ("other images", t)) for s, t in self.blocks)])
 
     def add(self, student: Recording, teacher: Recording, alone: Recording | None) -> None:
         self.images += len(student.tokens[0])
@@ -183,10 +183,10 @@ class _TokenSums:
         }
         for block in {block for _, block in self.blocks}:
             theirs = teacher.tokens[block]
-            features["another's", block] = torch.cat([self.before.get(block, theirs[-1:]), theirs[:-1]])
+            features["other images", block] = torch.cat([self.before.get(block, theirs[-1:]), theirs[:-1]])
             self.before[block] = theirs[-1:]
-        for start in range(0, len(student.tokens[0]), AT_A_TIME):
-            self.sums.add({name: each[start : start + AT_A_TIME] for name, each in features.items()})
+        for start in range(0, len(student.tokens[0]), CHUNK):
+            self.sums.add({name: each[start : start + CHUNK] for name, each in features.items()})
 
     def values(self) -> dict[tuple[int, int], TokenAlignment]:
         value = self.sums.value
@@ -194,7 +194,7 @@ class _TokenSums:
             (ours, theirs): TokenAlignment(
                 value(("student", ours), ("teacher", theirs)),
                 value(("alone", ours), ("teacher", theirs)) if self.has_alone else None,
-                value(("student", ours), ("another's", theirs)) if self.images > 1 else math.nan,
+                value(("student", ours), ("other images", theirs)) if self.images > 1 else math.nan,
             )
             for ours, theirs in self.blocks
         }
@@ -205,30 +205,30 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         return logits_of(model, images)
 
 
-def _comparable(student: str, comparison: Comparison, seen: Mapping[str, Recording]) -> list[Recording]:
-    """The student's, its teacher's and, if it is compared with, the student's that learned without."""
+def _comparable(student: str, comparison: Comparison, recordings: Mapping[str, Recording]) -> list[Recording]:
+    """The student's, its teacher's and, if there is one, the student's that learned without the teacher."""
     names = [student, comparison.teacher, comparison.alone]
-    return comparable(*(seen[name] for name in names if name is not None))
+    return comparable(*(recordings[name] for name in names if name is not None))
 
 
 def comparable(*recordings: Recording) -> list[Recording]:
-    """Recordings of the same images with weights and tokens that all of the models have.
+    """Recordings of the same images, reduced to the weights and tokens that all of the models have.
 
-    A distillation token that another lacks is left out, and no longer read by the classifier; so is what a
-    token gives to itself, where another's gives itself nothing by design. What is left of a row is scaled to
-    sum 1 again. Patches on another grid than the first's are resized to that, as a student's targets are, and
-    of the tokens before them the class token alone is kept then.
+    A distillation token that another lacks is left out, also as a reader; so is what a token gives to itself,
+    where another model's tokens give themselves nothing by design. What is left of a row is scaled to sum 1.
+    Patches on another grid than the first's are resized to that, as a student's targets are, and of the
+    tokens before them only the class token is kept then.
     """
     grid = recordings[0].grid
     has_one_grid = all(recording.grid == grid for recording in recordings)
     prefix = min(recording.prefix for recording in recordings) if has_one_grid else 1
-    found = [_on_grid(_of_first_tokens(recording, prefix), grid) for recording in recordings]
-    if len({recording.sees_itself for recording in found}) > 1:
-        return [_without_itself(recording) for recording in found]
-    return found
+    reduced = [_on_grid(_with_prefix(recording, prefix), grid) for recording in recordings]
+    if len({recording.sees_itself for recording in reduced}) > 1:
+        return [_without_itself(recording) for recording in reduced]
+    return reduced
 
 
-def _of_first_tokens(recording: Recording, kept: int) -> Recording:
+def _with_prefix(recording: Recording, kept: int) -> Recording:
     """A recording of the first `kept` tokens and the patches."""
     prefix = recording.prefix
     if kept == prefix:
@@ -240,12 +240,12 @@ def _of_first_tokens(recording: Recording, kept: int) -> Recording:
         weights=tuple(map(_scaled, weights)),
         tokens=tuple(without_tokens(each, -2, kept, prefix) for each in recording.tokens),
         prefix=kept,
-        readers=_still_there(recording.readers, prefix, kept),
+        readers=_kept_readers(recording.readers, prefix, kept),
     )
 
 
 def _on_grid(recording: Recording, grid: tuple[int, int]) -> Recording:
-    """A recording of the class token and a square of patches as if their grid had been `grid`."""
+    """A recording of the class token and a square of patches, resized to `grid`."""
     if recording.grid == grid:
         return recording
     matrix = token_interpolation(recording.grid, grid).to(recording.weights[0])
@@ -263,13 +263,13 @@ def _without_itself(recording: Recording) -> Recording:
 
 
 def _scaled(weights: Tensor) -> Tensor:
-    """Rows that sum to 1 again; one that has nothing left stays empty."""
+    """Rows scaled to sum 1; one with nothing in it stays empty."""
     total = weights.sum(-1, keepdim=True)
     return weights / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
-def _still_there(readers: Sequence[int], prefix: int, kept: int) -> list[int]:
-    """Where those of `readers` stand that are left, without the tokens from `kept` to `prefix`."""
+def _kept_readers(readers: Sequence[int], prefix: int, kept: int) -> list[int]:
+    """The positions of the `readers` that are left, without the tokens from `kept` to `prefix`."""
     return [r if r < kept else r - prefix + kept for r in readers if r < kept or r >= prefix]
 
 

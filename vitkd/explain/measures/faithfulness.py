@@ -1,4 +1,4 @@
-"""Does a map show what the model uses? Take away what it calls relevant, and watch the class go.
+"""Does a map show what the model uses? Remove what it calls relevant, and follow the class's probability.
 
 Shapes: B images, C channels, h × w cells of a map (patches, as a rule), n points of a curve, K classes.
 """
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vitkd.errors import ConfigError, suggest
-from vitkd.explain.recording import evaluating, logits_of
-from vitkd.explain.relevance import check_classes
+from vitkd.explain.maps.recording import evaluating, logits_of
+from vitkd.explain.maps.relevance import check_classes
 from vitkd.models.output import at_least_float32
 
 Order = Literal["positive", "negative"]
@@ -23,7 +23,7 @@ RANDOM = "random"
 
 
 class Curve(NamedTuple):
-    """What becomes of a class while more and more of an image is removed."""
+    """The probability of a class while more and more of an image is removed."""
 
     fractions: Tensor
     """[n] shares of the image removed, from 0 to 1"""
@@ -43,7 +43,7 @@ class MapsOfClasses(NamedTuple):
 
 
 class Faithfulness(NamedTuple):
-    """How one method's order of removal did, as means over images."""
+    """How faithful one method's order of removal is, as means over images."""
 
     auc: float
     """area under the class's probability: faithful is low in positive order, high in negative order"""

@@ -1,27 +1,53 @@
-"""A model before chosen images: what it answers, and where it looks by every method.
+"""What a model predicts of chosen images, and where it looks by every method.
 
 Shapes: N images, C channels, H × W pixels, L blocks, A heads, T tokens, h × w patches.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitkd.explain.attention import token_map
-from vitkd.explain.methods import explain_by
-from vitkd.explain.page import ATTENTION, Subject
-from vitkd.explain.recording import Recording, evaluating, logits_of, record, who_reads
-from vitkd.explain.regions import attention_features, region_map
+from vitkd.explain.maps.attention import token_map
+from vitkd.explain.maps.methods import explain_by
+from vitkd.explain.maps.recording import Recording, evaluating, logits_of, record, who_reads
+from vitkd.explain.maps.regions import attention_features, region_map
 
-AT_A_TIME = 64
-MOST_NUMBERS = 16_000_000
-"""of one subject's attention maps; beyond, heads are averaged, or the page would be too large to open"""
-MOST_OF_HEADS, MOST_OF_PATCHES = 1_000_000, 4_000_000
-"""of the maps of all its patches: up to the first by every head, up to the second by their mean, else none"""
+ATTENTION = "attention"
+"""the method whose maps are kept by block and head"""
+
+BATCH_SIZE = 64
+MAX_ATTENTION_VALUES = 16_000_000
+"""in one subject's attention maps; beyond, heads are averaged, to keep the page small enough to open"""
+MAX_VALUES_BY_HEAD, MAX_PATCH_VALUES = 1_000_000, 4_000_000
+"""in the maps of all its patches: up to the first by every head, up to the second by their mean, else none"""
+
+Maps = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model, what it predicted and where it looked."""
+
+    name: str
+    role: Literal["teacher", "student"]
+    predicted: Sequence[int]
+    """[N]"""
+    confidence: Sequence[float]
+    """[N] probabilities in 0..1 of the class predicted"""
+    maps: Mapping[str, Maps]
+    """method → [N, h, w]; "attention" → [N, L, A, h, w], the weights of `readers`; may lack methods"""
+    first_block: int = -1
+    """whose attention is shown at first"""
+    readers: str = "class token"
+    """the tokens that it classifies by, in words"""
+    patches: Maps | None = None
+    """[N, L, A or 1, h·w, h, w]: what each patch gives to every patch, by each head or by their mean; None
+    where that is left out"""
 
 
 def subject_of(
@@ -32,14 +58,14 @@ def subject_of(
     methods: Sequence[str],
     first_block: int = -1,
 ) -> tuple[Subject, Tensor]:
-    """The model's answers and maps of normalised images [N, C, H, W], and its `attention_features`.
+    """The model's predictions and maps of normalised images [N, C, H, W], and its `attention_features`.
 
     Class-specific methods explain the class that the model predicts.
 
-    Raises ConfigError if its maps cannot be had, there is no such method, or an optional package is absent.
+    Raises ConfigError if its maps cannot be recorded, a method does not exist, or a package is absent.
     """
     rows, patches, features, logits = [], [], [], []
-    for part in images.split(AT_A_TIME):
+    for part in images.split(BATCH_SIZE):
         with torch.no_grad():
             recording = record(model, part)
             rows.append(class_rows(recording).cpu())
@@ -47,18 +73,18 @@ def subject_of(
                 patches.append(of_patches.cpu())
             features.append(features_of(recording).cpu())
         logits.append(recording.logits)
-    answers, confidence = answers_of(torch.cat(logits))
+    predicted, confidence = predictions_of(torch.cat(logits))
     attention = torch.cat(rows)
-    if attention.numel() > MOST_NUMBERS:
+    if attention.numel() > MAX_ATTENTION_VALUES:
         attention = attention.mean(2, keepdim=True)
     maps = {ATTENTION: attention.numpy()}
     for method in methods:
         if method != ATTENTION:
-            maps[method] = maps_of(method, model, images, answers).cpu().numpy()
+            maps[method] = maps_of(method, model, images, predicted).cpu().numpy()
     subject = Subject(
         name,
         role,
-        answers.tolist(),
+        predicted.tolist(),
         confidence,
         maps,
         first_block % attention.shape[1],
@@ -70,29 +96,29 @@ def subject_of(
 
 @torch.no_grad()
 def without_maps(name: str, role: Literal["teacher", "student"], model: nn.Module, images: Tensor) -> Subject:
-    """The answers, to normalised images [N, C, H, W], of a model that has no attention maps."""
+    """The predictions for normalised images [N, C, H, W] by a model that has no attention maps."""
     with evaluating(model):
-        logits = torch.cat([logits_of(model, part) for part in images.split(AT_A_TIME)])
-    answers, confidence = answers_of(logits)
-    return Subject(name, role, answers.tolist(), confidence, {})
+        logits = torch.cat([logits_of(model, part) for part in images.split(BATCH_SIZE)])
+    predicted, confidence = predictions_of(logits)
+    return Subject(name, role, predicted.tolist(), confidence, {})
 
 
-def answers_of(logits: Tensor) -> tuple[Tensor, list[float]]:
-    """The classes [N] that logits [N, K] say, and the probability of each."""
+def predictions_of(logits: Tensor) -> tuple[Tensor, list[float]]:
+    """The most likely classes [N] by logits [N, K], and the probability of each."""
     best = logits.float().softmax(-1).max(-1)
     return best.indices, best.values.tolist()
 
 
 def maps_of(method: str, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """`explain_by` a few images at a time, for gradients of all blocks take much memory: [N, h, w]."""
-    # Noise begins anew at each call.
-    size = max(len(images), 1) if method == "random" else AT_A_TIME
+    """`explain_by` in batches, as gradients of all blocks take much memory: [N, h, w]."""
+    # In parts, every part would get the same noise.
+    size = max(len(images), 1) if method == "random" else BATCH_SIZE
     parts = zip(images.split(size), target.split(size), strict=True)
     return torch.cat([explain_by(method, model, part, classes) for part, classes in parts])
 
 
 def class_rows(recording: Recording) -> Tensor:
-    """What the classifier takes from each patch, [N, L, A, h, w]: the mean row of the tokens it reads."""
+    """What the classifier reads from each patch, [N, L, A, h, w]: the mean row of the tokens it reads."""
     weights = torch.stack(recording.weights, 1).float()
     return token_map(weights, recording.grid, recording.prefix, recording.readers)
 
@@ -105,9 +131,9 @@ def patch_rows(recording: Recording, images: int) -> Tensor | None:
     prefix = recording.prefix
     weights = [each[..., prefix:, prefix:] for each in recording.weights]
     numbers = images * sum(each[0].numel() for each in weights)
-    if numbers > MOST_OF_PATCHES * weights[0].shape[1]:
+    if numbers > MAX_PATCH_VALUES * weights[0].shape[1]:
         return None
-    if numbers > MOST_OF_HEADS:
+    if numbers > MAX_VALUES_BY_HEAD:
         weights = [each.mean(1, keepdim=True) for each in weights]
     return torch.stack(weights, 1).float().unflatten(-1, recording.grid)
 

@@ -1,8 +1,9 @@
-"""Raw attention: heads fused into one matrix, and a token's row of it laid out over the image.
+"""Raw attention: heads fused into one matrix, and a token's row of it as a map over the image.
 
 Shapes: B images, H heads, T tokens (prefix + h·w), h × w patches.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -73,6 +74,41 @@ def token_map(
         total = to_patches.sum(-1, keepdim=True)
         to_patches = to_patches / total.clamp_min(torch.finfo(total.dtype).tiny)
     return to_patches.unflatten(-1, grid)
+
+
+def cls_attention(
+    scores: Tensor,
+    grid: int,
+    heads: Sequence[int] | None = None,
+    prefix: int = 1,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """How the class token's attention is spread over the patches, or its mean with a distillation token's.
+
+    Args:
+        scores: [B, H, T, T] before softmax, the class token first.
+        grid: g.
+        heads: those to average, a head named twice counting twice; None for all.
+        prefix: tokens before the patches, all of which the classifier reads: the class token, or that and the
+            distillation token.
+        allowed: [T, T], False where the model masks attention; None where it does not.
+
+    Returns:
+        [B, g, g]: the mean over heads and these tokens of their weights, scaled to sum 1 over the patches.
+
+    Raises:
+        ValueError: T is not prefix + g².
+    """
+    if scores.shape[-1] != prefix + grid**2:
+        raise ValueError(f"{scores.shape[-1]} tokens are not {prefix} and {grid}×{grid} patches")
+    rows = at_least_float32(scores[..., :prefix, :])
+    rows = rows if heads is None else rows[..., list(heads), :, :]
+    if allowed is not None:
+        rows = rows.masked_fill(~allowed[:prefix], -math.inf)
+    weights = rows.softmax(-1).mean((-3, -2))[..., prefix:]
+    # A class token that looks at itself alone gives an empty map rather than 0/0.
+    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return (weights / total).unflatten(-1, (grid, grid))
 
 
 def rows_read(matrix: Tensor, readers: Sequence[int]) -> Tensor:

@@ -11,27 +11,36 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from vitkd.explain import album as album_module
-from vitkd.explain.album import Album, fidelity_numbers, figures_of, files_of, numbers_of, page_of
-from vitkd.explain.correctness import correctness_correlation
-from vitkd.explain.faithfulness import faithfulness
-from vitkd.explain.fidelity import MapPair
-from vitkd.explain.gallery import BOTH_RIGHT, BOTH_WRONG, CELLS, STUDENT_WRONG, TEACHER_WRONG, OverRepresented
-from vitkd.explain.page import render
-from vitkd.explain.subjects import regions_of, subject_of
-from vitkd.explain.survey import Comparison, TokenAlignment, survey
+from vitkd.explain.gallery import report_figures
+from vitkd.explain.gallery.cells import (
+    BOTH_RIGHT,
+    BOTH_WRONG,
+    CELLS,
+    STUDENT_WRONG,
+    TEACHER_WRONG,
+    OverRepresented,
+)
+from vitkd.explain.gallery.contents import heat_map, page_of, removal_curves
+from vitkd.explain.gallery.explanation import Explanation
+from vitkd.explain.gallery.files import FILES, as_json, fidelity_of, files_of, metrics_of
+from vitkd.explain.gallery.render import render
+from vitkd.explain.gallery.report_figures import figure_of_cells, figures_of, first_figure, on_one_grid
+from vitkd.explain.maps.subjects import regions_of, subject_of
+from vitkd.explain.measures.correctness import correctness_correlation
+from vitkd.explain.measures.faithfulness import faithfulness
+from vitkd.explain.measures.fidelity import MapPair
+from vitkd.explain.measures.survey import Comparison, TokenAlignment, survey
 from vitkd.report.runs import read_fidelity
 
-PNG = b"\x89PNG\r\n\x1a\n"
-ALWAYS = {"methods.png", "maps.npz", "figures.json", "index.html", "regions.png"}
+ALWAYS = {"maps.npz", "metrics.json", "index.html"}
 WITH_TEACHER = {"figure_1.png", "figure_2.png", "figure_3.png", "gallery.png"}
 CLASSES = ["ape", "bee <b>", "cat", "dog", "eel"]
 METHODS = ["attention", "rollout", "relevance"]
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
 
 
-def make(tiny, names, channels=3, **changes) -> Album:
-    """An album of untrained models, their figures computed as the command does it."""
+def make(tiny, names, channels=3, **changes) -> Explanation:
+    """The explanation of untrained models, its metrics computed as the command does it."""
     roles = {name: "teacher" if name == "teacher" else "student" for name in names}
     models = {name: tiny(channels=channels, num_heads=3).build().eval() for name in names}
     pixels = torch.rand(6, channels, 8, 8)
@@ -67,13 +76,13 @@ def make(tiny, names, channels=3, **changes) -> Album:
             "over_represented": {STUDENT_WRONG: [OverRepresented("bee <b>", 9, 2.0, 4.5, 1e-4, 5e-4)]},
             "other_block": 0,
             "reach": seen.reach,
-            "alikeness": seen.alikeness,
+            "fidelity": seen.fidelity,
             "correlations": {
                 name: {"all test images": correctness_correlation(each.divergence, LABELS > 1)}
-                for name, each in seen.alikeness.items()
+                for name, each in seen.fidelity.items()
             },
         }
-    return Album(**(plain | changes))
+    return Explanation(**(plain | changes))
 
 
 def curves_of(tiny):
@@ -97,7 +106,7 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def whole(small) -> Album:
+def whole(small) -> Explanation:
     torch.manual_seed(0)
     names = ["teacher", "student A", "student B"]
     return make(small, names, faithfulness=curves_of(small), notes=["A note."])
@@ -111,9 +120,8 @@ def files(whole) -> dict[str, bytes]:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes long."""
-    for name in ("figure_rows", "figure_1", "region_figure", "fidelity_figure", "curves_figure"):
-        monkeypatch.setattr(album_module, name, lambda *_, **__: Figure())
-    monkeypatch.setattr(album_module, "png", lambda _: PNG)
+    for name in ("figure_rows", "figure_1"):
+        monkeypatch.setattr(report_figures, name, lambda *_, **__: Figure())
 
 
 def strict(content: bytes):
@@ -134,25 +142,21 @@ def arrays_of(content: bytes):
         return dict(found)
 
 
+def tables_by_title(explanation):
+    return {table.title: table for table in page_of(explanation, {}).tables}
+
+
 class TestFiles:
     def test_of_two_students_and_their_teacher(self, files):
-        assert files.keys() == ALWAYS | WITH_TEACHER | {"fidelity.json", "fidelity.png", "perturbation.png"}
+        assert files.keys() == ALWAYS | WITH_TEACHER | {"fidelity.json"} == FILES
 
     def test_without_a_teacher(self, tiny):
         assert files_of(make(tiny, ["student"], channels=1)).keys() == ALWAYS
 
-    @pytest.mark.parametrize(
-        ("left_out", "missing"),
-        [
-            ("alikeness", {"fidelity.json", "fidelity.png"}),
-            ("faithfulness", {"perturbation.png"}),
-            ("regions", {"regions.png"}),
-        ],
-    )
-    def test_what_was_not_measured_has_no_file(self, left_out, missing, whole, files, undrawn):
-        found = files_of(replace(whole, **{left_out: {}}))
+    def test_what_was_not_measured_has_no_file(self, whole, files, undrawn):
+        found = files_of(replace(whole, fidelity={}))
 
-        assert files.keys() - found.keys() == missing
+        assert files.keys() - found.keys() == {"fidelity.json"}
 
     def test_every_picture_is_one(self, files):
         for name, content in files.items():
@@ -179,12 +183,28 @@ class TestFigures:
         assert drawn & {name.removesuffix(".png") for name in WITH_TEACHER} == figures
 
     def test_of_one_cell_beside_an_empty_one_are_drawn(self, whole):
-        figure = album_module._figure_3(replace(whole, cells=[BOTH_WRONG] * 6))
+        figure = figure_of_cells(replace(whole, cells=[BOTH_WRONG] * 6), "figure_3")
 
         assert "teacher wrong" in texts(figure)
 
+    @pytest.mark.parametrize(
+        ("draw", "shown"),
+        [
+            (first_figure, [0, 1]),
+            (lambda whole: figure_of_cells(whole, "figure_2"), [2, 3]),
+            (lambda whole: figure_of_cells(whole, "figure_3"), [4, 5]),
+            (lambda whole: figure_of_cells(whole, "gallery"), [0, 1, 2, 3, 4, 5]),
+        ],
+    )
+    def test_show_the_images_of_their_cells(self, draw, shown, whole):
+        titles = [axes.get_title() for axes in draw(whole).axes]
+
+        expected = [CLASSES[whole.labels[i]] for i in shown]
+        # Of an image and its maps the image alone has a bare class for its title.
+        assert [title for title in titles if title in CLASSES] == expected
+
     def test_figure_1_shows_the_block_that_was_not_distilled_where_there_is_one(self, whole):
-        figure = album_module._figure_1
+        figure = first_figure
 
         assert "block 0, not distilled" in texts(figure(whole))
         for subject in (whole.teacher, whole.student):
@@ -194,25 +214,24 @@ class TestFigures:
 
     def test_beside_a_teacher_without_maps_the_student_stands_alone_in_the_cells(self, whole):
         teacher, student, _ = whole.subjects
-        figure = album_module._figure_2(
-            replace(whole, subjects=[replace(teacher, maps={}, patches=None), student])
-        )
+        subjects = [replace(teacher, maps={}, patches=None), student]
+        figure = figure_of_cells(replace(whole, subjects=subjects), "figure_2")
 
         assert "student A, block 1" in texts(figure)
         assert "teacher, block" not in texts(figure)
 
     def test_of_a_teacher_without_maps_are_those_that_need_none(self, whole, undrawn):
         teacher, student, _ = whole.subjects
-        album = replace(
+        explanation = replace(
             whole,
             subjects=[replace(teacher, maps={}, patches=None), student],
             regions={"student A": whole.regions["student A"]},
-            alikeness={},
+            fidelity={},
             faithfulness={},
         )
 
-        assert {*figures_of(album)} == {"methods", "regions", "figure_2", "figure_3", "gallery"}
-        arrays = arrays_of(files_of(album)["maps.npz"])
+        assert {*figures_of(explanation)} == {"figure_2", "figure_3", "gallery"}
+        arrays = arrays_of(files_of(explanation)["maps.npz"])
         assert arrays["teacher/predicted"].tolist() == teacher.predicted
         assert "teacher/attention" not in arrays
 
@@ -220,15 +239,15 @@ class TestFigures:
         teacher, student, _ = whole.subjects
         both = replace(student, readers="class and distillation tokens")
 
-        assert "Attention of the class token, heads averaged" in texts(album_module._figure_1(whole))
-        mixed = album_module._figure_1(replace(whole, subjects=[teacher, both]))
+        assert "Attention of the class token, heads averaged" in texts(first_figure(whole))
+        mixed = first_figure(replace(whole, subjects=[teacher, both]))
         assert "attention weight\nof the classifying tokens" in texts(mixed)
 
     def test_maps_of_other_grids_are_brought_to_the_finest(self):
         coarse, fine = torch.rand(2, 2, 2), torch.rand(2, 4, 4)
         coarse, fine = (each / each.sum((-2, -1), keepdim=True) for each in (coarse, fine))
 
-        resized, same = album_module._on_one_grid([coarse, fine])
+        resized, same = on_one_grid([coarse, fine])
 
         torch.testing.assert_close(same, fine)
         assert resized.shape == (2, 4, 4)
@@ -238,9 +257,9 @@ class TestFigures:
         torch.testing.assert_close(resized[:, 0, 0] / resized[:, 3, 3], corner)
 
 
-class TestNumbers:
+class TestMetrics:
     def test_are_strict_json_with_all_there_is(self, whole, files):
-        found = strict(files["figures.json"])
+        found = strict(files["metrics.json"])
 
         assert found.keys() == {
             *("title", "source", "cells", "over_represented", "correctness", "attention_distance"),
@@ -257,42 +276,41 @@ class TestNumbers:
     def test_what_is_undefined_is_null(self, whole):
         always_right = correctness_correlation([0.1, 0.2, 0.3], [True] * 3)
         reach = torch.full((3, 2), torch.nan)
-        album = replace(
+        explanation = replace(
             whole, correlations={"student A": {"all test images": always_right}}, reach={"teacher": reach}
         )
 
-        found = strict(album_module._json(numbers_of(album)))
+        found = strict(as_json(metrics_of(explanation)))
 
         assert found["correctness"]["student A"]["all test images"]["r"] is None
         assert "right on all 3" in found["correctness"]["student A"]["all test images"]["reason"]
         assert found["attention_distance"]["teacher"] == [[None, None]] * 3
 
     def test_an_undefined_fidelity_is_null_and_left_out_of_the_mean(self, whole):
-        alikeness = whole.alikeness["student A"]
-        first, *others = alikeness.rows
-        rows = [replace(first, figures=first.figures | {"spearman": None}, permuted=None), *others]
+        result = whole.fidelity["student A"]
+        first, *others = result.rows
+        rows = [replace(first, metrics=first.metrics | {"spearman": None}, permuted=None), *others]
         nan = float("nan")
-        cka = dict.fromkeys(alikeness.cka, TokenAlignment(nan, None, nan))
-        album = replace(whole, alikeness={"student A": replace(alikeness, rows=rows, cka=cka)})
+        cka = dict.fromkeys(result.cka, TokenAlignment(nan, None, nan))
+        explanation = replace(whole, fidelity={"student A": replace(result, rows=rows, cka=cka)})
 
-        found = strict(album_module._json(fidelity_numbers(album)))
+        found = strict(as_json(fidelity_of(explanation)))
 
-        assert found["rows"][0]["figures"]["spearman"] is None
+        assert found["rows"][0]["metrics"]["spearman"] is None
         undefined = {"value": None, "alone": None, "other_images": None}
         assert all(each == undefined for each in found["cka"].values())
         # Of the distilled first and last rows the last alone has one.
-        assert found["summary"]["spearman_distilled"] == pytest.approx(rows[2].figures["spearman"])
-        assert album_module._fidelity(album).axes
-        assert "–" in render(page_of(album, {}))
+        assert found["summary"]["spearman_distilled"] == pytest.approx(rows[2].metrics["spearman"])
+        assert "–" in render(page_of(explanation, {}))
 
     @pytest.mark.parametrize("measure", ["js", "kl", "spearman", "top_k_iou", "cls_overlap"])
-    @pytest.mark.parametrize("part", ["figures", "alone", "permuted"])
+    @pytest.mark.parametrize("part", ["metrics", "alone", "permuted"])
     def test_the_summary_is_the_mean_over_rows(self, measure, part, whole, files):
         found = strict(files["fidelity.json"])
-        rows, suffix = found["rows"], "" if part == "figures" else f"_{part}"
+        rows, suffix = found["rows"], "" if part == "metrics" else f"_{part}"
 
         assert [row["distilled"] for row in rows] == [True, False, True]
-        own = [getattr(row, part)[measure] for row in whole.alikeness["student A"].rows]
+        own = [getattr(row, part)[measure] for row in whole.fidelity["student A"].rows]
         assert [row[part][measure] for row in rows] == pytest.approx(own)
         mean = sum(row[part][measure] for row in (rows[0], rows[2])) / 2
         assert found["summary"][f"{measure}_distilled{suffix}"] == pytest.approx(mean)
@@ -302,16 +320,16 @@ class TestNumbers:
     def test_the_report_reads_the_divergence_of_distilled_maps(self, whole, files, tmp_path):
         (tmp_path / "fidelity.json").write_bytes(files["fidelity.json"])
 
-        rows = whole.alikeness["student A"].rows
-        expected = (rows[0].figures["js"] + rows[2].figures["js"]) / 2
+        rows = whole.fidelity["student A"].rows
+        expected = (rows[0].metrics["js"] + rows[2].metrics["js"]) / 2
         found = read_fidelity(tmp_path / "fidelity.json")
         assert found is not None
         assert found.divergence == pytest.approx(expected)
         assert found.epoch == "last"
 
     def test_where_no_map_was_distilled_the_report_finds_none(self, whole, tmp_path):
-        alikeness = replace(whole.alikeness["student A"], learnt=[False] * 3)
-        found = fidelity_numbers(replace(whole, alikeness={"student A": alikeness}))
+        result = replace(whole.fidelity["student A"], distilled=[False] * 3)
+        found = fidelity_of(replace(whole, fidelity={"student A": result}))
         (tmp_path / "fidelity.json").write_text(json.dumps(found))
 
         assert "js_all" in found["summary"]
@@ -341,13 +359,13 @@ class TestPage:
 
         for text in ("A note.", "Over-represented where only the student is wrong", "correlate by"):
             assert text in html
-        for title in ("Fidelity of student A", "Fidelity of student B", "How far blocks look"):
+        for title in ("Fidelity of student A", "Fidelity of student B", "Attention distance by block"):
             assert title in html
         assert "Faithfulness, student" in html
         assert "bee <b>" not in html
 
     def test_baselines_stand_in_the_table_where_there_are_any(self, whole):
-        tables = {table.title: table for table in page_of(whole, {}).tables}
+        tables = tables_by_title(whole)
 
         ours, theirs = (tables[f"Fidelity of student {name}, block.head"] for name in "AB")
         assert "… alone" in ours.columns
@@ -357,6 +375,84 @@ class TestPage:
         first = dict(zip(ours.columns, ours.rows[0], strict=False))
         assert (first["student map"], first["teacher map"], first["distilled"]) == ("1.0", "2.0", "yes")
         assert ours.rows[1][:3] == ["2.0", "2.0+1", ""]
+
+    def test_the_fidelity_table_holds_each_metric_beside_its_baselines(self, whole):
+        result = whole.fidelity["student A"]
+        table = tables_by_title(whole)["Fidelity of student A, block.head"]
+
+        for values, row in zip(table.rows, result.rows, strict=True):
+            expected = [row.metrics, row.alone, row.permuted]
+            for metric, title in (
+                ("js", "Jensen–Shannon, nats"),
+                ("spearman", "rank correlation, class row"),
+                ("cls_overlap", "overlap of the class rows"),
+            ):
+                place = table.columns.index(title)
+                assert table.columns[place + 1 : place + 3] == ["… alone", "… permuted"]
+                assert values[place : place + 3] == [each[metric] for each in expected]
+            assert values[table.columns.index("entropy, nats")] == row.metrics["entropy"]
+            assert values[table.columns.index("distance, px")] == row.metrics["mean_distance"]
+            cka = result.cka[row.student_block, row.teacher_block]
+            assert values[-3:] == [cka.value, cka.alone, cka.other_images]
+
+    def test_the_faithfulness_table_has_an_order_and_a_class_a_column(self, whole):
+        table = tables_by_title(whole)["Faithfulness, student"]
+
+        for method, *values in table.rows:
+            orders = whole.faithfulness["student"][method]
+            found = dict(zip(table.columns[1::3], zip(values[::3], values[1::3], strict=True), strict=True))
+            for order in ("positive", "negative"):
+                for target, words in (("predicted", "predicted"), ("target", "true")):
+                    each = orders[order][target]
+                    assert found[f"{order}, {words}: AUC"] == (each.auc, each.gap)
+
+    def test_the_distance_table_has_the_mean_over_heads(self, whole):
+        reach = {
+            "teacher": torch.tensor([[0.2, 0.4], [0.1, torch.nan]]),
+            "student A": torch.tensor([[0.6, 0.8]]),
+        }
+        table = tables_by_title(replace(whole, reach=reach))["Attention distance by block"]
+
+        assert table.columns == ["block", "teacher", "student A"]
+        assert table.rows == [[0, pytest.approx(0.3), pytest.approx(0.7)], [1, pytest.approx(0.1), None]]
+
+    def test_heat_maps_hold_the_divergence_of_every_map(self, whole):
+        result = whole.fidelity["student A"]
+
+        chart = heat_map("student A", result)
+
+        assert [*chart.panels] == ["student A", "student alone", "permuted heads"]
+        assert chart.blocks == ["1", "2"]
+        for (title, values), part in zip(chart.panels.items(), ("metrics", "alone", "permuted"), strict=True):
+            # The pairs of `make` are of the maps 1.0, 2.0 and 1.1; there is none of 2.1.
+            found = [values[0, 0], values[1, 0], values[0, 1]]
+            assert found == [getattr(row, part)["js"] for row in result.rows], title
+            assert np.isnan(values[1, 1])
+        assert [*heat_map("student B", whole.fidelity["student B"]).panels] == ["student B", "permuted heads"]
+
+    def test_curves_are_those_of_the_class_predicted(self, whole):
+        chart = removal_curves(whole)
+
+        (of_model,) = whole.faithfulness.values()
+        for order, words in (("positive", "most"), ("negative", "least")):
+            lines = chart.panels[f"student, {words} relevant first"]
+            assert [*lines] == ["rollout", "random"]
+            for method, (fractions, values) in lines.items():
+                assert fractions == of_model[method][order]["predicted"].fractions
+                assert values == of_model[method][order]["predicted"].probability
+
+    @pytest.mark.parametrize("left_out", ["fidelity", "faithfulness"])
+    def test_what_was_not_measured_has_no_chart(self, left_out, whole):
+        page = page_of(replace(whole, **{left_out: {}}), {})
+
+        assert bool(page.heat_maps) == (left_out != "fidelity")
+        assert bool(page.curves) == (left_out != "faithfulness")
+
+    def test_shows_figure_1_where_there_is_one(self, files, whole):
+        (plot,) = page_of(whole, {"figure_1": files["figure_1.png"], "gallery": b""}).plots
+
+        assert plot.picture == files["figure_1.png"]
+        assert page_of(whole, {}).plots == []
 
     @pytest.mark.parametrize("channels", [1, 3])
     def test_of_pictures_whose_class_nobody_knows(self, channels, tiny, undrawn):

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.recording import Recording
-from vitkd.explain.rollout import weighted_by_gradient
+from vitkd.explain.maps.recording import Recording
+from vitkd.explain.maps.rollout import weighted_by_gradient
 from vitkd.models.output import at_least_float32
 
 
 def attention_gradients(recording: Recording, target: Tensor) -> tuple[Tensor, ...]:
     """Per block [B, H, T, T]: image b's logit of class target[b] by the weights of image b.
 
-    The recording keeps its graph, so that another target may follow.
+    The recording keeps its graph, so that another target can be asked for.
 
     Args:
         target: [B] class indices.

@@ -1,0 +1,112 @@
+"""Charts that the page draws itself, as HTML and SVG, so that they are sharp and follow its colours.
+
+Shapes: L blocks, A heads, n points of a curve.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitkd.explain.gallery.panel import COLOURS
+
+SERIES = 8
+"""colours of curves in the page's style sheet, after Okabe and Ito: colour-blind readers tell them apart"""
+RANDOM = "random"
+"""the order of removal that the others are compared with; it is grey"""
+
+# Units of the SVG's view box.
+WIDTH, HEIGHT = 300, 190
+LEFT, RIGHT, TOP, BOTTOM = 40, 284, 8, 150
+"""the edges of the area that curves are drawn in"""
+STEPS = [base * 10**power for power in range(-4, 1) for base in (1, 2, 5)]
+
+
+def css(colour: Sequence[float]) -> str:
+    """A colour, RGB in 0..1, for a style sheet."""
+    return "#" + "".join(f"{round(255 * each):02x}" for each in colour[:3])
+
+
+class HeatMap:
+    """A metric per block and head, in panels that share one colour scale.
+
+    Args:
+        title, caption: above it.
+        unit: at the colour bar: the metric, its unit and which end is which.
+        panels: title → [L, A]; NaN where undefined.
+        blocks: names of the L rows.
+    """
+
+    def __init__(
+        self, title: str, caption: str, unit: str, panels: Mapping[str, NDArray], blocks: Sequence[str]
+    ) -> None:
+        self.title, self.caption, self.unit, self.panels, self.blocks = title, caption, unit, panels, blocks
+
+    @cached_property
+    def limits(self) -> tuple[float, float]:
+        """The ends of the colour scale."""
+        values = np.concatenate([each[np.isfinite(each)] for each in self.panels.values()])
+        return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+
+    def style(self, value: float) -> str:
+        """A cell's colours in CSS; nothing for an undefined one."""
+        if not math.isfinite(value):
+            return ""
+        low, high = self.limits
+        colour = COLOURS((value - low) / (high - low or 1))[:3]
+        return f"background: {css(colour)}; color: {'#000000' if _luminance(colour) > 0.18 else '#ffffff'}"
+
+
+class Curves:
+    """Probabilities while an image is removed: a panel an order of removal, a line a method.
+
+    Args:
+        title, caption: above it.
+        y_label: of what the values are.
+        panels: title → method → (fractions [n] of the image removed, in 0..1, and values [n]).
+    """
+
+    def __init__(
+        self,
+        title: str,
+        caption: str,
+        y_label: str,
+        panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    ) -> None:
+        self.title, self.caption, self.y_label, self.panels = title, caption, y_label, panels
+
+    @cached_property
+    def methods(self) -> list[str]:
+        return [*dict.fromkeys(method for lines in self.panels.values() for method in lines)]
+
+    @cached_property
+    def ticks(self) -> list[float]:
+        """Round values from 0 to at least the highest, the same for all panels."""
+        highest = max(max(values) for lines in self.panels.values() for _, values in lines.values())
+        step = next((step for step in STEPS if 5 * step >= highest), STEPS[-1])
+        return [step * i for i in range(max(math.ceil(highest / step - 1e-9), 1) + 1)]
+
+    def series(self, method: str) -> str:
+        """The style class of a method's line."""
+        others = [each for each in self.methods if each != RANDOM]
+        return RANDOM if method == RANDOM else f"s{others.index(method) % SERIES}"
+
+    def x(self, fraction: float) -> float:
+        """Where a fraction removed lies in the view box."""
+        return round(LEFT + (RIGHT - LEFT) * fraction, 2)
+
+    def y(self, value: float) -> float:
+        """Where a value lies in the view box."""
+        return round(BOTTOM - (BOTTOM - TOP) * value / self.ticks[-1], 2)
+
+    def points(self, fractions: Sequence[float], values: Sequence[float]) -> str:
+        """A curve as an SVG polyline takes it."""
+        return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in zip(fractions, values, strict=True))
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    """The relative luminance of RGB in 0..1; black text has the higher contrast above 0.18 (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,0 +1,231 @@
+"""The report's figures: rows of images beside the maps of several models.
+
+Shapes: B images, C channels (1 grey, 3 RGB), H × W pixels, h × w patches.
+"""
+
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from textwrap import wrap
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from vitkd.explain.gallery.panel import (
+    BAR,
+    BAR_TEXT,
+    CELL,
+    COLOURS,
+    GAP,
+    HEADING,
+    MARGIN,
+    QUIET,
+    TEXT,
+    axes_at,
+    blend,
+    draw_image,
+    draw_text,
+    mark,
+    overlay,
+    rgb,
+)
+
+# Inches.
+SPACE = 0.35
+"""between groups that stand side by side"""
+CHARACTER = 0.058
+"""the mean width of one in the captions' size"""
+LINE = 0.14
+
+
+class Rows(NamedTuple):
+    """Images below one another, each beside its maps."""
+
+    title: str
+    """above them; may be empty"""
+    images: Tensor
+    """[B, C, H, W] in 0..1; none for a group that is shown as empty"""
+    maps: Sequence[Tensor]
+    """one [B, h, w] a column; grids may differ"""
+    labels: Sequence[str] | None = None
+    """[B] above the images"""
+    predictions: Sequence[Sequence[str] | None] = ()
+    """one [B] a column, above its maps"""
+    confidences: Sequence[Sequence[float] | None] = ()
+    """one [B] a column: probabilities of what is predicted"""
+
+
+def attention_unit(readers: Iterable[str] = ("class token",)) -> str:
+    """Of maps, at the colour bar; `readers` as `recording.who_reads` names each model's."""
+    return f"attention weight\nof the {common_name(readers)}"
+
+
+def common_name(readers: Iterable[str]) -> str:
+    """The tokens that models classify by, in words; where they differ, what they have in common."""
+    names = {*readers}
+    return names.pop() if len(names) == 1 else "classifying tokens"
+
+
+def figure_1(
+    images: Tensor,
+    teacher_maps: Tensor,
+    distilled_maps: Tensor,
+    other_maps: Tensor | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    teacher_predictions: Sequence[str] | None = None,
+    student_predictions: Sequence[str] | None = None,
+    teacher_confidences: Sequence[float] | None = None,
+    student_confidences: Sequence[float] | None = None,
+    columns: Sequence[str] = ("image", "teacher", "student, distilled", "student, not distilled"),
+    unit: str | None = None,
+    caption: str = "",
+) -> Figure:
+    """The report's Figure 1: image, teacher's map, student's in a block that was distilled and in one not.
+
+    Args:
+        images: [B, C, H, W] in 0..1.
+        teacher_maps, distilled_maps, other_maps: [B, h, w], heads averaged; without `other_maps` the last
+            column is left out, as where every block was distilled.
+        teacher_confidences, student_confidences: probabilities in 0..1 of the classes predicted.
+        columns: their headings.
+        unit: of the maps, at the colour bar; None for the class token's attention.
+
+    Raises:
+        ValueError: there is no image, or an argument has another number of images.
+    """
+    maps = [teacher_maps, distilled_maps, *([] if other_maps is None else [other_maps])]
+    # A student predicts once, so its prediction is written once.
+    predictions = [teacher_predictions, student_predictions, None][: len(maps)]
+    confidences = [teacher_confidences, student_confidences, None][: len(maps)]
+    group = Rows("", images, maps, labels, predictions, confidences)
+    return figure_rows([group], columns=columns[: 1 + len(maps)], unit=unit, caption=caption)
+
+
+def figure_rows(
+    groups: Sequence[Rows],
+    *,
+    columns: Sequence[str],
+    unit: str | None = None,
+    caption: str = "",
+    across: int = 1,
+) -> Figure:
+    """Groups of images beside their maps; all maps of the figure share one colour scale.
+
+    Args:
+        groups: one for Figure 2, two for Figure 3, four for the 2×2 gallery. One without images says so.
+        columns: the headings: of the image, then of each map.
+        unit: of the maps, at the colour bar; None for the class token's attention.
+        across: groups that stand side by side.
+
+    Raises:
+        ValueError: there is no image, or a group's arguments have different numbers of images or columns.
+    """
+    for group in groups:
+        _check(group, len(columns) - 1)
+    filled = [group for group in groups if len(group.images)]
+    if not filled:
+        raise ValueError("a figure takes at least one image")
+    lines = [groups[i : i + across] for i in range(0, len(groups), across)]
+    width = len(columns) * (CELL + GAP) - GAP
+    tops, bottom = _tops(lines)
+    inner = across * (width + SPACE) - SPACE
+    figure_width = MARGIN + inner + GAP + BAR + BAR_TEXT + MARGIN
+    text = wrap(caption, max(int((figure_width - 2 * MARGIN) / CHARACTER), 1))
+    figure = Figure((figure_width, bottom + len(text) * LINE + MARGIN), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    scale = _scale([maps for group in filled for maps in group.maps])
+    for line, top in zip(lines, tops, strict=True):
+        for place, group in enumerate(line):
+            _draw_group(figure, group, columns, MARGIN + place * (width + SPACE), top, scale)
+    first = tops[0] + _heading_height(lines[0]) + TEXT
+    height = min(bottom - GAP - first, 4 * CELL)
+    _draw_bar(figure, MARGIN + inner + GAP, first, height, scale, unit or attention_unit())
+    draw_text(figure, "\n".join(text), figure_width / 2, bottom, color=QUIET, linespacing=1.2)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file's content."""
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _check(group: Rows, columns: int) -> None:
+    if len(group.maps) != columns and len(group.images):
+        raise ValueError(f"{len(group.maps)} maps an image for {columns} columns")
+    given = [group.images, *group.maps, group.labels, *group.predictions, *group.confidences]
+    counts = {len(each) for each in given if each is not None}
+    if len(counts) > 1 and len(group.images):
+        raise ValueError(f"a figure takes equally many images, maps and texts: {sorted(counts)}")
+
+
+def _tops(lines: Sequence[Sequence[Rows]]) -> tuple[list[float], float]:
+    """Where each line of groups begins, and where the last ends, in inches."""
+    tops, top = [], MARGIN
+    for line in lines:
+        tops.append(top)
+        rows = max(1, *(len(group.images) for group in line)) if line else 1
+        top += _heading_height(line) + rows * (TEXT + CELL) + 2 * GAP
+    return tops, top - GAP
+
+
+def _heading_height(line: Sequence[Rows]) -> float:
+    return HEADING + (TEXT if any(group.title for group in line) else 0)
+
+
+def _draw_group(
+    figure: Figure, group: Rows, columns: Sequence[str], left: float, top: float, scale: Normalize
+) -> None:
+    width = len(columns) * (CELL + GAP) - GAP
+    if group.title:
+        draw_text(figure, group.title, left + width / 2, top, weight="bold")
+        top += TEXT
+    if not len(group.images):
+        draw_text(figure, "no such image", left + width / 2, top + CELL / 2, color=QUIET)
+        return
+    for column, heading in enumerate(columns):
+        style = {"color": QUIET} if group.title else {"weight": "bold"}
+        draw_text(figure, heading, left + column * (CELL + GAP) + CELL / 2, top, **style)
+    for row in range(len(group.images)):
+        _draw_row(figure, group, row, left, top + HEADING + row * (TEXT + CELL) + TEXT, scale)
+
+
+def _draw_row(figure: Figure, group: Rows, row: int, left: float, top: float, scale: Normalize) -> None:
+    """An image, and each of its maps below what is predicted."""
+    image, label = group.images[row], None if group.labels is None else group.labels[row]
+    draw_image(figure, left, top, rgb(image), label)
+    for column, maps in enumerate(group.maps):
+        text, colour = mark(_entry(group.predictions, column, row), label)
+        confidence = _entry(group.confidences, column, row)
+        percent = "" if confidence is None else f" {100 * confidence:.0f} %"
+        place = left + (column + 1) * (CELL + GAP)
+        draw_image(figure, place, top, overlay(image, maps[row], scale), text and text + percent, colour)
+
+
+def _entry(columns: Sequence[Sequence[Any] | None], column: int, row: int) -> Any:
+    """A column's entry; None where it has none."""
+    values = columns[column] if column < len(columns) else None
+    return None if values is None else values[row]
+
+
+def _scale(maps: Sequence[Tensor]) -> Normalize:
+    """From zero, or the lowest value where that is negative, to the highest."""
+    low = min(0.0, *(float(each.min()) for each in maps), 0.0)
+    return Normalize(low, max(float(each.max()) for each in maps))
+
+
+def _draw_bar(figure: Figure, left: float, top: float, height: float, scale: Normalize, unit: str) -> None:
+    axes = axes_at(figure, left, top, BAR, height)
+    seen = ListedColormap(blend(COLOURS(np.linspace(0, 1, 256))[:, :3], 0.5))
+    bar = figure.colorbar(ScalarMappable(scale, seen), cax=axes)
+    bar.set_label(unit, size=8)
+    bar.locator = MaxNLocator(5)
+    axes.tick_params(labelsize=7, length=2, width=0.5)
+    bar.outline.set_visible(False)

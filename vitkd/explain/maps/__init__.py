@@ -1,0 +1,1 @@
+"""Ways to ask a model where it looks: model and images → maps."""

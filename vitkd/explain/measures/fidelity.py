@@ -1,0 +1,276 @@
+"""The fidelity table: how alike student and teacher attend, map by map, beside two baselines.
+
+All maps are attention weights after the softmax. Averages leave out where a metric is undefined.
+
+Shapes: B images, H heads, T tokens (prefix + h·w), P pairs.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitkd.errors import ConfigError
+from vitkd.explain.measures.distances import COMPARISONS, Reading, compare_readings, mean_distance, read
+from vitkd.models.output import at_least_float32
+
+CHUNK = 2**18
+"""Numbers in the maps that `fidelity_table` compares at once, so that they stay in the CPU's cache."""
+
+Weights = Mapping[int, Tensor] | Sequence[Tensor]
+"""block → its attention weights [B, H, T, T]"""
+
+Maps = Callable[[tuple[int, ...]], Reading]
+"""heads → the reading of their mean map"""
+
+Metrics = dict[tuple[str, str], Tensor]
+"""(field of `FidelityRow`, name) → one value an image [B]"""
+
+
+class MapPair(NamedTuple):
+    """A student map and the teacher maps whose mean it is compared with."""
+
+    student_block: int
+    student_head: int
+    teacher_block: int
+    teacher_heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FidelityRow:
+    """The metrics of one pair of maps, averaged over images; None where no image defines one."""
+
+    student_block: int
+    student_head: int
+    teacher_block: int
+    teacher_heads: tuple[int, ...]
+    images: int
+    metrics: dict[str, float | None]
+    """`COMPARISONS` with the teacher, and the student's own `entropy` [nats] and `mean_distance` [pixels]"""
+    teacher: dict[str, float | None]
+    """the teacher's `entropy` and `mean_distance`"""
+    alone: dict[str, float | None] | None
+    """as `metrics`, of a student that learned without the teacher; None if none was given"""
+    permuted: dict[str, float | None] | None
+    """`COMPARISONS` with other heads of the same teacher block; None if it has no others"""
+
+
+def fidelity_table(
+    student: Weights,
+    teacher: Weights,
+    pairs: Sequence[tuple[int, int, int, Sequence[int]]],
+    *,
+    alone: Weights | None = None,
+    **settings: Any,
+) -> list[FidelityRow]:
+    """One row a pair, for maps that are all in memory; the settings are those of `FidelitySums`."""
+    sums = FidelitySums(pairs, **settings)
+    first = _block("student", student, sums.pairs[0].student_block)
+    step = max(CHUNK // first.shape[-1] ** 2, 1)
+    for start in range(0, len(first), step):
+        chunk = slice(start, start + step)
+        without = None if alone is None else _images(alone, chunk)
+        sums.add(_images(student, chunk), _images(teacher, chunk), without)
+    return sums.table()
+
+
+class FidelitySums:
+    """The fidelity table over batches of images: only sums are kept.
+
+    Each pair's metrics stand beside two baselines. `alone` is a student that learned without the teacher, if
+    one is given. `permuted` is how alike the map is to any other head of the teacher's block: the
+    expectation over permutations of the teacher's heads that give the pair others, so the mean over all other
+    sets of as many heads, or over `draws` of them where there are more.
+
+    Args:
+        pairs: (student block, student head, teacher block, teacher heads) each; where there are several
+            teacher heads, the mean of their maps is compared with.
+        grid: (h, w) patches, of student and teacher alike.
+        patch_size: pixels of a patch's side, or (height, width).
+        prefix, k, readers: as for `compare`.
+        draws: the most sets of other heads that a map is compared with.
+        seed: of their choice.
+
+    Raises:
+        ConfigError: no pair, or a pair without teacher heads or with one twice.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[int, int, int, Sequence[int]]],
+        *,
+        grid: tuple[int, int],
+        patch_size: float | tuple[float, float],
+        prefix: int = 1,
+        k: int | None = None,
+        readers: Sequence[int] = (0,),
+        draws: int = 12,
+        seed: int = 0,
+    ) -> None:
+        assert draws > 0
+        self.pairs = [MapPair(*pair[:3], tuple(pair[3])) for pair in pairs]
+        _check_pairs(self.pairs)
+        self._grid, self._patch_size, self._prefix = grid, patch_size, prefix
+        self._k, self._readers = k, readers
+        self._draws, self._seed = draws, seed
+        self._images = 0
+        self._sums: dict[tuple[str, str], np.ndarray] = {}
+        self._defined: dict[tuple[str, str], np.ndarray] = {}
+
+    @torch.no_grad()
+    def add(self, student: Weights, teacher: Weights, alone: Weights | None = None) -> dict[str, Tensor]:
+        """Add a batch, and return each image's metrics: name → [B, P] float64 on the CPU.
+
+        Args:
+            student, teacher, alone: block → weights [B, H, T, T], for the blocks that pairs name at least;
+                `alone` is the student that learned without the teacher, in all batches or in none.
+
+        Raises:
+            ConfigError: a pair names a block or head that does not exist.
+            ValueError: student and teacher have different tokens, or not those of the grid.
+        """
+        metrics: dict[int, Metrics] = {}
+        for (student_block, teacher_block), indices in self._by_blocks().items():
+            ours = self._maps("student", student, student_block)
+            theirs = self._maps("teacher", teacher, teacher_block)
+            without = None if alone is None else self._maps("student alone", alone, student_block)
+            heads = teacher[teacher_block].shape[1]
+            for index in indices:
+                metrics[index] = self._metrics(self.pairs[index], heads, ours, theirs, without)
+        return self._accumulate([metrics[index] for index in range(len(self.pairs))])
+
+    def table(self) -> list[FidelityRow]:
+        """One row a pair, averaged over the images added; one where a metric is undefined is left out."""
+        assert self._images, "add a batch first"
+        return [self._row(index, pair) for index, pair in enumerate(self.pairs)]
+
+    def _by_blocks(self) -> dict[tuple[int, int], list[int]]:
+        """The indices of the pairs of each student and teacher block, which share readings of their maps."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, pair in enumerate(self.pairs):
+            groups.setdefault((pair.student_block, pair.teacher_block), []).append(index)
+        return groups
+
+    def _maps(self, whose: str, weights: Weights, block: int) -> Maps:
+        """heads → the reading of their mean map in one block, read when first asked for."""
+        maps = _block(whose, weights, block)
+
+        @cache
+        def reading(heads: tuple[int, ...]) -> Reading:
+            for head in heads:
+                _check_exists("head", head, maps.shape[1], f"block {block} of the {whose}")
+            mean = at_least_float32(maps[:, list(heads)]).mean(1)
+            return read(mean, self._prefix, self._k, self._readers)
+
+        return reading
+
+    def _metrics(
+        self, pair: MapPair, teacher_heads: int, ours: Maps, theirs: Maps, alone: Maps | None
+    ) -> Metrics:
+        """One pair's metrics [B]."""
+        student, teacher = ours((pair.student_head,)), theirs(pair.teacher_heads)
+        if student.weights.shape != teacher.weights.shape:
+            tokens = (reading.weights.shape[-1] for reading in (student, teacher))
+            raise ValueError("student and teacher have {} and {} tokens: resize one's maps".format(*tokens))
+        others = other_heads(pair.teacher_heads, teacher_heads, self._draws, self._seed)
+        parts = {
+            "metrics": compare_readings(student, teacher) | self._spread(student),
+            "teacher": self._spread(teacher),
+            "permuted": _mean_comparisons(student, [theirs(heads) for heads in others]),
+        }
+        if alone is not None:
+            without = alone((pair.student_head,))
+            parts["alone"] = compare_readings(without, teacher) | self._spread(without)
+        return {(part, name): values for part, each in parts.items() for name, values in each.items()}
+
+    def _spread(self, of: Reading) -> dict[str, Tensor]:
+        """How far apart the places are that a map attends to, [B] each."""
+        distance = mean_distance(of.weights, self._grid, self._patch_size, self._prefix)
+        return {"entropy": (of.weights * -of.log).sum(-1).mean(-1), "mean_distance": distance}
+
+    def _accumulate(self, of_pairs: Sequence[Metrics]) -> dict[str, Tensor]:
+        """Add the metrics [B] of all pairs to the sums; return those of the students, name → [B, P]."""
+        keys = list(of_pairs[0])
+        assert not self._sums or keys == list(self._sums), "give the student alone in all batches or in none"
+        # One transfer from the device, where each costs as much as all; MPS has no float64.
+        stacked = torch.stack([torch.stack([metrics[key] for metrics in of_pairs], 1) for key in keys])
+        table = dict(zip(keys, stacked.cpu().double(), strict=True))
+        for key, values in table.items():
+            self._sums[key] = self._sums.get(key, 0) + values.nansum(0).numpy()
+            self._defined[key] = self._defined.get(key, 0) + (~values.isnan()).sum(0).numpy()
+        self._images += stacked.shape[1]
+        return {name: values for (part, name), values in table.items() if part == "metrics"}
+
+    def _row(self, index: int, pair: MapPair) -> FidelityRow:
+        parts: dict[str, dict[str, float | None]] = {}
+        for part, name in self._sums:
+            defined = self._defined[part, name][index]
+            mean = float(self._sums[part, name][index] / defined) if defined else None
+            parts.setdefault(part, {})[name] = mean
+        permuted = None if all(mean is None for mean in parts["permuted"].values()) else parts["permuted"]
+        return FidelityRow(
+            *pair, self._images, parts["metrics"], parts["teacher"], parts.get("alone"), permuted
+        )
+
+
+def other_heads(heads: Sequence[int], count: int, draws: int, seed: int) -> list[tuple[int, ...]]:
+    """Other sets of as many of `count` heads: all, or `draws` of them, seeded, where there are more.
+
+    They have no head in common with `heads`, unless too few others are left for that.
+    """
+    size = len(heads)
+    own = tuple(sorted(heads))
+    rest = [head for head in range(count) if head not in own]
+    pool = rest if len(rest) >= size else [*range(count)]
+    if math.comb(len(pool), size) <= draws + (pool != rest):
+        return [each for each in combinations(pool, size) if each != own]
+    random = np.random.default_rng(seed)
+    chosen: set[tuple[int, ...]] = set()
+    while len(chosen) < draws:
+        drawn = tuple(sorted(random.choice(pool, size, replace=False).tolist()))
+        chosen |= {drawn} - {own}
+    return sorted(chosen)
+
+
+def _mean_comparisons(student: Reading, others: Sequence[Reading]) -> dict[str, Tensor]:
+    """`COMPARISONS` [B] of one map, averaged over several it is compared with; NaN if there are none."""
+    if not others:
+        return dict.fromkeys(COMPARISONS, torch.full_like(student.log[..., 0, 0], math.nan))
+    each = [compare_readings(student, other) for other in others]
+    return {name: torch.stack([metrics[name] for metrics in each]).nanmean(0) for name in COMPARISONS}
+
+
+def _check_pairs(pairs: Sequence[MapPair]) -> None:
+    if not pairs:
+        raise ConfigError("no student map is paired with a teacher map: name at least one pair")
+    for pair in pairs:
+        if not pair.teacher_heads or len({*pair.teacher_heads}) < len(pair.teacher_heads):
+            raise ConfigError(f"teacher heads {[*pair.teacher_heads]}: name at least one, each only once")
+
+
+def _check_exists(what: str, number: int, count: int, owner: str) -> None:
+    if not 0 <= number < count:
+        raise ConfigError(f"{what} {number}: {owner} has {count}, so choose 0 to {count - 1}")
+
+
+def _block(whose: str, weights: Weights, block: int) -> Tensor:
+    """[B, H, T, T] of a block; ConfigError where it does not exist or was not recorded."""
+    if isinstance(weights, Mapping):
+        if block not in weights:
+            raise ConfigError(f"block {block}: of the {whose} there are {', '.join(map(str, weights))}")
+    else:
+        _check_exists("block", block, len(weights), f"the {whose}")
+    return weights[block]
+
+
+def _images(weights: Weights, images: slice) -> Weights:
+    """The weights of some images only."""
+    if isinstance(weights, Mapping):
+        return {block: each[images] for block, each in weights.items()}
+    return [each[images] for each in weights]

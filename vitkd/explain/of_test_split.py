@@ -1,0 +1,196 @@
+"""The explanation of runs on their test split.
+
+Shapes: N images, C channels, H × W pixels.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitkd.data import ImageDataModule
+from vitkd.data.order import EpochOrder
+from vitkd.errors import ConfigError
+from vitkd.explain.comparisons import comparisons
+from vitkd.explain.gallery.cells import (
+    BOTH_RIGHT,
+    IN_WORDS,
+    Indices,
+    cells,
+    choose,
+    class_index,
+    over_represented,
+)
+from vitkd.explain.gallery.explanation import Explanation, OfMethods
+from vitkd.explain.gallery.pixels import denormalise, normalise
+from vitkd.explain.maps.methods import CLASS_SPECIFIC
+from vitkd.explain.maps.recording import has_maps
+from vitkd.explain.maps.subjects import maps_of
+from vitkd.explain.measures.correctness import Correlation, correctness_correlation
+from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
+from vitkd.explain.measures.survey import Survey, survey
+from vitkd.explain.of_pictures import look, note_on_patches
+from vitkd.explain.settings import Settings
+from vitkd.explain.sources import TEACHER, Sources
+from vitkd.runs.load import Run
+
+log = logging.getLogger("vitkd")
+
+
+def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
+    """Metrics of the whole test split, and maps of the images that the seed chooses from it."""
+    runs, data, dataset = sources.runs, sources.data, sources.first.config.dataset
+    assert data is not None
+    compared, remarks = comparisons(runs)
+    notes = [*_note_on_students(sources), *sources.notes(), *remarks]
+    log.info("measuring %s on the test split", ", ".join(sources.models))
+    seen = survey(sources.models, in_random_order(data, settings.seed, sources.device), compared)
+    labels, class_names = seen.labels.numpy(), data.class_names
+    of_cells = _cells(seen, next(iter(runs)))
+    chosen, remarks = choose_images(of_cells, labels, class_names, settings)
+    positions = [position for position, _ in chosen]
+    images = _images(data, seen.numbers[positions], sources.device)
+    log.info("explaining %d images by %s", len(images), ", ".join(settings.methods))
+    subjects, regions = look(settings, sources, images)
+    counted = of_cells if TEACHER in sources.models else {}
+    return Explanation(
+        title=sources.title,
+        source=_source(runs),
+        epoch=settings.epoch,
+        pixels=denormalise(images.cpu(), dataset.mean, dataset.std),
+        labels=labels[positions].tolist(),
+        cells=[name if counted else "" for _, name in chosen],
+        numbers=seen.numbers[positions].tolist(),
+        class_names=class_names,
+        subjects=subjects,
+        regions=regions,
+        other_block=_other_block(sources.first),
+        counts={name: len(indices) for name, indices in counted.items()},
+        # Together, the cells have a 5 % chance of any false finding.
+        over_represented={
+            name: over_represented(indices, labels, class_names, 0.05 / len(counted))
+            for name, indices in counted.items()
+        },
+        fidelity=seen.fidelity,
+        correlations={name: _correlations(seen, name) for name in seen.fidelity},
+        reach=seen.reach,
+        faithfulness=_faithfulness(settings, sources, data, seen),
+        notes=[*notes, *remarks, *note_on_patches(subjects)],
+    )
+
+
+def _cells(seen: Survey, student: str) -> dict[str, Indices]:
+    """The images by who is right; without a teacher they are all in the first cell, whoever is right."""
+    labels = seen.labels.numpy()
+    if TEACHER not in seen.predicted:
+        return {BOTH_RIGHT: np.arange(len(labels))}
+    return cells(labels, *(seen.predicted[name].numpy() for name in (TEACHER, student)))
+
+
+def choose_images(
+    of_cells: Mapping[str, Indices], labels: Indices, class_names: list[str], settings: Settings
+) -> tuple[list[tuple[int, str]], list[str]]:
+    """Positions of images to show, each with its cell; and notes on cells that have none."""
+    chosen, notes, whose = [], [], ""
+    if settings.of_class is not None:
+        wanted = labels == class_index(settings.of_class, class_names)
+        of_cells = {name: indices[wanted[indices]] for name, indices in of_cells.items()}
+        whose = f" of class {settings.of_class}"
+    for name, indices in of_cells.items():
+        chosen += [(int(position), name) for position in choose(indices, settings.images, settings.seed)]
+        if not len(indices):
+            # No error: a good student leaves cells empty.
+            notes.append(f"There is no image{whose} among {len(labels):,}: {IN_WORDS[name]}.")
+    if not chosen:
+        raise ConfigError(f"of_class={settings.of_class}: no image of that class is in the test split")
+    return chosen, notes
+
+
+def in_random_order(
+    data: ImageDataModule, seed: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The test split's images, labels and positions in batches; a folder's files are sorted by class."""
+    loader = data.loader("test", device, rank=0, world_size=1)
+    order = loader.sampler
+    permutation = torch.from_numpy(np.random.default_rng(seed).permutation(len(order.index)))
+    loader.sampler = EpochOrder(order.index[permutation.to(order.index.device)], order.batch_size)
+    return ((batch.image, batch.label, batch.index) for batch in loader)
+
+
+def _images(data: ImageDataModule, numbers: Tensor, device: torch.device) -> Tensor:
+    """The normalised test images [N, C, H, W] at these positions of their split, in this order."""
+    wanted = {int(number): place for place, number in enumerate(numbers)}
+    found: dict[int, Tensor] = {}
+    for batch in data.loader("test", device, rank=0, world_size=1):
+        for image, number in zip(batch.image, batch.index.tolist(), strict=True):
+            if number in wanted:
+                found[wanted[number]] = image
+        if len(found) == len(wanted):
+            break
+    return torch.stack([found[place] for place in range(len(wanted))])
+
+
+def _correlations(seen: Survey, student: str) -> dict[str, Correlation]:
+    right = seen.predicted[student] == seen.labels
+    teacher_right = seen.predicted[TEACHER] == seen.labels
+    divergence = seen.fidelity[student].divergence
+    return {
+        "all test images": correctness_correlation(divergence, right),
+        "those that the teacher has right": correctness_correlation(divergence, right, among=teacher_right),
+    }
+
+
+def _faithfulness(
+    settings: Settings, sources: Sources, data: ImageDataModule, seen: Survey
+) -> dict[str, OfMethods]:
+    """Model → the faithfulness of its maps, on images drawn by the seed."""
+    if settings.faithfulness_images == 0:
+        return {}
+    drawn = np.random.default_rng(settings.seed).permutation(len(seen.labels))[: settings.faithfulness_images]
+    images = _images(data, seen.numbers[drawn], sources.device)
+    labels = seen.labels[drawn].to(sources.device)
+    mean, std = data.dataset.mean, data.dataset.std
+    pixels = denormalise(images, mean, std)
+    log.info("removing pixels of %d images, step by step", len(images))
+    found: dict[str, OfMethods] = {}
+    for name, model in ((name, model) for name, model in sources.models.items() if has_maps(model)):
+        predicted = seen.predicted[name][drawn].to(sources.device)
+        maps = {method: _maps_of(method, model, images, predicted, labels) for method in settings.methods}
+        found[name] = faithfulness(
+            model, pixels, lambda x: normalise(x, mean, std), maps, predicted, labels, seed=settings.seed
+        )
+    return found
+
+
+def _maps_of(
+    method: str, model: nn.Module, images: Tensor, predicted: Tensor, labels: Tensor
+) -> Tensor | MapsOfClasses:
+    """A method's maps, of both classes where they depend on the class."""
+    if method in CLASS_SPECIFIC:
+        return MapsOfClasses(*(maps_of(method, model, images, each) for each in (predicted, labels)))
+    return maps_of(method, model, images, predicted)
+
+
+def _other_block(run: Run) -> int | None:
+    """The last student block that was not distilled, if some were and some not."""
+    distilled = {pair["student_block"] for pair in run.pairs}
+    others = [block for block in range(len(run.student.attention)) if block not in distilled]
+    return others[-1] if distilled and others else None
+
+
+def _note_on_students(sources: Sources) -> list[str]:
+    """Of two runs, which is which."""
+    if len(sources.runs) < 2:
+        return []
+    notes = [f"{name}: {run.path}" for name, run in sources.runs.items()]
+    if TEACHER in sources.models:
+        notes.append(f"Right and wrong in the table and the cells are those of {next(iter(sources.runs))}.")
+    return notes
+
+
+def _source(runs: Mapping[str, Run]) -> str:
+    first = next(iter(runs.values()))
+    where = " and ".join(str(run.path) for run in runs.values())
+    return f"{where} · {first.config.dataset.name}, test split · {first.epoch} epoch"
