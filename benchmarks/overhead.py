@@ -36,8 +36,8 @@ from vitkd.config import Config
 from vitkd.data import Batch
 from vitkd.runs.folder import RunFolder
 from vitkd.train.fit import fit
-from vitkd.train.job import load_data
 from vitkd.train.module import ClassifyModule, measures, trained_by
+from vitkd.train.student import load_data
 
 ROOT = Path(__file__).parents[1]
 STEP_BAR, START_BAR = Bar(0.15), Bar(5)

@@ -20,7 +20,10 @@ FLOORS = (
 )
 # These climb until methods stop building modules.
 CLIMB = {("methods/base", "train"), ("methods/none", "train")}
-KNOW_HYDRA = ("config/", "cli/", "runs/load", "train/job", "train/stacked/job", "train/stacked/candidates")
+KNOW_HYDRA = (
+    *("config/", "cli/", "runs/load"),
+    *("train/job", "train/plan", "train/stacked/job", "train/stacked/candidates"),
+)
 ENTRY_POINTS = ("evaluate/__main__", "explain/__main__", "report/__main__")
 MAY_PRINT = {"cli/command", "cli/console", "process/distributed"}
 

@@ -189,7 +189,7 @@ class TestJobsThatFail:
         assert mixed.again.code == 1
         assert mixed.again.states == ["failed", "failed", "failed", "done before"]
         assert mixed.after == mixed.before
-        assert mixed.again.records[3]["figures"] == mixed.first.records[3]["figures"]
+        assert mixed.again.records[3]["metrics"] == mixed.first.records[3]["metrics"]
         assert mixed.again.table[3].split()[-5:] == mixed.first.table[3].split()[-5:]
 
     def test_go_on_in_their_own_folder(self, mixed):
@@ -339,7 +339,7 @@ class TestAgain:
 
             assert contents(folder.path) == before
         assert single.code == swept.code == 0
-        assert "another process is at work there; left alone" in single.out
+        assert "skipped, another process is running it" in single.out
         assert swept.states == ["running elsewhere"]
         assert not outputs.folder("live-2").exists()
 
@@ -461,7 +461,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
     second = crashes.run(arguments, tmp_path)
 
     assert second.code == 0
-    assert "another process is at work there; left alone" in second.out
+    assert "skipped, another process is running it" in second.out
     assert contents(folder.path) == before
     os.kill(live.pid, signal.SIGTERM)
     os.kill(live.pid, signal.SIGCONT)

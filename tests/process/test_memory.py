@@ -12,16 +12,16 @@ import sys
 if sys.argv[1] == "off":
     gc.disable()
 import vitkd.train.__main__
-from vitkd.process.memory import pass_over_what_is_imported
+from vitkd.process.memory import freeze_gc
 
 assert gc.isenabled() == (sys.argv[1] == "on")
 # Importing as ever makes it look a thousand times.
 assert sum(generation["collections"] for generation in gc.get_stats()) < 200
-pass_over_what_is_imported()
+freeze_gc()
 frozen = gc.get_freeze_count()
 cycle = []
 cycle.append(cycle)
-pass_over_what_is_imported()
+freeze_gc()
 assert gc.get_freeze_count() == frozen > 100_000
 del cycle
 assert gc.collect() > 0

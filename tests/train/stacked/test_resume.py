@@ -208,7 +208,7 @@ def test_alone_one_of_them_starts_anew_and_goes_on_with_that(start, reference, t
 
     rest = start()
     assert rest.code == 0, rest
-    assert "job 0 trains by itself: it goes on from a checkpoint of its own\n" in rest.out
+    assert "job 0 trains by itself: it resumes from a checkpoint of its own\n" in rest.out
     assert "after step 4" in rest.out
     assert "after step 10" in rest.out
     for name in NAMES:
