@@ -4,7 +4,7 @@ They find each other by the environment variables that torchrun sets. Under torc
 they all exist already; a plain command starts the others on its host. The first process decides and writes;
 the others follow.
 
-A plain command does not use torchrun's launcher (torch.distributed.run): after SIGKILL that leaves its workers
+A plain command does not use torchrun's launcher (torch.distributed.run): after SIGKILL that leaves workers
 running, after SIGTERM it ends with code 1 instead of 143, and each error takes it some 40 lines. As a process
 above the training ones, it would also have to bring back what a multirun's table and sweeper read of a job.
 """

@@ -20,6 +20,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     """Run one job and return what a sweeper may maximise: the best accuracy on validation, if any."""
     start_logging()
     plan = make_plan(composed)
+    plan.warn()
     config, machine = plan.config, plan.machine
     set_matmul_precision(config.matmul_precision)
     given = read_given_teacher(config)
@@ -29,7 +30,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
         if plan.earlier and plan.is_taken:
             return skip(plan.earlier, job)
         agree(lambda: prepare("student", config.student))
-        announce([plan], given)
+        announce(config, given)
         with closing(load_data(config)) as data:
             teacher = obtain_teacher(config, given, machine.device)
             folder = plan.claim_folder()

@@ -1,7 +1,6 @@
 """What a job is to do, decided before anything takes time or is written."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +36,7 @@ class Plan:
     earlier: Earlier | None
     """the run to skip or to resume, if there is one and the job is to look for it"""
     warnings: tuple[str, ...]
-    """settings of the command line that have no effect"""
+    """what to say of settings of the command line that have no effect"""
     command: tuple[str, ...]
     """the command line that starts one more process of this job"""
 
@@ -45,6 +44,11 @@ class Plan:
     def is_taken(self) -> bool:
         """Whether there is nothing left to do here: an earlier run is done, or another process runs it."""
         return self.earlier is not None and self.earlier.state in ("running", "done")
+
+    def warn(self) -> None:
+        """Log which settings of the command line have no effect."""
+        for warning in self.warnings:
+            log.warning("warning: %s", warning)
 
     def claim_folder(self) -> RunFolder:
         """The folder of the run to resume, or a new one; the same in all processes of the run."""
@@ -78,11 +82,8 @@ def agreed(plan: Plan) -> Plan:
     return replace(plan, earlier=agree(lambda: plan.earlier))
 
 
-def announce(plans: Sequence[Plan], given_teacher: Model | None) -> None:
-    """Log what the jobs of `plans` do together, and which of their settings have no effect."""
-    for warning in (warning for plan in plans for warning in plan.warnings):
-        log.warning("warning: %s", warning)
-    config = plans[0].config
+def announce(config: Config, given_teacher: Model | None) -> None:
+    """Log the data set, the teacher and the student, before anything takes time."""
     dataset = config.dataset
     hint = " (embedded; dataset=cifar100 is the report's)" if dataset.name == "digits" else ""
     size = f"{dataset.image_size}×{dataset.image_size}"

@@ -66,7 +66,7 @@ def close(mine: object, theirs: object) -> bool:
 
 
 def test_says_what_trains_together(both):
-    assert "jobs 2-3 cannot be stacked with jobs 0-1: another method" in both.told.out
+    assert "jobs 2-3 cannot be stacked with jobs 0-1: different method" in both.told.out
     assert "jobs 0-1 train as one stack\n" in both.told.out
     assert "jobs 2-3 train as one stack\n" in both.told.out
     assert both.told.states == ["done"] * 4

@@ -103,7 +103,9 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
         if not data.is_resident:
             log.info("%s train one by one: workers decode their images, too many to keep", job_names(members))
             return []
-        announce([member.plan for member in members], given)
+        for member in members:
+            member.plan.warn()
+        announce(first, given)
         teacher = obtain_teacher(first, given, device)
         shared = Shared(data, device, teacher, measure_teacher(teacher, data, device))
         # Only now: the teacher may have taken long.
