@@ -1,6 +1,6 @@
 """`hydra/launcher=stacked`: train a multirun's jobs together where they can be stacked.
 
-Hydra looks for launchers in this namespace alone; the work is done by `vitkd.train.stacked.job`.
+Hydra looks for launchers in this namespace only; the work is done by `vitkd.train.stacked.job`.
 """
 
 from collections.abc import Sequence

@@ -175,7 +175,7 @@ class TestJobsThatFail:
         assert mixed.first.table[2].split()[-5:] == ["–"] * 4 + ["a0.5-lr1e+38"]
         assert f"folders   {mixed.sweeps.path / 'digits'}" in mixed.first.out.replace("\n", "")
 
-    def test_each_is_told_in_one_line_at_once_and_below_the_table(self, mixed):
+    def test_each_is_reported_in_one_line_at_once_and_below_the_table(self, mixed):
         told = [line for line in mixed.first.err.splitlines() if line.startswith("error: ")]
 
         assert told == [f"error: job {n} failed: {mixed.first.records[n]['error']}" for n in range(3)]
@@ -185,7 +185,7 @@ class TestJobsThatFail:
         assert "alpha=7.0: must lie in [0, 1]" in told[0]
         assert "is not finite" in told[2]
 
-    def test_run_again_where_the_good_one_is_left_alone(self, mixed):
+    def test_run_again_where_the_good_one_is_skipped(self, mixed):
         assert mixed.again.code == 1
         assert mixed.again.states == ["failed", "failed", "failed", "done before"]
         assert mixed.after == mixed.before
@@ -217,7 +217,7 @@ def test_an_unexpected_error_ends_its_own_job_alone(sweeps, at_step):
     assert "\n" not in ended.records[0]["error"]
 
 
-def test_a_choice_that_does_not_exist_is_told_before_any_job_runs(sweeps):
+def test_a_choice_that_does_not_exist_is_reported_before_any_job_runs(sweeps):
     ended = sweeps.command("train", "-m", "loss=kl,nonsense", *ALONE, f"paths.outputs={sweeps.path}")
 
     assert ended.code == 2
@@ -276,7 +276,7 @@ class TestAgain:
 
         assert outputs.run("seed=5,0", NAMED, *ALONE).states == ["done before", "done before"]
 
-    def test_rerun_all_runs_all_anew_beside_them(self, outputs):
+    def test_rerun_all_runs_all_again_beside_them(self, outputs):
         before = contents(outputs.folder("seed0"))
 
         ended = outputs.run("seed=0,1", NAMED, *ALONE, "sweep.rerun=all")
@@ -287,7 +287,7 @@ class TestAgain:
         students = weights(outputs.path)
         assert are_equal({"": students["seed0"]}, {"": students["seed0-2"]})
 
-    def test_another_setting_starts_anew_and_names_it(self, outputs):
+    def test_another_setting_starts_over_and_names_it(self, outputs):
         ended = outputs.run("seed=0", NAMED, *ALONE, "optimizer.lr=0.01")
 
         (line,) = (line for line in ended.out.splitlines() if "starting anew" in line)
@@ -306,7 +306,7 @@ class TestAgain:
         into = f"paths.outputs={outputs.path}"
         return lambda *more: outputs.command("train", *ALONE, into, NAMED, "resume=auto", *more)
 
-    def test_a_single_run_that_is_done_is_left_alone(self, auto, outputs):
+    def test_a_single_run_that_is_done_is_skipped(self, auto, outputs):
         before = contents(outputs.path / "digits")
 
         ended = auto("seed=1")
@@ -327,7 +327,7 @@ class TestAgain:
         assert "has another student.mlp_dim:" in line
         assert contents(outputs.folder("seed1")) == before
 
-    def test_a_run_at_work_is_left_alone(self, auto, outputs):
+    def test_a_running_run_is_skipped(self, auto, outputs):
         folder = RunFolder(outputs.folder("live"))
         folder.path.mkdir()
         settings = RunFolder(outputs.folder("seed1")).read_config()
@@ -449,7 +449,7 @@ def test_two_identical_sweeps_at_once_both_end_well(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
+def test_a_run_that_another_process_trains_is_skipped(tmp_path):
     arguments = [*ALONE, "name=live", "resume=auto", "trainer.max_epochs=100000"]
     live = crashes.start(arguments, tmp_path)
     folder = RunFolder(tmp_path / "outputs" / "digits" / "live")

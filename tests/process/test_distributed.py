@@ -261,7 +261,7 @@ class TestWhoStartsThem:
         assert "Traceback" not in ended.err
         assert all_ended(folder / "multi", 0)
 
-    def test_a_multirun_of_torchruns_goes_on_after_a_job_that_only_the_first_found_wrong(self, folder):
+    def test_a_multirun_of_torchruns_continues_after_a_job_that_only_the_first_found_wrong(self, folder):
         places = ["paths.outputs=/proc/nowhere,outputs", "hydra.sweep.dir=outputs/sweeps/here"]
 
         first, second = group(["-m", *places, "method=none", *SMALL, *TWO], folder / "torchruns")

@@ -29,7 +29,7 @@ assert gc.collect() > 0
 
 
 @pytest.mark.parametrize("collector", ["on", pytest.param("off", marks=pytest.mark.slow)])
-def test_imports_are_passed_over_once_and_the_end_is_silent(collector):
+def test_imports_are_frozen_once_and_the_exit_is_silent(collector):
     """Garbage that a second call passed over would stay for good; extensions complain of what stays."""
     line = [sys.executable, "-c", PROGRAM, collector]
     done = subprocess.run(line, capture_output=True, text=True, check=False)

@@ -431,7 +431,7 @@ class TestVariants:
             "warning: granularity.head_map has no effect with method=none",
         ]
 
-    def test_heads_matched_by_their_maps_are_told(self, run, outputs):
+    def test_heads_matched_by_their_maps_are_recorded(self, run, outputs):
         folder = outputs.run(
             "matched", "granularity=encoder", "granularity.head_map=hungarian", "teacher.max_epochs=1"
         )

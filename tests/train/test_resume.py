@@ -212,7 +212,7 @@ def test_killed_while_the_teacher_trains(nth, saves, variant, tmp_path):
     [(STEP, 15, 15), (STEP, 20, 20), (VALIDATION, 2, 20), (STEP, 30, 30)],
     ids=["mid-epoch", "at the last batch of an epoch", "during validation", "at the very last batch"],
 )
-def test_told_to_end(where, nth, saved, number, code, name, variant, tmp_path):
+def test_sigterm_and_ctrl_c(where, nth, saved, number, code, name, variant, tmp_path):
     """The step that is under way is finished and saved, nothing more is trained."""
     reference = variant(name)
     strike = Strike(where, nth, number)
@@ -280,5 +280,5 @@ def test_a_run_that_is_done_is_left_alone(variant):
     again = crashes.run(reference.settings, reference.folder)
 
     assert again.code == 0
-    assert "done before" in again.out
+    assert "already done" in again.out
     assert {file: file.stat().st_mtime_ns for file in run_of(reference.folder).rglob("*")} == before

@@ -62,12 +62,12 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     def job(composed: DictConfig) -> float | None:
         with isolated():
             if not is_multirun():
-                return alone(composed)
+                return only_job(composed)
             with recorded(one_line, say) as record:
                 return task(composed, record)
             return None  # a sweeper that searches counts it as a failed trial
 
-    def alone(composed: DictConfig) -> float | None:
+    def only_job(composed: DictConfig) -> float | None:
         try:
             return task(composed, Job(0, overridden()))
         # Hydra would print more than the line.

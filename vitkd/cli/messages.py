@@ -46,7 +46,7 @@ def explain_foreign(error: Exception) -> str | None:
     if "Could not detect" in text and "srun" in text:
         return "hydra/launcher=slurm: there is no SLURM on this machine; choose hydra/launcher=local"
     if "No trials are completed" in text:
-        return "no trial of the search has succeeded; run one of them alone to see why"
+        return "no trial of the search has succeeded; run one of its jobs by itself to see why"
     return None
 
 
@@ -62,8 +62,8 @@ def _no_such_option(group: str, option: str, text: str) -> str:
         return f"{group}={option}: is a plugin that is not installed; pip install 'vitkd[sweep]'"
     listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
     folder = CONF_DIR / group
-    ours = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
-    options = sorted({*listed, *ours})
+    own = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
+    options = sorted({*listed, *own})
     close = get_close_matches(option, options, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{group}={option}: no such option; {hint}choose one of {', '.join(options)}"

@@ -101,9 +101,9 @@ def joined(count: int, hosts: int, command: Sequence[str]) -> Iterator[None]:
         ConfigError: torchrun has started another number of processes.
         RunError: another process has ended.
     """
-    if _RUN_ID in os.environ and (found := int(os.environ["WORLD_SIZE"])) != count:
+    if _RUN_ID in os.environ and (started := int(os.environ["WORLD_SIZE"])) != count:
         raise ConfigError(
-            f"trainer.devices and num_nodes ask for {count} process(es), torchrun has started {found};"
+            f"trainer.devices and num_nodes ask for {count} process(es), torchrun has started {started};"
             " make them equal"
         )
     if count == 1:

@@ -73,8 +73,8 @@ backends: Any = torch.backends
 # Restored after SETTINGS, from the last to the first: the older TF32 settings (the precision of matrix
 # products, `allow_tf32`) change `fp32_precision` as well.
 FLAGS: tuple[tuple[Any, str], ...] = (
-    *((kind, "fp32_precision") for kind in (backends, backends.cudnn, backends.cuda.matmul)),
-    *((getattr(backends.mkldnn, kind), "fp32_precision") for kind in ("matmul", "conv", "rnn")),
+    *((backend, "fp32_precision") for backend in (backends, backends.cudnn, backends.cuda.matmul)),
+    *((getattr(backends.mkldnn, op), "fp32_precision") for op in ("matmul", "conv", "rnn")),
     *((backends.cudnn, name) for name in ("allow_tf32", "benchmark", "deterministic")),
     (torch.utils.deterministic, "fill_uninitialized_memory"),
 )

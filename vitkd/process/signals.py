@@ -43,13 +43,13 @@ class PostponedSignals:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.waiting and isinstance(error, Exception):
             log.error("error: %s", error)  # the run ends with the signal, not with this error
-        if kind is None or issubclass(kind, Exception):
+        if error_type is None or issubclass(error_type, Exception):
             self.deliver()
 
     def install(self) -> None:

@@ -62,7 +62,7 @@ class Checkpointing(Callback):
 
     @property
     def wall_seconds(self) -> float:
-        """How long this run has trained, over all attempts, each up to its last save."""
+        """How long this run has trained: now, and in earlier attempts up to their last saves."""
         return self._seconds_before + time.perf_counter() - self._start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

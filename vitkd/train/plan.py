@@ -73,12 +73,12 @@ def make_plan(composed: DictConfig) -> Plan:
 
 def find_earlier(path: Path, config: Config) -> Earlier | None:
     """The newest run of just this configuration at `path`, `path`-2, …"""
-    found = RunFolder.latest(path, config.resolved)
-    return Earlier(found.path, found.state) if found else None
+    folder = RunFolder.latest(path, config.resolved)
+    return Earlier(folder.path, folder.state) if folder else None
 
 
 def agreed(plan: Plan) -> Plan:
-    """The plan with what the first process has found: all processes of a run must do the same."""
+    """The plan with the earlier run that the first process sees: all processes must do the same."""
     return replace(plan, earlier=agree(lambda: plan.earlier))
 
 

@@ -41,7 +41,7 @@ def train_student(
     """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds.
 
     If an earlier attempt in `folder` was interrupted, training resumes where that was saved. Of several
-    processes the first alone measures and writes; the others return nothing.
+    processes only the first measures and writes; the others return {}.
     """
     with folder.running(config.resolved):
         if is_first():

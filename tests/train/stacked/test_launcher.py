@@ -285,7 +285,7 @@ def test_a_wrong_limit_is_one_line(most, sweeps):
     )
 
 
-def test_a_bad_job_is_told_of_once_and_the_others_train(sweeps):
+def test_a_bad_job_is_reported_once_and_the_others_train(sweeps):
     ended = sweeps.run("seed=0,1", "optimizer.weight_decay=0,-1", *ALONE, STACKED)
 
     assert (ended.code, ended.states) == (1, ["done", "failed"] * 2)
@@ -295,7 +295,7 @@ def test_a_bad_job_is_told_of_once_and_the_others_train(sweeps):
 
 
 @pytest.mark.slow
-def test_what_cannot_learn_from_its_teacher_is_told_of_once(sweeps):
+def test_what_cannot_learn_from_its_teacher_is_reported_once(sweeps):
     jobs = ["alpha=7,0.5", "granularity=head", "granularity.heads=[[0,0]],[[0,1]],[[9,0]]"]
     ended = sweeps.run(*jobs, *BESIDE_A_TEACHER, STACKED)
 
@@ -328,7 +328,7 @@ def test_images_that_workers_decode_train_one_by_one(sweeps, tmp_path):
     assert ended.out.count("warning: alpha has no effect with method=none") == 2
 
 
-def test_what_another_process_has_taken_meanwhile_is_left_to_it(sweeps, monkeypatch):
+def test_what_another_process_has_taken_meanwhile_is_skipped(sweeps, monkeypatch):
     jobs = ["seed=0,1,2", "name=seed${seed}", *ALONE, STACKED]
     with monkeypatch.context() as patch:
         patch.setattr("vitkd.train.stacked.job.fit_stack", fail)

@@ -160,7 +160,7 @@ class TestARun:
         assert "differs" not in again.out
 
 
-def test_done_jobs_are_left_alone(both):
+def test_done_jobs_are_skipped(both):
     before = contents(both.together.path / "digits")
 
     again = both.together.run(*JOBS, *BRIEFLY, "hydra/launcher=stacked")
@@ -170,7 +170,7 @@ def test_done_jobs_are_left_alone(both):
 
 
 @pytest.mark.slow
-def test_rerun_all_does_them_anew(both):
+def test_rerun_all_runs_them_again(both):
     anew = both.together.run(*JOBS, *BRIEFLY, "hydra/launcher=stacked", "sweep.rerun=all")
 
     assert (anew.code, anew.states) == (0, ["done"] * 4)

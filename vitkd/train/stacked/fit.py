@@ -56,7 +56,7 @@ def room_for(students: int) -> int:
 
 
 class StackCheckpointing(Checkpointing):
-    """Saves a stack every few minutes, before a signal has its effect, and when training ends.
+    """Saves a stack every few minutes, before a signal takes effect, and when training ends.
 
     Not at every epoch's end, as a single student is: an epoch of many small students takes less time than
     saving all of them.
@@ -215,7 +215,7 @@ def fitted(
 
 
 def write_checkpoints(folder: RunFolder, student: Fitted) -> None:
-    """Write a student's checkpoints: weights alone, for a run that is done is not resumed."""
+    """Write a student's checkpoints: weights only, for a run that is done is not resumed."""
     epochs = {folder.last: student.metrics["epochs"]}
     if student.best is not student.last:
         epochs[folder.best] = student.metrics["best_epoch"]
