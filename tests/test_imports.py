@@ -101,6 +101,18 @@ def test_no_cycle_within_a_package(package):
     assert [*TopologicalSorter(graph).static_order()]
 
 
+def test_nothing_but_the_command_imports_the_recipe():
+    """What a job does after its plan is made stands on pieces that do not know the job."""
+    importers = {
+        module_of(file)
+        for file in FILES
+        for name in imported(file)
+        if f"{name}.".startswith("vitkd.train.job.")
+    }
+
+    assert importers == {"train/__main__"}
+
+
 def test_the_rules_would_notice(tmp_path):
     """The walk sees imports inside functions and under aliases."""
     file = tmp_path / "new.py"

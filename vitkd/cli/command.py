@@ -33,10 +33,10 @@ from vitkd.runs.files import NO_ROOM
 from vitkd.runs.folder import IMMATERIAL
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+# Not --experimental-rerun, which unpickles a file.
 HYDRA_OPTIONS = {
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
     *("--info", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
-    "--experimental-rerun",
 }
 # Commands whose settings come in groups, which Hydra's own help lists.
 WITH_CHOICES = {"train"}

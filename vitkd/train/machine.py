@@ -43,7 +43,7 @@ def check_trainer(settings: dict[str, Any]) -> Machine:
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"trainer: {one_line(error)}; trainer=auto fits this machine") from error
     if isinstance(trial.strategy.launcher, _MultiProcessingLauncher):
-        raise ConfigError(f"trainer.strategy={settings.get('strategy')}: its processes share one; use ddp")
+        raise ConfigError(f"trainer.strategy={settings.get('strategy')}: starts processes by itself; use ddp")
     # Not its world size: under torchrun that is what torchrun says.
     return Machine(trial.strategy.root_device, trial.num_devices * trial.num_nodes, trial.num_nodes)
 
