@@ -38,8 +38,8 @@ from vitkd.methods.base import DataFacts
 from vitkd.runs.folder import RunFolder
 from vitkd.train.build import build_module
 from vitkd.train.fit import fit
-from vitkd.train.job import load_data
 from vitkd.train.module import DistillModule, trained_by
+from vitkd.train.student import load_data
 
 ROOT = Path(__file__).parents[1]
 STEP_BAR, START_BAR = Bar(0.15), Bar(5)

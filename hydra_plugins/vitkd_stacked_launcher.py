@@ -1,6 +1,6 @@
-"""`hydra/launcher=stacked`: a multirun's jobs trained together, as many as can be.
+"""`hydra/launcher=stacked`: train a multirun's jobs together where they can be stacked.
 
-Hydra looks for launchers in this namespace alone; the work is done by `vitkd.train.stacked.job`.
+Hydra looks for launchers in this namespace only; the work is done by `vitkd.train.stacked.job`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from vitkd.errors import ConfigError
 
 
 class StackedLauncher(Launcher):
-    """Hands all jobs to the command at once, and runs those that it leaves one by one.
+    """Trains stackable jobs together, and runs the others one by one.
 
     Args:
         max_students: the largest stack; None for no limit.
@@ -31,7 +31,7 @@ class StackedLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; called by Hydra's sweepers, batch by batch.
 
-        Raises ConfigError if `max_students` is no count.
+        Raises ConfigError if `max_students` is not a whole number of at least 1, or None.
         """
         most = self.max_students
         if most is not None and not (type(most) is int and most >= 1):
@@ -52,7 +52,7 @@ class StackedLauncher(Launcher):
         """The results by number of those jobs that could be trained together."""
         if self.task_function.command != "train":  # type: ignore[attr-defined]
             return {}
-        # Hydra imports every launcher whenever it starts; this one's needs take seconds.
+        # Hydra imports every launcher whenever it starts; these imports take seconds.
         from vitkd.train.stacked.job import run_together
 
         return run_together(jobs, self.max_students, self.task_function.explain)  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ class StackedLauncher(Launcher):
 
 
 def finished(job: DictConfig, result: float | None) -> JobReturn:
-    """What Hydra's sweepers want to know of a job that ran together with others."""
+    """The return that Hydra's sweepers expect of a job, for one that ran together with others."""
     outcome = JobReturn(overrides=list(job.hydra.overrides.task), cfg=job, status=JobStatus.COMPLETED)
     outcome.return_value = result
     return outcome

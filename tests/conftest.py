@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from vitkd.models import ViTConfig
-from vitkd.process.memory import pass_over_what_is_imported
+from vitkd.process.memory import freeze_gc
 
 GET_MODE = Hydra.get_mode
 
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Commands collect garbage at their end, in this process as well; elsewhere there is little of it."""
-    pass_over_what_is_imported()
+    freeze_gc()
     gc.set_threshold(100_000, 20, 100)
 
 

@@ -20,7 +20,10 @@ FLOORS = (
 )
 # These climb until methods stop building modules.
 CLIMB = {("methods/base", "train"), ("methods/none", "train")}
-KNOW_HYDRA = ("config/", "cli/", "runs/load", "train/job", "train/stacked/job", "train/stacked/candidates")
+KNOW_HYDRA = (
+    *("config/", "cli/", "runs/load"),
+    *("train/job", "train/plan", "train/stacked/job", "train/stacked/candidates"),
+)
 ENTRY_POINTS = ("evaluate/__main__", "explain/__main__", "report/__main__")
 MAY_PRINT = {"cli/command", "cli/console", "process/distributed"}
 
@@ -96,6 +99,18 @@ def test_no_cycle_within_a_package(package):
     }
 
     assert [*TopologicalSorter(graph).static_order()]
+
+
+def test_nothing_but_the_command_imports_the_recipe():
+    """What a job does after its plan is made stands on pieces that do not know the job."""
+    importers = {
+        module_of(file)
+        for file in FILES
+        for name in imported(file)
+        if f"{name}.".startswith("vitkd.train.job.")
+    }
+
+    assert importers == {"train/__main__"}
 
 
 def test_the_rules_would_notice(tmp_path):

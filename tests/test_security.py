@@ -295,6 +295,23 @@ def test_hydras_own_node_names_no_code(name, multirun, command, tmp_path):
     is_refused(ended, "hydra.", "allowed" if "stream" not in name else "choose")
 
 
+@pytest.mark.parametrize("option", ["--experimental-rerun", "--exp"])
+def test_a_pickle_is_no_job_to_run_again(option, bomb, command, tmp_path):
+    """Hydra's own option, and short for it, unpickles a file."""
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps(bomb))
+
+    for arguments in ([option, str(tmp_path / "job.pickle")], [f"{option}={tmp_path / 'job.pickle'}"]):
+        is_refused(command("train", *arguments, *BRIEFLY), option, "no such option")
+
+
+@pytest.mark.parametrize("multirun", [[], ["-m"]], ids=["one job", "multirun"])
+def test_a_file_sets_no_environment_variables(multirun, command, tmp_path):
+    """PYTHONPATH or LD_PRELOAD would run code in the next process that the job starts."""
+    given = in_a_file(tmp_path, "hydra", {"job": {"env_set": {"PYTHONPATH": str(tmp_path)}}})
+
+    is_refused(command("train", *given, *multirun, *BRIEFLY), "hydra.job.env_set.PYTHONPATH=", "shell")
+
+
 def test_somebody_elses_yaml_makes_no_python_objects(command, tmp_path):
     experiments = tmp_path / "conf" / "experiment"
     experiments.mkdir(parents=True)

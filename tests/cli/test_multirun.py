@@ -175,7 +175,7 @@ class TestJobsThatFail:
         assert mixed.first.table[2].split()[-5:] == ["–"] * 4 + ["a0.5-lr1e+38"]
         assert f"folders   {mixed.sweeps.path / 'digits'}" in mixed.first.out.replace("\n", "")
 
-    def test_each_is_told_in_one_line_at_once_and_below_the_table(self, mixed):
+    def test_each_is_reported_in_one_line_at_once_and_below_the_table(self, mixed):
         told = [line for line in mixed.first.err.splitlines() if line.startswith("error: ")]
 
         assert told == [f"error: job {n} failed: {mixed.first.records[n]['error']}" for n in range(3)]
@@ -185,11 +185,11 @@ class TestJobsThatFail:
         assert "alpha=7.0: must lie in [0, 1]" in told[0]
         assert "is not finite" in told[2]
 
-    def test_run_again_where_the_good_one_is_left_alone(self, mixed):
+    def test_run_again_where_the_good_one_is_skipped(self, mixed):
         assert mixed.again.code == 1
         assert mixed.again.states == ["failed", "failed", "failed", "done before"]
         assert mixed.after == mixed.before
-        assert mixed.again.records[3]["figures"] == mixed.first.records[3]["figures"]
+        assert mixed.again.records[3]["metrics"] == mixed.first.records[3]["metrics"]
         assert mixed.again.table[3].split()[-5:] == mixed.first.table[3].split()[-5:]
 
     def test_go_on_in_their_own_folder(self, mixed):
@@ -217,7 +217,7 @@ def test_an_unexpected_error_ends_its_own_job_alone(sweeps, at_step):
     assert "\n" not in ended.records[0]["error"]
 
 
-def test_a_choice_that_does_not_exist_is_told_before_any_job_runs(sweeps):
+def test_a_choice_that_does_not_exist_is_reported_before_any_job_runs(sweeps):
     ended = sweeps.command("train", "-m", "loss=kl,nonsense", *ALONE, f"paths.outputs={sweeps.path}")
 
     assert ended.code == 2
@@ -276,7 +276,7 @@ class TestAgain:
 
         assert outputs.run("seed=5,0", NAMED, *ALONE).states == ["done before", "done before"]
 
-    def test_rerun_all_runs_all_anew_beside_them(self, outputs):
+    def test_rerun_all_runs_all_again_beside_them(self, outputs):
         before = contents(outputs.folder("seed0"))
 
         ended = outputs.run("seed=0,1", NAMED, *ALONE, "sweep.rerun=all")
@@ -306,7 +306,7 @@ class TestAgain:
         into = f"paths.outputs={outputs.path}"
         return lambda *more: outputs.command("train", *ALONE, into, NAMED, "resume=auto", *more)
 
-    def test_a_single_run_that_is_done_is_left_alone(self, auto, outputs):
+    def test_a_single_run_that_is_done_is_skipped(self, auto, outputs):
         before = contents(outputs.path / "digits")
 
         ended = auto("seed=1")
@@ -327,7 +327,7 @@ class TestAgain:
         assert "has another student.mlp_dim:" in line
         assert contents(outputs.folder("seed1")) == before
 
-    def test_a_run_at_work_is_left_alone(self, auto, outputs):
+    def test_a_running_run_is_skipped(self, auto, outputs):
         folder = RunFolder(outputs.folder("live"))
         folder.path.mkdir()
         settings = RunFolder(outputs.folder("seed1")).read_config()
@@ -339,7 +339,7 @@ class TestAgain:
 
             assert contents(folder.path) == before
         assert single.code == swept.code == 0
-        assert "another process is at work there; left alone" in single.out
+        assert "skipped, another process is running it" in single.out
         assert swept.states == ["running elsewhere"]
         assert not outputs.folder("live-2").exists()
 
@@ -449,7 +449,7 @@ def test_two_identical_sweeps_at_once_both_end_well(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
+def test_a_run_that_another_process_trains_is_skipped(tmp_path):
     arguments = [*ALONE, "name=live", "resume=auto", "trainer.max_epochs=100000"]
     live = crashes.start(arguments, tmp_path)
     folder = RunFolder(tmp_path / "outputs" / "digits" / "live")
@@ -461,7 +461,7 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path):
     second = crashes.run(arguments, tmp_path)
 
     assert second.code == 0
-    assert "another process is at work there; left alone" in second.out
+    assert "skipped, another process is running it" in second.out
     assert contents(folder.path) == before
     os.kill(live.pid, signal.SIGTERM)
     os.kill(live.pid, signal.SIGCONT)

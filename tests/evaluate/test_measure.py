@@ -123,7 +123,7 @@ def test_a_model_with_one_head_has_no_such_figures(model, images, labels):
     assert evaluate(model, batches(images, labels, 11), CPU).by_head == {}
 
 
-def test_the_heads_of_last_and_best_are_told_apart(two_headed, tiny, images, labels):
+def test_the_heads_of_last_and_best_are_kept_apart(two_headed, tiny, images, labels):
     best, data = tiny(distillation_token=True).build(), batches(images, labels, 6, 5)
 
     figures, predictions = measure_both(two_headed, best, data, CPU, None)

@@ -15,7 +15,7 @@ from vitkd.config import CONF_DIR, Config, parse
 from vitkd.models import ViT
 from vitkd.runs.seeding import DROPOUT, WEIGHTS, seed_generators
 from vitkd.train.build import build_module, facts_of
-from vitkd.train.job import load_data
+from vitkd.train.student import load_data
 
 FILE = Path(__file__).with_name("losses.json")
 TERMS = ("class", "transfer", "total")

@@ -269,7 +269,7 @@ class TestWhoStartsThem:
         assert "Traceback" not in ended.err
         assert all_ended(folder / "multi", 0)
 
-    def test_a_multirun_of_torchruns_goes_on_after_a_job_that_only_the_first_found_wrong(self, folder):
+    def test_a_multirun_of_torchruns_continues_after_a_job_that_only_the_first_found_wrong(self, folder):
         places = ["paths.outputs=/proc/nowhere,outputs", "hydra.sweep.dir=outputs/sweeps/here"]
 
         first, second = group(["-m", *places, "method=none", *SMALL, *TWO], folder / "torchruns")
@@ -327,7 +327,7 @@ class TestKilled:
 
         assert stopped.code == 143
         assert state_of(run_of(folder, "stopped")) == "stopped"
-        assert stopped.out.count("SIGTERM: saved at step 5; resume=auto goes on from there") == 1
+        assert stopped.out.count("SIGTERM: saved at step 5; resume=auto resumes from there") == 1
         assert stopped.err.splitlines().count("error: stopped by SIGTERM") == 1
         assert "Traceback" not in stopped.err
         assert all_ended(folder, 0)
@@ -351,7 +351,7 @@ class TestKilled:
 
     def test_sigterm_while_the_first_measures_alone(self, whole, folder):
         arguments = [*SMALL, *TWO, "name=measuring", "resume=auto"]
-        stopped = group(arguments, folder, (Strike("vitkd.train.job:measure_both", 1, signal.SIGTERM),))
+        stopped = group(arguments, folder, (Strike("vitkd.train.conclude:measure_both", 1, signal.SIGTERM),))
 
         assert [end.code for end in stopped] == [143, 1]
         assert stopped[0].err == "error: stopped by SIGTERM\n"

@@ -160,7 +160,7 @@ def test_an_error_does_not_swallow_what_waits(caplog, monkeypatch):
     assert "out of luck" in caplog.text, "what went wrong is told all the same"
 
 
-def test_an_end_that_is_under_way_is_not_told_twice(handled):
+def test_a_process_that_is_ending_handles_no_waiting_signal(handled):
     with contextlib.suppress(SystemExit), PostponedSignals():
         send(USR1)
         raise SystemExit

@@ -259,7 +259,7 @@ class TestTeacher:
             raise RuntimeError("the disk is on fire")
 
         with monkeypatch.context() as patch:
-            patch.setattr("vitkd.train.job.measure_both", fail)
+            patch.setattr("vitkd.train.conclude.measure_both", fail)
             ended = fresh.command("train", *TINY, f"paths.outputs={fresh.path}")
         assert ended.code != 0
         (unfinished,) = fresh.teachers
@@ -434,7 +434,7 @@ class TestVariants:
             "warning: granularity.head_map has no effect with method=none",
         ]
 
-    def test_heads_matched_by_their_maps_are_told(self, run, outputs):
+    def test_heads_matched_by_their_maps_are_recorded(self, run, outputs):
         folder = outputs.run(
             "matched", "granularity=encoder", "granularity.head_map=hungarian", "teacher.max_epochs=1"
         )

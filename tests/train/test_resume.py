@@ -50,7 +50,7 @@ KILLS = {
     "before a checkpoint is written": Strike(SAVE, 3),
     "while a checkpoint takes its place": Strike(RENAME, 9),
     "before the last checkpoint": Strike(STEP, 30, after=True),
-    "before the test": Strike("vitkd.train.job:measure_both"),
+    "before the test": Strike("vitkd.train.conclude:measure_both"),
     "before the final figures": Strike("vitkd.runs.folder:RunFolder.write_metrics"),
 }
 
@@ -218,7 +218,7 @@ def test_killed_while_the_teacher_trains(nth, saves, variant, tmp_path):
     [(STEP, 15, 15), (STEP, 20, 20), (VALIDATION, 2, 20), (STEP, 30, 30)],
     ids=["mid-epoch", "at the last batch of an epoch", "during validation", "at the very last batch"],
 )
-def test_told_to_end(where, nth, saved, number, code, name, variant, tmp_path):
+def test_sigterm_and_ctrl_c(where, nth, saved, number, code, name, variant, tmp_path):
     """The step that is under way is finished and saved, nothing more is trained."""
     reference = variant(name)
     strike = Strike(where, nth, number)
@@ -286,5 +286,5 @@ def test_a_run_that_is_done_is_left_alone(variant):
     again = crashes.run(reference.settings, reference.folder)
 
     assert again.code == 0
-    assert "done before" in again.out
+    assert "already done" in again.out
     assert {file: file.stat().st_mtime_ns for file in run_of(reference.folder).rglob("*")} == before

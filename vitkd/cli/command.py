@@ -1,8 +1,7 @@
-"""From the command line to a checked configuration, and from a person's mistake to one clear line."""
+"""From the command line to a checked configuration, and from a user's mistake to one clear line."""
 
 import errno
 import hashlib
-import logging
 import os
 import re
 import sys
@@ -29,17 +28,15 @@ from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
 from vitkd.process.isolation import isolated
-from vitkd.process.memory import keep_freed_memory, pass_over_what_is_imported
+from vitkd.process.memory import freeze_gc, keep_freed_memory
 from vitkd.process.signals import TERMINATED, exit_on_termination
 from vitkd.runs.files import NO_ROOM
 
-log = logging.getLogger("vitkd")
-
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+# Not --experimental-rerun, which unpickles a file.
 HYDRA_OPTIONS = {
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
     *("--info", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
-    "--experimental-rerun",
 }
 # Commands whose settings come in groups, which Hydra's own help lists.
 WITH_CHOICES = {"train"}
@@ -63,12 +60,12 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     def job(composed: DictConfig) -> float | None:
         with isolated():
             if not is_multirun():
-                return alone(composed)
+                return only_job(composed)
             with recorded(one_line, say) as record:
                 return task(composed, record)
-            return None  # a sweeper that searches takes it for a trial that failed
+            return None  # a sweeper that searches counts it as a failed trial
 
-    def alone(composed: DictConfig) -> float | None:
+    def only_job(composed: DictConfig) -> float | None:
         try:
             return task(composed, Job(0, overridden()))
         # Hydra would print more than the line.
@@ -84,16 +81,16 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     # Read once a process, so it has to be there before the first job, should any ask for determinism.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()
-    pass_over_what_is_imported()
+    freeze_gc()
     exit_on_termination()
-    with summed_up(), ended_by_one_line(one_line), checked_by(refuse_foreign_code):
+    with job_table(), one_line_errors(one_line), checked_by(refuse_foreign_code):
         check_arguments(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
 
 
 @contextmanager
-def summed_up() -> Iterator[None]:
-    """Tell of all jobs of a multirun at the end, however it comes; exit with 1 if one of them failed."""
+def job_table() -> Iterator[None]:
+    """List all jobs of a multirun at the end, however it ends; exit with 1 if one of them failed."""
     Sweep.current = None
     jobs: list[Job] = []
     try:
@@ -108,8 +105,8 @@ def summed_up() -> Iterator[None]:
 
 
 @contextmanager
-def ended_by_one_line(one_line: Callable[[Exception], str]) -> Iterator[None]:
-    """End the program with one line, and the exit code that it stands for, whatever a person can mend."""
+def one_line_errors(one_line: Callable[[Exception], str]) -> Iterator[None]:
+    """End the program with one line and an exit code for any error that the user can fix."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, ConfigError, YAMLError) as error:
@@ -124,7 +121,7 @@ def ended_by_one_line(one_line: Callable[[Exception], str]) -> Iterator[None]:
             raise
         fail(line, code=FAILED)
     except KeyboardInterrupt:
-        fail("stopped by the keyboard", code=INTERRUPTED)
+        fail("stopped by Ctrl-C", code=INTERRUPTED)
     except SystemExit as end:
         if end.code == TERMINATED:
             say("stopped by SIGTERM")
@@ -133,7 +130,11 @@ def ended_by_one_line(one_line: Callable[[Exception], str]) -> Iterator[None]:
 
 @contextmanager
 def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
-    """Have `check` look at Hydra's own node whenever one is composed, before Hydra acts on it."""
+    """Have `check` look at Hydra's own node whenever one is composed, before Hydra acts on it.
+
+    Hydra has no public place for that: its callbacks, whose errors it turns into warnings, are built from the
+    very node, and a check before `hydra.main` would miss what a job of a sweep composes.
+    """
     compose = ConfigLoaderImpl.load_configuration
 
     def composed_and_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
@@ -149,7 +150,7 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
 
 
 def commented_settings(config_name: str) -> str:
-    """What a command can be told: its own file, comments and all, without what is Hydra's."""
+    """A command's settings: its own file with its comments, without Hydra's part."""
     text = (CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8")
     about, _, rest = text.partition("defaults:\n")
     settings = rest.partition("\n\n")[2].partition("\nhydra:")[0]
@@ -157,23 +158,23 @@ def commented_settings(config_name: str) -> str:
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
-    """The command line with -m before all settings: Hydra's parser takes no settings on both sides of it."""
+    """The command line with -m before all settings: Hydra's parser takes none on both sides of it."""
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
     return flags[:1] + [argument for argument in arguments if argument not in flags]
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """ConfigError for what Hydra's own parser trips over."""
+    """ConfigError for what Hydra's own parser cannot handle."""
     for argument in arguments:
         if argument.startswith("="):
             raise ConfigError(f"{argument}: has no key; write KEY=VALUE")
         flag = argument.partition("=")[0]
         if flag.startswith("--") and not any(option.startswith(flag) for option in HYDRA_OPTIONS):
-            raise ConfigError(f"{argument}: no such option; settings go without dashes, as KEY=VALUE")
+            raise ConfigError(f"{argument}: no such option; write settings as KEY=VALUE, without dashes")
 
 
 def say(message: str) -> None:
-    """Tell of an error in one line on stderr."""
+    """Print an error as one line on stderr."""
     process = "" if is_first() else f" (process {rank()})"
     print(f"error{process}: {message}", file=sys.stderr, flush=True)
 
@@ -184,19 +185,20 @@ def fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
     sys.exit(code)
 
 
-def same_job() -> list[str]:
-    """The command line that runs this very job, alone."""
+def job_command() -> list[str]:
+    """The command line that runs just this job."""
     own = [sys.executable, "-m", "vitkd.train"]
     if not is_multirun():
         return [*own, *sys.argv[1:]]
     hydra = HydraConfig.get()
-    given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    places = [argument for place in given for argument in ("--config-dir", place)]
-    return [*own, *places, *as_typed(hydra), "hydra.mode=RUN"]
+    sources = hydra.runtime.config_sources
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    options = [argument for folder in folders for argument in ("--config-dir", folder)]
+    return [*own, *options, *as_typed(hydra), "hydra.mode=RUN"]
 
 
-def goes_on(config: Config) -> bool:
-    """Whether a job leaves alone what is done and goes on with what was cut off."""
+def should_resume(config: Config) -> bool:
+    """Whether a job skips a run that is done and resumes one that was interrupted."""
     return config.resume == "auto" or (is_multirun() and config.sweep.rerun == "missing")
 
 
@@ -204,12 +206,12 @@ def run_path(config: Config) -> Path:
     """Where this job's run folder goes: outputs/<experiment or data set>/<its overrides>."""
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     group, in_path = (experiment, "experiment") if experiment else (config.dataset.name, "dataset")
-    told = {key: value for key, value in overridden().items() if key != in_path and names_folder(key)}
-    return Path(config.paths.outputs, group, config.name or folder_name(told))
+    named = {key: value for key, value in overridden().items() if key != in_path and names_folder(key)}
+    return Path(config.paths.outputs, group, config.name or folder_name(named))
 
 
 def folder_name(settings: dict[str, str]) -> str:
-    """One readable folder name, made of what may stand unquoted on a command line.
+    """One readable folder name, of characters that need no quotes on a command line.
 
     So `run=` and `teacher.checkpoint=` take the path as it is printed: no comma, no equals sign.
     """
@@ -220,11 +222,13 @@ def folder_name(settings: dict[str, str]) -> str:
     return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def warn_of_ignored_settings(method: Method) -> None:
-    """Say so when the command line sets something that the chosen method does not look at."""
+def ignored_settings(method: Method) -> list[str]:
+    """What the command line sets although the chosen method does not read it, each as a sentence."""
+    choice = HydraConfig.get().runtime.choices["method"]
+    ignored = []
     for key in overridden():
         name = key.split("@")[0]
-        if any(f"{name}.".startswith(f"{ignored}.") for ignored in method.ignores):
+        if any(f"{name}.".startswith(f"{unread}.") for unread in method.ignores):
             others = "the other settings of " if name.startswith("method.") else ""
-            choice = HydraConfig.get().runtime.choices["method"]
-            log.warning("warning: %s has no effect with %smethod=%s", key, others, choice)
+            ignored.append(f"{key} has no effect with {others}method={choice}")
+    return ignored

@@ -1,4 +1,4 @@
-"""What a person reads while a run goes on: what was chosen, one line an epoch, and a table at the end."""
+"""What the terminal shows of a run: what was chosen, one line an epoch, and a table at the end."""
 
 import logging
 import sys
@@ -23,14 +23,14 @@ JOB_COLUMNS = {
     "test/acc_last": "test last",
 }
 
-KNOWN_AND_MEANT = (
+EXPECTED_WARNINGS = (
     # The data lies on the device already; loader workers would only slow it down.
     ".*does not have many workers.*",
     # The last batch of an epoch is always logged.
     ".*smaller than the logging interval.*",
     # The optimiser of steps that are replayed; the first ones are not yet.
     ".*constructed with capturable=True.*",
-    # trainer=cpu is meant.
+    # With trainer=cpu that is intended.
     ".*GPU available but not used.*",
     # A step that is replayed from a CUDA graph takes its loss with it.
     ".*`training_step` returned `None`.*",
@@ -41,7 +41,7 @@ KNOWN_AND_MEANT = (
 
 @dataclass
 class Job:
-    """What a sweep's record and its closing table tell of one of its jobs."""
+    """What a sweep records of one of its jobs, and shows in its closing table."""
 
     number: int
     settings: dict[str, str]
@@ -50,8 +50,13 @@ class Job:
     """done, done before, failed, stopped, running elsewhere, or not run."""
     folder: str | None = None
     error: str | None = None
-    figures: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     """By the names of JOB_COLUMNS."""
+
+    def take_metrics(self, metrics: Mapping[str, Any]) -> float | None:
+        """Record those of a run's metrics that the table shows; returns the best accuracy on validation."""
+        self.metrics = {name: metrics[name] for name in JOB_COLUMNS}
+        return self.metrics["val/acc_best"]
 
 
 class ConsoleLines(logging.Handler):
@@ -62,18 +67,18 @@ class ConsoleLines(logging.Handler):
 
 
 def start_logging() -> None:
-    """Send the log's lines to the console, and quieten what Lightning says about itself."""
+    """Send the log's lines to the console, and leave out Lightning's own and expected warnings."""
     if not log.handlers:
         log.addHandler(ConsoleLines() if is_first() else logging.NullHandler())
     log.setLevel(logging.INFO)
     log.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in KNOWN_AND_MEANT:
+    for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
 def is_terminal() -> bool:
-    """Whether a person watches, so that a progress bar makes sense."""
+    """Whether stdout is a terminal, where a progress bar makes sense."""
     return sys.stdout.isatty()
 
 
@@ -115,10 +120,10 @@ def print_jobs(jobs: Sequence[Job]) -> None:
     table = new_table("job", "state", *JOB_COLUMNS.values(), "folder", text=("state", "folder"))
     for job in jobs:
         settings = job.settings.items()
-        told = {key: value for key, value in settings if any(value != j.settings.get(key) for j in jobs)}
-        name = " ".join(f"{key}={value}" for key, value in (told or job.settings).items())
+        own = {key: value for key, value in settings if any(value != j.settings.get(key) for j in jobs)}
+        name = " ".join(f"{key}={value}" for key, value in (own or job.settings).items())
         place = Path(job.folder).name if job.folder else ""
-        accuracies = (percent(job.figures.get(key)) for key in JOB_COLUMNS)
+        accuracies = (percent(job.metrics.get(key)) for key in JOB_COLUMNS)
         table.add_row(f"{job.number} {name}", job.state, *accuracies, place)
     parents = dict.fromkeys(str(Path(job.folder).parent) for job in jobs if job.folder)
     errors = [f"job {job.number} failed: {job.error}" for job in jobs if job.error]
@@ -133,7 +138,7 @@ def show(*parts: Table | str) -> None:
 
 
 def new_table(first: str, *columns: str, text: Collection[str] = ()) -> Table:
-    """A table without lines; its first column and those of `text` hold text, the others figures."""
+    """A table without lines; its first column and those of `text` hold text, the others numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in (first, *columns):
         justify: JustifyMethod = "left" if column == first or column in text else "right"
@@ -142,7 +147,7 @@ def new_table(first: str, *columns: str, text: Collection[str] = ()) -> Table:
 
 
 def print_comparison(reported: Mapping[str, Any], measured: Mapping[str, float]) -> bool:
-    """The figures measured again, each beside the reported one; returns whether all are equal."""
+    """Print the metrics measured again beside the reported ones; returns whether all are equal."""
     table = new_table("", "measured now", "reported by the run", "")
     for name, value in measured.items():
         verdict = "equal" if value == reported.get(name) else "differs"

@@ -1,12 +1,12 @@
-"""The jobs of one command: what each was told, how each ended, and that none stops the others.
+"""The jobs of one command: the settings of each, how each ended, and that no failure stops the others.
 
 In a multirun every job leaves a record in `hydra.sweep.dir`, whichever process it ran in, so that the
-command can tell of all of them at its end, of those that never ran as well.
+command can list all of them at its end, those that never ran as well.
 """
 
 import json
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from vitkd.cli.console import JOB_COLUMNS, Job
+from vitkd.cli.console import Job
 from vitkd.errors import ConfigError, RunError
 from vitkd.process.distributed import is_first
 from vitkd.runs.files import write_atomically
@@ -51,7 +51,7 @@ class Sweep(Callback):
 
 
 def planned_jobs(config: DictConfig) -> list[Job]:
-    """The jobs of Hydra's own sweeper; other sweepers settle theirs as they go."""
+    """The jobs of Hydra's own sweeper; other sweepers choose theirs as they run."""
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return []
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
@@ -73,7 +73,7 @@ def overridden() -> dict[str, str]:
 
 
 def as_typed(hydra: Any) -> list[str]:
-    """The overrides of a job or sweep, letter by letter: what `${…}` in them means is for the job to say."""
+    """The overrides of a job or sweep as they were typed; `${…}` in them is left for the job to resolve."""
     return cast(list[str], OmegaConf.to_container(hydra.overrides.task, resolve=False))
 
 
@@ -85,7 +85,7 @@ def as_settings(overrides: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def as_job(composed: DictConfig) -> Iterator[DictConfig]:
-    """What the job's own task would be given, while Hydra's node is as it would be then."""
+    """The job's own configuration, with Hydra's global state as it is while that job runs."""
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(composed)
     own = composed.copy()
@@ -102,8 +102,8 @@ def recorded(explain: Callable[[Exception], str], say: Callable[[str], None]) ->
     """Run a multirun's job in the body, which fills in the record; an error ends the job, not the others.
 
     Args:
-        explain: gives an error's one line.
-        say: takes that line.
+        explain: turns an error into one line.
+        say: prints that line.
     """
     job = Job(HydraConfig.get().job.num, overridden(), state="running")
     folder = Path(HydraConfig.get().sweep.dir)
@@ -146,13 +146,8 @@ def all_recorded(
 
 
 def end(jobs: Sequence[Job], state: str) -> list[Job]:
-    """Those of `jobs` that were still running; from now on they are `state`."""
+    """Set the state of those of `jobs` that were still running; returns them."""
     running = [job for job in jobs if job.state == "running"]
     for job in running:
         job.state = state
     return running
-
-
-def figures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Those of a run's metrics that its record repeats."""
-    return {name: metrics[name] for name in JOB_COLUMNS}

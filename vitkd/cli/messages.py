@@ -1,4 +1,4 @@
-"""One clear line for what Hydra and OmegaConf say on many."""
+"""One clear line for each of Hydra's and OmegaConf's long messages."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -25,15 +25,15 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
     """What is wrong and what would be right, on one line."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return _not_understood(str(error.override), str(error.message))
+        return _unparsable(str(error.override), str(error.message))
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key}: is needed; write {error.full_key}=VALUE"
+        return f"{error.full_key}: is required; write {error.full_key}=VALUE"
     if missing := re.search(r"Could not (?:find|load) '((?:hydra/)?[^'/]+)/([^']+)'", text):
         return _no_such_option(missing[1], missing[2], text)
     if present := re.search(r"An item is already at '([^']+)'", text):
-        return f"{present[1]}: is there already; set it without the plus"
+        return f"{present[1]}: exists already; set it without the plus"
     if several := re.search(r"Ambiguous value for argument '(.+?)'\s", text):
-        return f"{several[1]}: is several values; add -m to run a job for each, or write a list as [a,b]"
+        return f"{several[1]}: has several values; add -m to run a job for each, or write a list as [a,b]"
     if unknown := re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", text):
         return _no_such_key(unknown[1], config_name, arguments)
     plain = re.sub(r"\s*(full_key|object_type|reference_type)[:=] ?\S*", "", text)
@@ -42,20 +42,20 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
 
 
 def explain_foreign(error: Exception) -> str | None:
-    """One line for what a launcher or sweeper trips over, or None if it is nothing a person can mend."""
+    """One line for a launcher's or sweeper's error, or None if the user cannot fix it."""
     text = str(error)
     if "Could not detect" in text and "srun" in text:
         return "hydra/launcher=slurm: there is no SLURM on this machine; choose hydra/launcher=local"
     if "No trials are completed" in text:
-        return "no trial of the search has succeeded; run one of them alone to see why"
+        return "no trial of the search has succeeded; run one of its jobs by itself to see why"
     return None
 
 
-def _not_understood(override: str, message: str) -> str:
+def _unparsable(override: str, message: str) -> str:
     if "=" not in override:
-        return f"{override}: does not say what it sets; write KEY=VALUE"
+        return f"{override}: has no value; write KEY=VALUE"
     problem = message.splitlines()[0]
-    return f"{override}: cannot be understood ({problem}); write KEY=VALUE, odd values as 'KEY=\"VALUE\"'"
+    return f"{override}: cannot be parsed ({problem}); write KEY=VALUE, odd values as 'KEY=\"VALUE\"'"
 
 
 def _no_such_option(group: str, option: str, text: str) -> str:
@@ -63,8 +63,8 @@ def _no_such_option(group: str, option: str, text: str) -> str:
         return f"{group}={option}: is a plugin that is not installed; pip install 'vitkd[sweep]'"
     listed = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
     folder = CONF_DIR / group
-    ours = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
-    options = sorted({*listed, *ours})
+    own = [str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")]
+    options = sorted({*listed, *own})
     close = get_close_matches(option, options, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return f"{group}={option}: no such option; {hint}choose one of {', '.join(options)}"

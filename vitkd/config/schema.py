@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -85,10 +86,13 @@ def refuse_foreign_code(hydra: DictConfig) -> None:
     """ConfigError if Hydra's own node names code to run that is neither ours, Hydra's nor its plugins'.
 
     Hydra instantiates its launcher, sweeper and callbacks, and logging its handlers, by names that any file
-    in a `--config-dir` may set.
+    in a `--config-dir` may set. So may it set environment variables, such as PYTHONPATH, by which the next
+    process that a job starts would run code.
     """
     for key, value in _leaves(OmegaConf.to_container(hydra, resolve=False), "hydra"):
         setting = key.rpartition(".")[2]
+        if key.startswith("hydra.job.env_set.") and value != os.environ.get(setting):
+            raise ConfigError(f"{key}={value}: is not allowed; set {setting} in the shell")
         logs = "_logging." in key
         names_code = setting == "_target_" or (logs and setting in ("class", "()"))
         if names_code and not str(value).startswith(ALLOWED_TO_HYDRA):

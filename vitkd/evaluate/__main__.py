@@ -2,7 +2,7 @@
 
 import gc
 
-# Importing makes hardly any garbage, and looking for it time and again takes half a second of four.
+# Imports make hardly any garbage, and collecting it takes half a second of four.
 COLLECTS = gc.isenabled()
 gc.disable()
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def evaluate_run(composed: DictConfig, job: Job) -> None:
-    """Compute the test figures again beside those that the run wrote; exit code 1 if one differs."""
+    """Compute the test metrics again and compare them with the run's own; exit code 1 if one differs."""
     start_logging()
     folder = RunFolder.existing(Path(str(composed.run)))
     reported = folder.read_metrics()

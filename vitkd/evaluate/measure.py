@@ -1,4 +1,4 @@
-"""The final figures on a split: every image once, in a fixed order, in float32."""
+"""The final metrics on a split: every image once, in a fixed order, in float32."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -55,24 +55,24 @@ def evaluate(model: Model, batches: Iterable[Batch], device: torch.device) -> Ev
 def measure_both(
     last: Model, best: Model, batches: Iterable[Batch], device: torch.device, teacher: Tensor | None
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The test figures of the last and the best epoch, and every model's predictions [N].
+    """The test metrics of the last and the best epoch, and every model's predictions [N].
 
-    `teacher` holds the teacher's predictions [N]. Without a suffix a figure is the last epoch's. A student
-    with two heads answers by their mean; each is measured by itself, too.
+    `teacher` holds the teacher's predictions [N]. A metric without a suffix is the last epoch's. A student
+    with two heads predicts by their mean; each head is measured by itself, too.
     """
     at_last = evaluate(last, batches, device)
     at_best = at_last if best is last else evaluate(best, batches, device)
-    figures = {
+    metrics = {
         "test/acc_last": at_last.accuracy,
         "test/acc_best": at_best.accuracy,
         "test/loss": at_last.loss,
         "test/loss_best": at_best.loss,
     }
     for epoch, measured in (("last", at_last), ("best", at_best)):
-        figures |= {f"test/acc_{epoch}_{head}": value for head, value in measured.by_head.items()}
+        metrics |= {f"test/acc_{epoch}_{head}": value for head, value in measured.by_head.items()}
     predictions = {"last": at_last.predictions, "best": at_best.predictions}
     if teacher is not None:
-        figures["test/teacher_agreement"] = at_last.agreement(teacher)
-        figures["test/teacher_agreement_best"] = at_best.agreement(teacher)
+        metrics["test/teacher_agreement"] = at_last.agreement(teacher)
+        metrics["test/teacher_agreement_best"] = at_best.agreement(teacher)
         predictions["teacher"] = teacher
-    return figures, predictions
+    return metrics, predictions

@@ -1,8 +1,12 @@
 """Several processes for one run: who starts them, and how they agree.
 
-They know of each other by the environment variables that torchrun sets. Started by torchrun, on one host or
-on many, they are all there already; started as one plain command, this one starts the others on its host.
-The first process decides and writes; the others follow.
+They find each other by the environment variables that torchrun sets. Under torchrun, on one host or on many,
+they all exist already; a plain command starts the others on its host. The first process decides and writes;
+the others follow.
+
+A plain command does not use torchrun's launcher (torch.distributed.run): after SIGKILL that leaves workers
+running, after SIGTERM it ends with code 1 instead of 143, and each error takes it some 40 lines. As a process
+above the training ones, it would also have to bring back what a multirun's table and sweeper read of a job.
 """
 
 import logging
@@ -26,42 +30,46 @@ log = logging.getLogger("vitkd")
 
 T = TypeVar("T")
 
-# The others wait for the first one's decisions as long as that waits for a teacher that another run trains,
-# or measures by itself. In training, PyTorch's own limits hold.
-PATIENCE = timedelta(days=7)
+# How long the others wait for the first process, which may wait for a teacher that another run trains, or
+# measure by itself. In training, PyTorch's own limits hold.
+DECISION_TIMEOUT = timedelta(days=7)
 GRACE_SECONDS = 10
-_LAUNCHED = "TORCHELASTIC_RUN_ID"
-_OURS = "vitkd"
-_patient: Any = None
+_RUN_ID = "TORCHELASTIC_RUN_ID"
+_OWN_RUN_ID = "vitkd"
+_decisions: Any = None
+"""the process group for decisions, with its own time limit"""
 
 
 def rank() -> int:
     """The number of this process among those of its run, from 0."""
-    return int(os.environ["RANK"]) if _LAUNCHED in os.environ else 0
+    return int(os.environ["RANK"]) if _RUN_ID in os.environ else 0
 
 
 def is_first() -> bool:
-    """Whether this is the process that decides, writes and speaks."""
+    """Whether this is the process that decides, writes and logs."""
     return rank() == 0
 
 
 def agree(decide: Callable[[], T]) -> T:
-    """What `decide` returns in the first process, in all of them; an error that it raises, too."""
+    """What `decide` returns in the first process, in all processes.
+
+    If it raises there, so it does here; the other processes raise a RunError.
+    """
     if not dist.is_initialized():
         return decide()
-    box: list[Any] = [None, False]
+    decision: list[Any] = [None, False]
     raised = None
     if is_first():
         try:
-            box[0] = decide()
+            decision[0] = decide()
         except Exception as error:
-            raised, box[1] = error, True
-    dist.broadcast_object_list(box, src=0, group=_patient)
-    value, has_failed = box
+            raised, decision[1] = error, True
+    dist.broadcast_object_list(decision, src=0, group=_decisions)
+    value, has_failed = decision
     if raised is not None:
         raise raised
     if has_failed:
-        raise RunError("the first process tells what is wrong")
+        raise RunError("the first process failed; its own line says why")
     return cast(T, value)
 
 
@@ -69,15 +77,15 @@ def gather(tensor: Tensor) -> Tensor:
     """[processes, ...]: the tensor [...] of every process, on the CPU."""
     if not dist.is_initialized():
         return tensor.cpu()[None]
-    all_of_them = [torch.empty_like(tensor, device="cpu") for _ in range(dist.get_world_size())]
-    dist.all_gather(all_of_them, tensor.cpu(), group=_patient)
-    return torch.stack(all_of_them)
+    gathered = [torch.empty_like(tensor, device="cpu") for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, tensor.cpu(), group=_decisions)
+    return torch.stack(gathered)
 
 
 def wait_for_all() -> None:
-    """Return when all processes have come here."""
+    """Return when all processes have called it."""
     if dist.is_initialized():
-        dist.barrier(_patient)
+        dist.barrier(_decisions)
 
 
 @contextmanager
@@ -86,16 +94,16 @@ def joined(count: int, hosts: int, command: Sequence[str]) -> Iterator[None]:
 
     Args:
         count: processes over all hosts.
-        hosts: on each of which torchrun has to be started, if there are several.
+        hosts: if there are several, the user starts torchrun on each.
         command: starts one more process like this one.
 
     Raises:
-        ConfigError: there are not so many processes.
-        RunError: another one has ended.
+        ConfigError: torchrun has started another number of processes.
+        RunError: another process has ended.
     """
-    if _LAUNCHED in os.environ and (found := int(os.environ["WORLD_SIZE"])) != count:
+    if _RUN_ID in os.environ and (started := int(os.environ["WORLD_SIZE"])) != count:
         raise ConfigError(
-            f"trainer.devices and num_nodes ask for {count} process(es), torchrun has started {found};"
+            f"trainer.devices and num_nodes ask for {count} process(es), torchrun has started {started};"
             " make them equal"
         )
     if count == 1:
@@ -106,24 +114,24 @@ def joined(count: int, hosts: int, command: Sequence[str]) -> Iterator[None]:
                 # Lightning makes a group of one for strategy=ddp, and would leave it to the next job.
                 dist.destroy_process_group()
         return
-    if hosts > 1 and _LAUNCHED not in os.environ:
+    if hosts > 1 and _RUN_ID not in os.environ:
         raise ConfigError(
             f"trainer.num_nodes={hosts}: on every host start torchrun --nnodes={hosts}"
             f" --nproc-per-node={count // hosts} --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT"
             " -m vitkd.train with the same settings"
         )
-    if os.environ.get(_LAUNCHED) == _OURS:
+    if os.environ.get(_RUN_ID) == _OWN_RUN_ID:
         _end_with_parent()
-    with nullcontext() if _LAUNCHED in os.environ else _companions(count, command), _connected():
+    with nullcontext() if _RUN_ID in os.environ else _companions(count, command), _connected():
         yield
 
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """Meet the other processes, and part from them in order."""
-    global _patient
+    """Connect to the other processes, and disconnect when the body ends."""
+    global _decisions
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _decisions = dist.new_group(backend="gloo", timeout=DECISION_TIMEOUT)
     try:
         yield
         wait_for_all()
@@ -133,21 +141,21 @@ def _connected() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise RunError(
-            "the connection to another process of this run is lost; if that one tells of no error, it was"
-            " killed: the same command with resume=auto goes on from the last checkpoint"
+            "the connection to another process of this run is lost; if that one printed no error, it was"
+            " killed: the same command with resume=auto resumes from the last checkpoint"
         ) from error
     finally:
-        _patient = None
+        _decisions = None
         dist.destroy_process_group()
 
 
 @contextmanager
 def _companions(count: int, command: Sequence[str]) -> Iterator[None]:
-    """Start the other processes, tell them and this one who is who, and see to their end."""
+    """Start the other processes, set the ranks of all, and end the others when the body ends."""
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
     group = {
-        _LAUNCHED: _OURS,
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already, for all of them
+        _RUN_ID: _OWN_RUN_ID,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # all connect to the store above
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "GROUP_RANK": "0",
@@ -167,13 +175,13 @@ def _companions(count: int, command: Sequence[str]) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         for other in others:
-            _see_off(other)
+            _await_end(other)
 
 
 def _watch(others: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End this process should another one fail before all have met: nothing else would wake it.
+    """End this process if another one fails before all are connected: nothing else would wake it.
 
-    Later the connection breaks, and this process tells the tale itself.
+    Once connected, this process reports the lost connection itself.
     """
     while not dist.is_initialized():
         if failed := [other for other in others if other.poll()]:
@@ -183,7 +191,7 @@ def _watch(others: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _end_with_parent() -> None:
-    """Let this process end when the one that started it does, whatever it may be waiting for."""
+    """End this process when the one that started it ends, whatever it is waiting for."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -194,12 +202,12 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _see_off(other: subprocess.Popen[bytes]) -> None:
-    """Wait for the end of a process, and bring it about if it does not come."""
-    for bring_about in (other.terminate, other.kill):
+def _await_end(other: subprocess.Popen[bytes]) -> None:
+    """Wait for a process to end; terminate it after `GRACE_SECONDS`, kill it after twice as long."""
+    for stop in (other.terminate, other.kill):
         try:
             other.wait(GRACE_SECONDS)
             return
         except subprocess.TimeoutExpired:
-            bring_about()
+            stop()
     other.wait()

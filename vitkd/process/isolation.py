@@ -17,10 +17,10 @@ from vitkd.process.signals import in_main_thread
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Run a job, then put back what it, Lightning or a class of one's own changed in the process.
+    """Run a job, then restore what it, Lightning or a user's class changed in the process.
 
-    As a decorator, `@isolated()`, it also frees what the job's variables held. What a library reads once a
-    process stays as the first job had it; so cuBLAS reads CUBLAS_WORKSPACE_CONFIG.
+    As a decorator, `@isolated()`, it also frees what the job's variables held. What a library reads only once
+    a process stays as the first job set it: cuBLAS and CUBLAS_WORKSPACE_CONFIG.
     """
     with warnings.catch_warnings(), ExitStack() as stack:
         stack.callback(free_memory)
@@ -39,12 +39,12 @@ def set_environment(variables: Mapping[str, str]) -> None:
 
 
 def signal_handlers() -> dict[int, Any]:
-    """What each signal does."""
+    """The handler of each signal."""
     return {number: signal.getsignal(number) for number in signal.valid_signals()}
 
 
 def set_signal_handlers(handlers: Mapping[int, Any]) -> None:
-    """Make each signal do that again, where this thread may say so."""
+    """Restore signal handlers, in the main thread; others may not set them."""
     if not in_main_thread():
         return
     for number, handler in handlers.items():
@@ -54,31 +54,31 @@ def set_signal_handlers(handlers: Mapping[int, Any]) -> None:
 
 
 def set_matmul_precision(precision: str) -> None:
-    """Let products of float32 matrices and convolutions be as exact as "highest", "high" or "medium" is."""
+    """Set how exact products and convolutions of float32 are: "highest", "high" or "medium"."""
     torch.set_float32_matmul_precision(precision)
-    # By itself cuDNN rounds to TF32 whatever was asked of products.
+    # By default cuDNN rounds to TF32 whatever is set for products.
     torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 def free_memory() -> None:
-    """Give up what the job held: images, models, a GPU's memory."""
-    # A Trainer, its module and its data hold each other: left to themselves, those of several jobs pile up.
+    """Free what the job held: images, models, a GPU's memory."""
+    # A Trainer, its module and its data refer to each other: without this, those of several jobs pile up.
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-# What mypy takes for modules are objects with properties.
+# For mypy these are modules; in fact they are objects with properties.
 backends: Any = torch.backends
-# Put back after SETTINGS, and from the last to the first: the older ways to ask for TF32 (the precision of
-# matrix products, `allow_tf32`) set `fp32_precision`s along with their own.
+# Restored after SETTINGS, from the last to the first: the older TF32 settings (the precision of matrix
+# products, `allow_tf32`) change `fp32_precision` as well.
 FLAGS: tuple[tuple[Any, str], ...] = (
-    *((kind, "fp32_precision") for kind in (backends, backends.cudnn, backends.cuda.matmul)),
-    *((getattr(backends.mkldnn, kind), "fp32_precision") for kind in ("matmul", "conv", "rnn")),
+    *((backend, "fp32_precision") for backend in (backends, backends.cudnn, backends.cuda.matmul)),
+    *((getattr(backends.mkldnn, op), "fp32_precision") for op in ("matmul", "conv", "rnn")),
     *((backends.cudnn, name) for name in ("allow_tf32", "benchmark", "deterministic")),
     (torch.utils.deterministic, "fill_uninitialized_memory"),
 )
-# PyTorch's generators of other devices are not among them: `seed_generators` starts those anew in every job.
+# Not PyTorch's generators of other devices: `seed_generators` seeds those again in every job.
 SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),

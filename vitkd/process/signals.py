@@ -10,14 +10,14 @@ from typing import Self
 log = logging.getLogger("vitkd")
 
 TERMINATED = 128 + signal.SIGTERM
-# Ctrl-C; a scheduler's request to end; what SLURM and submitit send ahead of a time limit.
+# Ctrl-C; a scheduler's request to end; what SLURM and submitit send before a time limit.
 POSTPONED = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 ]
 
 
 def exit_on_termination() -> None:
-    """Make SIGTERM an orderly exit with code 143, unless something else looks after it already."""
+    """Make SIGTERM an orderly exit with code 143, unless it has a handler already."""
     if in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _exit)
 
@@ -27,7 +27,7 @@ def _exit(signum: int, frame: FrameType | None) -> None:
 
 
 class PostponedSignals:
-    """While entered, a signal with a handler waits until `deliver`; the second one does not."""
+    """While entered, a signal with a handler waits until `deliver`; the same signal again does not."""
 
     def __init__(self) -> None:
         self.waiting: list[int] = []
@@ -43,22 +43,22 @@ class PostponedSignals:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.waiting and isinstance(error, Exception):
-            log.error("error: %s", error)  # being told to end is what the run ends with
-        if kind is None or issubclass(kind, Exception):
+            log.error("error: %s", error)  # the run ends with the signal, not with this error
+        if error_type is None or issubclass(error_type, Exception):
             self.deliver()
 
     def install(self) -> None:
-        """Take the signals over (again, where something else has done so in the meantime)."""
+        """Install the handlers, again if something else has replaced them meanwhile."""
         for number in self._handlers:
             signal.signal(number, self._note)
 
     def deliver(self) -> None:
-        """Let every waiting signal have its effect; one that is survived may be sent again."""
+        """Run the handler of every waiting signal; one that the process survives may be sent again."""
         while self.waiting:
             number = self.waiting.pop(0)
             self._handle(number, None)
@@ -76,5 +76,5 @@ class PostponedSignals:
 
 
 def in_main_thread() -> bool:
-    """Whether Python delivers signals here and lets handlers be set."""
+    """Whether this is the thread in which Python delivers signals and lets handlers be set."""
     return threading.current_thread() is threading.main_thread()

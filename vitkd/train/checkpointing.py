@@ -1,4 +1,4 @@
-"""When a run is saved, and all that has to be saved so that it goes on bit for bit."""
+"""When a run is saved, and everything that it needs to resume bit for bit."""
 
 import logging
 import math
@@ -22,8 +22,7 @@ from vitkd.runs.checkpoints import write_checkpoint
 
 log = logging.getLogger("vitkd")
 
-# What Lightning's validation loop counts when it is about to see its first batch: resumed from such a count,
-# it validates from the front.
+# What Lightning's validation loop counts before its first batch: resumed from these counts, it validates all.
 NO_BATCH_YET = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
 
@@ -35,15 +34,15 @@ class Destination(Protocol):
 
 
 class Checkpointing(Callback):
-    """Saves last.ckpt at every epoch's end, every few minutes and before a signal has its effect.
+    """Saves last.ckpt at every epoch's end, every few minutes and before a signal takes effect.
 
-    Everything that a resumed run needs lies in that one file, the best epoch's weights included, so there
-    are no two files that could disagree. best.ckpt is a copy of those for whoever wants them.
+    Everything that a resumed run needs lies in that one file, the best epoch's weights included, so that no
+    two files can disagree. best.ckpt is a copy of those weights.
 
     Args:
         folder: the run's.
-        minutes: the time after which a step's end is saved too; 0 saves every step.
-        signals: what waits for a checkpoint.
+        minutes: after so long a step is saved too; 0 saves every step.
+        signals: those that wait for a checkpoint.
     """
 
     def __init__(self, folder: Destination, minutes: float, signals: PostponedSignals) -> None:
@@ -63,24 +62,24 @@ class Checkpointing(Callback):
 
     @property
     def wall_seconds(self) -> float:
-        """How long this run has trained, over all attempts, less what an attempt did after its last save."""
+        """How long this run has trained: now, and in earlier attempts up to their last saves."""
         return self._seconds_before + time.perf_counter() - self._start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning has put a handler of its own in front, which ends the run without saving.
+        # Lightning has installed a handler of its own, which ends the run without saving.
         self.signals.install()
         if self._random_state is not None:
             set_random_state(self._random_state, trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # An epoch without validation must not pass off the figures of the one before as its own.
+        # An epoch without validation must not show the metrics of the one before.
         for name in [name for name in trainer.callback_metrics if name.startswith("val/")]:
             del trainer.callback_metrics[name]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # A run that goes on from a step does not validate after it.
+        # A run that resumes from a step does not validate after it.
         if has_stepped(trainer) and not is_validation_next(trainer) and self._is_due(trainer):
             self._save(trainer)
 
@@ -135,11 +134,11 @@ class Checkpointing(Callback):
 
     @staticmethod
     def _anywhere(trainer: L.Trainer, condition: bool) -> bool:
-        """Whether it holds in any of the run's processes, so that all of them save together."""
+        """Whether the condition holds in any process of the run, so that all of them save together."""
         return trainer.strategy.reduce_boolean_decision(condition, all=False)
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Write the curves, then the checkpoint, then let signals have their effect."""
+        """Write the curves, then the checkpoint, then let signals take effect."""
         for logger in trainer.loggers:
             logger.save()
         improved = self._has_improved
@@ -148,25 +147,25 @@ class Checkpointing(Callback):
             self.write_best(trainer.lightning_module.model)  # type: ignore[arg-type]
         self._saved = time.perf_counter()
         if not self._anywhere(trainer, bool(self.signals.waiting)):
-            # One that arrives from here on waits for the next save: all processes have to stop together.
+            # A signal that arrives later waits for the next save: all processes must stop together.
             return
         if trainer.is_global_zero:
             names = " ".join(Signals(number).name for number in self.signals.waiting)
-            log.info("%s: saved at step %d; resume=auto goes on from there", names, trainer.global_step)
+            log.info("%s: saved at step %d; resume=auto resumes from there", names, trainer.global_step)
         if not self.signals.waiting:
-            # Another process of this run was told to end.
+            # Another process of this run received the signal.
             sys.exit(TERMINATED)
         self.signals.deliver()
 
 
 def has_stepped(trainer: L.Trainer) -> bool:
-    """Whether no gradients wait for more batches; those are not saved."""
+    """Whether the last batch completed a step; gradients still being accumulated are not saved."""
     batches = trainer.fit_loop.epoch_loop.batch_idx + 1
     return trainer.is_last_batch or batches % trainer.accumulate_grad_batches == 0
 
 
 def is_validation_next(trainer: L.Trainer) -> bool:
-    """Whether this training batch is one after which Lightning looks whether to validate."""
+    """Whether Lightning may validate after this training batch."""
     loop = trainer.fit_loop.epoch_loop
     batches = 1 + (loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx)
     return trainer.is_last_batch or batches % (trainer.val_check_batch or math.inf) == 0
@@ -174,7 +173,7 @@ def is_validation_next(trainer: L.Trainer) -> bool:
 
 @contextmanager
 def training_weights(trainer: L.Trainer) -> Iterator[None]:
-    """During validation, put the weights that are being trained back where their average stands in."""
+    """During validation by averaged weights, put the trained weights back while the body runs."""
     module = trainer.lightning_module
     averages = [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
     for average in averages:
@@ -203,7 +202,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
     """Put this process's generators into the state that `random_state` found there."""
     if rank() >= len(states["cpu"]):
-        return  # there were fewer processes then; this one goes on as it was seeded
+        return  # there were fewer processes then; this one keeps its seed
     # Clones: PyTorch reads past the end of a row that does not lie at its storage's beginning.
     own = {name: state[rank()].clone() for name, state in states.items()}
     torch.set_rng_state(own["cpu"])

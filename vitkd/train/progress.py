@@ -1,4 +1,4 @@
-"""How a training goes, on the terminal: a line an epoch, and a bar."""
+"""The progress of a training on the terminal: a line an epoch, and a bar."""
 
 import logging
 import math
@@ -25,22 +25,22 @@ class EpochLines(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        told = told_figures({name: value.item() for name, value in metrics.items()})
-        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, told)
+        columns = format_metrics({name: value.item() for name, value in metrics.items()})
+        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, columns)
 
 
 class StackLines(L.Callback):
-    """One plain line an epoch about the students of a stack: of every figure the median."""
+    """One plain line an epoch about the students of a stack: the median of every metric."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         medians = {name: values.nanquantile(0.5).item() for name, values in trainer.callback_metrics.items()}
         students = len(next(iter(trainer.callback_metrics.values())))
-        told = f"median of {students}: {told_figures(medians)}"
-        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, told)
+        columns = f"median of {students}: {format_metrics(medians)}"
+        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, columns)
 
 
-def told_figures(metrics: Mapping[str, float]) -> str:
-    """An epoch's figures; what is not a number is left out."""
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """An epoch's metrics in columns; what is absent or not a number is left out."""
     known = {
         name: text for name, text in EPOCH_COLUMNS.items() if not math.isnan(metrics.get(name, math.nan))
     }

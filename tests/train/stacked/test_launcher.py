@@ -30,8 +30,8 @@ from vitkd.methods.base import Method
 from vitkd.models import ResNetConfig, ViTConfig
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder, StackSlot
-from vitkd.train import job as train
-from vitkd.train.fit import Machine
+from vitkd.train import conclude
+from vitkd.train.machine import Machine
 from vitkd.train.stacked import StackedModule
 from vitkd.train.stacked.candidates import Candidate, stacks_of, why_alone
 from vitkd.train.stacked.fit import room_for
@@ -150,17 +150,17 @@ class TestWhatTrainsTogether:
         stacks, said = stacked({}, {setting: value}, {"seed": 1}, {setting: value, "seed": 1})
 
         assert stacks == [[0, 2], [1, 3]]
-        assert said == [f"jobs 1, 3 cannot be stacked with jobs 0, 2: another {named or setting}"]
+        assert said == [f"jobs 1, 3 cannot be stacked with jobs 0, 2: different {named or setting}"]
 
-    def test_goes_on_from_one_checkpoint_and_that_is_told_beside_jobs_of_the_same_settings(self, stacked):
+    def test_resumes_from_one_checkpoint_and_jobs_of_the_same_settings_say_so(self, stacked):
         other = {"student.depth": 7}
 
         stacks, said = stacked({}, other, {"seed": 1}, other | {"seed": 1}, saved=[2, 3])
 
         assert stacks == [[0], [1], [2], [3]]
-        reason = "what was cut off goes on from where it was saved"
+        reason = "interrupted runs resume where they were saved"
         assert said == [
-            "job 1 cannot be stacked with job 0: another student.depth",
+            "job 1 cannot be stacked with job 0: different student.depth",
             f"job 2 cannot be stacked with job 0: {reason}",
             f"job 3 cannot be stacked with job 1: {reason}",
         ]
@@ -207,7 +207,7 @@ class TestWhatTrainsTogether:
 
         # Of the same job twice, the second one finds it done.
         assert (stacks, alone) == ([[0, 4], [1, 5]], [2, 3])
-        assert "jobs 1, 5 cannot be stacked with jobs 0, 4: another student.depth\n" in told.out
+        assert "jobs 1, 5 cannot be stacked with jobs 0, 4: different student.depth\n" in told.out
 
     def test_is_no_single_job(self, plan):
         assert plan("seed=3", "trainer=cpu")[:2] == ([], [0])
@@ -218,7 +218,7 @@ class TestWhatRunsAlone:
         ("processes", "precision", "reason"),
         [
             (1, "bf16-mixed", None),
-            (2, "32-true", "it spreads over 2 processes"),
+            (2, "32-true", "it uses 2 processes"),
             (
                 1,
                 "16-mixed",
@@ -228,15 +228,15 @@ class TestWhatRunsAlone:
         ],
     )
     def test_is_what_needs_a_process_to_itself(self, processes, precision, reason):
-        found = self.candidate(torch.device("cpu"), processes, precision, dropout=0.5)
+        member = self.candidate(torch.device("cpu"), processes, precision, dropout=0.5)
 
-        assert why_alone(found) == reason
+        assert why_alone(member) == reason
 
     def test_is_what_keeps_figures_of_the_whole_batch(self):
-        found = self.candidate(torch.device("cpu"), 1, "32-true")
-        found.config.student = ResNetConfig(32, 3, 10)
+        member = self.candidate(torch.device("cpu"), 1, "32-true")
+        member.config.student = ResNetConfig(32, 3, 10)
 
-        assert "batch normalisation" in (why_alone(found) or "")
+        assert "batch normalisation" in (why_alone(member) or "")
 
     @pytest.mark.parametrize("name", ["dropout", "emb_dropout"])
     @pytest.mark.parametrize(
@@ -261,9 +261,10 @@ class TestWhatRunsAlone:
             student=ViTConfig(8, 1, 10, 2, **cast(Any, student)),
         )
         machine = Machine(device, processes, 1)
-        return cast(Any, SimpleNamespace(config=config, machine=machine, folder=None))
+        plan = SimpleNamespace(config=config, machine=machine)
+        return Candidate(Job(0, {}), cast(Any, plan), folder=None, place=None)
 
-    def test_is_what_goes_on_from_a_checkpoint_of_its_own(self, plan, finished, sweeps):
+    def test_is_what_resumes_from_a_checkpoint_of_its_own(self, plan, finished, sweeps):
         shutil.copytree(finished, sweeps.folder("run0"))
         (sweeps.folder("run0") / "status.json").write_text('{"state": "stopped"}')
         briefly = [
@@ -276,7 +277,7 @@ class TestWhatRunsAlone:
         stacks, alone, told = plan("seed=0,1,2", "name=run${seed}", *briefly)
 
         assert (stacks, alone) == ([[1, 2]], [0])
-        assert "job 0 trains by itself: it goes on from a checkpoint of its own\n" in told.out
+        assert "job 0 trains by itself: it resumes from a checkpoint of its own\n" in told.out
 
 
 @pytest.mark.parametrize("most", ["0", "-1", "many", "2.5", "true"])
@@ -290,7 +291,7 @@ def test_a_wrong_limit_is_one_line(most, sweeps):
     )
 
 
-def test_a_bad_job_is_told_of_once_and_the_others_train(sweeps):
+def test_a_bad_job_is_reported_once_and_the_others_train(sweeps):
     ended = sweeps.run("seed=0,1", "optimizer.weight_decay=0,-1", *ALONE, STACKED)
 
     assert (ended.code, ended.states) == (1, ["done", "failed"] * 2)
@@ -300,7 +301,7 @@ def test_a_bad_job_is_told_of_once_and_the_others_train(sweeps):
 
 
 @pytest.mark.slow
-def test_what_cannot_learn_from_its_teacher_is_told_of_once(sweeps):
+def test_what_cannot_learn_from_its_teacher_is_reported_once(sweeps):
     jobs = ["alpha=7,0.5", "granularity=head", "granularity.heads=[[0,0]],[[0,1]],[[9,0]]"]
     ended = sweeps.run(*jobs, *BESIDE_A_TEACHER, STACKED)
 
@@ -333,7 +334,7 @@ def test_images_that_workers_decode_train_one_by_one(sweeps, tmp_path):
     assert ended.out.count("warning: alpha has no effect with method=none") == 2
 
 
-def test_what_another_process_has_taken_meanwhile_is_left_to_it(sweeps, monkeypatch):
+def test_what_another_process_has_taken_meanwhile_is_skipped(sweeps, monkeypatch):
     jobs = ["seed=0,1,2", "name=seed${seed}", *ALONE, STACKED]
     with monkeypatch.context() as patch:
         patch.setattr("vitkd.train.stacked.job.fit_stack", fail)
@@ -351,7 +352,7 @@ def test_what_another_process_has_taken_meanwhile_is_left_to_it(sweeps, monkeypa
 
     assert (ended.code, ended.states) == (0, ["done", "running elsewhere", "done"]), ended.err
     assert "jobs 0, 2 train as one stack\n" in ended.out
-    assert f"{sweeps.folder('seed1')}: another process is at work there; left alone\n" in ended.out
+    assert f"{sweeps.folder('seed1')}: skipped, another process is running it\n" in ended.out
 
 
 def fail(*_: Any) -> None:
@@ -396,8 +397,8 @@ class TestTooLittleMemory:
 
         assert (ended.code, ended.states) == (0, ["done"] * 5), ended.err
         assert len(stacks) == 2
-        assert "jobs 0-4: too little memory on cpu for one stack; two of half the size\n" in ended.out
-        assert "jobs 2-4: too little memory on cpu" in ended.out
+        assert "jobs 0-4: out of memory on cpu, trying two stacks of half the size\n" in ended.out
+        assert "jobs 2-4: out of memory on cpu," in ended.out
         assert {path.name for path in sweeps.path.iterdir()} == {"digits", "sweeps"}
         assert {path.name for path in (sweeps.path / "digits").iterdir()} == {f"seed{n}" for n in range(5)}
         students = [read(sweeps.folder(f"seed{n}") / "metrics.json")["stack/students"] for n in range(5)]
@@ -416,14 +417,14 @@ class TestTooLittleMemory:
             measured.append(config.seed)
             if len(measured) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return train.measure(config, *rest)
+            return conclude.measure_student(config, *rest)
 
-        monkeypatch.setattr("vitkd.train.stacked.job.measure", measure)
+        monkeypatch.setattr("vitkd.train.stacked.job.measure_student", measure)
         ended = sweeps.run(*jobs)
 
         assert (ended.code, ended.states) == (0, ["done"] * 5), ended.err
         assert measured == [0, 1, 2, 2, 3, 4]
-        assert "jobs 2-4: too little memory on cpu" in ended.out
+        assert "jobs 2-4: out of memory on cpu," in ended.out
         students = [read(sweeps.folder(f"seed{n}") / "metrics.json")["stack/students"] for n in range(5)]
         assert students == [5, 5, 1, 2, 2]
         assert {path.name for path in sweeps.path.iterdir()} == {"digits", "sweeps"}
@@ -440,7 +441,8 @@ class TestTooLittleMemory:
 
         assert (ended.code, ended.states) == (1, ["failed"] * 2)
         assert ended.err.splitlines() == [
-            f"error: job {n} failed: cpu: too little memory even for one student" for n in (0, 1)
+            f"error: job {n} failed: cpu: out of memory even for one student; reduce dataset.batch_size"
+            for n in (0, 1)
         ]
         assert state_of(sweeps.folder("seed1")) == "failed"
 

@@ -131,7 +131,7 @@ def test_killed_and_resumed(kill, start, reference, tmp_path):
     assert_nothing_happened(tmp_path, reference)
 
 
-def test_told_to_end(start, reference, tmp_path):
+def test_sigterm(start, reference, tmp_path):
     stopped = told(start(Strike(STEP, 9, signal.SIGTERM), "checkpoint_minutes=10"), tmp_path)
 
     assert (stopped.code, stopped.states) == (143, ["stopped"] * 4)
@@ -145,7 +145,7 @@ def test_told_to_end(start, reference, tmp_path):
     assert_nothing_happened(tmp_path, reference)
 
 
-def test_some_of_a_stack_go_on_without_the_others(start, reference, tmp_path):
+def test_some_of_a_stack_resume_without_the_others(start, reference, tmp_path):
     start(Strike(STEP, 11))
 
     some = start(jobs=["granularity=head", "seed=0,1"])
@@ -180,7 +180,7 @@ def assert_close(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(("most", "stacks"), [(3, 2), (1, 4)])
-def test_in_smaller_stacks_all_go_on(most, stacks, start, reference, tmp_path):
+def test_in_smaller_stacks_all_resume(most, stacks, start, reference, tmp_path):
     start(Strike(STEP, 11))
 
     resumed = start(f"hydra.launcher.max_students={most}")
@@ -198,7 +198,7 @@ def alone(folder: Path, *strikes: Strike) -> Ended:
     return crashes.run([*settings, "granularity=head", "seed=0", "resume=auto"], folder, *strikes)
 
 
-def test_alone_one_of_them_starts_anew_and_goes_on_with_that(start, reference, tmp_path):
+def test_by_itself_one_of_them_starts_over_and_resumes_that(start, reference, tmp_path):
     start(Strike(STEP, 11))
 
     struck = alone(tmp_path, Strike(STEP, 5))
@@ -209,7 +209,7 @@ def test_alone_one_of_them_starts_anew_and_goes_on_with_that(start, reference, t
 
     rest = start()
     assert rest.code == 0, rest
-    assert "job 0 trains by itself: it goes on from a checkpoint of its own\n" in rest.out
+    assert "job 0 trains by itself: it resumes from a checkpoint of its own\n" in rest.out
     assert "after step 4" in rest.out
     assert "after step 10" in rest.out
     for name in NAMES:
@@ -217,7 +217,7 @@ def test_alone_one_of_them_starts_anew_and_goes_on_with_that(start, reference, t
     assert not (tmp_path / "outputs" / "stacks").exists()
 
 
-def test_alone_one_that_was_being_concluded_starts_anew(start, reference, tmp_path):
+def test_by_itself_one_that_was_being_concluded_starts_over(start, reference, tmp_path):
     start(Strike("vitkd.train.stacked.job:write_checkpoints", 3, after=True))
     before = [path.name for path in run_of(tmp_path, "head-0").glob("checkpoints/*.ckpt")]
 

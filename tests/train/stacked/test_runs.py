@@ -72,7 +72,7 @@ def close(mine: object, theirs: object) -> bool:
 
 
 def test_says_what_trains_together(both):
-    assert "jobs 2-3 cannot be stacked with jobs 0-1: another method" in both.told.out
+    assert "jobs 2-3 cannot be stacked with jobs 0-1: different method" in both.told.out
     assert "jobs 0-1 train as one stack\n" in both.told.out
     assert "jobs 2-3 train as one stack\n" in both.told.out
     assert both.told.states == ["done"] * 4
@@ -166,7 +166,7 @@ class TestARun:
         assert "differs" not in again.out
 
 
-def test_done_jobs_are_left_alone(both):
+def test_done_jobs_are_skipped(both):
     before = contents(both.together.path / "digits")
 
     again = both.together.run(*JOBS, *BRIEFLY, "hydra/launcher=stacked")
@@ -176,7 +176,7 @@ def test_done_jobs_are_left_alone(both):
 
 
 @pytest.mark.slow
-def test_rerun_all_does_them_anew(both):
+def test_rerun_all_runs_them_again(both):
     anew = both.together.run(*JOBS, *BRIEFLY, "hydra/launcher=stacked", "sweep.rerun=all")
 
     assert (anew.code, anew.states) == (0, ["done"] * 4)

@@ -57,10 +57,10 @@ class StackedLoader:
             yield Batch(*(torch.stack(parts) for parts in zip(*batches, strict=True)))
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given."""
+        """The epoch, and how many of its batches were taken."""
         return self.loaders[0].state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches that `state` counts."""
+        """Continue after the batches that `state` counts."""
         for loader in self.loaders:
             loader.load_state_dict(state)

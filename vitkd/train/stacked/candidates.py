@@ -5,20 +5,17 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from vitkd.cli.command import run_path
 from vitkd.cli.console import Job
 from vitkd.cli.jobs import as_job, overridden
-from vitkd.config import Config, parse
+from vitkd.config import Config
 from vitkd.config.roles import Separates, first_difference, relevant
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackSlot, read_slot, release_slot, stacks_folder
-from vitkd.train.compilation import check_compiler
-from vitkd.train.fit import Machine, check_trainer
-from vitkd.train.job import earlier_run
+from vitkd.train.plan import Plan, make_plan
 from vitkd.train.stacked.dropout import has_streams
 from vitkd.train.stacked.grouping import in_stack_order, portions, shared_settings
 
@@ -30,17 +27,18 @@ class Candidate:
     """A job that may be stacked."""
 
     job: Job
-    composed: DictConfig
-    config: Config
-    machine: Machine
-    path: Path
-    """where its run folder goes"""
+    plan: Plan
     folder: RunFolder | None
-    """that of an attempt that was cut off"""
+    """of the interrupted attempt that it resumes, later of the run"""
     place: StackSlot | None
     """where that attempt is saved, if it was part of a stack"""
     result: float | None = None
     """what a sweeper may maximise"""
+
+    @property
+    def config(self) -> Config:
+        """Its settings."""
+        return self.plan.config
 
     @property
     def run(self) -> RunFolder:
@@ -54,41 +52,37 @@ def candidate(composed: DictConfig) -> Candidate | None:
     with as_job(composed) as own:
         job = Job(composed.hydra.job.num, overridden(), state="running")
         try:
-            config = parse(own)
-            machine = check_trainer(config.trainer)
-            if config.compile:
-                check_compiler(machine.device)
-            path = run_path(config)
-            earlier = earlier_run(path, config)
+            plan = make_plan(own)
         except Exception:
-            return None  # told of when its turn comes, and it alone
-    folder = RunFolder(earlier.path) if earlier else None
-    if earlier and folder and earlier.state in ("running", "done"):
-        if earlier.state == "done":
-            release_slot(folder, stacks_folder(config.paths.outputs))
+            return None  # the job fails with it when its turn comes, and reports it then
+    folder = RunFolder(plan.earlier.path) if plan.earlier else None
+    if plan.earlier and folder and plan.is_taken:
+        if plan.earlier.state == "done":
+            release_slot(folder, stacks_folder(plan.config.paths.outputs))
         return None
-    found = Candidate(job, composed, config, machine, path, folder, saved_place(config, folder))
-    if reason := why_alone(found):
+    member = Candidate(job, plan, folder, saved_place(plan.config, folder))
+    if reason := why_alone(member):
         log.info("job %d trains by itself: %s", job.number, reason)
         return None
-    return found
+    return member
 
 
-def why_alone(found: Candidate) -> str | None:
+def why_alone(member: Candidate) -> str | None:
     """What keeps a job from being stacked with any other, or None."""
-    student, precision = found.config.student, str(found.config.trainer.get("precision"))
+    student, machine = member.config.student, member.plan.machine
+    precision = str(member.config.trainer.get("precision"))
     if not student.stacks:
         return f"student={student}: its batch normalisation would mix the students of a stack"
-    if found.config.method.trains_parameters:
+    if member.config.method.trains_parameters:
         return "its method trains parameters of its own, which a stack does not"
-    if found.machine.processes > 1:
-        return f"it spreads over {found.machine.processes} processes"
+    if machine.processes > 1:
+        return f"it uses {machine.processes} processes"
     if precision in ("16-mixed", "16"):
         return f"under trainer.precision={precision} one student's overflow would hold all others back"
-    if student.drops and not has_streams(found.machine.device):
-        return f"its dropout masks need Triton on a GPU, and {found.machine.device} has none"
-    if found.folder and found.folder.last.exists() and not found.place:
-        return "it goes on from a checkpoint of its own"
+    if student.drops and not has_streams(machine.device):
+        return f"its dropout masks need Triton on a GPU, and {machine.device} has none"
+    if member.folder and member.folder.last.exists() and not member.place:
+        return "it resumes from a checkpoint of its own"
     return None
 
 
@@ -98,60 +92,81 @@ def saved_place(config: Config, folder: RunFolder | None) -> StackSlot | None:
     return place if place and place.folder.is_saved else None
 
 
-def without_twins(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """All but those that would do in the same place what another does; such a one runs after it."""
+def deduplicate(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """The first of all with the same settings and folder; its duplicates run later and find it done."""
     first: dict[str, Candidate] = {}
-    for found in candidates:
-        settings = relevant(found.config.resolved, Separates.RUNS)
-        first.setdefault(json.dumps([str(found.path), settings], sort_keys=True), found)
+    for member in candidates:
+        settings = relevant(member.config.resolved, Separates.RUNS)
+        first.setdefault(json.dumps([str(member.plan.path), settings], sort_keys=True), member)
     return [*first.values()]
 
 
+class Group(NamedTuple):
+    """Candidates that may train as one stack."""
+
+    shared: dict[str, Any]
+    """the settings that they have in common"""
+    saved: Path | None
+    """where the stack is saved that they resume together, if they do"""
+    members: list[Candidate]
+
+
 def stacks_of(candidates: Sequence[Candidate], most: int) -> list[list[Candidate]]:
-    """The candidates by stack of at most so many, in stack order; says what keeps one stack from another."""
-    groups: list[tuple[dict[str, Any], Path | None, list[Candidate]]] = []
-    for member in candidates:
-        # Of the method just that: a stack asks one teacher, or none.
-        shared = shared_settings(member.config.resolved) | {"method": member.config.method.needs_teacher}
-        saved = member.place.folder.path if member.place else None
-        for other, other_saved, members in groups:
-            if (shared, saved) == (other, other_saved):
-                members.append(member)
-                break
-        else:
-            groups.append((shared, saved, [member]))
+    """The candidates by stack of at most so many, in stack order; logs what keeps one stack from another."""
+    groups = grouped(candidates)
     stacks = []
-    for shared, _, members in groups:
-        first = groups[0][2]
-        alike = next(others for settings, _, others in groups if settings == shared)
-        if alike is not members:
-            why = "what was cut off goes on from where it was saved"
-            log.info("%s cannot be stacked with %s: %s", told(members), told(alike), why)
-        elif first is not members:
-            difference = first_difference(groups[0][0], shared) or "paths"
-            what = difference.removesuffix("._target_")
-            log.info("%s cannot be stacked with %s: another %s", told(members), told(first), what)
-        ordered = sorted(members, key=stack_position)
+    for group in groups:
+        if reason := why_apart(group, groups):
+            log.info("%s cannot be stacked with %s: %s", job_names(group.members), *reason)
+        ordered = sorted(group.members, key=stack_position)
         cuts = portions(len(ordered), most)
         if len(cuts) > 1:
-            log.info("%s make %d stacks of at most %d students", told(members), len(cuts), most)
+            log.info("%s make %d stacks of at most %d students", job_names(ordered), len(cuts), most)
         stacks += [ordered[cut.start : cut.stop] for cut in cuts]
     return stacks
 
 
+def grouped(candidates: Sequence[Candidate]) -> list[Group]:
+    """The candidates by what a stack shares."""
+    groups: list[Group] = []
+    for member in candidates:
+        # Of the method only that: a stack has one teacher, or none.
+        shared = shared_settings(member.config.resolved) | {"method": member.config.method.needs_teacher}
+        saved = member.place.folder.path if member.place else None
+        for group in groups:
+            if (shared, saved) == (group.shared, group.saved):
+                group.members.append(member)
+                break
+        else:
+            groups.append(Group(shared, saved, [member]))
+    return groups
+
+
+def why_apart(group: Group, groups: Sequence[Group]) -> tuple[str, str] | None:
+    """Which jobs the group is not stacked with, and why; None if it is the first of `groups`."""
+    first = groups[0]
+    similar = next(other for other in groups if other.shared == group.shared)
+    if similar is not group:
+        return job_names(similar.members), "interrupted runs resume where they were saved"
+    if group is first:
+        return None
+    difference = first_difference(first.shared, group.shared) or "paths"
+    return job_names(first.members), f"different {difference.removesuffix('._target_')}"
+
+
 def stack_position(member: Candidate) -> tuple[Any, ...]:
-    """Sorts the members of one stack; one that goes on keeps its place."""
+    """Sorts the members of one stack; one that resumes keeps its place."""
     return (member.place.student,) if member.place else in_stack_order(member.config.resolved)
 
 
-def told(members: Sequence[Candidate]) -> str:
+def job_names(members: Sequence[Candidate]) -> str:
     """`jobs 0-3, 7`."""
     numbers = sorted(member.job.number for member in members)
-    runs: list[list[int]] = []
+    spans: list[list[int]] = []
     for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
         else:
-            runs.append([number, number])
-    spans = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"job{'s' if len(numbers) > 1 else ''} {spans}"
+            spans.append([number, number])
+    listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return f"job{'s' if len(numbers) > 1 else ''} {listed}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitkd.runs.checkpoints import newest_good, write_checkpoint
 from vitkd.runs.stack_folder import StackFolder
 
-# What is no student's own.
+# What belongs to no single student.
 SHARED = {"loops", "lr_schedulers", "random_state", "step", "param_groups", "StackedImages"}
 
 
@@ -37,11 +37,11 @@ def take_students(content: Any, students: Sequence[int], count: int) -> Any:
 
 
 def carry_over(before: StackFolder, students: Sequence[int], count: int, to: StackFolder) -> None:
-    """Let `students` of the `count` that were saved in `before` go on in another stack."""
-    found = newest_good(before.last)
-    if found is None:
+    """Copy `students` of the `count` that are saved in `before` to the checkpoint of another stack."""
+    checkpoint = newest_good(before.last)
+    if checkpoint is None:
         return
-    content = take_students(found[1], students, count)
-    failed = found[1]["failed"]
+    _, saved = checkpoint
+    content, failed = take_students(saved, students, count), saved["failed"]
     content["failed"] = {new: failed[old] for new, old in enumerate(students) if old in failed}
     write_checkpoint(to.last, content)

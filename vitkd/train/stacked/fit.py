@@ -1,4 +1,4 @@
-"""Fitting a stack of students: one training, and for each student what a run of its own would leave.
+"""Fit a stack of students: one training, and for each student what a run of its own would leave.
 
 Shapes: S stacked students.
 """
@@ -27,12 +27,12 @@ from vitkd.train.fit import (
     Settings,
     averaging,
     build_trainer,
-    curves_of,
+    curve_loggers,
+    find_checkpoint,
     progress_bar,
     run_trainer,
-    where_to_go_on,
 )
-from vitkd.train.progress import StackLines, told_figures
+from vitkd.train.progress import StackLines, format_metrics
 from vitkd.train.stacked import StackedImages, StackedModule, unstack
 
 log = logging.getLogger("vitkd")
@@ -42,7 +42,7 @@ FILES_A_STUDENT, OTHER_FILES = 4, 256
 
 
 def room_for(students: int) -> int:
-    """How many of the students may be stacked at once, as open files go; asks for more files if need be."""
+    """How many students may be stacked at once by the limit on open files, which is raised if need be."""
     if sys.platform == "win32":
         return students
     import resource
@@ -56,10 +56,10 @@ def room_for(students: int) -> int:
 
 
 class StackCheckpointing(Checkpointing):
-    """Saves a stack every few minutes, before a signal has its effect, and when training ends.
+    """Saves a stack every few minutes, before a signal takes effect, and when training ends.
 
     Not at every epoch's end, as a single student is: an epoch of many small students takes less time than
-    writing all of them down.
+    saving all of them.
     """
 
     def __init__(self, folder: StackFolder, minutes: float, signals: PostponedSignals) -> None:
@@ -125,25 +125,25 @@ def validated_weights(trainer: L.Trainer) -> dict[str, Tensor]:
 
 
 class StudentLines(Callback):
-    """One plain line an epoch in each student's own run.log, and a warning when one is given up."""
+    """One plain line an epoch in each student's own run.log, and a warning when one fails."""
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self.folders = folders
-        self._given_up: set[int] = set()
+        self._warned: set[int] = set()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         failed: dict[int, str] = pl_module.failed  # type: ignore[assignment]
-        for student in sorted(failed.keys() - self._given_up):
+        for student in sorted(failed.keys() - self._warned):
             log.warning("warning: %s: %s", self.folders[student].path, failed[student])
-            self._given_up.add(student)
+            self._warned.add(student)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: values.tolist() for name, values in trainer.callback_metrics.items()}
         epoch = f"{datetime.now():%Y-%m-%d %H:%M:%S} epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         for student, folder in enumerate(self.folders):
-            told = told_figures({name: values[student] for name, values in metrics.items()})
+            columns = format_metrics({name: values[student] for name, values in metrics.items()})
             with folder.log.open("a", encoding="utf-8") as file:
-                file.write(f"{epoch}  {told}\n")
+                file.write(f"{epoch}  {columns}\n")
 
 
 def fit_stack(
@@ -154,16 +154,16 @@ def fit_stack(
     settings: Settings,
     callbacks: Sequence[Callback],
 ) -> list[Fitted | str]:
-    """Train the stack, from where it was saved in `place` if it was.
+    """Train the stack, from its checkpoint in `place` if there is one.
 
-    Returns what each student's own fit would, or the line that says why it failed.
+    Returns for each student what its own fit would, or the line that says why it failed.
 
     Raises:
         RunError: the disk is full.
         ConfigError: a setting of the Trainer does not suit it after all.
     """
-    checkpoint, start = where_to_go_on(place.last)
-    loggers: list[list[Logger]] = [curves_of(folder, start) for folder in folders]
+    checkpoint, start = find_checkpoint(place.last)
+    loggers: list[list[Logger]] = [curve_loggers(folder, start) for folder in folders]
     lines = [StackLines(), StudentLines(folders), *progress_bar()]
     with PostponedSignals() as signals:
         checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
@@ -194,7 +194,7 @@ def fitted(
     checkpointing: StackCheckpointing,
     weights: dict[str, Tensor],
 ) -> Fitted:
-    """One student's models and figures; `weights` are the stack's after the last step."""
+    """One student's models and metrics; `weights` are the stack's after the last step."""
     module = trainer.lightning_module
     assert isinstance(module, StackedModule)
     validated = bool(checkpointing.best_epochs)
@@ -215,7 +215,7 @@ def fitted(
 
 
 def write_checkpoints(folder: RunFolder, student: Fitted) -> None:
-    """Leave a student's checkpoints; there is nothing in them to go on from, since it is done."""
+    """Write a student's checkpoints: weights only, for a run that is done is not resumed."""
     epochs = {folder.last: student.metrics["epochs"]}
     if student.best is not student.last:
         epochs[folder.best] = student.metrics["best_epoch"]
