@@ -320,7 +320,9 @@ def test_nested_settings_from_the_command_line(read):
     )
 
     assert config.granularity == Head(blocks=[1], heads=[[0, 2], [3, 1]])
-    (pair,) = config.granularity.pairs(config.student, config.teacher.model)
+    (pair,) = config.granularity.pairs(
+        config.student.attention_layouts(), config.teacher.model.attention_layouts()
+    )
     assert (pair.student_heads, pair.teacher_heads) == ((0, 3), ((2,), (1,)))
     assert config.optimizer.betas == [0.8, 0.95]
     assert (config.optimizer.lr, config.teacher.optimizer.lr) == (1e-3, 2e-3)

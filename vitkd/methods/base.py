@@ -73,7 +73,8 @@ class Objective(nn.Module, ABC):
 
     def curve_values(self, terms: Terms) -> Tensor:
         """The mean over images of each value that `curves` names [*S, P], without gradient."""
-        return torch.cat([*terms.values()], dim=-1).detach().mean(-2)
+        means = [values.detach().mean(-2) for values in terms.values()]
+        return torch.cat(means, dim=-1) if len(means) > 1 else means[0]
 
 
 @dataclass

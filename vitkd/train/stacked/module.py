@@ -264,18 +264,16 @@ class StackedModule(DistillModule):
 
     def _spread(self, groups: Sequence[StudentGroup], transfers: Sequence[Transfer]) -> Transfer:
         """The groups' values [students, …] as [S, …], 0 for students outside."""
-        values = [F.pad(each.values, (0, self._most_values - each.values.shape[-1])) for each in transfers]
-        ones = [torch.ones_like(each.loss) for each in transfers]
+        padded = [F.pad(each.values, (0, self._most_values - each.values.shape[-1])) for each in transfers]
+        loss = self._on_all(groups, [each.loss for each in transfers])
+        values = self._on_all(groups, padded)
+        if all(each.image_weight is None for each in transfers):
+            return Transfer(loss, loss, values)
+        weighted = self._on_all(groups, [each.weighted for each in transfers])
         weights = [
-            one if each.image_weight is None else each.image_weight
-            for one, each in zip(ones, transfers, strict=True)
+            torch.ones_like(each.loss) if (w := each.image_weight) is None else w for each in transfers
         ]
-        return Transfer(
-            self._on_all(groups, [each.loss for each in transfers]),
-            self._on_all(groups, [each.weighted for each in transfers]),
-            self._on_all(groups, values),
-            self._on_all(groups, weights),
-        )
+        return Transfer(loss, weighted, values, self._on_all(groups, weights))
 
     def _on_all(self, groups: Sequence[StudentGroup], of_groups: Sequence[Tensor]) -> Tensor:
         parts, position, rest = [], 0, of_groups[0].shape[1:]
