@@ -31,10 +31,8 @@ def python(*arguments: str, cwd: Path, path: Path) -> subprocess.CompletedProces
 def wheel(tmp_path_factory) -> Path:
     """The wheel that pip builds from this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
-    line = ["-m", "pip", "wheel", str(ROOT), "--no-deps", "--quiet", "--wheel-dir", str(folder)]
+    line = ["-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
     built = python(*line, cwd=folder, path=folder)
-    if "No matching distribution found for hatchling" in built.stderr:
-        pytest.skip("building needs hatchling, and no package index is in reach")
     assert built.returncode == 0, built.stderr
     (file,) = folder.glob("*.whl")
     return file
