@@ -74,7 +74,7 @@ def test_what_is_imported_is_declared(folder, declared):
 
     assert "torch" in modules or folder == "hydra_plugins"
     for module in modules:
-        providers = {canonicalize_name(name) for name in distributions[module]}
+        providers = {canonicalize_name(name) for name in distributions.get(module, [])}
         assert providers & names_of(declared), f"{module} comes with {providers}: name it in pyproject.toml"
 
 
