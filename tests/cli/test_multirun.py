@@ -312,7 +312,7 @@ class TestAgain:
         ended = auto("seed=1")
 
         assert (ended.code, ended.err) == (0, "")
-        assert "done before" in ended.out
+        assert "already done" in ended.out
         assert str(outputs.folder("seed1")) in ended.out
         assert contents(outputs.path / "digits") == before
 
