@@ -113,6 +113,19 @@ def test_nothing_but_the_command_imports_the_recipe():
     assert importers == {"train/__main__"}
 
 
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_no_architecture_is_named_outside_models(file):
+    """A model says what it has: attention layouts, a distillation token, parameters that stack."""
+    named = {name.rpartition(".")[2] for name in imported(file)} & {
+        "ViT",
+        "ViTConfig",
+        "ResNet",
+        "ResNetConfig",
+    }
+
+    assert room_of(file) == "models" or not named
+
+
 def test_the_rules_would_notice(tmp_path):
     """The walk sees imports inside functions and under aliases."""
     file = tmp_path / "new.py"
