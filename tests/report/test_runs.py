@@ -10,7 +10,7 @@ from filelock import FileLock
 from vitkd import __version__
 from vitkd.errors import ConfigError
 from vitkd.report.curves import band, last, median_ratio, read_curves
-from vitkd.report.parsing import flatten
+from vitkd.report.parsing import settings_of
 from vitkd.report.runs import Run, find_runs, read_run
 from vitkd.report.settings import option
 from vitkd.runs.folder import RunFolder
@@ -219,7 +219,7 @@ def test_options_are_called_as_they_are_typed(group, target, name):
 
 
 def test_settings_are_flat():
-    assert flatten({"a": {"b": [1, None], "c": None}, "d": 1.5}) == {
+    assert settings_of({"a": {"b": [1, None], "c": None}, "d": 1.5}) == {
         "a.b": "[1, null]",
         "a.c": None,
         "d": 1.5,

@@ -3,8 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,24 +35,21 @@ class Band(NamedTuple):
 
 
 def read_curves(path: Path) -> Curves:
-    """The curves in the file `path`: empty if it is absent, the complete lines if it is cut."""
-    curves = Curves({}, {}, {})
-    with suppress(OSError, ValueError, csv.Error):
+    """The curves in the file `path`: empty if it is absent or damaged, the complete lines if it is cut."""
+    try:
         content = path.read_bytes()
         # What follows the last line break was being written when the process died.
-        rows = csv.reader(io.StringIO(content[: content.rfind(b"\n") + 1].decode(), newline=""))
-        header = next(rows, [])
-        step = header.index("step")
-        columns = [
-            (header.index(name), factor, curve)
-            for curve, (name, factor) in zip(curves, FACTORS.items(), strict=True)
-            if name in header
-        ]
-        for row in rows:
-            for column, factor, curve in columns:
-                if column < len(row) and row[column] and math.isfinite(value := float(row[column])):
-                    curve[int(row[step])] = factor * value
-    return curves
+        complete = content[: content.rfind(b"\n") + 1].decode()
+        rows = [*csv.DictReader(io.StringIO(complete, newline=""))]
+        return Curves(*(curve(rows, column, factor) for column, factor in FACTORS.items()))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return Curves({}, {}, {})
+
+
+def curve(rows: Sequence[Mapping[str, str]], column: str, factor: float) -> dict[int, float]:
+    """Step → finite value of a column, times `factor`."""
+    values = {int(row["step"]): factor * float(row[column]) for row in rows if row.get(column)}
+    return {step: value for step, value in values.items() if math.isfinite(value)}
 
 
 def band(curves: Sequence[dict[int, float]]) -> Band | None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vitkd.config.roles import Separates, relevant
 from vitkd.report.arms import (
     DEFAULTS,
     Arm,
@@ -19,7 +20,7 @@ from vitkd.report.arms import (
 from vitkd.report.formatting import count
 from vitkd.report.parsing import Settings, Value
 from vitkd.report.runs import Run
-from vitkd.report.settings import experiment_settings, format_settings, group_by, group_of
+from vitkd.report.settings import format_settings, group_by, group_of
 
 MAX_TITLE_SETTINGS = 4
 """Settings named in a title; the rest are counted."""
@@ -58,7 +59,7 @@ class Experiment:
 def find_experiments(runs: Iterable[Run]) -> list[Experiment]:
     """The experiments of the finished runs, those with the most runs first; teachers are left out."""
     students = [run for run in runs if run.state == "done" and not run.is_teacher]
-    groups = group_by(students, lambda run: tuple(experiment_settings(run.settings).items()))
+    groups = group_by(students, lambda run: tuple(relevant(run.settings, Separates.EXPERIMENTS).items()))
     settings = [dict(key) for key in groups]
     experiments = [
         make_experiment(title, shared, members)

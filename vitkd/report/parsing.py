@@ -2,11 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
+
+from vitkd.config.roles import flatten
 
 Value: TypeAlias = str | int | float | bool | None
 Settings: TypeAlias = dict[str, Value]
@@ -18,22 +21,20 @@ MAX_SETTINGS = 2_000
 """Real configurations have a hundred; YAML aliases can expand to more than fits into memory."""
 
 MAX_DEPTH = 50
-MAX_BYTES = 1 << 20
+MAX_BYTES = 4 << 20
 MAX_LINE = 200
 """Characters."""
 
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+parse_yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty one if the file is absent, too large or holds something else."""
+def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """What `parse` makes of a file; an empty mapping if it is absent, too large, cut or something else."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            return {}
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        content = parse(path.read_text(encoding="utf-8")) if path.stat().st_size <= MAX_BYTES else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_of_a_run(config: Mapping[str, Any]) -> bool:
@@ -55,26 +56,13 @@ def is_bounded(config: Mapping[Any, Any]) -> bool:
     return not stack
 
 
-def flatten(config: Mapping[Any, Any], prefix: str = "") -> Settings:
+def settings_of(config: Mapping[str, Any]) -> Settings:
     """Nested settings as dotted names → values, lists as JSON."""
-    flat: Settings = {}
-    for key, node in config.items():
-        if isinstance(node, Mapping):
-            flat |= flatten(node, f"{prefix}{key}.")
-        elif isinstance(node, list):
-            flat[f"{prefix}{key}"] = json.dumps(node, default=str)
-        else:
-            flat[f"{prefix}{key}"] = node if isinstance(node, Value) else str(node)
-    return flat
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if the file is absent, cut or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    settings = {name: value for name, value in flatten(config) if value != {}}
+    return {
+        name: value if isinstance(value, Value) else json.dumps(value, default=str)
+        for name, value in settings.items()
+    }
 
 
 def number(value: Any) -> float | None:

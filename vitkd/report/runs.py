@@ -18,14 +18,14 @@ from vitkd.errors import ConfigError
 from vitkd.report.curves import Curves, read_curves
 from vitkd.report.parsing import (
     Settings,
-    flatten,
     integer,
     is_of_a_run,
     number,
     one_line,
+    parse_yaml,
     percent,
-    read_config,
-    read_json,
+    read_mapping,
+    settings_of,
 )
 from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
 from vitkd.runs.version import version_problem
@@ -135,7 +135,7 @@ def run_folders(top: Path) -> Iterator[Path]:
 def recorded_folders(sweep: Path) -> Iterator[Path]:
     """The run folders of the jobs of a sweep, whose folder is <outputs>/sweeps/<time>."""
     for record in sorted(sweep.glob(JOB_RECORD)):
-        folder = read_json(record).get("folder")
+        folder = read_mapping(record).get("folder")
         if not isinstance(folder, str):
             continue
         # Relative to where the sweep was started: the working directory, or the parent of its outputs.
@@ -147,7 +147,7 @@ def recorded_folders(sweep: Path) -> Iterator[Path]:
 
 def read_run(path: Path) -> Run:
     """The run in the folder `path`, in whatever state; `problem` says what cannot be read."""
-    config = read_config(path / "config.yaml")
+    config = read_mapping(path / "config.yaml", parse_yaml)
     problem = "" if is_of_a_run(config) else "config.yaml is cut or not a run's"
     if not any((path / name).is_file() for name in ("status.json", "metrics.json")):
         return Run(path, "foreign", problem or "no status.json")
@@ -156,7 +156,7 @@ def read_run(path: Path) -> Run:
         return Run(path, "incompatible", other_version)
     if problem:
         return Run(path, "damaged", problem)
-    settings, status = flatten(config), read_json(path / "status.json")
+    settings, status = settings_of(config), read_mapping(path / "status.json")
     run = Run(
         path,
         state_of(path, status),
@@ -172,7 +172,7 @@ def read_run(path: Path) -> Run:
         finished=str(status.get("time", "")),
         is_teacher=bool(STORED_TEACHER.fullmatch(path.resolve().as_posix())),
     )
-    return with_metrics(run, read_json(path / "metrics.json")) if run.state == "done" else run
+    return with_metrics(run, read_mapping(path / "metrics.json")) if run.state == "done" else run
 
 
 def with_metrics(run: Run, metrics: Mapping[str, Any]) -> Run:
@@ -217,7 +217,7 @@ def is_locked(lock: Path) -> bool:
 
 def read_fidelity(path: Path) -> Fidelity | None:
     """The fidelity in the file `path`; None without the file, or if it names no epoch."""
-    content = read_json(path)
+    content = read_mapping(path)
     summary, epoch = content.get("summary"), content.get("epoch")
     divergence = number(summary.get("js_distilled")) if isinstance(summary, dict) else None
     return None if divergence is None or epoch not in ("best", "last") else Fidelity(divergence, epoch)

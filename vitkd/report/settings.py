@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from vitkd.config.roles import Separates, separates
+from vitkd.config.roles import Separates, relevant, separates
 from vitkd.report.parsing import Settings, Value
 
 T = TypeVar("T")
@@ -18,11 +18,7 @@ CLASS_SUFFIXES = {"method": "Distillation", "weighting": "Weighting"}
 
 def comparable(settings: Settings) -> Settings:
     """The settings that may change a result, without the seed; null counts as absent."""
-    kept = {
-        name: value
-        for name, value in settings.items()
-        if value is not None and separates(name, Separates.ARMS)
-    }
+    kept = {name: value for name, value in relevant(settings, Separates.ARMS).items() if value is not None}
     return dict(sorted((kept | {WEIGHTING: weighting_of(settings)}).items()))
 
 
@@ -30,11 +26,6 @@ def weighting_of(settings: Settings) -> str:
     """The option chosen in the group `weighting`, constant by default; a plugin's class by its full name."""
     target = str(settings.get(WEIGHTING) or "")
     return target if target and not target.startswith("vitkd.") else option(settings, "weighting") or CONSTANT
-
-
-def experiment_settings(settings: Settings) -> Settings:
-    """Those that all runs of an experiment share."""
-    return {name: value for name, value in settings.items() if separates(name, Separates.EXPERIMENTS)}
 
 
 def arm_settings(settings: Settings) -> Settings:

@@ -4,6 +4,7 @@ Pure functions of numbers; results have the unit of the input. All intervals are
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -150,15 +151,8 @@ def seeds_needed(gap: float, std: float) -> int | None:
     if std == 0:
         return 2
     effect = abs(gap) / std
-    if power(MAX_SEEDS, effect) < POWER:
-        return None
-    too_few, enough = 1, 2
-    while power(enough, effect) < POWER:
-        too_few, enough = enough, min(2 * enough, MAX_SEEDS)
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if power(middle, effect) >= POWER else (middle, enough)
-    return enough
+    seeds = bisect_left(range(MAX_SEEDS + 1), POWER, lo=2, key=lambda n: power(n, effect))
+    return seeds if seeds <= MAX_SEEDS else None
 
 
 def pooled_std(summaries: Sequence[Summary]) -> float | None:
