@@ -5,8 +5,7 @@ import json
 import pytest
 from scipy import stats
 
-from vitkd.report.comparison import Comparison, compare
-from vitkd.report.controls import control_name
+from vitkd.report.comparison import Comparison, compare, control_name
 from vitkd.report.experiments import find_experiments
 from vitkd.report.notes import CONTROLS_HEADING
 from vitkd.report.runs import find_runs

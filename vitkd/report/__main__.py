@@ -12,11 +12,10 @@ from vitkd.errors import ConfigError
 from vitkd.report.comparison import compare
 from vitkd.report.experiments import find_experiments
 from vitkd.report.exports import csv_text, json_text
-from vitkd.report.markdown import markdown
 from vitkd.report.notes import remarks_on, teacher_lines
-from vitkd.report.page import page
+from vitkd.report.pages import pages
 from vitkd.report.runs import find_runs
-from vitkd.report.terminal import print_report
+from vitkd.report.tables import print_report
 from vitkd.runs.files import write_atomically
 
 USAGE_ERROR = 2
@@ -61,10 +60,9 @@ def report(folders: Sequence[Path], out: Path) -> None:
     comparisons = [compare(experiment) for experiment in find_experiments(runs)]
     teachers, remarks = teacher_lines(runs), remarks_on(runs, folders)
     contents = {
-        "report.md": markdown(comparisons, teachers, remarks),
         "report.csv": csv_text(comparisons),
         "report.json": json_text(comparisons, runs, remarks),
-        "report.html": page(comparisons, runs, remarks),
+        **pages(comparisons, runs, remarks),
     }
     write_files(out, contents)
     console = Console(highlight=False)

@@ -22,9 +22,6 @@ DEFAULTS: Settings = {
 }
 """Values left out of names, however many runs have them."""
 
-IN_TOKEN_OBJECTIVE = {"method.targets", "method.attention_weight"}
-"""Settings that `Arm.objective` names already."""
-
 
 @dataclass
 class Arm:
@@ -104,6 +101,13 @@ class Arm:
         return {seed: float(value) for seed, value in values.items() if value is not None}
 
 
+def arms_of(runs: Iterable[Run]) -> list[Arm]:
+    """The arms that `runs` form, named and in the table's order, with the newest run of each seed."""
+    arms = [Arm(newest_by_seed(group)) for group in group_by_arm(runs)]
+    name_extras(arms)
+    return sorted(arms, key=table_order)
+
+
 def newest_by_seed(runs: Iterable[Run]) -> dict[int, Run]:
     """One run a seed, the one that finished last."""
     newest = {run.seed: run for run in sorted(runs, key=lambda run: (run.finished, run.path))}
@@ -134,13 +138,11 @@ def name_extras(arms: Sequence[Arm]) -> None:
 
     The settings of a loss are compared among arms of that loss, and so on.
     """
-    peers: dict[tuple[str, str], list[Arm]] = {}
     for arm in arms:
         arm.extra = {} if arm.weighting == CONSTANT else {WEIGHTING: arm.weighting}
-        for group, choice in choices(arm).items():
-            peers.setdefault((group, choice), []).append(arm)
-    for (group, _), members in peers.items():
-        add_differences(group, members)
+    chosen = [(choice, arm) for arm in arms for choice in choices(arm).items()]
+    for (group, _), members in group_by(chosen, lambda pair: pair[0]).items():
+        add_differences(group, [arm for _, arm in members])
     for arm in arms:
         arm.extra = dict(sorted(arm.extra.items()))
 
@@ -181,7 +183,7 @@ def settings_in(group: str, arm: Arm) -> Settings:
     if arm.method == "attention" or arm.first.attention_weight:
         named |= {"granularity._target_", "loss._target_"}
     if arm.method == "token":
-        named |= IN_TOKEN_OBJECTIVE
+        named |= {"method.targets", "method.attention_weight"}
     return {
         name: value
         for name, value in settings.items()

@@ -1,18 +1,22 @@
 """Experiments with their metrics: every arm against the student alone, and attention against its controls."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from vitkd.report.arms import Arm
-from vitkd.report.controls import control_pairs
 from vitkd.report.experiments import Experiment
 from vitkd.report.formatting import count
+from vitkd.report.parsing import Settings
+from vitkd.report.settings import arm_settings, format_settings, group_of
 from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std, summarise
 from vitkd.report.verdicts import MIN_SEEDS, Outcome, Spread, Verdict, judge, seeds_to_detect
 from vitkd.statistics import holm
 
 BASELINE = Verdict(Outcome.BASELINE, "baseline")
+
+UNCONTROLLED: Settings = {"method.control": None, "teacher.trained": True}
+"""Settings with which attention is distilled from the teacher's own maps, and their defaults."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ class Comparison:
         if not outcomes:
             return "Only the student alone: nothing to compare."
         if self.experiment.baseline is None:
-            return f"No run of the student alone ({self._baseline_settings}): gains cannot be computed."
+            # method=token adds a token to the student.
+            has_token = self.experiment.settings.get("student.distillation_token")
+            settings = "method=none student.distillation_token=true," if has_token else "method=none"
+            return f"No run of the student alone ({settings} or alpha=1): gains cannot be computed."
         counts = {
             "harmful": outcomes.count(Outcome.HURTS),
             "without evidence": outcomes.count(Outcome.NO_EVIDENCE),
@@ -80,13 +87,6 @@ class Comparison:
         parts = [count(outcomes.count(Outcome.REAL), "real gain")]
         parts += [f"{number} {what}" for what, number in counts.items() if number]
         return f"{count(len(outcomes), 'arm')} against the student alone: {', '.join(parts)}."
-
-    @property
-    def _baseline_settings(self) -> str:
-        """Settings that train the same student alone; method=token adds a token to it."""
-        if self.experiment.settings.get("student.distillation_token"):
-            return "method=none student.distillation_token=true, or alpha=1"
-        return "method=none or alpha=1"
 
 
 def compare(experiment: Experiment) -> Comparison:
@@ -124,7 +124,9 @@ def summary_of(arm: Arm, metric: str) -> Summary:
 
 def contrasts_of(experiment: Experiment) -> list[Contrast]:
     """Every arm that learned from its teacher's own maps against each of its controls."""
-    pairs = control_pairs(experiment.arms)
+    arms = experiment.arms
+    own = [arm for arm in arms if uses_own_maps(arm)]
+    pairs = [(arm, control) for arm in own for control in arms if is_control(control, arm)]
     gains = [paired_gain(arm.metric("acc_last"), control.metric("acc_last")) for arm, control in pairs]
     corrected = holm([gain.p for gain in gains])
     spreads = spreads_of(experiment.baseline, gains)
@@ -157,3 +159,46 @@ def spreads_of(baseline: Arm | None, gains: Sequence[Gain | None]) -> list[Sprea
         else gain and borrowed
         for gain in gains
     ]
+
+
+def uses_own_maps(arm: Arm) -> bool:
+    """Whether it learns from its teacher's own maps."""
+    return arm.method == "attention" and not control_settings(arm)
+
+
+def is_control(control: Arm, arm: Arm) -> bool:
+    """Whether `control` trained as `arm` in every shared seed, but for what replaces the maps.
+
+    If it is of another method without maps, only teacher, alpha and weighting have to be equal.
+    """
+    if uses_own_maps(control) or control.first.attention_weight:
+        return False
+    ignored = {*UNCONTROLLED}
+    if control.method != arm.method:
+        ignored |= {"method", "granularity", "loss"}
+    if control.first.settings.get("teacher.trained") is False:
+        ignored |= {"teacher.seed", "teacher.checkpoint"}  # which random weights it has is chance
+    seeds = sorted(control.runs.keys() & arm.runs.keys())
+    return bool(seeds) and all(
+        settings_at(seed, control, ignored) == settings_at(seed, arm, ignored) for seed in seeds
+    )
+
+
+def settings_at(seed: int, arm: Arm, ignored: Set[str]) -> Settings:
+    """The settings of an arm's run, without those and the groups in `ignored`."""
+    settings = arm_settings(arm.runs[seed].settings)
+    return {name: value for name, value in settings.items() if not {name, group_of(name)} & ignored}
+
+
+def control_settings(arm: Arm) -> Settings:
+    """Its settings that replace the teacher's own maps."""
+    values = {name: arm.first.settings.get(name, default) for name, default in UNCONTROLLED.items()}
+    return {name: value for name, value in values.items() if value != UNCONTROLLED[name]}
+
+
+def control_name(control: Arm, arm: Arm) -> str:
+    """What tells a control from the arm it controls."""
+    if control.method != arm.method:
+        return control.label_without_alpha
+    differing = {name: value for name, value in control.extra.items() if arm.extra.get(name) != value}
+    return format_settings(dict(sorted((differing | control_settings(control)).items())))

@@ -8,15 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vitkd.config.roles import Separates, relevant
-from vitkd.report.arms import (
-    DEFAULTS,
-    Arm,
-    group_by_arm,
-    has_teacher_per_seed,
-    name_extras,
-    newest_by_seed,
-    table_order,
-)
+from vitkd.report.arms import DEFAULTS, Arm, arms_of, has_teacher_per_seed, newest_by_seed
 from vitkd.report.formatting import count
 from vitkd.report.parsing import Settings, Value
 from vitkd.report.runs import Run
@@ -71,11 +63,8 @@ def find_experiments(runs: Iterable[Run]) -> list[Experiment]:
 def make_experiment(title: str, settings: Settings, runs: Sequence[Run]) -> Experiment:
     """One experiment of runs that share `settings`."""
     alone = [run for run in runs if run.is_student_alone]
-    groups = group_by_arm(run for run in runs if not run.is_student_alone)
-    arms = [Arm(newest_by_seed(group)) for group in groups]
-    name_extras(arms)
-    arms.sort(key=table_order)
-    older = sum(map(len, groups)) - sum(len(arm.runs) for arm in arms)
+    arms = arms_of(run for run in runs if not run.is_student_alone)
+    older = len(runs) - len(alone) - sum(len(arm.runs) for arm in arms)
     return Experiment(
         title,
         settings,
@@ -121,8 +110,8 @@ def titles(experiments: Sequence[Mapping[str, Value]]) -> list[str]:
     for settings in experiments:
         peers = [peer for peer in experiments if peer.get("dataset.name") == settings.get("dataset.name")]
         names = sorted({name for peer in peers for name in peer}, key=title_order)
-        differing = [name for name in names if applies(name, settings, peers) and differs(name, peers)]
-        differing = [name for name in differing if name not in DEFAULTS or settings[name] != DEFAULTS[name]]
+        applying = [name for name in names if applies(name, settings, peers) and differs(name, peers)]
+        differing = [name for name in applying if name not in DEFAULTS or settings[name] != DEFAULTS[name]]
         named = {name: settings.get(name) for name in differing[:MAX_TITLE_SETTINGS]}
         parts = [str(settings.get("dataset.name")), format_settings(named)]
         if len(differing) > MAX_TITLE_SETTINGS:

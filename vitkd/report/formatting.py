@@ -10,6 +10,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def shortened(text: str, length: int = 34) -> str:
+    """Text of at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def signed(value: float) -> str:
     """`+0.17` or `−0.67`; `0.00` without a sign."""
     text = f"{value:+.2f}".replace("-", MINUS)

@@ -72,12 +72,13 @@ def equivalent_arms(comparison: Comparison) -> str:
 def remarks_on(runs: Sequence[Run], folders: Sequence[Path]) -> list[str]:
     """One line for each run that was left out, or for many of one state, and for each folder without runs."""
     lines = []
-    for state, affected in group_by(runs, lambda run: run.state).items():
+    unfinished = group_by((run for run in runs if run.state != "done"), lambda run: run.state)
+    for state, affected in unfinished.items():
         reasons = [f" ({run.problem})" if run.problem else "" for run in affected]
-        if len(affected) > MAX_LINES and state != "done":
+        if len(affected) > MAX_LINES:
             reason = reasons[0] if len({*reasons}) == 1 else ""
             lines.append(f"{count(len(affected), 'run')} {state}{reason}: left out; report.json lists them")
-        elif state != "done":
+        else:
             lines += [f"{r.path}: {state}{why}, left out" for r, why in zip(affected, reasons, strict=True)]
     empty = [folder for folder in folders if not any(run_folders(folder))]
     return lines + [f"{folder}: no runs in it" for folder in empty]

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from vitkd.config.roles import flatten
+from vitkd.report.formatting import shortened
 
 Value: TypeAlias = str | int | float | bool | None
 Settings: TypeAlias = dict[str, Value]
@@ -84,5 +85,4 @@ def percent(value: Any) -> float | None:
 
 def one_line(value: Any) -> str:
     """Text on one line, shortened to `MAX_LINE`."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 1]}…"
+    return shortened(" ".join(str(value).split()), MAX_LINE)

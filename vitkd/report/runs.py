@@ -15,18 +15,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from vitkd.errors import ConfigError
+from vitkd.report import parsing
 from vitkd.report.curves import Curves, read_curves
-from vitkd.report.parsing import (
-    Settings,
-    integer,
-    is_of_a_run,
-    number,
-    one_line,
-    parse_yaml,
-    percent,
-    read_mapping,
-    settings_of,
-)
+from vitkd.report.parsing import Settings, number
 from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
 from vitkd.runs.version import version_problem
 
@@ -135,7 +126,7 @@ def run_folders(top: Path) -> Iterator[Path]:
 def recorded_folders(sweep: Path) -> Iterator[Path]:
     """The run folders of the jobs of a sweep, whose folder is <outputs>/sweeps/<time>."""
     for record in sorted(sweep.glob(JOB_RECORD)):
-        folder = read_mapping(record).get("folder")
+        folder = parsing.read_mapping(record).get("folder")
         if not isinstance(folder, str):
             continue
         # Relative to where the sweep was started: the working directory, or the parent of its outputs.
@@ -147,8 +138,8 @@ def recorded_folders(sweep: Path) -> Iterator[Path]:
 
 def read_run(path: Path) -> Run:
     """The run in the folder `path`, in whatever state; `problem` says what cannot be read."""
-    config = read_mapping(path / "config.yaml", parse_yaml)
-    problem = "" if is_of_a_run(config) else "config.yaml is cut or not a run's"
+    config = parsing.read_mapping(path / "config.yaml", parsing.parse_yaml)
+    problem = "" if parsing.is_of_a_run(config) else "config.yaml is cut or not a run's"
     if not any((path / name).is_file() for name in ("status.json", "metrics.json")):
         return Run(path, "foreign", problem or "no status.json")
     other_version = version_problem(config)
@@ -156,11 +147,11 @@ def read_run(path: Path) -> Run:
         return Run(path, "incompatible", other_version)
     if problem:
         return Run(path, "damaged", problem)
-    settings, status = settings_of(config), read_mapping(path / "status.json")
+    settings, status = parsing.settings_of(config), parsing.read_mapping(path / "status.json")
     run = Run(
         path,
         state_of(path, status),
-        one_line(status.get("error", "")),
+        parsing.one_line(status.get("error", "")),
         settings=comparable(settings),
         seed=config["seed"],
         dataset=str(settings.get("dataset.name")),
@@ -172,24 +163,24 @@ def read_run(path: Path) -> Run:
         finished=str(status.get("time", "")),
         is_teacher=bool(STORED_TEACHER.fullmatch(path.resolve().as_posix())),
     )
-    return with_metrics(run, read_mapping(path / "metrics.json")) if run.state == "done" else run
+    return with_metrics(run, parsing.read_mapping(path / "metrics.json")) if run.state == "done" else run
 
 
 def with_metrics(run: Run, metrics: Mapping[str, Any]) -> Run:
     """A finished run with its metrics; damaged if there are none."""
-    if (last := percent(metrics.get("test/acc_last"))) is None:
+    if (last := parsing.percent(metrics.get("test/acc_last"))) is None:
         return replace(run, state="damaged", problem="metrics.json is cut or not a run's")
     return replace(
         run,
         acc_last=last,
-        acc_best=percent(metrics.get("test/acc_best")),
-        agreement=percent(metrics.get("test/teacher_agreement")),
+        acc_best=parsing.percent(metrics.get("test/acc_best")),
+        agreement=parsing.percent(metrics.get("test/teacher_agreement")),
         wall_seconds=number(metrics.get("wall_seconds")),
-        epochs=integer(metrics.get("epochs")),
-        steps=integer(metrics.get("steps")),
-        stacked=integer(metrics.get("stack/students")),
-        teacher=one_line(metrics.get("teacher/weights") or "") or None,
-        teacher_acc=percent(metrics.get("teacher/test_acc")),
+        epochs=parsing.integer(metrics.get("epochs")),
+        steps=parsing.integer(metrics.get("steps")),
+        stacked=parsing.integer(metrics.get("stack/students")),
+        teacher=parsing.one_line(metrics.get("teacher/weights") or "") or None,
+        teacher_acc=parsing.percent(metrics.get("teacher/test_acc")),
         fidelity=read_fidelity(run.path / "explain" / "fidelity.json"),
     )
 
@@ -217,7 +208,7 @@ def is_locked(lock: Path) -> bool:
 
 def read_fidelity(path: Path) -> Fidelity | None:
     """The fidelity in the file `path`; None without the file, or if it names no epoch."""
-    content = read_mapping(path)
+    content = parsing.read_mapping(path)
     summary, epoch = content.get("summary"), content.get("epoch")
     divergence = number(summary.get("js_distilled")) if isinstance(summary, dict) else None
     return None if divergence is None or epoch not in ("best", "last") else Fidelity(divergence, epoch)

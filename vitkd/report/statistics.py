@@ -64,17 +64,12 @@ class Gain(NamedTuple):
 
 def summarise(values: Sequence[float]) -> Summary:
     """Mean, standard deviation and interval of `values`."""
-    n = len(values)
-    if n == 0:
-        return Summary(0, None, None, None)
-    mean = float(np.mean(values))
-    if n == 1:
-        return Summary(1, mean, None, None)
+    n, mean = len(values), float(np.mean(values)) if len(values) else None
+    if mean is None or n == 1:
+        return Summary(n, mean, None, None)
     std = standard_deviation(values)
-    if std == 0:
-        return Summary(n, mean, 0.0, None)
     half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * std / math.sqrt(n)
-    return Summary(n, mean, std, Interval(mean - half, mean + half))
+    return Summary(n, mean, std, Interval(mean - half, mean + half) if std else None)
 
 
 def standard_deviation(values: Sequence[float]) -> float:

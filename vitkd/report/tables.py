@@ -1,11 +1,21 @@
-"""The columns of the report's tables, the same on the terminal, in Markdown and in HTML."""
+"""The tables of the report: their columns, the same in every file, and how the terminal shows them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vitkd.report.comparison import Comparison, Row
-from vitkd.report.controls import control_name
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vitkd.report.comparison import Comparison, Contrast, Row, control_name
 from vitkd.report.formatting import DASH, duration, interval, mean_interval, mean_std, p_text
+from vitkd.report.notes import CONTROLS_HEADING, notes_on
+from vitkd.report.verdicts import Outcome
+
+COLOURS = {Outcome.REAL: "green", Outcome.HURTS: "red", Outcome.BASELINE: "bold"}
+
+MIN_WIDTH = 130
+"""Characters; on a narrower terminal only the essential columns are shown."""
 
 
 class Column(NamedTuple):
@@ -59,11 +69,6 @@ def main_columns(comparison: Comparison) -> list[Column]:
     return with_content(columns, comparison.rows)
 
 
-def detail_columns(comparison: Comparison) -> list[Column]:
-    """The columns of the second table that have any content."""
-    return with_content(DETAILS, comparison.rows)
-
-
 def with_content(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
     """The columns with a cell that is neither empty nor a dash."""
     return [column for column in columns if any(column.cell(row).strip(DASH) for row in rows)]
@@ -74,3 +79,42 @@ def wall_time(row: Row) -> str:
     time = duration(row.wall_seconds.mean)
     is_stacked = any(run.stacked for run in row.arm.runs.values())
     return f"{time}, stacked" if is_stacked else time
+
+
+def print_report(
+    console: Console, comparisons: Sequence[Comparison], teachers: Sequence[str], remarks: Sequence[str]
+) -> None:
+    """Print the tables without their details, then one line for each teacher and remark."""
+    for comparison in comparisons:
+        columns = main_columns(comparison)
+        title = Text(f"\n{comparison.experiment.title}", style="bold")
+        console.print(title, table_of(columns, comparison.rows, console.width), sep="\n")
+        console.print(Text(comparison.headline))
+        for note in notes_on(comparison):
+            console.print(Text(f"note: {note}"), soft_wrap=True)
+        if comparison.contrasts:
+            heading = Text(f"\n{CONTROLS_HEADING}", style="bold")
+            console.print(heading, table_of(CONTRASTS, comparison.contrasts, console.width), sep="\n")
+    console.print("")
+    for line in [*(f"teacher: {teacher}" for teacher in teachers), *remarks]:
+        console.print(Text(line), soft_wrap=True)
+
+
+def table_of(columns: Sequence[Column], rows: Sequence[Row] | Sequence[Contrast], width: int) -> Table:
+    """One line a row; accuracies in percent."""
+    shown = [column for column in columns if column.is_essential or width >= MIN_WIDTH]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in shown:
+        is_last = column is shown[-1]
+        table.add_column(
+            column.heading,
+            justify="left" if column.is_text else "right",
+            no_wrap=not column.is_text,
+            overflow="fold",
+            ratio=int(is_last) or None,
+        )
+    for row in rows:
+        *cells, verdict = (Text(column.cell(row)) for column in shown)
+        verdict.style = COLOURS.get(row.verdict.outcome, "")
+        table.add_row(*cells, verdict)
+    return table

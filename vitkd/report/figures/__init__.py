@@ -6,8 +6,7 @@ from vitkd.report.comparison import Comparison
 from vitkd.report.figures.drawing import STYLE, PlotGroup
 from vitkd.report.figures.fidelity import fidelity
 from vitkd.report.figures.gains import gains, heat_map
-from vitkd.report.figures.learning_curves import learning_curves
-from vitkd.report.figures.over_alpha import accuracy_over_alpha, gradient_ratios
+from vitkd.report.figures.lines import accuracy_over_alpha, gradient_ratios, learning_curves
 
 
 def plot_groups(comparison: Comparison) -> list[PlotGroup]:
@@ -17,12 +16,6 @@ def plot_groups(comparison: Comparison) -> list[PlotGroup]:
         makers = [learning_curves]
     with matplotlib.rc_context(STYLE):
         groups = [make(comparison) for make in makers]
-    return [
-        group._replace(caption=f"{group.caption} {source(comparison)}") for group in groups if group.plots
-    ]
-
-
-def source(comparison: Comparison) -> str:
-    """Which runs are plotted."""
     runs = sum(len(arm.runs) for arm in comparison.experiment.rows)
-    return f"From {runs} runs: {comparison.experiment.title}."
+    source = f"From {runs} runs: {comparison.experiment.title}."
+    return [group._replace(caption=f"{group.caption} {source}") for group in groups if group.plots]

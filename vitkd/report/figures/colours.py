@@ -1,8 +1,4 @@
-"""Colours and markers of plots.
-
-Plots are drawn in placeholder colours, which `with_variables` replaces by CSS variables of the page, so
-that one plot serves light and dark mode.
-"""
+"""Colours and markers of plots: placeholders, which CSS variables replace for light and dark mode."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -22,13 +18,6 @@ VARIABLES = {
     **{colour: f"--ramp-{place}" for place, colour in enumerate(RAMP)},
 }
 MARKERS = "osD^vPX*"
-
-
-def with_variables(svg: str) -> str:
-    """SVG text with CSS variables in place of the placeholders."""
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg
 
 
 def ramp(index: int, total: int) -> str:

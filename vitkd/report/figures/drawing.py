@@ -3,38 +3,29 @@
 import io
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
-from vitkd.report.figures.colours import GRID, INK, QUIET, with_variables
+from vitkd.report.figures.colours import GRID, INK, QUIET, VARIABLES
+from vitkd.report.formatting import shortened
 
 WIDTH, HEIGHT = 4.4, 3.1
 """Inches."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "vitkd",
     "font.family": ["DejaVu Sans"],
     "font.size": 8.5,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
-    "axes.labelsize": 8.5,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.7),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     "lines.linewidth": 1.6,
     "lines.dashed_pattern": (4, 2),
     "lines.markersize": 5,
@@ -49,8 +40,6 @@ LEGEND_COLUMNS = ((9, 4), (15, 3), (25, 2))
 
 DECADES = 100
 """Values whose largest is at least this multiple of the smallest are drawn on a log axis."""
-
-ALPHA_LABEL = "alpha (weight of the class loss)"
 
 
 class Plot(NamedTuple):
@@ -85,12 +74,11 @@ def svg(figure: Figure, description: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = with_variables(text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
     # Verdana is as wide as DejaVu Sans, for which the figure was laid out.
     text = text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
-    return re.sub(
-        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ([^>]*?)height="[^"]*"', r"<svg \1\2", text, count=1
-    )
+    return re.sub(r' (width|height)="[^"]*"', "", text, count=2)
 
 
 def new_axes(figure: Figure, x: str, y: str, title: str = "") -> Axes:
@@ -121,38 +109,11 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, labelcolor=INK)
 
 
-def alpha_axis(axes: Axes, alphas: Iterable[float]) -> None:
-    """Tick the x axis at `alphas`, on a log scale if they span decades; 0 is one decade below the lowest."""
-    known = sorted(set(alphas))
-    positive = [alpha for alpha in known if alpha > 0]
-    if positive and positive[-1] / positive[0] >= DECADES:
-        axes.set_xscale("symlog", linthresh=positive[0], linscale=0.9)
-        axes.set_xlabel(f"{axes.get_xlabel()}, log scale")
-        axes.xaxis.set_minor_locator(NullLocator())
-    at = axes.xaxis.get_transform().transform(np.array(known))
-    kept = spaced(at, 0.06 * (at[-1] - at[0]))
-    axes.set_xticks([known[k] for k in kept], [f"{known[k]:g}" for k in kept])
-
-
-def spaced(at: Sequence[float] | np.ndarray, min_distance: float) -> list[int]:
-    """Indices of ascending positions at least `min_distance` apart, chosen from the right."""
-    kept: list[int] = []
-    for index in reversed(range(len(at))):
-        if not kept or at[kept[-1]] - at[index] >= min_distance:
-            kept.append(index)
-    return kept[::-1]
-
-
 def limits(values: Sequence[float], margin: float = 0.2) -> tuple[float, float]:
     """The ends of an axis with a margin around `values`."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     room = margin * (high - low) or 1.0
     return low - room, high + room
-
-
-def shortened(text: str, length: int = 34) -> str:
-    """Text of at most `length` characters."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def wrapped(text: str, length: int = 34) -> str:

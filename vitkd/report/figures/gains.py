@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from vitkd.report.comparison import Comparison, Row
 from vitkd.report.figures.colours import BAD, GOOD, INK, QUIET, readable_on
-from vitkd.report.figures.drawing import ALPHA_LABEL, WIDTH, PlotGroup, limits, new_axes, render, wrapped
+from vitkd.report.figures.drawing import WIDTH, PlotGroup, limits, new_axes, render, wrapped
+from vitkd.report.figures.lines import ALPHA_LABEL
 from vitkd.report.formatting import signed
 from vitkd.report.verdicts import SIGNIFICANT, Outcome
 

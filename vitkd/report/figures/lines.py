@@ -1,29 +1,25 @@
-"""Test accuracy, and the ratio of the two losses' gradients, over alpha."""
+"""Accuracy over alpha and over epochs, and the ratio of the two losses' gradients over alpha."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 from scipy import stats
 
 from vitkd.report.arms import ALONE, Arm
 from vitkd.report.comparison import Comparison
-from vitkd.report.curves import median_ratio
-from vitkd.report.figures.colours import INK, QUIET, series
-from vitkd.report.figures.drawing import (
-    ALPHA_LABEL,
-    PlotGroup,
-    alpha_axis,
-    legend_below,
-    limits,
-    new_axes,
-    render,
-    shortened,
-)
+from vitkd.report.curves import Band, band, median_ratio
+from vitkd.report.experiments import Experiment
+from vitkd.report.figures.colours import INK, QUIET, ramp, series
+from vitkd.report.figures.drawing import DECADES, PlotGroup, legend_below, limits, new_axes, render
+from vitkd.report.formatting import shortened
 from vitkd.report.settings import CONSTANT, group_by
 from vitkd.report.statistics import summarise
+
+ALPHA_LABEL = "alpha (weight of the class loss)"
 
 
 def accuracy_over_alpha(comparison: Comparison) -> PlotGroup:
@@ -74,6 +70,28 @@ def draw_accuracy(
             draw_runs(figure, axes, line, number)
     axes.set_ylim(*y_limits)
     legend_below(figure, axes)
+
+
+def alpha_axis(axes: Axes, alphas: Iterable[float]) -> None:
+    """Tick the x axis at `alphas`, on a log scale if they span decades; 0 is one decade below the lowest."""
+    known = sorted(set(alphas))
+    positive = [alpha for alpha in known if alpha > 0]
+    if positive and positive[-1] / positive[0] >= DECADES:
+        axes.set_xscale("symlog", linthresh=positive[0], linscale=0.9)
+        axes.set_xlabel(f"{axes.get_xlabel()}, log scale")
+        axes.xaxis.set_minor_locator(NullLocator())
+    at = axes.xaxis.get_transform().transform(np.array(known))
+    kept = spaced(at, 0.06 * (at[-1] - at[0]))
+    axes.set_xticks([known[k] for k in kept], [f"{known[k]:g}" for k in kept])
+
+
+def spaced(at: Sequence[float] | np.ndarray, min_distance: float) -> list[int]:
+    """Indices of ascending positions at least `min_distance` apart, chosen from the right."""
+    kept: list[int] = []
+    for index in reversed(range(len(at))):
+        if not kept or at[kept[-1]] - at[index] >= min_distance:
+            kept.append(index)
+    return kept[::-1]
 
 
 def mean_and_ends(arm: Arm) -> tuple[float, float, float]:
@@ -137,3 +155,53 @@ def draw_ratios(figure: Figure, title: str, lines: Mapping[str, list[Arm]], y_li
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     legend_below(figure, axes)
+
+
+def learning_curves(comparison: Comparison) -> PlotGroup:
+    """One plot for each transfer loss, one line for each alpha, and the student alone."""
+    experiment = comparison.experiment
+    plots = []
+    for label, arms in group_by(
+        experiment.arms or experiment.rows, lambda arm: arm.label_without_alpha
+    ).items():
+        bands = [(arm, found) for arm in arms if (found := band_of(arm))]
+        if not bands:
+            continue
+        if experiment.arms and experiment.baseline and (alone := band_of(experiment.baseline)):
+            bands.insert(0, (experiment.baseline, alone))
+        plots.append(render(f"learning curves, {label}", draw_curves, bands, label, experiment))
+    return PlotGroup(
+        "Learning curves",
+        "Accuracy on the validation images after each epoch: mean over seeds, band ± one standard deviation.",
+        plots,
+    )
+
+
+def band_of(arm: Arm) -> Band | None:
+    """An arm's validation accuracy over its seeds."""
+    return band([run.curves.validation for run in arm.runs.values()])
+
+
+def draw_curves(
+    figure: Figure, bands: Sequence[tuple[Arm, Band]], title: str, experiment: Experiment
+) -> None:
+    """One line and band an arm."""
+    alphas = sorted({arm.alpha for arm in experiment.arms})
+    epoch = steps_per_epoch(experiment)
+    axes = new_axes(figure, "epoch" if epoch else "step", "validation accuracy, %", shortened(title))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for arm, curve in bands:
+        label, colour, line = ALONE, QUIET, "--"
+        if not arm.is_baseline:
+            label, colour, line = f"alpha {arm.alpha:g}", ramp(alphas.index(arm.alpha), len(alphas)), "-"
+        at = curve.steps / (epoch or 1)
+        axes.plot(at, curve.mean, color=colour, linestyle=line, label=label)
+        low, high = curve.mean - curve.std, curve.mean + curve.std
+        axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
+    legend_below(figure, axes)
+
+
+def steps_per_epoch(experiment: Experiment) -> float | None:
+    """Optimizer steps in an epoch; None if no run counted them."""
+    runs = [run for arm in experiment.rows for run in arm.runs.values()]
+    return next((run.steps / run.epochs for run in runs if run.epochs and run.steps), None)

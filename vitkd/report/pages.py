@@ -1,0 +1,65 @@
+"""The report as one HTML page without scripts, fonts or requests, and as Markdown."""
+
+import re
+from collections.abc import Sequence
+
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from matplotlib.colors import to_hex
+
+from vitkd.report.comparison import Comparison
+from vitkd.report.figures import plot_groups
+from vitkd.report.figures.colours import RAMP
+from vitkd.report.notes import CONTROLS_CAPTION, CONTROLS_HEADING, READING, notes_on, teacher_lines
+from vitkd.report.runs import Run
+from vitkd.report.settings import format_settings
+from vitkd.report.tables import CONTRASTS, DETAILS, main_columns, with_content
+
+# The parts of viridis that contrast with white and with black.
+ON_LIGHT, ON_DARK = (0.0, 0.82), (0.32, 1.0)
+
+
+def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Sequence[str]) -> dict[str, str]:
+    """File name → page; the same runs give the same pages, byte for byte."""
+    environment = Environment(
+        loader=PackageLoader("vitkd.report", "."),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["literal"] = literal
+    environment.globals |= {
+        "main_columns": main_columns,
+        "details": DETAILS,
+        "with_content": with_content,
+        "contrast_columns": CONTRASTS,
+        "notes_on": notes_on,
+        "plot_groups": plot_groups,
+        "format_settings": format_settings,
+        "controls_heading": CONTROLS_HEADING,
+        "controls_caption": CONTROLS_CAPTION,
+        "reading": READING,
+        "light": ramp_colours(*ON_LIGHT),
+        "dark": ramp_colours(*ON_DARK),
+    }
+    content = {
+        "comparisons": comparisons,
+        "teachers": teacher_lines(runs),
+        "runs": [run for run in runs if not run.is_teacher],
+        "remarks": remarks,
+    }
+    rendered = {kind: environment.get_template(f"page.{kind}").render(content) for kind in ("html", "md")}
+    return {f"report.{kind}": f"{text.rstrip()}\n" for kind, text in rendered.items()}
+
+
+def ramp_colours(low: float, high: float) -> list[str]:
+    """The colours of ordered lines, evenly spaced on a part of viridis."""
+    colours = matplotlib.colormaps["viridis"]
+    steps = len(RAMP) - 1
+    return [to_hex(colours(low + (high - low) * place / steps)) for place in range(len(RAMP))]
+
+
+def literal(text: str) -> str:
+    """Text without meaning as Markdown."""
+    return re.sub(r"([\\|*_<`\[])", r"\\\1", text)
