@@ -110,8 +110,7 @@ def titles(experiments: Sequence[Mapping[str, Value]]) -> list[str]:
     for settings in experiments:
         peers = [peer for peer in experiments if peer.get("dataset.name") == settings.get("dataset.name")]
         names = sorted({name for peer in peers for name in peer}, key=title_order)
-        applying = [name for name in names if applies(name, settings, peers) and differs(name, peers)]
-        differing = [name for name in applying if name not in DEFAULTS or settings[name] != DEFAULTS[name]]
+        differing = [name for name in names if distinguishes(name, settings, peers)]
         named = {name: settings.get(name) for name in differing[:MAX_TITLE_SETTINGS]}
         parts = [str(settings.get("dataset.name")), format_settings(named)]
         if len(differing) > MAX_TITLE_SETTINGS:
@@ -121,9 +120,11 @@ def titles(experiments: Sequence[Mapping[str, Value]]) -> list[str]:
     return unique
 
 
-def differs(name: str, experiments: Sequence[Mapping[str, Value]]) -> bool:
-    """Whether the experiments to which the setting applies have several values of it."""
-    return len({json.dumps(each.get(name)) for each in experiments if applies(name, each, experiments)}) > 1
+def distinguishes(name: str, settings: Mapping[str, Value], others: Sequence[Mapping[str, Value]]) -> bool:
+    """Whether a title names the setting: it applies, is no default, and the others have another value."""
+    values = {json.dumps(other.get(name)) for other in others if applies(name, other, others)}
+    is_default = name in DEFAULTS and settings.get(name) == DEFAULTS[name]
+    return applies(name, settings, others) and len(values) > 1 and not is_default
 
 
 def applies(name: str, settings: Mapping[str, Value], others: Sequence[Mapping[str, Value]]) -> bool:

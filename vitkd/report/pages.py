@@ -7,13 +7,12 @@ import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.colors import to_hex
 
+from vitkd.report import notes, tables
 from vitkd.report.comparison import Comparison
 from vitkd.report.figures import plot_groups
 from vitkd.report.figures.colours import RAMP
-from vitkd.report.notes import CONTROLS_CAPTION, CONTROLS_HEADING, READING, notes_on, teacher_lines
 from vitkd.report.runs import Run
 from vitkd.report.settings import format_settings
-from vitkd.report.tables import CONTRASTS, DETAILS, main_columns, with_content
 
 # The parts of viridis that contrast with white and with black.
 ON_LIGHT, ON_DARK = (0.0, 0.82), (0.32, 1.0)
@@ -29,27 +28,18 @@ def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Seque
         lstrip_blocks=True,
     )
     environment.filters["literal"] = literal
-    environment.globals |= {
-        "main_columns": main_columns,
-        "details": DETAILS,
-        "with_content": with_content,
-        "contrast_columns": CONTRASTS,
-        "notes_on": notes_on,
-        "plot_groups": plot_groups,
-        "format_settings": format_settings,
-        "controls_heading": CONTROLS_HEADING,
-        "controls_caption": CONTROLS_CAPTION,
-        "reading": READING,
+    content = {
+        "comparisons": comparisons,
+        "teachers": notes.teacher_lines(runs),
+        "runs": [run for run in runs if not run.is_teacher],
+        "remarks": remarks,
         "light": ramp_colours(*ON_LIGHT),
         "dark": ramp_colours(*ON_DARK),
     }
-    content = {
-        "comparisons": comparisons,
-        "teachers": teacher_lines(runs),
-        "runs": [run for run in runs if not run.is_teacher],
-        "remarks": remarks,
+    tools = {"notes": notes, "tables": tables, "plot_groups": plot_groups, "format_settings": format_settings}
+    rendered = {
+        kind: environment.get_template(f"page.{kind}").render(content | tools) for kind in ("html", "md")
     }
-    rendered = {kind: environment.get_template(f"page.{kind}").render(content) for kind in ("html", "md")}
     return {f"report.{kind}": f"{text.rstrip()}\n" for kind, text in rendered.items()}
 
 

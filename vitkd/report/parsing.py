@@ -1,12 +1,15 @@
 """Values read from a run's files and checked: a file may be cut, malicious or another program's."""
 
+import csv
+import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import yaml
 
 from vitkd.config.roles import flatten
@@ -15,6 +18,9 @@ from vitkd.report.formatting import shortened
 Value: TypeAlias = str | int | float | bool | None
 Settings: TypeAlias = dict[str, Value]
 """dotted name → value"""
+
+FACTORS = {"val/acc": 100.0, "val/transfer_loss": 1.0, "train/gradient_ratio": 1.0}
+"""The column of metrics.csv for each field of `Curves` → the factor to the field's unit."""
 
 REQUIRED_GROUPS = ("dataset", "student", "method", "trainer")
 
@@ -27,6 +33,17 @@ MAX_LINE = 200
 """Characters."""
 
 parse_yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+class Curves(NamedTuple):
+    """Curves of one run, each step → value."""
+
+    validation: dict[int, float]
+    """validation accuracy, in percent"""
+    transfer: dict[int, float]
+    """transfer loss on the validation images, in the loss's own unit"""
+    ratio: dict[int, float]
+    """gradient norm of the weighted transfer loss over that of the weighted class loss"""
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
@@ -86,3 +103,32 @@ def percent(value: Any) -> float | None:
 def one_line(value: Any) -> str:
     """Text on one line, shortened to `MAX_LINE`."""
     return shortened(" ".join(str(value).split()), MAX_LINE)
+
+
+def read_curves(path: Path) -> Curves:
+    """The curves in the file `path`: empty if it is absent or damaged, the complete lines if it is cut."""
+    try:
+        content = path.read_bytes()
+        # What follows the last line break was being written when the process died.
+        complete = content[: content.rfind(b"\n") + 1].decode()
+        rows = [*csv.DictReader(io.StringIO(complete, newline=""))]
+        return Curves(*(curve(rows, column, factor) for column, factor in FACTORS.items()))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return Curves({}, {}, {})
+
+
+def curve(rows: Sequence[Mapping[str, str]], column: str, factor: float) -> dict[int, float]:
+    """Step → finite value of a column, times `factor`."""
+    values = {int(row["step"]): factor * float(row[column]) for row in rows if row.get(column)}
+    return {step: value for step, value in values.items() if math.isfinite(value)}
+
+
+def last(curve: dict[int, float]) -> float | None:
+    """The value at the last step."""
+    return curve[max(curve)] if curve else None
+
+
+def median_ratio(curves: Curves) -> float | None:
+    """The median of a run's gradient ratio over its training; None if it was never measured or is 0."""
+    median = float(np.median([*curves.ratio.values()])) if curves.ratio else 0.0
+    return median if median > 0 else None

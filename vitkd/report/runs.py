@@ -6,7 +6,7 @@ report on hundreds of runs takes seconds.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,7 @@ from filelock import FileLock, Timeout
 
 from vitkd.errors import ConfigError
 from vitkd.report import parsing
-from vitkd.report.curves import Curves, read_curves
-from vitkd.report.parsing import Settings, number
+from vitkd.report.parsing import Curves, Settings, number
 from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
 from vitkd.runs.version import version_problem
 
@@ -26,6 +25,19 @@ STATES = ("done", "running", "stopped", "failed")
 STORED_TEACHER = re.compile(r".*/teachers/[^/]+/[0-9a-f]{12}(\.unfinished(-\d+)?)?")
 """<outputs>/teachers/<data set>/<fingerprint>"""
 JOB_RECORD = "job-*.json"
+
+METRICS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "acc_last": ("test/acc_last", parsing.percent),
+    "acc_best": ("test/acc_best", parsing.percent),
+    "agreement": ("test/teacher_agreement", parsing.percent),
+    "wall_seconds": ("wall_seconds", number),
+    "epochs": ("epochs", parsing.integer),
+    "steps": ("steps", parsing.integer),
+    "stacked": ("stack/students", parsing.integer),
+    "teacher": ("teacher/weights", lambda value: parsing.one_line(value or "") or None),
+    "teacher_acc": ("teacher/test_acc", parsing.percent),
+}
+"""Field of a finished `Run` → its key in metrics.json, and how it is read."""
 
 
 class Fidelity(NamedTuple):
@@ -78,7 +90,7 @@ class Run:
 
     @cached_property
     def curves(self) -> Curves:
-        return read_curves(self.path / "metrics.csv")
+        return parsing.read_curves(self.path / "metrics.csv")
 
     @property
     def attention_weight(self) -> float:
@@ -148,9 +160,11 @@ def read_run(path: Path) -> Run:
     if problem:
         return Run(path, "damaged", problem)
     settings, status = parsing.settings_of(config), parsing.read_mapping(path / "status.json")
+    state = state_of(path, status)
+    metrics = parsing.read_mapping(path / "metrics.json") if state == "done" else {}
     run = Run(
         path,
-        state_of(path, status),
+        state,
         parsing.one_line(status.get("error", "")),
         settings=comparable(settings),
         seed=config["seed"],
@@ -161,28 +175,13 @@ def read_run(path: Path) -> Run:
         alpha=number(settings.get("alpha")),
         weighting=weighting_of(settings),
         finished=str(status.get("time", "")),
+        fidelity=read_fidelity(path / "explain" / "fidelity.json"),
         is_teacher=bool(STORED_TEACHER.fullmatch(path.resolve().as_posix())),
+        **{name: read(metrics.get(key)) for name, (key, read) in METRICS.items()},
     )
-    return with_metrics(run, parsing.read_mapping(path / "metrics.json")) if run.state == "done" else run
-
-
-def with_metrics(run: Run, metrics: Mapping[str, Any]) -> Run:
-    """A finished run with its metrics; damaged if there are none."""
-    if (last := parsing.percent(metrics.get("test/acc_last"))) is None:
+    if run.state == "done" and run.acc_last is None:
         return replace(run, state="damaged", problem="metrics.json is cut or not a run's")
-    return replace(
-        run,
-        acc_last=last,
-        acc_best=parsing.percent(metrics.get("test/acc_best")),
-        agreement=parsing.percent(metrics.get("test/teacher_agreement")),
-        wall_seconds=number(metrics.get("wall_seconds")),
-        epochs=parsing.integer(metrics.get("epochs")),
-        steps=parsing.integer(metrics.get("steps")),
-        stacked=parsing.integer(metrics.get("stack/students")),
-        teacher=parsing.one_line(metrics.get("teacher/weights") or "") or None,
-        teacher_acc=parsing.percent(metrics.get("teacher/test_acc")),
-        fidelity=read_fidelity(run.path / "explain" / "fidelity.json"),
-    )
+    return run
 
 
 def state_of(path: Path, status: Mapping[str, Any]) -> str:

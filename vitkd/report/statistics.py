@@ -62,6 +62,16 @@ class Gain(NamedTuple):
     """of the mean difference; None where `bootstrap_interval` gives none"""
 
 
+class Band(NamedTuple):
+    """A curve over seeds."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    """with n − 1 degrees of freedom; 0 for one seed"""
+    seeds: int
+
+
 def summarise(values: Sequence[float]) -> Summary:
     """Mean, standard deviation and interval of `values`."""
     n, mean = len(values), float(np.mean(values)) if len(values) else None
@@ -156,3 +166,14 @@ def pooled_std(summaries: Sequence[Summary]) -> float | None:
     if not known:
         return None
     return math.sqrt(sum(weight * std**2 for weight, std in known) / sum(weight for weight, _ in known))
+
+
+def band(curves: Sequence[dict[int, float]]) -> Band | None:
+    """Mean and standard deviation over seeds, at the steps that all curves have; None if there are none."""
+    curves = [curve for curve in curves if curve]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    if not steps:
+        return None
+    values = np.array([[curve[step] for step in steps] for curve in curves])
+    std = values.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(steps))
+    return Band(np.array(steps), values.mean(0), std, len(curves))

@@ -42,10 +42,8 @@ class Spread(NamedTuple):
 def judge(gain: Gain | None, p_holm: float | None, spread: Spread | None) -> Verdict:
     """The verdict on an arm.
 
-    Args:
-        gain: over the student alone, or over a control; None without a student alone.
-        p_holm: the gain's p-value after Holm's correction.
-        spread: of the differences, in the unit of `gain`, to say how many seeds are needed.
+    `gain` is over the student alone, or over a control, and None without a student alone; `p_holm` is its
+    p-value after Holm's correction; the `spread` of the differences says how many seeds are needed.
     """
     if gain is None:
         return Verdict(Outcome.NOT_COMPARABLE, "no run of the student alone")

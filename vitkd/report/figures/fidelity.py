@@ -8,13 +8,12 @@ from matplotlib.ticker import FuncFormatter
 from scipy import stats
 
 from vitkd.report.comparison import Comparison
-from vitkd.report.curves import last
 from vitkd.report.experiments import Experiment
 from vitkd.report.figures.colours import series
 from vitkd.report.figures.drawing import DECADES, PlotGroup, legend_below, new_axes, render
 from vitkd.report.formatting import count, signed
+from vitkd.report.parsing import last
 from vitkd.report.runs import Run
-from vitkd.report.settings import group_by
 
 LOSS_UNITS = {
     "mse": "mean squared difference of scores",
@@ -47,9 +46,8 @@ class Dot(NamedTuple):
 
 def fidelity(comparison: Comparison) -> PlotGroup:
     """One plot for each distance: distances in different units share no axis."""
-    pairs = [*dots_of(comparison.experiment)]
-    by_distance = group_by(sorted(pairs, key=lambda pair: pair[0]), lambda pair: pair[0])
-    labels = sorted({dot.label for _, dot in pairs})
+    dots = dots_of(comparison.experiment)
+    labels = sorted({dot.label for of_distance in dots.values() for dot in of_distance})
     return PlotGroup(
         "Attention fidelity against accuracy",
         "One dot a run; attention is closer to its target further left. An attention loss is the distance"
@@ -60,25 +58,24 @@ def fidelity(comparison: Comparison) -> PlotGroup:
         [
             render(
                 f"attention fidelity against test accuracy, {distance.title}, {distance.epoch} epoch",
-                draw_dots,
-                distance,
-                [dot for _, dot in members],
-                labels,
+                *(draw_dots, distance, of_distance, labels),
             )
-            for distance, members in by_distance.items()
+            for distance, of_distance in dots.items()
         ],
     )
 
 
-def dots_of(experiment: Experiment) -> Iterator[tuple[Distance, Dot]]:
-    """A dot for each run and distance."""
+def dots_of(experiment: Experiment) -> dict[Distance, list[Dot]]:
+    """A dot for each run and distance, by distance."""
+    dots: dict[Distance, list[Dot]] = {}
     labelled = [(run, run.granularity or "") for run in experiment.alone]
     for arm in experiment.arms:
         label = ", ".join(filter(None, (arm.granularity or arm.objective, arm.extra_text)))
         labelled += [(run, label) for run in arm.runs.values()]
     for run, label in labelled:
         for distance, value, accuracy in distances_of(run):
-            yield distance, Dot(value, accuracy, label, run.is_student_alone)
+            dots.setdefault(distance, []).append(Dot(value, accuracy, label, run.is_student_alone))
+    return dict(sorted(dots.items()))
 
 
 def distances_of(run: Run) -> Iterator[tuple[Distance, float, float]]:

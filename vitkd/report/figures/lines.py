@@ -11,13 +11,13 @@ from scipy import stats
 
 from vitkd.report.arms import ALONE, Arm
 from vitkd.report.comparison import Comparison
-from vitkd.report.curves import Band, band, median_ratio
 from vitkd.report.experiments import Experiment
 from vitkd.report.figures.colours import INK, QUIET, ramp, series
 from vitkd.report.figures.drawing import DECADES, PlotGroup, legend_below, limits, new_axes, render
 from vitkd.report.formatting import shortened
+from vitkd.report.parsing import median_ratio
 from vitkd.report.settings import CONSTANT, group_by
-from vitkd.report.statistics import summarise
+from vitkd.report.statistics import Band, band, summarise
 
 ALPHA_LABEL = "alpha (weight of the class loss)"
 
