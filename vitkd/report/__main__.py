@@ -1,7 +1,6 @@
 """Compare finished runs over seeds: `python -m vitkd.report outputs`."""
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,20 +17,18 @@ from vitkd.report.runs import find_runs
 from vitkd.report.tables import print_report
 from vitkd.runs.files import write_atomically
 
-USAGE_ERROR = 2
-
 WIDTH_WITHOUT_TERMINAL = 160
 """Characters."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Report on the runs named on the command line; user errors are one line and exit code 2."""
-    options = parser().parse_intermixed_args(arguments)
+    command = parser()
+    options = command.parse_intermixed_args(arguments)
     try:
         report(options.folders, options.out or options.folders[0] / "report")
     except ConfigError as error:
-        Console(stderr=True, highlight=False).print(Text(f"error: {error}"), soft_wrap=True)
-        sys.exit(USAGE_ERROR)
+        command.exit(2, f"error: {error}\n")
 
 
 def parser() -> argparse.ArgumentParser:

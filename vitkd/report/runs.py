@@ -6,7 +6,7 @@ report on hundreds of runs takes seconds.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -103,12 +103,11 @@ class Run:
         return self.method == "none" or (self.alpha == 1 and self.weighting == CONSTANT)
 
 
-def find_runs(folders: Iterable[Path]) -> list[Run]:
+def find_runs(folders: Sequence[Path]) -> list[Run]:
     """All runs in and below `folders`, each once, sorted by path.
 
     Raises ConfigError if one of the folders does not exist, or if there is no run at all.
     """
-    folders = list(folders)
     paths: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():

@@ -118,5 +118,4 @@ def limits(values: Sequence[float], margin: float = 0.2) -> tuple[float, float]:
 
 def wrapped(text: str, length: int = 34) -> str:
     """Text on at most two lines of at most `length` characters."""
-    first, *more = textwrap.wrap(text, length)
-    return "\n".join([first, shortened(" ".join(more), length)]) if more else first
+    return "\n".join(textwrap.wrap(text, length, max_lines=2, placeholder="…"))
