@@ -1,4 +1,4 @@
-"""Run folders with figures of one's choice, made after one that was really trained."""
+"""Run folders with chosen metrics, made after one that was really trained."""
 
 import copy
 import json
@@ -55,9 +55,9 @@ class Runs:
         time = f"2026-01-01T00:{self._clock // 60:02}:{self._clock % 60:02}+00:00"
         (path / "status.json").write_text(json.dumps({"state": state, "pid": 1, "time": time}))
         if state == "done" and acc is not None:
-            figures = {"test/acc_last": acc, "test/acc_best": acc if best is None else best}
-            told = self._metrics | figures | {"seed": seed} | (metrics or {})
-            (path / "metrics.json").write_text(json.dumps(told))
+            accuracies = {"test/acc_last": acc, "test/acc_best": acc if best is None else best}
+            written = self._metrics | accuracies | {"seed": seed} | (metrics or {})
+            (path / "metrics.json").write_text(json.dumps(written))
         if curves:
             (path / "metrics.csv").write_text(curves)
         return path

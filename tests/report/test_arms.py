@@ -28,23 +28,23 @@ def test_arms_differ_in_more_than_the_seed(runs):
     runs.arm({0: 0.94}, alpha=0.1, granularity="block", loss="kl")
     runs.arm({0: 0.95}, alpha=0.5, granularity="head", loss="mse")
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert labels(found) == [
+    assert labels(experiment) == [
         *("student alone", "head mse, alpha 0.5", "block kl, alpha 0.1", "block kl, alpha 0.5"),
     ]
-    assert [[*arm.runs] for arm in found.rows] == [[0, 1], [0], [0], [0, 1]]
-    assert found.title == "digits"
-    assert found.notes == []
+    assert [[*arm.runs] for arm in experiment.rows] == [[0, 1], [0], [0], [0, 1]]
+    assert experiment.title == "digits"
+    assert experiment.notes == []
 
 
 def test_what_is_watched_or_where_it_lies_makes_no_other_arm(runs):
     runs.add(seed=0, trainer__accelerator="cpu", paths__outputs="/a", log_every_n_steps=1)
     runs.add(seed=1, trainer__accelerator="gpu", paths__outputs="/b", name="b")
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert [[*arm.runs] for arm in found.rows] == [[0, 1]]
+    assert [[*arm.runs] for arm in experiment.rows] == [[0, 1]]
 
 
 WSLD = {"weighting___target_": "vitkd.methods.weighting.WSLD"}
@@ -61,9 +61,9 @@ def test_weightings_are_arms_of_their_own(runs):
         runs.arm({0: 0.94}, alpha=0.5, **STUDENT_CORRECT, weighting__factor=factor)
     runs.arm({0: 0.94}, alpha=0.5, weighting___target_="plugin.weights.WSLD")
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert {arm.label: [*arm.runs] for arm in found.rows} == {
+    assert {arm.label: [*arm.runs] for arm in experiment.rows} == {
         "student alone": [0, 1],
         "block kl, alpha 0.5": [0, 1],
         "block kl, alpha 0.5, weighting=plugin.weights.WSLD": [0],
@@ -71,7 +71,7 @@ def test_weightings_are_arms_of_their_own(runs):
         "block kl, alpha 0.5, weighting=student_correct, weighting.factor=0.5": [0],
         "block kl, alpha 0.5, weighting=wsld": [0, 1],
     }
-    gains = {row.arm.label: row.gain.difference.mean for row in compare(found).rows[1:]}
+    gains = {row.arm.label: row.gain.difference.mean for row in compare(experiment).rows[1:]}
     assert gains["block kl, alpha 0.5, weighting=wsld"] == pytest.approx(3.5)
 
 
@@ -80,9 +80,9 @@ def test_a_weighting_is_named_though_most_arms_have_it(runs):
     for alpha in (0.1, 0.2, 0.3):
         runs.add(alpha=alpha, **WSLD)
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert {arm.label: arm.weighting for arm in found.arms} == {
+    assert {arm.label: arm.weighting for arm in experiment.arms} == {
         "block kl, alpha 0.5": "constant",
         **{f"block kl, alpha {alpha}, weighting=wsld": "wsld" for alpha in (0.1, 0.2, 0.3)},
     }
@@ -94,9 +94,9 @@ def test_alpha_1_is_the_student_alone_with_constant_weighting_only(runs):
     runs.add(alpha=1.0, weighting___target_="vitkd.methods.weighting.Linear")
     runs.add(seed=1, method="none", **WSLD)
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert [(arm.label, [*arm.runs]) for arm in found.rows] == [
+    assert [(arm.label, [*arm.runs]) for arm in experiment.rows] == [
         ("student alone", [0, 1]),
         ("block kl, alpha 1, weighting=linear", [0]),
     ]
@@ -119,16 +119,16 @@ def test_experiments_are_never_mixed(runs):
     runs.arm({0: 0.9}, method="none", dataset__name="mnist")
     runs.arm({0: 0.95}, alpha=0.5, trainer__max_epochs=7, optimizer__lr=0.5)
 
-    found = experiments(runs)
+    separate = experiments(runs)
 
-    assert [e.title for e in found] == [
+    assert [e.title for e in separate] == [
         "digits, trainer.max_epochs=1, optimizer.lr=0.001",
         "digits, trainer.max_epochs=7, optimizer.lr=0.001",
         "digits, trainer.max_epochs=7, optimizer.lr=0.5",
         "mnist",
     ]
-    assert [len(e.rows) for e in found] == [1, 1, 1, 1]
-    assert compare(found[2]).rows[0].verdict.outcome == Outcome.NOT_COMPARABLE
+    assert [len(e.rows) for e in separate] == [1, 1, 1, 1]
+    assert compare(separate[2]).rows[0].verdict.outcome == Outcome.NOT_COMPARABLE
 
 
 def test_the_student_alone_is_one_arm_however_it_was_asked_for(runs):
@@ -137,24 +137,24 @@ def test_the_student_alone_is_one_arm_however_it_was_asked_for(runs):
     runs.arm({0: 0.90}, alpha=1, granularity="block", loss="mse")
     runs.arm({2: 0.92}, alpha=1, method="logit")
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert labels(found) == ["student alone"]
-    assert [*found.baseline.runs] == [0, 1, 2]
-    assert found.notes == [
+    assert labels(experiment) == ["student alone"]
+    assert [*experiment.baseline.runs] == [0, 1, 2]
+    assert experiment.notes == [
         "3 repeated runs of the student alone left out: alpha=1 and method=none are the same training, and"
         " only the newest run of each seed is used"
     ]
-    assert len(found.alone) == 6
+    assert len(experiment.alone) == 6
 
 
 def test_students_alone_that_should_be_equal_and_are_not(runs):
     runs.arm({0: 0.90, 3: 0.91}, method="none")
     runs.arm({0: 0.90, 3: 0.92}, alpha=1.0)
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert any("with the same seed differ (seed 3)" in note for note in found.notes)
+    assert any("with the same seed differ (seed 3)" in note for note in experiment.notes)
 
 
 def test_of_repeats_the_newest_done_one_counts(runs):
@@ -162,10 +162,10 @@ def test_of_repeats_the_newest_done_one_counts(runs):
     runs.add("run", acc=0.6, seed=0)
     runs.add("run-3", acc=0.7, seed=0, state="failed")
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert found.arms[0].metric("acc_last") == {0: 60.0}
-    assert found.notes == ["1 older run left out: only the newest of each arm and seed is used"]
+    assert experiment.arms[0].metric("acc_last") == {0: 60.0}
+    assert experiment.notes == ["1 older run left out: only the newest of each arm and seed is used"]
 
 
 def test_controls_are_rows_with_a_label_of_what_differs(runs):
@@ -176,9 +176,9 @@ def test_controls_are_rows_with_a_label_of_what_differs(runs):
     runs.arm({0: 0.93}, alpha=0.5, teacher__trained=False)
     runs.arm({0: 0.94}, alpha=0.5, teacher__trained=True, method="LogitDistillation")
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert labels(found) == [
+    assert labels(experiment) == [
         *("student alone", "block kl, alpha 0.5", "block kl, alpha 0.5, teacher.control=shuffled"),
         *("block kl, alpha 0.5, teacher.control=uniform", "block kl, alpha 0.5, teacher.trained=false"),
         "logit, alpha 0.5",
@@ -194,10 +194,10 @@ def test_no_two_arms_of_an_experiment_share_a_label(runs):
     runs.arm({0: 0.92}, method="LogitDistillation", granularity="head", alpha=0.5)
     runs.arm({0: 0.92}, method="LogitDistillation", granularity="block", alpha=0.5)
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert len({*labels(found)}) == 7
-    assert any("teacher.checkpoint=a/run" in label for label in labels(found))
+    assert len({*labels(experiment)}) == 7
+    assert any("teacher.checkpoint=a/run" in label for label in labels(experiment))
 
 
 @pytest.mark.parametrize(
@@ -219,20 +219,20 @@ def test_null_counts_as_absent(runs):
     runs.add(seed=0, name="old")
     runs.add(seed=1, name="new", teacher__control=None, dataset__new=None)
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert [[*arm.runs] for arm in found.rows] == [[0, 1]]
+    assert [[*arm.runs] for arm in experiment.rows] == [[0, 1]]
 
 
 def test_a_teacher_for_every_seed_is_one_arm(runs):
     for seed in range(3):
         runs.add(seed=seed, teacher__seed=seed, alpha=0.5, metrics={"teacher/weights": f"w{seed}"})
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert labels(found) == ["block kl, alpha 0.5"]
-    assert [*found.arms[0].runs] == [0, 1, 2]
-    assert found.notes == []
+    assert labels(experiment) == ["block kl, alpha 0.5"]
+    assert [*experiment.arms[0].runs] == [0, 1, 2]
+    assert experiment.notes == []
 
 
 def test_a_teacher_for_every_seed_is_named_where_others_have_one_for_all(runs):
@@ -241,9 +241,9 @@ def test_a_teacher_for_every_seed_is_named_where_others_have_one_for_all(runs):
         runs.add(seed=seed, alpha=0.5)
         runs.add(seed=seed, alpha=0.5, teacher__seed=seed, teacher__trained=False)
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert labels(found) == [
+    assert labels(experiment) == [
         *("block kl, alpha 0.1", "block kl, alpha 0.5"),
         "block kl, alpha 0.5, teacher.seed=${seed}, teacher.trained=false",
     ]
@@ -254,18 +254,21 @@ def test_every_teacher_for_every_seed_is_an_arm_a_teacher(runs):
         for seed in range(2):
             runs.add(seed=seed, teacher__seed=teacher, alpha=0.5)
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert labels(found) == ["block kl, alpha 0.5, teacher.seed=0", "block kl, alpha 0.5, teacher.seed=1"]
+    assert labels(experiment) == [
+        "block kl, alpha 0.5, teacher.seed=0",
+        "block kl, alpha 0.5, teacher.seed=1",
+    ]
 
 
 def test_an_arm_whose_teacher_changed_says_so(runs):
     runs.add(seed=0, metrics={"teacher/weights": "a"})
     runs.add(seed=1, metrics={"teacher/weights": "b"})
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert found.notes == ["block kl, alpha 0.5: its runs have 2 different teachers"]
+    assert experiment.notes == ["block kl, alpha 0.5: its runs have 2 different teachers"]
 
 
 def test_gains_are_corrected_over_the_whole_experiment(runs):
@@ -277,15 +280,17 @@ def test_gains_are_corrected_over_the_whole_experiment(runs):
         noise = {seed: acc + 0.002 * ((seed + n) % 3 - 1) for seed, acc in alone.items()}
         runs.arm(noise, alpha=alpha)
 
-    (found,) = experiments(runs)
-    rows = {row.arm.label: row for row in compare(found).rows}
+    (experiment,) = experiments(runs)
+    rows = {row.arm.label: row for row in compare(experiment).rows}
     best = rows["block kl, alpha 0.5"]
 
     assert best.p_holm == 4 * best.gain.p
     assert [row.verdict.outcome for row in rows.values()] == [
         *(Outcome.BASELINE, Outcome.NO_EVIDENCE, Outcome.NO_EVIDENCE, Outcome.NO_EVIDENCE, Outcome.REAL),
     ]
-    assert compare(found).headline == "4 arms against the student alone: 1 real gain, 3 without evidence."
+    assert (
+        compare(experiment).headline == "4 arms against the student alone: 1 real gain, 3 without evidence."
+    )
 
 
 def test_a_winner_before_correction_is_none_after_it(runs):
@@ -339,7 +344,7 @@ def test_other_students_are_other_experiments_and_other_teachers_other_arms(runs
     runs.add(seed=0, **{f"student__{name}": value})
     runs.add(seed=0, **{f"teacher__{name}": value})
 
-    plain, other = sorted(experiments(runs), key=lambda found: found.title)
+    plain, other = sorted(experiments(runs), key=lambda experiment: experiment.title)
 
     typed = "true" if value is True else value
     assert (plain.title, other.title) == ("digits", f"digits, student.{name}={typed}")
@@ -376,9 +381,9 @@ def test_arms_of_a_distillation_token_say_what_it_learns(runs):
     with_resnet(runs, **TOKEN)
     runs.add(**(TOKEN | {"method__temperature": 1.0, "method__targets": "soft"}))
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert labels(found) == [
+    assert labels(experiment) == [
         "token hard, alpha 0.5",
         "token hard + 1·block kl, alpha 0.5",
         "token hard + 1·head mse, alpha 0.5",
@@ -395,7 +400,7 @@ def test_a_plain_student_is_no_baseline_of_one_with_a_distillation_token(runs):
     runs.arm({0: 0.9, 1: 0.9}, **TOKEN)
     runs.arm({0: 0.8, 1: 0.8}, method="none")
 
-    plain, with_token = sorted(map(compare, experiments(runs)), key=lambda found: found.experiment.title)
+    plain, with_token = sorted(map(compare, experiments(runs)), key=lambda each: each.experiment.title)
 
     assert with_token.experiment.title == "digits, student.distillation_token=true"
     assert with_token.rows[0].verdict.outcome == Outcome.NOT_COMPARABLE
@@ -413,11 +418,11 @@ def test_the_same_student_alone_is_the_baseline(runs, alone):
     runs.arm({0: 0.9, 1: 0.91, 2: 0.92}, **TOKEN)
     runs.arm({0: 0.8, 1: 0.82, 2: 0.81}, **alone)
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert labels(found) == ["student alone", "token hard, alpha 0.5"]
+    assert labels(experiment) == ["student alone", "token hard, alpha 0.5"]
     # 10, 9 and 11 points.
-    assert compare(found).rows[1].gain.difference.mean == pytest.approx(10)
+    assert compare(experiment).rows[1].gain.difference.mean == pytest.approx(10)
 
 
 def test_teachers_of_another_architecture_are_never_mixed(runs):
@@ -429,9 +434,9 @@ def test_teachers_of_another_architecture_are_never_mixed(runs):
     config["teacher"]["variant"] = "resnet34"
     (path / "config.yaml").write_text(yaml.safe_dump(config))
 
-    (found,) = experiments(runs)
+    (experiment,) = experiments(runs)
 
-    assert [(arm.label, [*arm.runs]) for arm in found.rows] == [
+    assert [(arm.label, [*arm.runs]) for arm in experiment.rows] == [
         ("logit, alpha 0.5", [0, 1]),
         ("logit, alpha 0.5, teacher=ResNet, teacher.variant=resnet18", [0, 1]),
         ("logit, alpha 0.5, teacher=ResNet, teacher.variant=resnet34", [0]),
@@ -444,7 +449,7 @@ def test_a_title_names_another_students_class_and_not_what_it_lacks(runs):
     with_resnet(runs, "student", method="none")
 
     depth = yaml.safe_load((runs.add("again", method="none") / "config.yaml").read_text())["student"]["depth"]
-    assert sorted(found.title for found in experiments(runs)) == [
+    assert sorted(experiment.title for experiment in experiments(runs)) == [
         f"digits, student.depth={depth}",
         "digits, student.depth=9",
         "digits, student=ResNet",

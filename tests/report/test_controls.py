@@ -1,4 +1,4 @@
-"""Attention beside its controls: compared directly, not by what each shows beside the student alone."""
+"""Attention against its controls: compared directly, not by their gains over the student alone."""
 
 import json
 
@@ -33,19 +33,19 @@ def comparison(runs) -> Comparison:
     return compare(experiment)
 
 
-def pairs(found: Comparison) -> list[tuple[str, str]]:
-    return [(each.arm.label, control_name(each.control, each.arm)) for each in found.contrasts]
+def pairs(result: Comparison) -> list[tuple[str, str]]:
+    return [(each.arm.label, control_name(each.control, each.arm)) for each in result.contrasts]
 
 
 def test_one_real_gain_and_one_without_evidence_make_no_difference(runs):
-    found = plant(runs, [1 + jitter for jitter in JITTER], WILD)
+    result = plant(runs, [1 + jitter for jitter in JITTER], WILD)
 
-    assert [row.verdict.outcome for row in found.rows] == [
+    assert [row.verdict.outcome for row in result.rows] == [
         Outcome.BASELINE,
         Outcome.REAL,
         Outcome.NO_EVIDENCE,
     ]
-    (contrast,) = found.contrasts
+    (contrast,) = result.contrasts
     assert contrast.verdict.outcome == Outcome.NO_EVIDENCE
     assert "this gap needs" in contrast.verdict.text
     assert contrast.needed > 5
@@ -54,14 +54,14 @@ def test_one_real_gain_and_one_without_evidence_make_no_difference(runs):
 def test_two_arms_without_evidence_may_differ(runs):
     attention = [wild + 0.5 + jitter for wild, jitter in zip(WILD, JITTER, strict=True)]
 
-    found = plant(runs, attention, [wild - 0.5 for wild in WILD])
+    result = plant(runs, attention, [wild - 0.5 for wild in WILD])
 
-    assert [row.verdict.outcome for row in found.rows] == [
+    assert [row.verdict.outcome for row in result.rows] == [
         Outcome.BASELINE,
         Outcome.NO_EVIDENCE,
         Outcome.NO_EVIDENCE,
     ]
-    (contrast,) = found.contrasts
+    (contrast,) = result.contrasts
     # Differences 1.1, 0.9, 1, 1.1, 0.9: standard deviation 0.1, over √5, times t(4) = 2.776445.
     assert contrast.verdict == (Outcome.REAL, "real gain")
     ends = 1 - 2.776445 * 0.1 / 5**0.5, 1 + 2.776445 * 0.1 / 5**0.5
@@ -123,10 +123,10 @@ def test_a_control_is_the_same_training_but_for_what_is_taught(runs):
     runs.add(alpha=0.5, method__control="shuffled", **weighting)
     runs.add(alpha=0.5, method="logit", **weighting)
 
-    found = pairs(comparison(runs))
+    control_pairs = pairs(comparison(runs))
 
-    assert {plain for plain, _ in found} == {"block kl, alpha 0.5"}
-    assert sorted(control for _, control in found) == [
+    assert {plain for plain, _ in control_pairs} == {"block kl, alpha 0.5"}
+    assert sorted(control for _, control in control_pairs) == [
         *("logit", "method.control=of a later version", "method.control=shuffled", "teacher.trained=false"),
     ]
 
@@ -180,15 +180,15 @@ def test_the_question_is_answered_in_every_file(runs, report):
     for text in (printed, markdown, page.replace("&#39;", "'")):
         assert CONTROLS_HEADING in text
         assert contrast.verdict.text in text.replace("\\", "")
-    (told,) = json.loads((out / "report.json").read_text("utf-8"))["experiments"][0]["controls"]
-    assert told["difference_mean_pp"] == pytest.approx(contrast.gain.difference.mean)
-    assert (told["verdict"], told["p"], told["paired_with_seeds"]) == (
+    (control,) = json.loads((out / "report.json").read_text("utf-8"))["experiments"][0]["controls"]
+    assert control["difference_mean_pp"] == pytest.approx(contrast.gain.difference.mean)
+    assert (control["verdict"], control["p"], control["paired_with_seeds"]) == (
         *("no evidence", contrast.gain.p),
         [0, 1, 2, 3, 4],
     )
 
 
-def test_without_controls_nobody_asks(runs, report):
+def test_without_controls_the_question_is_left_out(runs, report):
     runs.arm({0: 0.9, 1: 0.91}, method="none")
     runs.arm({0: 0.9, 1: 0.91}, alpha=0.5)
 

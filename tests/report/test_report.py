@@ -1,4 +1,4 @@
-"""The command from end to end: what it prints, what it writes, and what it says when it cannot."""
+"""The command from end to end: what it prints and writes, and its errors."""
 
 import contextlib
 import csv
@@ -65,7 +65,7 @@ class Written(NamedTuple):
 
 @pytest.fixture(scope="module")
 def written(grid) -> Written:
-    """What one call of the command says and leaves."""
+    """What one call of the command prints and writes."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main([str(grid.outputs)])
     return Written(printed.getvalue(), grid.outputs / "report")
@@ -100,14 +100,14 @@ def test_everything_is_written_and_nothing_else(grid, written):
     assert str(grid.outputs / "report" / "report.html") in written.printed
 
 
-def test_figures_are_those_of_scipy_in_all_files(written):
+def test_metrics_are_those_of_scipy_in_all_files(written):
     rows = csv.DictReader(written.read("report.csv").splitlines())
     (csv_row,) = [row for row in rows if row["arm"] == "block mse, alpha 0.5"]
-    told = json.loads(written.read("report.json"))
-    (json_row,) = [arm for arm in told["experiments"][0]["arms"] if arm["arm"] == csv_row["arm"]]
-    facts = {run["path"]: run for run in told["runs"]}
+    content = json.loads(written.read("report.json"))
+    (json_row,) = [arm for arm in content["experiments"][0]["arms"] if arm["arm"] == csv_row["arm"]]
+    facts = {run["path"]: run for run in content["runs"]}
     arm = [facts[json_row["runs"][str(seed)]]["test_last_pct"] for seed in range(3)]
-    baseline = told["experiments"][0]["arms"][0]
+    baseline = content["experiments"][0]["arms"][0]
     alone = [facts[baseline["runs"][str(seed)]]["test_last_pct"] for seed in range(3)]
     expected = stats.ttest_rel(arm, alone)
     ends = [json_row["gain_low_pp"], json_row["gain_high_pp"]]
@@ -125,12 +125,12 @@ def test_figures_are_those_of_scipy_in_all_files(written):
 
 
 def test_the_coverage_of_the_bootstrap_is_said_beside_it(written):
-    told = json.loads(written.read("report.json"))["intervals"][
+    intervals = json.loads(written.read("report.json"))["intervals"][
         "gain_bootstrap_low_pp, gain_bootstrap_high_pp"
     ]
 
     for n, coverage in BOOTSTRAP_COVERAGE.items():
-        for text in (told, written.read("report.md"), written.read("report.html")):
+        for text in (intervals, written.read("report.md"), written.read("report.html")):
             assert f"{100 * coverage:.0f} % with {n}" in text
 
 
@@ -142,7 +142,7 @@ def test_the_same_runs_give_the_same_files(grid, written, report):
     assert {name: written.read(name) for name in FILES} == before
 
 
-def test_the_page_is_whole_and_asks_nobody(written):
+def test_the_page_is_complete_and_loads_nothing(written):
     text = written.read("report.html")
 
     page = Page(text)
@@ -158,16 +158,16 @@ def test_the_page_is_whole_and_asks_nobody(written):
     }
 
 
-def test_pictures_take_every_colour_from_the_page(grid):
+def test_plots_take_every_colour_from_the_page(grid):
     (experiment,) = find_experiments(find_runs([grid.outputs]))
-    found = plot_groups(compare(experiment))
+    groups = plot_groups(compare(experiment))
 
-    assert [(group.title, len(group.plots)) for group in found] == [
+    assert [(group.title, len(group.plots)) for group in groups] == [
         *(("Gain of every arm", 1), ("Heat map of the gains", 1), ("Accuracy over alpha", 2)),
         *(("Learning curves", 4), ("Gradient norms of the two losses", 2)),
         ("Attention fidelity against accuracy", 2),
     ]
-    for group in found:
+    for group in groups:
         for plot in group.plots:
             ET.fromstring(plot.svg)
             assert not any(colour in plot.svg for colour in VARIABLES)
@@ -175,10 +175,10 @@ def test_pictures_take_every_colour_from_the_page(grid):
             assert "digits" in group.caption
 
 
-def test_no_two_pictures_share_an_identifier(written):
-    pictures = re.findall(r"<svg.*?</svg>", written.read("report.html"), flags=re.DOTALL)
+def test_no_two_plots_share_an_identifier(written):
+    plots = re.findall(r"<svg.*?</svg>", written.read("report.html"), flags=re.DOTALL)
 
-    paths = [set(re.findall(r'<(?:clipPath|path) id="(\w{11})"', picture)) for picture in pictures]
+    paths = [set(re.findall(r'<(?:clipPath|path) id="(\w{11})"', plot)) for plot in plots]
 
     assert sum(map(len, paths)) == len(set().union(*paths))
 
@@ -194,14 +194,14 @@ def test_units_are_never_mixed_on_one_axis(grid):
     assert "mean squared difference of scores" in texts[1]
 
 
-def test_explained_runs_are_in_a_picture_of_their_own_and_in_that_of_their_loss(runs):
+def test_explained_runs_are_in_a_plot_of_their_own_and_in_that_of_their_loss(runs):
     runs.add(method="none")
     epochs = {0: None, 1: "best", 2: "best", 3: "last"}
     for seed, epoch in epochs.items():
         path = runs.add(seed=seed, acc=0.9 + 0.01 * seed, best=0.8, curves=curves(0.9))
         (path / "explain").mkdir()
-        told = {"summary": {"js_distilled": 0.2}} | ({"epoch": epoch} if epoch else {})
-        (path / "explain" / "fidelity.json").write_text(json.dumps(told))
+        fidelity = {"summary": {"js_distilled": 0.2}} | ({"epoch": epoch} if epoch else {})
+        (path / "explain" / "fidelity.json").write_text(json.dumps(fidelity))
     (experiment,) = find_experiments(find_runs([runs.outputs]))
 
     fidelity = plot_groups(compare(experiment))[-1]
@@ -231,9 +231,9 @@ def test_runs_on_labels_alone_are_hollow_dots(runs):
 def test_an_explained_run_stands_at_the_accuracy_of_its_epoch(epoch, accuracy):
     run = Run(Path("nowhere"), "done", acc_last=91.0, acc_best=80.0, fidelity=Fidelity(0.2, epoch))
 
-    ((distance, value, found),) = distances_of(run)
+    ((distance, value, at_epoch),) = distances_of(run)
 
-    assert (distance.epoch, value, found) == (epoch, 0.2, accuracy)
+    assert (distance.epoch, value, at_epoch) == (epoch, 0.2, accuracy)
     assert f"{epoch} epoch" in distance.axis_label
 
 
@@ -275,7 +275,7 @@ def test_runs_of_another_version_are_named_in_one_line(runs, report):
     assert __version__ in line
 
 
-def test_nothing_finished_yet_is_no_mistake(runs, report):
+def test_nothing_finished_yet_is_no_error(runs, report):
     runs.add("cut", state="stopped")
 
     printed = report(runs.outputs)
@@ -320,7 +320,7 @@ def fails(capsys, *arguments: object) -> str:
     return error
 
 
-def test_mistakes_are_one_line(runs, tmp_path, capsys):
+def test_errors_are_one_line(runs, tmp_path, capsys):
     runs.add(method="none")
     (tmp_path / "file").write_text("")
 
@@ -358,7 +358,7 @@ def test_labels_keep_apart():
 
 @pytest.mark.slow
 def test_a_real_grid(command, tmp_path, report):
-    """What training leaves is what the report reads: nothing in between is made up."""
+    """What training leaves is what the report reads: nothing in between is invented."""
     arguments = ["student.depth=1", "teacher.depth=1", "trainer=cpu", "trainer.max_epochs=2"]
     arguments += ["teacher.max_epochs=1", "trainer.limit_train_batches=3", f"paths.outputs={tmp_path}"]
     arguments += ["teacher.trainer.limit_train_batches=3"]
@@ -369,8 +369,8 @@ def test_a_real_grid(command, tmp_path, report):
     printed = report(tmp_path)
 
     assert "4 arms against the student alone" in printed
-    told = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
-    (experiment,) = told["experiments"]
+    content = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    (experiment,) = content["experiments"]
     assert [arm["seeds"] for arm in experiment["arms"]] == [3] * 5
-    assert sum(run["is_teacher"] for run in told["runs"]) == 1
+    assert sum(run["is_teacher"] for run in content["runs"]) == 1
     assert (tmp_path / "report" / "report.html").read_text("utf-8").count("<svg") == 1 + 2 + 1 + 4 + 2 + 2

@@ -1,4 +1,4 @@
-"""Run folders in every state are read for what they are, and nothing else is taken for one."""
+"""Run folders are read in every state, and nothing else is taken for one."""
 
 import json
 import subprocess
@@ -9,10 +9,10 @@ from filelock import FileLock
 
 from vitkd import __version__
 from vitkd.errors import ConfigError
-from vitkd.report.curves import band, last, median_ratio, read_curves
-from vitkd.report.parsing import settings_of
+from vitkd.report.parsing import last, median_ratio, read_curves, settings_of
 from vitkd.report.runs import Run, find_runs, read_run
 from vitkd.report.settings import option
+from vitkd.report.statistics import band
 from vitkd.runs.folder import RunFolder
 
 
@@ -138,7 +138,7 @@ def test_a_configuration_that_is_too_deep(runs):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"test/acc_last": null}', '{"test/acc_last": "0.9"}', "{}" * 2]
 )
-def test_figures_that_are_none(runs, text):
+def test_metrics_that_are_none(runs, text):
     (runs.add("run") / "metrics.json").write_text(text)
 
     assert states(runs.outputs) == {"run": "damaged"}
@@ -182,8 +182,8 @@ def test_a_sweep_s_folder_stands_for_its_jobs(runs, monkeypatch):
     runs.add("b")
     sweep = runs.outputs / "sweeps" / "now"
     sweep.mkdir(parents=True)
-    told = wanted.relative_to(runs.outputs.parent)
-    (sweep / "job-0.json").write_text(json.dumps({"number": 0, "folder": str(told)}))
+    recorded = wanted.relative_to(runs.outputs.parent)
+    (sweep / "job-0.json").write_text(json.dumps({"number": 0, "folder": str(recorded)}))
     (sweep / "job-1.json").write_text(json.dumps({"number": 1, "folder": None}))
     (sweep / "job-2.json").write_text("{")
 
@@ -226,7 +226,7 @@ def test_settings_are_flat():
     }
 
 
-def test_fidelity_is_read_where_somebody_measured_it(runs):
+def test_fidelity_is_read_where_it_was_measured(runs):
     written = {
         "best": '{"epoch": "best", "summary": {"js_distilled": 0.25}}',
         "broken": '{"epoch": "best", "summary": 3}',
@@ -284,12 +284,12 @@ def test_a_file_without_curves(tmp_path, written):
 
 
 def test_a_band_by_hand():
-    found = band([{1: 1.0, 2: 2.0}, {1: 3.0, 2: 6.0, 3: 9.0}, {}])
+    over_seeds = band([{1: 1.0, 2: 2.0}, {1: 3.0, 2: 6.0, 3: 9.0}, {}])
 
-    assert found.steps.tolist() == [1, 2]
-    assert found.mean.tolist() == [2.0, 4.0]
-    assert found.std.tolist() == pytest.approx([2**0.5, 8**0.5])
-    assert found.seeds == 2
+    assert over_seeds.steps.tolist() == [1, 2]
+    assert over_seeds.mean.tolist() == [2.0, 4.0]
+    assert over_seeds.std.tolist() == pytest.approx([2**0.5, 8**0.5])
+    assert over_seeds.seeds == 2
     assert band([{}]) is None
     assert band([{1: 1.0}, {2: 1.0}]) is None
 

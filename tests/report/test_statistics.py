@@ -1,4 +1,4 @@
-"""Figures over seeds, against SciPy, published tables, values worked out by hand, and simulation."""
+"""Metrics over seeds, against SciPy, published tables, values worked out by hand, and simulation."""
 
 import math
 
@@ -127,7 +127,7 @@ def test_holm_keeps_false_alarms_rare_over_a_whole_grid():
 
 @pytest.mark.parametrize(("effect", "seeds"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])
 def test_seeds_needed_as_tables_have_it(effect, seeds):
-    """Two-sided paired t, α = 0.05, power 0.8: G*Power's figures."""
+    """Two-sided paired t, α = 0.05, power 0.8: G*Power's numbers."""
     assert seeds_needed(effect * 1.7, 1.7) == seeds
     assert seeds_needed(-effect, 1.0) == seeds
     assert power(seeds, effect) >= 0.8 > power(seeds - 1, effect)
@@ -144,10 +144,10 @@ def test_seeds_needed_at_the_ends():
 def test_power_by_simulation(n, effect):
     draws = np.random.default_rng(n).normal(effect, 1.0, size=(20_000, n))
 
-    found = np.mean(stats.ttest_1samp(draws, 0.0, axis=1).pvalue <= 0.05)
+    simulated = np.mean(stats.ttest_1samp(draws, 0.0, axis=1).pvalue <= 0.05)
 
     # Four standard errors.
-    assert power(n, effect) == pytest.approx(found, abs=4 * math.sqrt(0.25 / 20_000))
+    assert power(n, effect) == pytest.approx(simulated, abs=4 * math.sqrt(0.25 / 20_000))
 
 
 def test_power_grows_with_seeds():

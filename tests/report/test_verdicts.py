@@ -1,4 +1,4 @@
-"""What is said of an arm, and above all what is not."""
+"""The verdict on an arm: what it says, and what it must not say."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_harm_is_called_harm():
     assert verdict == (Outcome.HURTS, "hurts")
 
 
-def test_no_evidence_tells_how_many_seeds_would_do():
+def test_no_evidence_says_how_many_seeds_are_needed():
     # A gap of half a standard deviation takes 34 seeds.
     verdict = judge(gain_of(-1.0, 0.5, 2.0), 0.7, Spread(1.0, "own"))
 
@@ -51,7 +51,7 @@ def test_one_seed_is_never_a_winner(gap):
     assert verdict.text.startswith("too few seeds (1); at least 3 are needed")
 
 
-def test_one_seed_is_told_how_many_it_takes():
+def test_one_seed_says_how_many_are_needed():
     verdict = judge(gain_of(1.0), None, Spread(2.0, "other arms"))
 
     assert verdict.text.endswith("this gap needs 34 seeds")

@@ -1,4 +1,4 @@
-"""Arms: runs that differ in the seed alone, and the names that tell arms apart."""
+"""Arms: runs that differ in the seed alone, and names that distinguish them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ class Arm:
     runs: dict[int, Run]
     """seed → run"""
     extra: Settings = field(default_factory=dict)
-    """settings that tell it from arms of the same method, granularity, loss and alpha"""
+    """settings that distinguish it from arms of the same method, granularity, loss and alpha"""
     is_baseline: bool = False
 
     @property
@@ -134,7 +134,7 @@ def has_teacher_per_seed(runs: Iterable[Run]) -> bool:
 
 
 def name_extras(arms: Sequence[Arm]) -> None:
-    """Set `extra` of each arm: the settings that tell it from the arms it could be confused with.
+    """Set `extra` of each arm: the settings that distinguish it from similar arms.
 
     The settings of a loss are compared among arms of that loss, and so on.
     """

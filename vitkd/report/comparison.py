@@ -197,7 +197,7 @@ def control_settings(arm: Arm) -> Settings:
 
 
 def control_name(control: Arm, arm: Arm) -> str:
-    """What tells a control from the arm it controls."""
+    """How a control differs from the arm it controls."""
     if control.method != arm.method:
         return control.label_without_alpha
     differing = {name: value for name, value in control.extra.items() if arm.extra.get(name) != value}

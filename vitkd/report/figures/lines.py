@@ -164,7 +164,7 @@ def learning_curves(comparison: Comparison) -> PlotGroup:
     for label, arms in group_by(
         experiment.arms or experiment.rows, lambda arm: arm.label_without_alpha
     ).items():
-        bands = [(arm, found) for arm in arms if (found := band_of(arm))]
+        bands = [(arm, over_seeds) for arm in arms if (over_seeds := band_of(arm))]
         if not bands:
             continue
         if experiment.arms and experiment.baseline and (alone := band_of(experiment.baseline)):
