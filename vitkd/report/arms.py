@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from vitkd.report.parsing import Settings, Value
 from vitkd.report.runs import Run
@@ -23,45 +22,28 @@ DEFAULTS: Settings = {
 """Values left out of names, however many runs have them."""
 
 
-@dataclass
 class Arm:
-    """Runs that differ in the seed alone, one a seed."""
+    """Runs that differ in the seed alone, one a seed.
 
-    runs: dict[int, Run]
-    """seed → run"""
-    extra: Settings = field(default_factory=dict)
-    """settings that distinguish it from arms of the same method, granularity, loss and alpha"""
-    is_baseline: bool = False
+    Args:
+        runs: seed → run.
+        is_baseline: whether it is the student alone.
 
-    @property
-    def first(self) -> Run:
-        return next(iter(self.runs.values()))
+    Attributes:
+        granularity, loss: empty if it does not distill attention.
+        alpha: weight of the class loss; 1 for the student alone, even with method=none.
+        extra: settings that distinguish it from arms of the same method, granularity, loss and alpha.
+    """
 
-    @property
-    def method(self) -> str:
-        return self.first.method
-
-    @property
-    def distills_attention(self) -> bool:
-        """Whether granularity and loss have a meaning."""
-        return self.method == "attention" and not self.is_baseline
-
-    @property
-    def granularity(self) -> str:
-        return (self.first.granularity or "") if self.distills_attention else ""
-
-    @property
-    def loss(self) -> str:
-        return (self.first.loss or "") if self.distills_attention else ""
-
-    @property
-    def alpha(self) -> float:
-        """Weight of the class loss; 1 for the student alone, even with method=none."""
-        return 1.0 if self.is_baseline or self.first.alpha is None else self.first.alpha
-
-    @property
-    def weighting(self) -> str:
-        return self.first.weighting
+    def __init__(self, runs: dict[int, Run], is_baseline: bool = False) -> None:
+        self.runs, self.is_baseline = runs, is_baseline
+        self.first = run = next(iter(runs.values()))
+        self.method, self.weighting = run.method, run.weighting
+        self.distills_attention = run.method == "attention" and not is_baseline
+        self.granularity = (run.granularity or "") if self.distills_attention else ""
+        self.loss = (run.loss or "") if self.distills_attention else ""
+        self.alpha = 1.0 if is_baseline or run.alpha is None else run.alpha
+        self.extra: Settings = {}
 
     @property
     def extra_text(self) -> str:

@@ -105,13 +105,12 @@ def table_of(columns: Sequence[Column], rows: Sequence[Row] | Sequence[Contrast]
     shown = [column for column in columns if column.is_essential or width >= MIN_WIDTH]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown:
-        is_last = column is shown[-1]
         table.add_column(
             column.heading,
             justify="left" if column.is_text else "right",
             no_wrap=not column.is_text,
             overflow="fold",
-            ratio=int(is_last) or None,
+            ratio=1 if column is shown[-1] else None,
         )
     for row in rows:
         *cells, verdict = (Text(column.cell(row)) for column in shown)
