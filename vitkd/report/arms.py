@@ -62,10 +62,12 @@ class Arm:
 
     @property
     def objective(self) -> str:
-        """The transfer loss: `block kl`, `logit`, `token hard + 1·block kl`."""
+        """The transfer loss: `block kl`, `block relation`, `logit`, `token hard + 1·block kl`."""
         run = self.first
         if self.distills_attention:
             return f"{self.granularity} {self.loss}"
+        if self.method == "relation":
+            return f"{run.granularity} relation"
         if self.method != "token":
             return self.method
         token = f"token {run.settings.get('method.targets')}"
@@ -145,14 +147,14 @@ def add_differences(group: str, arms: Sequence[Arm]) -> None:
 def choices(arm: Arm) -> dict[str, str]:
     """Group of settings → the arm's option in it; settings are compared where both are equal."""
     run = arm.first
-    has_maps = arm.distills_attention or run.attention_weight > 0
+    has_blocks = arm.distills_attention or run.attention_weight > 0 or arm.method == "relation"
     return {
         "teacher._target_": "",
         "teacher": str(run.settings.get("teacher._target_")),
         "weighting": arm.weighting,
         "method": arm.method,
-        "granularity": f"{arm.method} {run.granularity if has_maps else ''}",
-        "loss": f"{arm.method} {run.loss if has_maps else ''}",
+        "granularity": f"{arm.method} {run.granularity if has_blocks else ''}",
+        "loss": f"{arm.method} {run.loss if has_blocks and arm.method != "relation" else ''}",
     }
 
 
@@ -162,7 +164,7 @@ def settings_in(group: str, arm: Arm) -> Settings:
     if has_teacher_per_seed(arm.runs.values()):
         settings["teacher.seed"] = "${seed}"
     named = {"method._target_"}
-    if arm.method == "attention" or arm.first.attention_weight:
+    if arm.method in ("attention", "relation") or arm.first.attention_weight:
         named |= {"granularity._target_", "loss._target_"}
     if arm.method == "token":
         named |= {"method.targets", "method.attention_weight"}

@@ -171,7 +171,8 @@ def is_control(control: Arm, arm: Arm) -> bool:
 
     If it is of another method without maps, only teacher, alpha and weighting have to be equal.
     """
-    if uses_own_maps(control) or control.first.attention_weight:
+    is_of_another_method = control.method in ("logit", "token") and not control.first.attention_weight
+    if uses_own_maps(control) or not (control.method == arm.method or is_of_another_method):
         return False
     ignored = {*UNCONTROLLED}
     if control.method != arm.method:
