@@ -18,7 +18,7 @@ from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.none import NoDistillation
 from vitkd.methods.token import TokenDistillation
-from vitkd.methods.weighting.base import Constant as ConstantWeighting
+from vitkd.methods.weighting import Constant as ConstantWeighting
 from vitkd.models import ResNetConfig, Taps
 from vitkd.optim import AdamW, Constant
 from vitkd.train.build import build_module

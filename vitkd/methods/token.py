@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
@@ -25,8 +24,8 @@ from vitkd.methods.attention import attention_objective, check_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.logit import check_temperature, softened_divergence
 from vitkd.methods.maps.objective import AttentionObjective
+from vitkd.methods.weighting import cross_entropy
 from vitkd.models import Model, ModelConfig, Output, Taps
-from vitkd.models.output import at_least_float32
 
 TARGETS = ("hard", "soft")
 HEADS = ("class_token", "distillation_token")
@@ -83,10 +82,7 @@ class TokenObjective(Objective):
         """The token's loss of each image [*S, B], from its logits [*S, B, C]."""
         if self.targets == "soft":
             return softened_divergence(logits, teacher.answer, self.temperature)
-        classes = teacher.predicted.expand(logits.shape[:-1])
-        # Not `gather`: in deterministic mode its backward pass waits for the device.
-        flat = F.cross_entropy(at_least_float32(logits).flatten(0, -2), classes.flatten(), reduction="none")
-        return flat.view(classes.shape)
+        return cross_entropy(logits, teacher.predicted)
 
 
 @dataclass

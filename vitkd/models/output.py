@@ -62,9 +62,14 @@ LOGITS = Taps()
 NO_BLOCK_TAPS = BlockTaps()
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def compared_in(x: Tensor) -> torch.dtype:
     """Attention is compared in float32 even where bf16 computed it; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in the precision in which it is compared."""
+    return x.to(compared_in(x))
 
 
 class QKV(NamedTuple):
