@@ -12,10 +12,9 @@ from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation, record_both
 from vitkd.methods.base import DataFacts
 from vitkd.methods.logit import LogitDistillation
-from vitkd.methods.maps.granularity import Block, Encoder, Head
+from vitkd.methods.maps.granularity import Block, BlockPair, Encoder, Head
 from vitkd.methods.maps.losses import KL, MSE
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.none import NoDistillation
 from vitkd.methods.token import TokenDistillation
 from vitkd.methods.weighting import Constant as ConstantWeighting

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.data import Batch
-from vitkd.methods.maps.granularity import Granularity
+from vitkd.methods.maps.granularity import BlockPair, Granularity
 from vitkd.methods.maps.losses import AttentionLoss
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.models import Model, ModelConfig, Output, Taps
 
 Terms = Mapping[str, Tensor]

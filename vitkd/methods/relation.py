@@ -27,7 +27,7 @@ from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
-from vitkd.methods.maps.alignment import drop_prefix
+from vitkd.methods.maps.alignment import without_tokens
 from vitkd.methods.maps.losses import kl_divergence
 from vitkd.models import AttentionLayout, Model, ModelConfig, Output, Taps
 from vitkd.models.output import QKV, at_least_float32
@@ -95,7 +95,7 @@ def split_heads(qkv: QKV, dropped: int, count: int) -> dict[str, Tensor]:
     """Q, K and V [*S, B, H, dropped + T, head_dim] as `count` heads each, [*S, B, R, T, H·head_dim/R]."""
 
     def split(x: Tensor) -> Tensor:
-        tokens = drop_prefix(at_least_float32(x), dropped).transpose(-3, -2).flatten(-2)
+        tokens = without_tokens(at_least_float32(x), 1, 1 + dropped).transpose(-3, -2).flatten(-2)
         return tokens.unflatten(-1, (count, tokens.shape[-1] // count)).transpose(-3, -2)
 
     assert qkv.v is not None

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
+from vitkd.methods.maps.alignment import resized_weights
 from vitkd.models.output import at_least_float32
-from vitkd.models.tokens import resized_weights
 
 # Stands for −∞ where attention is masked: exp() of it is exactly 0, and 0 times it is not NaN.
 MASKED = -1e30

@@ -16,15 +16,33 @@ from torch import Tensor
 from vitkd.data import Batch
 from vitkd.methods.base import Objective, Terms
 from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, without_prefix
-from vitkd.methods.maps.controls import CONTROLS
+from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import MASKED, AttentionLoss
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.maps.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
 from vitkd.models import Output, Taps
 from vitkd.models.output import QKV, at_least_float32
 
 Maps = Tensor | QKV
 """scores [*S, B, H, N, N], or the factors that make them"""
+
+
+# Control arms: what a student is taught in place of its teacher's maps, to see whether these are what helps.
+def shuffled(scores: Tensor) -> Tensor:
+    """To each image the maps of its neighbour in the batch.
+
+    The teacher's patterns without what they have to do with the image. Every epoch has its own batches, so an
+    image gets other maps each time.
+    """
+    return scores.roll(1, dims=-4)
+
+
+def uniform(scores: Tensor) -> Tensor:
+    """Attention to all tokens alike: smoothing, and nothing of the teacher."""
+    return torch.zeros_like(scores)
+
+
+CONTROLS: dict[str, Callable[[Tensor], Tensor]] = {"shuffled": shuffled, "uniform": uniform}
+"""name → what it makes of scores [*U, B, H, T, T], or of either of their factors [*U, B, H, T, head_dim]"""
 
 
 class AttentionObjective(Objective):
