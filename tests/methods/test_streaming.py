@@ -350,7 +350,7 @@ def test_fused_attention_drops_weights_where_factors_are_recorded():
     nn.init.constant_(attention.out.weight, 1 / 8)
     nn.init.constant_(attention.out.bias, 0.0)
 
-    tokens, (scores, recorded) = attention(torch.randn(40, 6, 8), BlockTaps(factors=True))
+    tokens, (scores, recorded, _) = attention(torch.randn(40, 6, 8), BlockTaps(factors=True))
 
     assert scores is None
     assert isinstance(recorded, QKV)

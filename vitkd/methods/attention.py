@@ -15,7 +15,7 @@ from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, align
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import AttentionLoss
 from vitkd.methods.maps.objective import CONTROLS, AttentionObjective
-from vitkd.models import Model, ModelConfig, Taps
+from vitkd.models import AttentionLayout, Model, ModelConfig, Taps
 
 
 @dataclass
@@ -65,12 +65,18 @@ def check_grids(
     """ConfigError, advising `otherwise`, unless the paired blocks cut the image into as many patches."""
     students, teachers = student.attention_layouts(), teacher.attention_layouts()
     for pair in pairs:
-        ours, theirs = students[pair.student_block].grid, teachers[pair.teacher_block].grid
-        if ours != theirs:
-            raise ConfigError(
-                f"the student's {ours[0]}×{ours[1]} token grid is not the teacher's {theirs[0]}×{theirs[1]}: "
-                f"use equal patch sizes, or {otherwise}"
-            )
+        check_equal_grids(
+            students[pair.student_block],
+            teachers[pair.teacher_block],
+            f"use equal patch sizes, or {otherwise}",
+        )
+
+
+def check_equal_grids(student: AttentionLayout, teacher: AttentionLayout, fix: str) -> None:
+    """ConfigError that ends with `fix`, unless two blocks cut the image into as many patches."""
+    if student.grid != teacher.grid:
+        shown = [f"{rows}×{columns}" for rows, columns in (student.grid, teacher.grid)]
+        raise ConfigError(f"the student's {shown[0]} token grid is not the teacher's {shown[1]}: {fix}")
 
 
 def attention_objective(

@@ -22,7 +22,8 @@ from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import attention_objective, check_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
-from vitkd.methods.logit import check_temperature, softened_divergence
+from vitkd.methods.logit import softened_divergence
+from vitkd.methods.maps.losses import check_temperature
 from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.weighting import cross_entropy
 from vitkd.models import Model, ModelConfig, Output, Taps

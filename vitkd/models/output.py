@@ -4,7 +4,7 @@ Shapes: S stacked students (absent for one model), B batch, H heads, Q queries, 
 C classes. A plain ViT has Q = K = T.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple, Self
@@ -21,6 +21,8 @@ class BlockTaps(NamedTuple):
     scores: bool = False
     factors: bool = False
     qkv: bool = False
+    weights: bool = False
+    """what multiplies the values; an explanation wants them, no `Taps` does"""
 
 
 class Taps(NamedTuple):
@@ -44,6 +46,13 @@ class Taps(NamedTuple):
     def blocks(self) -> set[int]:
         """All blocks whose attention is asked for anything."""
         return {*self.scores, *self.factors, *self.qkv}
+
+    def assert_exist(self, num_blocks: int, features: Collection[str]) -> None:
+        """AssertionError unless a model of `num_blocks` attention blocks and these features has all of it."""
+        blocks = sorted(block for block in self.blocks if not 0 <= block < num_blocks)
+        assert not blocks, f"no attention block {blocks}: this model has {num_blocks}"
+        unknown = [name for name in self.features if name not in features]
+        assert not unknown, f"no feature {unknown}: this model has {', '.join(features)}"
 
     @classmethod
     def union(cls, all_taps: Iterable["Taps"]) -> "Taps":

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 VARIANTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 STEMS = ("imagenet", "small")
 IMAGENET_CLASSES = 1000
+FEATURES = ("stage1", "stage2", "stage3", "stage4", "pre_logits")
 
 
 @dataclass(repr=False)
@@ -88,7 +89,7 @@ class ResNetConfig(ModelConfig):
             ) from error
         with torch.device("meta"):
             expected = replace(self, num_classes=IMAGENET_CLASSES, pretrained=False).architecture().network
-        # Only what torch.hub downloads has its digest checked, not what a person puts there.
+        # Only what torch.hub downloads has its digest checked, not what a user puts there.
         if not isinstance(found, dict) or shapes_of(found) != shapes_of(expected.state_dict()):
             raise self._damaged(place)
         return found
@@ -119,12 +120,12 @@ class ResNet(Model):
 
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [B, C, H, W]; the features are "stage1" to "stage4" and "pre_logits"."""
-        assert not taps.blocks, "a residual network has no attention"
+        taps.assert_exist(0, FEATURES)
         network = self.network
         features: dict[str, Tensor] = {}
         x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
-        for stage in range(1, 5):
-            x = features[f"stage{stage}"] = network.get_submodule(f"layer{stage}")(x)
+        for stage, name in enumerate(FEATURES[:-1], start=1):
+            x = features[name] = network.get_submodule(f"layer{stage}")(x)
             if not taps.logits and features.keys() >= {*taps.features}:
                 break
         else:

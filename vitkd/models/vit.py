@@ -17,9 +17,8 @@ from vitkd.errors import ConfigError
 from vitkd.models.base import Model, ModelConfig, Trace
 from vitkd.models.dropout import Dropout
 from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
-from vitkd.models.lsa import LocalityAttention
-from vitkd.models.output import LOGITS, AttentionLayout, Output, Taps
-from vitkd.models.spt import ShiftedPatchTokenization
+from vitkd.models.output import LOGITS, AttentionLayout, BlockTaps, Output, Taps
+from vitkd.models.small_data import LocalityAttention, ShiftedPatchTokenization
 
 ATTENTIONS: dict[str, type[Attention]] = {"msa": Attention, "lsa": LocalityAttention}
 TOKENIZERS = ("patch", "spt")
@@ -48,9 +47,9 @@ class ViTConfig(ModelConfig):
     Shifted patches have their own norm, whatever this says."""
     _: KW_ONLY  # variants, see __repr__
     tokenizer: str = "patch"
-    """patch | spt: see `spt`"""
+    """patch | spt: see `ShiftedPatchTokenization`"""
     attention: str = "msa"
-    """msa, plain multi-head self-attention | lsa: see `lsa`"""
+    """msa, plain multi-head self-attention | lsa: see `LocalityAttention`"""
     distillation_token: bool = False
     """A second token, which a teacher may teach, with a head of its own."""
 
@@ -112,9 +111,6 @@ class ViTConfig(ModelConfig):
     def architecture(self) -> "ViT":
         return ViT(self)
 
-    def build(self) -> "ViT":
-        return self.architecture()
-
 
 class ViT(Model):
     """A ViT in vit-pytorch's layout, initialised as vit-pytorch does."""
@@ -152,7 +148,8 @@ class ViT(Model):
 
         Without logits it stops where the last of that is known: after QKᵀ of the last block, for example.
         """
-        assert taps.blocks <= {*range(len(self.blocks))}, f"no such block among {sorted(taps.blocks)}"
+        depth = len(self.blocks)
+        taps.assert_exist(depth, ("embed", *(f"block{i}" for i in range(depth)), "pre_logits"))
         x, last = self.embed(images), self._last_whole_block(taps)
         features, attention = {"embed": x}, {}
         for i, block in enumerate(self.blocks[: last + 1]):
@@ -183,9 +180,8 @@ class ViT(Model):
         x = self.embed(images)
         weights, tokens = [], []
         for block in self.blocks:
-            assert isinstance(block, Block)
-            x, of_block = block.trace(x)
-            weights.append(of_block)
+            x, attention = block(x, BlockTaps(weights=True))
+            weights.append(attention.weights)
             tokens.append(x)
         logits = self._classify(x, LOGITS, {}).answer
         return Trace(logits, tuple(weights), tuple(tokens))

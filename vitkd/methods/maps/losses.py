@@ -94,8 +94,7 @@ class DistributionLoss(AttentionLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature}: must be a finite number above 0")
+        check_temperature(self.temperature)
 
     def target(self, teacher_scores: Tensor) -> Tensor:
         return self.softened(teacher_scores).log_softmax(-1)
@@ -158,6 +157,12 @@ class JS(DistributionLoss):
     def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         return (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
+
+
+def check_temperature(temperature: float) -> None:
+    """ConfigError unless scores or logits can be divided by `temperature`."""
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature={temperature}: must be a finite number above 0")
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
