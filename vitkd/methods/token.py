@@ -69,7 +69,12 @@ class TokenObjective(Objective):
         return student.heads["class_token"]
 
     def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
-        token = {"token_loss": self._of_token(student.heads["distillation_token"], teacher).unsqueeze(-1)}
+        logits = student.heads["distillation_token"]
+        if self.targets == "soft":
+            losses = softened_divergence(logits, teacher.answer, self.temperature)
+        else:
+            losses = cross_entropy(logits, teacher.predicted)
+        token = {"token_loss": losses.unsqueeze(-1)}
         return token if self.attention is None else token | {**self.attention(batch, student, teacher)}
 
     def transfer(self, terms: Terms) -> Tensor:
@@ -78,12 +83,6 @@ class TokenObjective(Objective):
             return token
         maps = {name: values for name, values in terms.items() if name != "token_loss"}
         return token + self.weight * self.attention.transfer(maps)
-
-    def _of_token(self, logits: Tensor, teacher: Output) -> Tensor:
-        """The token's loss of each image [*S, B], from its logits [*S, B, C]."""
-        if self.targets == "soft":
-            return softened_divergence(logits, teacher.answer, self.temperature)
-        return cross_entropy(logits, teacher.predicted)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from vitkd.errors import ConfigError, one_line
 from vitkd.models.base import Model, ModelConfig
 from vitkd.models.output import LOGITS, Output, Taps
-
-if TYPE_CHECKING:
-    from torchvision.models import WeightsEnum
 
 VARIANTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 STEMS = ("imagenet", "small")
@@ -72,7 +69,9 @@ class ResNetConfig(ModelConfig):
 
     def _imagenet(self) -> dict[str, Tensor]:
         """ImageNet's weights, downloaded at need; ConfigError where they cannot be had."""
-        weights = imagenet_weights(self.variant)
+        from torchvision.models import get_model_weights  # takes a while, and not every run needs it
+
+        weights = get_model_weights(self.variant)["IMAGENET1K_V1"]  # those of the usual recipe
         place = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
         try:
             # What lies there need not have been downloaded, so nothing in it is run.
@@ -145,10 +144,3 @@ def first_convolution(channels: int, kernel_size: int, stride: int) -> nn.Conv2d
     convolution = nn.Conv2d(channels, 64, kernel_size, stride, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return convolution
-
-
-def imagenet_weights(variant: str) -> "WeightsEnum":
-    """torchvision's first weights of a network: those of the usual recipe."""
-    from torchvision.models import get_model_weights
-
-    return get_model_weights(variant)["IMAGENET1K_V1"]
