@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from vitkd.data import Batch
+from vitkd.errors import check_positive
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
-from vitkd.methods.maps.losses import check_temperature, kl_divergence
+from vitkd.methods.maps.losses import kl_divergence
 from vitkd.models import Model, Output, Taps
 from vitkd.models.output import at_least_float32
 
@@ -52,7 +53,7 @@ class LogitDistillation(Method):
     ignores = "granularity", "loss"
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        check_positive(self, "temperature")
 
     def objective(
         self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts

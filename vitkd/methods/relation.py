@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_choice
 from vitkd.methods.attention import check_equal_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.maps.alignment import align, without_tokens
@@ -118,8 +118,7 @@ class RelationDistillation(Method):
     ignores = "loss", "granularity.heads", "granularity.head_map"
 
     def __post_init__(self) -> None:
-        if self.relations not in RELATIONS:
-            raise ConfigError(f"relations={self.relations}: choose {' or '.join(RELATIONS)}")
+        check_choice(self, "relations", RELATIONS)
         if self.relation_heads is not None and self.relation_heads < 1:
             raise ConfigError(f"relation_heads={self.relation_heads}: must be at least 1, or null")
 

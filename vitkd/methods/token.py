@@ -19,17 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_choice, check_positive
 from vitkd.methods.attention import attention_objective, check_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.logit import softened_divergence
-from vitkd.methods.maps.losses import check_temperature
 from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.weighting import cross_entropy
 from vitkd.models import Model, ModelConfig, Output, Taps
-
-TARGETS = ("hard", "soft")
-HEADS = ("class_token", "distillation_token")
 
 
 class TokenObjective(Objective):
@@ -98,9 +94,8 @@ class TokenDistillation(Method):
     added to the token's with this weight."""
 
     def __post_init__(self) -> None:
-        if self.targets not in TARGETS:
-            raise ConfigError(f"targets={self.targets}: choose {' or '.join(TARGETS)}")
-        check_temperature(self.temperature)
+        check_choice(self, "targets", ("hard", "soft"))
+        check_positive(self, "temperature")
         if not 0 <= self.attention_weight < math.inf:
             raise ConfigError(f"attention_weight={self.attention_weight}: must be a finite number, 0 or more")
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_positive
 from vitkd.models.output import at_least_float32
 
 
@@ -128,8 +128,7 @@ class GradientBalance(Weighting):
     needs_gradients = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < math.inf:
-            raise ConfigError(f"ratio={self.ratio}: must be a finite number above 0")
+        check_positive(self, "ratio")
 
     def balanced(self, class_norm: Tensor, transfer_norm: Tensor) -> Tensor:
         weight = transfer_norm / (transfer_norm + self.ratio * class_norm)

@@ -4,7 +4,6 @@ Shapes: S stacked students (absent for one model), B batch, C channels, H height
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
@@ -44,11 +43,6 @@ class ModelConfig(ABC):
         for name in names:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
-
-    def check_choice(self, name: str, choices: Collection[str]) -> None:
-        """ConfigError if the setting `name` is none of `choices`."""
-        if getattr(self, name) not in choices:
-            raise ConfigError(f"{name}={getattr(self, name)}: choose {' or '.join(choices)}")
 
     def __repr__(self) -> str:
         """The settings as code; keyword-only ones, variants of an architecture, only if they are not default.

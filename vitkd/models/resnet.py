@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
-from vitkd.errors import ConfigError, one_line
+from vitkd.errors import ConfigError, check_choice, one_line
 from vitkd.models.base import Model, ModelConfig
 from vitkd.models.output import LOGITS, Output, Taps
 
@@ -40,8 +40,8 @@ class ResNetConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("variant", VARIANTS)
-        self.check_choice("stem", STEMS)
+        check_choice(self, "variant", VARIANTS)
+        check_choice(self, "stem", STEMS)
         if self.pretrained and (self.stem, self.channels) != ("imagenet", 3):
             raise ConfigError(
                 "pretrained=true: ImageNet's weights are of stem=imagenet and channels=3, not "

@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_choice
 from vitkd.models.base import Model, ModelConfig, Trace
 from vitkd.models.dropout import Dropout
 from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
@@ -56,8 +56,8 @@ class ViTConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_at_least_one("patch_size", "embed_dim", "depth", "num_heads", "head_dim", "mlp_dim")
-        self.check_choice("tokenizer", TOKENIZERS)
-        self.check_choice("attention", ATTENTIONS)
+        check_choice(self, "tokenizer", TOKENIZERS)
+        check_choice(self, "attention", ATTENTIONS)
         for name in ("dropout", "emb_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must lie in [0, 1)")

@@ -8,10 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_choice
 from vitkd.models import AttentionLayout
-
-HEAD_MAPS = ("index", "group_mean", "hungarian")
 
 Layouts = Sequence[AttentionLayout]
 """of each block of a model"""
@@ -114,8 +112,7 @@ class Block(Granularity):
     """index | group_mean | hungarian: see `map_heads`."""
 
     def __post_init__(self) -> None:
-        if self.head_map not in HEAD_MAPS:
-            raise ConfigError(f"head_map={self.head_map}: choose one of {', '.join(HEAD_MAPS)}")
+        check_choice(self, "head_map", ("index", "group_mean", "hungarian"))
 
     @property
     def needs_calibration(self) -> bool:

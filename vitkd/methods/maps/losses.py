@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitkd.errors import ConfigError
+from vitkd.errors import check_choice, check_positive
 from vitkd.methods.maps.alignment import resized_weights
 from vitkd.models.output import at_least_float32
 
@@ -31,8 +31,7 @@ class AttentionLoss(ABC):
     """Over the chosen maps: `mean`, so that alpha means the same at every granularity, or `sum`."""
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            raise ConfigError(f"reduction={self.reduction}: choose mean or sum")
+        check_choice(self, "reduction", ("mean", "sum"))
 
     @abstractmethod
     def target(self, teacher_scores: Tensor) -> Tensor:
@@ -60,8 +59,7 @@ class MSE(AttentionLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.center not in ("none", "row"):
-            raise ConfigError(f"center={self.center}: choose none or row")
+        check_choice(self, "center", ("none", "row"))
 
     def target(self, teacher_scores: Tensor) -> Tensor:
         return at_least_float32(teacher_scores)
@@ -94,7 +92,7 @@ class DistributionLoss(AttentionLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_temperature(self.temperature)
+        check_positive(self, "temperature")
 
     def target(self, teacher_scores: Tensor) -> Tensor:
         return self.softened(teacher_scores).log_softmax(-1)
@@ -157,12 +155,6 @@ class JS(DistributionLoss):
     def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         return (kl_divergence(log_p, log_m) + kl_divergence(log_q, log_m)) / 2
-
-
-def check_temperature(temperature: float) -> None:
-    """ConfigError unless scores or logits can be divided by `temperature`."""
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature={temperature}: must be a finite number above 0")
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
