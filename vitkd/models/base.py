@@ -59,7 +59,7 @@ class ModelConfig(ABC):
         """The model's shape in a few words."""
 
     def prepare(self) -> None:  # noqa: B027, most take nothing
-        """Fetch what `build` takes from a network; ConfigError where that cannot be had."""
+        """Fetch what `build` takes from a network; ConfigError where that is unavailable."""
 
     stacks: ClassVar[bool] = False
     """whether parameters may carry a leading axis, a student each"""
@@ -80,7 +80,7 @@ class ModelConfig(ABC):
 
     @abstractmethod
     def architecture(self) -> "Model":
-        """A model of this configuration, for weights that are at hand."""
+        """A model of this configuration, to load weights into."""
 
     def build(self) -> "Model":
         """A model of this configuration as training begins with it, from PyTorch's global generator."""

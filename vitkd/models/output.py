@@ -1,4 +1,4 @@
-"""What can be asked of a model, and what it answers.
+"""What can be asked of a model, and what it returns.
 
 Shapes: S stacked students (absent for one model), B batch, H heads, Q queries, K keys, T tokens, D embed_dim,
 C classes. A plain ViT has Q = K = T.
@@ -110,7 +110,7 @@ class Output(NamedTuple):
     """What a forward pass returns: exactly what the taps asked for."""
 
     logits: Tensor | None = None
-    """[*S, B, C]: the model's answer"""
+    """[*S, B, C]"""
     heads: Mapping[str, Tensor] = NOTHING
     """the logits of each classification head, by the token it reads, where there are several; else nothing"""
     scores: Mapping[int, Tensor] = MappingProxyType({})

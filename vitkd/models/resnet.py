@@ -59,7 +59,7 @@ class ResNetConfig(ModelConfig):
     def build(self) -> "ResNet":
         model = self.architecture()
         if self.pretrained:
-            # The last layer tells ImageNet's classes apart, not ours.
+            # The last layer is for ImageNet's classes.
             own = {k: v for k, v in model.network.state_dict().items() if k.startswith("fc.")}
             model.network.load_state_dict(self._imagenet() | own)
         return model
@@ -68,34 +68,34 @@ class ResNetConfig(ModelConfig):
         return ResNet(self)
 
     def _imagenet(self) -> dict[str, Tensor]:
-        """ImageNet's weights, downloaded at need; ConfigError where they cannot be had."""
+        """ImageNet's weights, downloaded at need; ConfigError where they are unavailable."""
         from torchvision.models import get_model_weights  # takes a while, and not every run needs it
 
         weights = get_model_weights(self.variant)["IMAGENET1K_V1"]  # those of the usual recipe
-        place = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
         try:
             # What lies there need not have been downloaded, so nothing in it is run.
-            found: Any = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            state: Any = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (EOFError, UnpicklingError) as error:
-            raise self._damaged(place) from error
+            raise self._damaged(file) from error
         except (OSError, RuntimeError) as error:
-            if place.exists():
-                raise self._damaged(place) from error
+            if file.exists():
+                raise self._damaged(file) from error
             raise ConfigError(
-                f"pretrained=true: the ImageNet weights of {self.variant} cannot be had ({one_line(error)}); "
-                f"connect to a network, put {weights.url} at {place}, or set pretrained=false to train from "
+                f"pretrained=true: {self.variant}'s ImageNet weights are unavailable ({one_line(error)}); "
+                f"connect to a network, put {weights.url} at {file}, or set pretrained=false to train from "
                 "random weights"
             ) from error
         with torch.device("meta"):
             expected = replace(self, num_classes=IMAGENET_CLASSES, pretrained=False).architecture().network
         # Only what torch.hub downloads has its digest checked, not what a user puts there.
-        if not isinstance(found, dict) or shapes_of(found) != shapes_of(expected.state_dict()):
-            raise self._damaged(place)
-        return found
+        if not isinstance(state, dict) or shapes_of(state) != shapes_of(expected.state_dict()):
+            raise self._damaged(file)
+        return state
 
-    def _damaged(self, place: Path) -> ConfigError:
+    def _damaged(self, file: Path) -> ConfigError:
         return ConfigError(
-            f"pretrained=true: {place} is not the ImageNet weights of {self.variant}; remove it, to have "
+            f"pretrained=true: {file} is not the ImageNet weights of {self.variant}; remove it, to have "
             "them downloaded again"
         )
 

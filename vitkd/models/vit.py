@@ -1,8 +1,8 @@
 """The Vision Transformer (Dosovitskiy et al. 2020), whose forward returns its attention scores as data.
 
 A model may have a second token, to learn from a teacher (DeiT: Touvron et al. 2021, arXiv 2012.12877). It
-stands behind the class token and has a head of its own; the model's answer is the mean of both heads'
-logits, as in the authors' code (the paper adds their probabilities).
+stands behind the class token and has a head of its own; the model's logits are the mean of both heads', as
+in the authors' code (the paper adds their probabilities).
 
 Shapes: S stacked students (absent for one model), B batch, C channels, T tokens (CLS, perhaps a distillation
 token, grid²), H heads, D embed_dim, K classes.
@@ -160,8 +160,8 @@ class ViT(Model):
             attention[i] = self.blocks[i].attention.tapped(x, taps.of_block(i))  # type: ignore[union-attr,operator]
         classes = self._classify(x, taps, features) if needs_all_blocks(taps) else Output()
         return classes._replace(
-            scores={i: found.scores for i, found in attention.items() if found.scores is not None},
-            qkv={i: found.qkv for i, found in attention.items() if found.qkv is not None},
+            scores={i: output.scores for i, output in attention.items() if output.scores is not None},
+            qkv={i: output.qkv for i, output in attention.items() if output.qkv is not None},
             features={name: features[name] for name in taps.features},
         )
 
@@ -173,10 +173,7 @@ class ViT(Model):
         return max(*outputs, max(taps.blocks, default=0) - 1, -1)
 
     def trace(self, images: Tensor) -> Trace:
-        """Classify images [*S, B, C, H, W] and keep every block's attention weights and tokens.
-
-        For explanations: nothing is fused, and every block's T×T matrix stays in memory.
-        """
+        """As `Model.trace`: nothing is fused, and every block's T×T matrix stays in memory."""
         x = self.embed(images)
         weights, tokens = [], []
         for block in self.blocks:
