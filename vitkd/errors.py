@@ -1,6 +1,7 @@
 """User-fixable errors; each message is one line."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 
@@ -17,6 +18,20 @@ class RunError(RuntimeError):
 
     Its message is one line, as a `ConfigError`'s is; every checkpoint written before is valid.
     """
+
+
+def check_choice(settings: object, name: str, choices: Collection[str]) -> None:
+    """ConfigError if the setting `name` is none of `choices`."""
+    if getattr(settings, name) not in choices:
+        known = " or ".join(choices) if len(choices) < 3 else f"one of {', '.join(choices)}"
+        raise ConfigError(f"{name}={getattr(settings, name)}: choose {known}")
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """ConfigError if one of the settings `names` is not a finite number above 0."""
+    for name in names:
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ConfigError(f"{name}={getattr(settings, name)}: must be a finite number above 0")
 
 
 def one_line(error: Exception) -> str:

@@ -10,17 +10,14 @@ from tests.methods.test_methods import plan
 from tests.methods.test_transfer import pool_queries_and_keys
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
-from vitkd.methods.attention import AttentionDistillation
-from vitkd.methods.maps.alignment import Alignment, align, without_prefix
-from vitkd.methods.maps.granularity import Encoder
+from vitkd.methods.attention import AttentionDistillation, match_heads
+from vitkd.methods.maps.alignment import Alignment, align, token_interpolation, without_prefix
+from vitkd.methods.maps.granularity import BlockPair, Encoder
 from vitkd.methods.maps.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
-from vitkd.methods.maps.matching import match_heads
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.maps.streaming import STREAM_ABOVE
 from vitkd.models import AttentionLayout, ViTConfig
 from vitkd.models.output import QKV
-from vitkd.models.tokens import token_interpolation
 
 LOSSES = [MSE(), MSE(center="row"), CE(), KL(), KL(temperature=0.7), ReverseKL(), JS()]
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=repr)

@@ -7,9 +7,9 @@ import torch
 
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import KL, MSE
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.models.output import QKV
 
 PAIRS = [BlockPair(0, 1, (0, 1), ((0,), (2,)))]

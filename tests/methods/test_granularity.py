@@ -3,8 +3,7 @@
 import pytest
 
 from vitkd.errors import ConfigError
-from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
-from vitkd.methods.maps.pairing import BlockPair
+from vitkd.methods.maps.granularity import Block, BlockPair, Encoder, Granularity, Head
 from vitkd.models import AttentionLayout
 
 

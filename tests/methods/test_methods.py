@@ -12,13 +12,12 @@ from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation, record_both
 from vitkd.methods.base import DataFacts
 from vitkd.methods.logit import LogitDistillation
-from vitkd.methods.maps.granularity import Block, Encoder, Head
+from vitkd.methods.maps.granularity import Block, BlockPair, Encoder, Head
 from vitkd.methods.maps.losses import KL, MSE
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.none import NoDistillation
 from vitkd.methods.token import TokenDistillation
-from vitkd.methods.weighting.base import Constant as ConstantWeighting
+from vitkd.methods.weighting import Constant as ConstantWeighting
 from vitkd.models import ResNetConfig, Taps
 from vitkd.optim import AdamW, Constant
 from vitkd.train.build import build_module

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.methods.maps.alignment import Alignment
+from vitkd.methods.attention import match_heads
+from vitkd.methods.maps.alignment import Alignment, token_interpolation
+from vitkd.methods.maps.granularity import BlockPair, map_block, map_heads
 from vitkd.methods.maps.losses import CE, JS, KL, MSE
-from vitkd.methods.maps.matching import match_heads
-from vitkd.methods.maps.pairing import BlockPair, map_block, map_heads
-from vitkd.models.tokens import token_interpolation
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,14 @@ from benchmarks.memory import LiveBytes, storages
 from vitkd.data import Batch
 from vitkd.methods.maps import objective as objective_module
 from vitkd.methods.maps import streaming
-from vitkd.methods.maps.alignment import Alignment
-from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
+from vitkd.methods.maps.alignment import Alignment, token_interpolation
+from vitkd.methods.maps.granularity import Block, BlockPair, Encoder, Granularity, Head
 from vitkd.methods.maps.losses import CE, JS, KL, MSE, AttentionLoss, ReverseKL
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.maps.streaming import STREAM_ABOVE, images_at_a_time, streamed
 from vitkd.models import Taps, ViT
 from vitkd.models.layers import Attention
 from vitkd.models.output import QKV, BlockTaps
-from vitkd.models.tokens import token_interpolation
 
 EXACT = {"atol": 1e-12, "rtol": 0}
 LOSSES = [
@@ -352,7 +350,7 @@ def test_fused_attention_drops_weights_where_factors_are_recorded():
     nn.init.constant_(attention.out.weight, 1 / 8)
     nn.init.constant_(attention.out.bias, 0.0)
 
-    tokens, (scores, recorded) = attention(torch.randn(40, 6, 8), BlockTaps(factors=True))
+    tokens, (scores, recorded, _) = attention(torch.randn(40, 6, 8), BlockTaps(factors=True))
 
     assert scores is None
     assert isinstance(recorded, QKV)

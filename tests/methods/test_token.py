@@ -14,10 +14,9 @@ from tests.methods.test_methods import facts, images, plan
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.maps.alignment import align
-from vitkd.methods.maps.granularity import Block, Encoder
+from vitkd.methods.maps.granularity import Block, BlockPair, Encoder
 from vitkd.methods.maps.losses import KL, MSE
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.token import TokenDistillation, TokenObjective
 from vitkd.models import Model, Output, ResNetConfig, Taps, ViT
 from vitkd.optim import AdamW, Constant

@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitkd.data import Batch
-from vitkd.methods.maps.alignment import Alignment
+from vitkd.methods.maps.alignment import Alignment, token_interpolation
+from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import CE, JS, KL, MASKED, MSE, ReverseKL
 from vitkd.methods.maps.objective import AttentionObjective, take_heads
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.maps.streaming import STREAM_ABOVE
 from vitkd.models import Output, Taps
 from vitkd.models.output import QKV
-from vitkd.models.tokens import token_interpolation
 
 EVERY_LOSS = pytest.mark.parametrize("loss", [MSE(), CE(), KL(), ReverseKL(), JS()], ids=repr)
 PAIRS = [BlockPair(0, 1, (0, 2), ((3,), (0,))), BlockPair(2, 5, (1,), ((2,),))]

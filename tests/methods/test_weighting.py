@@ -7,10 +7,18 @@ import pytest
 import torch
 
 from vitkd.errors import ConfigError
-from vitkd.methods.weighting.balance import GradientBalance
-from vitkd.methods.weighting.base import Constant, Weighting
-from vitkd.methods.weighting.epochs import Cosine, Linear, Step
-from vitkd.methods.weighting.images import WSLD, Confidence, StudentCorrect, TeacherCorrect
+from vitkd.methods.weighting import (
+    WSLD,
+    Confidence,
+    Constant,
+    Cosine,
+    GradientBalance,
+    Linear,
+    Step,
+    StudentCorrect,
+    TeacherCorrect,
+    Weighting,
+)
 
 LOG2, LOG3, HALF = math.log(2), math.log(3), math.sqrt(0.5)
 LABEL = torch.tensor([0, 0, 1])

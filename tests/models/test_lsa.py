@@ -16,9 +16,8 @@ from tests.models.test_spt import vit_pytorch_twin as tokenizer_twin
 from vitkd.models import Taps, ViT
 from vitkd.models.dropout import Dropout
 from vitkd.models.layers import Attention
-from vitkd.models.lsa import LocalityAttention
 from vitkd.models.output import BlockTaps
-from vitkd.models.spt import shifted_diagonally
+from vitkd.models.small_data import LocalityAttention, shifted_diagonally
 
 DIM, HEADS, HEAD_DIM = 12, 3, 4
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -27,7 +26,7 @@ WAYS: dict[str, Callable[[Attention, Tensor], Tensor]] = {
     "fused": lambda attention, x: attention(x)[0],
     "recorded": lambda attention, x: attention(x, BlockTaps(scores=True))[0],
     "factors": lambda attention, x: attention(x, BlockTaps(factors=True))[0],
-    "trace": lambda attention, x: attention.trace(x)[0],
+    "trace": lambda attention, x: attention(x, BlockTaps(weights=True))[0],
 }
 
 
@@ -119,7 +118,7 @@ def test_weights_at_the_start_are_plain_attentions_over_the_other_tokens(x):
     local.load_state_dict(plain.state_dict(), strict=False)
     scores = plain.tapped(x, BlockTaps(factors=True)).qkv.scores()
 
-    weights = local.trace(x)[1]
+    weights = local(x, BlockTaps(weights=True))[1].weights
 
     for token in range(6):
         others = [other for other in range(6) if other != token]
@@ -131,7 +130,7 @@ def test_weights_at_the_start_are_plain_attentions_over_the_other_tokens(x):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_diagonal_of_the_weights_is_exactly_0_and_rows_sum_to_1(dtype, x):
-    weights = randomised().to(dtype).trace(x.to(dtype))[1]
+    weights = randomised().to(dtype)(x.to(dtype), BlockTaps(weights=True))[1].weights
 
     assert weights.shape == (2, HEADS, 6, 6)
     assert weights.dtype == dtype
@@ -238,7 +237,7 @@ def test_of_two_tokens_each_sees_the_other(way):
     gradients = torch.autograd.grad(tokens.square().sum(), [x, *attention.parameters()])
 
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
-    assert torch.equal(attention.trace(x)[1], swap.expand(3, HEADS, 2, 2))
+    assert torch.equal(attention(x, BlockTaps(weights=True))[1].weights, swap.expand(3, HEADS, 2, 2))
     inner = HEADS * HEAD_DIM
     values = attention.qkv(attention.norm(x))[..., 2 * inner :].flip(-2)
     torch.testing.assert_close(tokens, attention.out(values), **EXACT)

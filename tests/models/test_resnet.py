@@ -1,4 +1,4 @@
-"""Residual networks are torchvision's, with a stem for small images, and ImageNet's weights where to be had.
+"""Residual networks are torchvision's, with a stem for small images, and ImageNet's weights where available.
 
 No test downloads anything: PyTorch's download either is refused or must not happen.
 """

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.transforms.functional import affine
 from vit_pytorch.vit_for_small_dataset import SPT
 
-from vitkd.models.spt import ShiftedPatchTokenization, shifted_diagonally
+from vitkd.models.small_data import ShiftedPatchTokenization, shifted_diagonally
 
 
 def randomised(channels: int, patch_size: int, dim: int = 7) -> ShiftedPatchTokenization:

@@ -1,5 +1,6 @@
 """Features, queries, keys and values by name: what was asked for, nothing else, and no step beyond it."""
 
+from copy import deepcopy
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vitkd.models import Output, ResNet, ResNetConfig, Taps, ViT
-from vitkd.models.output import QKV
+from vitkd.models.output import QKV, BlockTaps
 
 DEPTH, HEADS, HEAD_DIM, DIM = 4, 2, 4, 12
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -33,9 +34,21 @@ def model(tiny, request) -> ViT:
     return model
 
 
+@pytest.fixture(scope="module")
+def sound_resnet() -> ResNet:
+    return ResNetConfig(8, 3, 5, stem="small").build().eval()
+
+
 @pytest.fixture
-def resnet() -> ResNet:
-    return ResNetConfig(32, 3, 5, stem="small").build().double().eval()
+def resnet(sound_resnet) -> ResNet:
+    """A copy of its own: tests poison its weights and hook its layers."""
+    return deepcopy(sound_resnet)
+
+
+@pytest.fixture
+def photos() -> Tensor:
+    """What a residual network sees, [2, 3, 8, 8]; 8, 4, 2 and 1 pixels a side after its stages."""
+    return torch.randn(2, 3, 8, 8)
 
 
 @pytest.fixture
@@ -253,47 +266,67 @@ class TestStopping:
 
     @torch.no_grad()
     @pytest.mark.parametrize(("stage", "name"), [*enumerate(RESNET_FEATURES, start=1)])
-    def test_a_resnet_computes_no_further(self, resnet, stage, name):
-        images, network = torch.randn(2, 3, 32, 32, dtype=torch.float64), resnet.network
-        taps = Taps(features=(name,), logits=False)
-        expected = resnet(images, taps)
+    def test_a_resnet_computes_no_further(self, resnet, photos, stage, name):
+        network, taps = resnet.network, Taps(features=(name,), logits=False)
+        expected = resnet(photos, taps)
         poison(*(network.get_submodule(f"layer{later}") for later in range(stage + 1, 5)), network.fc)
 
-        assert resnet(images).answer.isnan().all()
-        assert_same(resnet(images, taps), expected)
+        assert resnet(photos).answer.isnan().all()
+        assert_same(resnet(photos, taps), expected)
         sound = {name for name, parameter in resnet.named_parameters() if not parameter.isnan().any()}
-        assert touched(resnet, images, taps) == sound
+        assert touched(resnet, photos, taps) == sound
         assert not any(tensor.isnan().any() for tensor in expected.tensors())
 
 
 class TestResNetFeatures:
     @torch.no_grad()
-    def test_are_the_outputs_of_torchvisions_layers(self, resnet):
-        images, seen = torch.randn(2, 3, 32, 32, dtype=torch.float64), {}
+    def test_are_the_outputs_of_torchvisions_layers(self, resnet, photos):
+        seen = {}
         for name in ("layer1", "layer2", "layer3", "layer4", "avgpool"):
             module = resnet.network.get_submodule(name)
             module.register_forward_hook(lambda _module, _inputs, out, name=name: seen.update({name: out}))
-        resnet.network(images)
+        resnet.network(photos)
 
-        output = resnet(images, Taps(features=RESNET_FEATURES))
+        output = resnet(photos, Taps(features=RESNET_FEATURES))
 
         assert tuple(output.features) == RESNET_FEATURES
         for stage in range(1, 5):
             assert torch.equal(output.features[f"stage{stage}"], seen[f"layer{stage}"])
-        assert output.features["stage1"].shape == (2, 64, 32, 32)
-        assert output.features["stage4"].shape == (2, 512, 4, 4)
+        assert output.features["stage1"].shape == (2, 64, 8, 8)
+        assert output.features["stage4"].shape == (2, 512, 1, 1)
         assert torch.equal(output.features["pre_logits"], seen["avgpool"].flatten(1))
         assert torch.equal(resnet.network.fc(output.features["pre_logits"]), output.answer)
 
     @torch.no_grad()
     @pytest.mark.parametrize("names", [("stage2",), ("pre_logits", "stage1"), ()], ids=str)
-    def test_are_returned_as_asked_for(self, resnet, names):
-        images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-
-        output = resnet(images, Taps(features=names))
+    def test_are_returned_as_asked_for(self, resnet, photos, names):
+        output = resnet(photos, Taps(features=names))
 
         assert tuple(output.features) == names
-        assert torch.equal(output.answer, resnet(images).answer)
+        assert torch.equal(output.answer, resnet(photos).answer)
+
+
+class TestUnknownNames:
+    @pytest.mark.parametrize("logits", [True, False])
+    @pytest.mark.parametrize("name", ["block4", "blocks", "stage1", ""])
+    def test_a_vit_says_what_it_has(self, tiny, images, name, logits):
+        model = tiny(depth=DEPTH).build().double()
+
+        with pytest.raises(AssertionError, match=rf"\['{name}'\].*{', '.join(VIT_FEATURES)}"):
+            model(images, Taps(features=("embed", name), logits=logits))
+
+    @pytest.mark.parametrize("logits", [True, False])
+    @pytest.mark.parametrize("name", ["stage0", "stage5", "block0"])
+    def test_a_resnet_says_what_it_has(self, resnet, photos, name, logits):
+        with pytest.raises(AssertionError, match=rf"\['{name}'\].*{', '.join(RESNET_FEATURES)}"):
+            resnet(photos, Taps(features=(name, "stage1"), logits=logits))
+
+    @pytest.mark.parametrize("taps", [Taps(scores=(4,)), Taps(factors=(0, -1)), Taps(qkv=(9,))], ids=str)
+    def test_a_vit_has_no_such_block(self, tiny, images, taps):
+        model = tiny(depth=DEPTH).build().double()
+
+        with pytest.raises(AssertionError, match=r"no attention block \[(4|-1|9)\].* 4"):
+            model(images, taps)
 
 
 class TestUnion:
@@ -308,9 +341,9 @@ class TestUnion:
 
         assert union == Taps((1, 3), (0, 2), (0,), ("block1", "embed"), logits=True)
         assert union.blocks == {0, 1, 2, 3}
-        assert union.of_block(0) == (False, True, True)
-        assert union.of_block(3) == (True, False, False)
-        assert union.of_block(4) == (False, False, False)
+        assert union.of_block(0) == BlockTaps(scores=False, factors=True, qkv=True, weights=False)
+        assert union.of_block(3) == BlockTaps(scores=True, factors=False, qkv=False, weights=False)
+        assert union.of_block(4) == BlockTaps(scores=False, factors=False, qkv=False, weights=False)
 
     def test_without_anything_asks_for_nothing(self):
         assert Taps.union([]) == Taps(logits=False)

@@ -188,7 +188,7 @@ def test_attention_weights_and_tokens_equal_pytorchs_multihead_attention(tiny, d
     theirs.out_proj.load_state_dict(attention.out.state_dict())
     x = torch.randn(4, 7, 12, dtype=dtype)
 
-    tokens, (scores, _) = attention(x, BlockTaps(scores=True))
+    tokens, (scores, *_) = attention(x, BlockTaps(scores=True))
 
     normed = attention.norm(x)
     their_tokens, weights = theirs(normed, normed, normed, need_weights=True, average_attn_weights=False)

@@ -131,7 +131,7 @@ class TestPairs:
     def test_there_are_some_where_the_weight_leaves_the_labels_later(self, copy):
         run = copy / "digits" / "first"
         config = yaml.safe_load((run / "config.yaml").read_text())
-        weighting = {"_target_": "vitkd.methods.weighting.epochs.Linear", "end": 0.5}
+        weighting = {"_target_": "vitkd.methods.weighting.Linear", "end": 0.5}
         changed = config | {"alpha": 1.0, "weighting": weighting}
         (run / "config.yaml").write_text(yaml.safe_dump(changed))
 

@@ -16,9 +16,9 @@ from vitkd.explain import cls_attention, figure_1
 from vitkd.explain.maps.recording import evaluating
 from vitkd.methods.logit import LogitObjective
 from vitkd.methods.maps.alignment import align
+from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import KL
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.token import TokenObjective
 from vitkd.models import Taps, ViTConfig
 from vitkd.optim import AdamW, Constant

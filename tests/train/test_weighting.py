@@ -6,9 +6,7 @@ import torch
 from tests.test_contract import Keep, composed, curves_of, module_of, teacher_of, train
 from vitkd.config import Config
 from vitkd.data import Batch
-from vitkd.methods.weighting.balance import GradientBalance
-from vitkd.methods.weighting.epochs import Linear
-from vitkd.methods.weighting.images import WSLD, Confidence, StudentCorrect
+from vitkd.methods.weighting import WSLD, Confidence, GradientBalance, Linear, StudentCorrect
 from vitkd.train.job import load_data
 from vitkd.train.stacked import StackedModule
 

@@ -18,7 +18,7 @@ from vitkd.methods.base import Method
 from vitkd.methods.maps.granularity import Granularity
 from vitkd.methods.maps.losses import AttentionLoss
 from vitkd.methods.none import NoDistillation
-from vitkd.methods.weighting.base import Weighting
+from vitkd.methods.weighting import Weighting
 from vitkd.models import ModelConfig
 from vitkd.optim import AdamW, Schedule
 

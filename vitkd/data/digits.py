@@ -26,11 +26,8 @@ class Digits(Dataset):
         names = [str(digit) for digit in range(10)]
         order = Split(labels, names, images).random_keys(_TEST_SEED)
         train, test = hold_out(labels, order, _TEST_FRACTION)
-        splits = {"train": train, "test": test}
-        return {
-            split: self._checked(Split(labels[index], names, images[index]))
-            for split, index in splits.items()
-        }
+        splits = {"train": train, "test": test}.items()
+        return {name: self._checked(Split(labels[i], names, images[i])) for name, i in splits}
 
 
 def read_table() -> np.ndarray:

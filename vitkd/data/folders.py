@@ -117,9 +117,7 @@ class TfFlowers(ImageFolder):
     download: bool = True
 
     def _folder(self, root: Path) -> Path:
-        if self.root is not None:
-            return Path(self.root).expanduser()
-        return root / FLOWERS.folder
+        return root / FLOWERS.folder if self.root is None else super()._folder(root)
 
     def inspect(self, root: Path) -> int:
         if self.root is None:

@@ -66,11 +66,7 @@ class DecodedPixels:
         self._loader: DataLoader[Tensor | ConfigError] | None = None
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The images at each [B] int64 of `indices`: [B, C, H, W] uint8.
-
-        Raises:
-            ConfigError: a file cannot be read as an image.
-        """
+        """The images at each [B] int64 of `indices`: [B, C, H, W] uint8; raises as `FileSplit.read` does."""
         self._indices[:] = [index.tolist() for index in indices]
         self._loader = self._loader or self._start()
         for pixels in self._loader:
@@ -79,11 +75,7 @@ class DecodedPixels:
             yield pixels.to(self.device, non_blocking=True)
 
     def read(self, index: Tensor) -> Tensor:
-        """The images at `index` ([B] int64), decoded by this process: [B, C, H, W] uint8.
-
-        Raises:
-            ConfigError: a file cannot be read as an image.
-        """
+        """The images at `index` ([B] int64), decoded by this process: [B, C, H, W] uint8; raises likewise."""
         return self.split.read(index.tolist()).to(self.device)
 
     def close(self) -> None:

@@ -81,10 +81,8 @@ class Dataset(ABC):
     def inspect(self, root: Path) -> int:
         """Download the data if it is absent, and return the number of classes.
 
-        It is faster than `load`, and is called before a run writes anything to disk.
-
-        Args:
-            root: the folder with all data sets.
+        It is faster than `load`, and is called before a run writes anything to disk. `root` is the folder
+        with all data sets.
 
         Raises:
             ConfigError: the data is unavailable or damaged, or does not match the settings.
@@ -95,21 +93,13 @@ class Dataset(ABC):
     def load(self, root: Path) -> Mapping[str, Split | FileSplit]:
         """The splits "train" and "test": the official ones, or fixed ones if there are none.
 
-        Args:
-            root: the folder with all data sets.
-
-        Raises:
-            ConfigError: as `inspect`.
+        Raises ConfigError as `inspect` does.
         """
 
     def contents(self, root: Path) -> str | None:
         """A short hash of the image files; None if the data set's name identifies them.
 
-        Args:
-            root: the folder with all data sets.
-
-        Raises:
-            ConfigError: as `inspect`.
+        Raises ConfigError as `inspect` does.
         """
         return None
 

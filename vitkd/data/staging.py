@@ -173,21 +173,16 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar file on the web with one folder of images.
-
-    Args:
-        url: of the tar file.
-        size: in bytes.
-        sha256: of the tar file, in hex.
-        folder: the name of the folder at its top.
-        images: how many images that folder has.
-    """
+    """A tar file on the web with one folder of images."""
 
     url: str
     size: int
+    """in bytes"""
     sha256: str
     folder: str
+    """at its top"""
     images: int
+    """how many images that folder has"""
 
     def __str__(self) -> str:
         return str(self._file)

@@ -6,7 +6,7 @@ from vitkd.explain.maps.recording import Layout, has_maps, own_layout
 from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison
 from vitkd.explain.sources import TEACHER
-from vitkd.methods.maps.pairing import map_block
+from vitkd.methods.maps.granularity import map_block
 from vitkd.models import Model
 from vitkd.runs.load import Run
 

@@ -3,20 +3,19 @@
 Shapes: B batch, H heads, T tokens.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
 from vitkd.methods.base import DataFacts, MapSettings, Method
-from vitkd.methods.maps.alignment import align
-from vitkd.methods.maps.controls import CONTROLS
-from vitkd.methods.maps.matching import match_heads
-from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.maps.pairing import BlockPair
-from vitkd.models import Model, ModelConfig, Taps
+from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, align
+from vitkd.methods.maps.granularity import BlockPair
+from vitkd.methods.maps.losses import AttentionLoss
+from vitkd.methods.maps.objective import CONTROLS, AttentionObjective
+from vitkd.models import AttentionLayout, Model, ModelConfig, Taps
 
 
 @dataclass
@@ -26,7 +25,7 @@ class AttentionDistillation(Method):
     resize: str | None = None
     """`bilinear` interpolates the teacher's maps to the student's token grid; null demands equal grids."""
     control: str | None = None
-    """What is taught instead of the teacher's maps, to see whether these are what helps; see `controls`."""
+    """What is taught instead of the teacher's maps, to see whether these are what helps; see `CONTROLS`."""
 
     def __post_init__(self) -> None:
         if self.control is not None and self.control not in CONTROLS:
@@ -66,12 +65,18 @@ def check_grids(
     """ConfigError, advising `otherwise`, unless the paired blocks cut the image into as many patches."""
     students, teachers = student.attention_layouts(), teacher.attention_layouts()
     for pair in pairs:
-        ours, theirs = students[pair.student_block].grid, teachers[pair.teacher_block].grid
-        if ours != theirs:
-            raise ConfigError(
-                f"the student's {ours[0]}×{ours[1]} token grid is not the teacher's {theirs[0]}×{theirs[1]}: "
-                f"use equal patch sizes, or {otherwise}"
-            )
+        check_equal_grids(
+            students[pair.student_block],
+            teachers[pair.teacher_block],
+            f"use equal patch sizes, or {otherwise}",
+        )
+
+
+def check_equal_grids(student: AttentionLayout, teacher: AttentionLayout, fix: str) -> None:
+    """ConfigError that ends with `fix`, unless two blocks cut the image into as many patches."""
+    if student.grid != teacher.grid:
+        shown = [f"{rows}×{columns}" for rows, columns in (student.grid, teacher.grid)]
+        raise ConfigError(f"the student's {shown[0]} token grid is not the teacher's {shown[1]}: {fix}")
 
 
 def attention_objective(
@@ -99,3 +104,32 @@ def record_both(
     student_scores = student.eval()(images, of_student).scores
     student.train(was_training)
     return student_scores, teacher.eval()(images, of_teacher).scores
+
+
+@torch.no_grad()
+def match_heads(
+    pairs: Sequence[BlockPair],
+    student_scores: Mapping[int, Tensor],
+    teacher_scores: Mapping[int, Tensor],
+    loss: AttentionLoss,
+    alignments: Sequence[Alignment] = (),
+) -> list[BlockPair]:
+    """`head_map=hungarian`: the pairs whose total loss on a calibration batch is least (Kuhn 1955, by scipy).
+
+    Scores are [B, H, T, T] per block, recorded on the same images; `alignments` make the two comparable, pair
+    by pair.
+    """
+    from scipy.optimize import linear_sum_assignment  # takes a while, and hardly a run needs it
+
+    matched = []
+    for pair, alignment in zip(pairs, alignments or [AS_THEY_ARE] * len(pairs), strict=True):
+        teacher_heads = tuple((head,) for head in range(teacher_scores[pair.teacher_block].shape[1]))
+        cost = []
+        for head in pair.student_heads:
+            all_heads = replace(pair, student_heads=(head,) * len(teacher_heads), teacher_heads=teacher_heads)
+            objective = AttentionObjective([all_heads], loss, [alignment])
+            cost.append(objective.compare(student_scores, teacher_scores).mean(-2))
+        rows, columns = linear_sum_assignment(torch.stack(cost).double().cpu().numpy())
+        assert list(rows) == list(range(len(pair.student_heads)))
+        matched.append(replace(pair, teacher_heads=tuple((int(column),) for column in columns)))
+    return matched

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.data import Batch
-from vitkd.methods.maps.granularity import Granularity
+from vitkd.methods.maps.granularity import BlockPair, Granularity
 from vitkd.methods.maps.losses import AttentionLoss
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.models import Model, ModelConfig, Output, Taps
 
 Terms = Mapping[str, Tensor]
@@ -95,9 +94,8 @@ class Method(ABC):
         """Settings without effect under this method: setting one on the command line earns a warning."""
         return ()
 
-    @abstractmethod
-    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
-        """Raise ConfigError if the student cannot learn from the teacher this way."""
+    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:  # noqa: B027
+        """Raise ConfigError if the student cannot learn from the teacher this way; as a rule it can."""
 
     @abstractmethod
     def objective(

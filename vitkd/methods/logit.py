@@ -3,17 +3,16 @@
 Shapes: S stacked students (absent for one), B batch, C classes.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.errors import ConfigError
+from vitkd.errors import check_positive
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.maps.losses import kl_divergence
-from vitkd.models import Model, ModelConfig, Output, Taps
+from vitkd.models import Model, Output, Taps
 from vitkd.models.output import at_least_float32
 
 
@@ -45,27 +44,16 @@ def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) ->
     return temperature**2 * kl_divergence(log_p, log_q)
 
 
-def check_temperature(temperature: float) -> None:
-    """ConfigError unless logits can be divided by `temperature`."""
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature={temperature}: must be a finite number above 0")
-
-
 @dataclass
 class LogitDistillation(Method):
     """The student learns labels and its teacher's class probabilities."""
 
     temperature: float = 4.0
 
+    ignores = "granularity", "loss"
+
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-
-    @property
-    def ignores(self) -> tuple[str, ...]:
-        return "granularity", "loss"
-
-    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
-        """Every student can learn its teacher's class probabilities: the classes are the data set's."""
+        check_positive(self, "temperature")
 
     def objective(
         self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vitkd.methods.base import DataFacts, MapSettings, Method
-from vitkd.models import Model, ModelConfig
+from vitkd.models import Model
 
 
 @dataclass
@@ -11,13 +11,7 @@ class NoDistillation(Method):
     """The student learns labels and nothing else."""
 
     needs_teacher = False
-
-    @property
-    def ignores(self) -> tuple[str, ...]:
-        return "alpha", "weighting", "granularity", "loss", "teacher"
-
-    def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
-        """Every student can learn labels."""
+    ignores = "alpha", "weighting", "granularity", "loss", "teacher"
 
     def objective(self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts) -> None:
         """Nothing is learned from a teacher."""

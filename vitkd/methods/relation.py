@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.errors import ConfigError
-from vitkd.methods.attention import check_maps
+from vitkd.errors import ConfigError, check_choice
+from vitkd.methods.attention import check_equal_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
-from vitkd.methods.maps.alignment import drop_prefix
+from vitkd.methods.maps.alignment import align, without_tokens
 from vitkd.methods.maps.losses import kl_divergence
 from vitkd.models import AttentionLayout, Model, ModelConfig, Output, Taps
 from vitkd.models.output import QKV, at_least_float32
@@ -82,20 +82,18 @@ class RelationObjective(Objective):
         students = split_heads(student, pair.dropped_from_student, pair.relation_heads)
         teachers = split_heads(teacher, pair.dropped_from_teacher, pair.relation_heads)
         with torch.autocast(student.q.device.type, enabled=False):
-            values = [
-                kl_divergence(log_relation(teachers, relation), log_relation(students, relation)).mean(
-                    (-2, -1)
-                )
+            rows = [
+                kl_divergence(log_relation(teachers, relation), log_relation(students, relation))
                 for relation in self.relations
             ]
-        return torch.stack(values, dim=-1)
+            return torch.stack([values.mean((-2, -1)) for values in rows], dim=-1)
 
 
 def split_heads(qkv: QKV, dropped: int, count: int) -> dict[str, Tensor]:
     """Q, K and V [*S, B, H, dropped + T, head_dim] as `count` heads each, [*S, B, R, T, H·head_dim/R]."""
 
     def split(x: Tensor) -> Tensor:
-        tokens = drop_prefix(at_least_float32(x), dropped).transpose(-3, -2).flatten(-2)
+        tokens = without_tokens(at_least_float32(x), 1, 1 + dropped).transpose(-3, -2).flatten(-2)
         return tokens.unflatten(-1, (count, tokens.shape[-1] // count)).transpose(-3, -2)
 
     assert qkv.v is not None
@@ -117,15 +115,12 @@ class RelationDistillation(Method):
     relation_heads: int | None = None
     """null takes as many as the student's block has heads"""
 
+    ignores = "loss", "granularity.heads", "granularity.head_map"
+
     def __post_init__(self) -> None:
-        if self.relations not in RELATIONS:
-            raise ConfigError(f"relations={self.relations}: choose {' or '.join(RELATIONS)}")
+        check_choice(self, "relations", RELATIONS)
         if self.relation_heads is not None and self.relation_heads < 1:
             raise ConfigError(f"relation_heads={self.relation_heads}: must be at least 1, or null")
-
-    @property
-    def ignores(self) -> tuple[str, ...]:
-        return "loss", "granularity.heads", "granularity.head_map"
 
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         check_maps(student, teacher, "method=logit, without maps")
@@ -146,12 +141,7 @@ class RelationDistillation(Method):
 
     def _fit(self, student: AttentionLayout, teacher: AttentionLayout) -> tuple[int, int, int]:
         """The relation heads of a pair of blocks, and the tokens that each side leaves out."""
-        if student.grid != teacher.grid:
-            shown = [f"{rows}×{columns}" for rows, columns in (student.grid, teacher.grid)]
-            raise ConfigError(
-                f"the student's {shown[0]} token grid is not the teacher's {shown[1]}: method=relation needs "
-                "equal patch sizes"
-            )
+        check_equal_grids(student, teacher, "method=relation needs equal patch sizes")
         heads = self.relation_heads or student.heads
         for owner, layout in (("student", student), ("teacher", teacher)):
             if (width := layout.heads * layout.head_dim) % heads:
@@ -159,6 +149,5 @@ class RelationDistillation(Method):
                     f"method.relation_heads={heads}: does not divide the {owner}'s attention width {width} "
                     "(num_heads·head_dim); choose a divisor of both models' widths"
                 )
-        if student.prefix == teacher.prefix:
-            return heads, 0, 0
-        return heads, student.prefix - 1, teacher.prefix - 1
+        alignment = align(student, teacher)
+        return heads, alignment.dropped_from_student, alignment.dropped_from_teacher

@@ -16,20 +16,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_choice, check_positive
 from vitkd.methods.attention import attention_objective, check_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
-from vitkd.methods.logit import check_temperature, softened_divergence
+from vitkd.methods.logit import softened_divergence
 from vitkd.methods.maps.objective import AttentionObjective
+from vitkd.methods.weighting import cross_entropy
 from vitkd.models import Model, ModelConfig, Output, Taps
-from vitkd.models.output import at_least_float32
-
-TARGETS = ("hard", "soft")
-HEADS = ("class_token", "distillation_token")
 
 
 class TokenObjective(Objective):
@@ -69,7 +65,12 @@ class TokenObjective(Objective):
         return student.heads["class_token"]
 
     def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
-        token = {"token_loss": self._of_token(student.heads["distillation_token"], teacher).unsqueeze(-1)}
+        logits = student.heads["distillation_token"]
+        if self.targets == "soft":
+            losses = softened_divergence(logits, teacher.answer, self.temperature)
+        else:
+            losses = cross_entropy(logits, teacher.predicted)
+        token = {"token_loss": losses.unsqueeze(-1)}
         return token if self.attention is None else token | {**self.attention(batch, student, teacher)}
 
     def transfer(self, terms: Terms) -> Tensor:
@@ -78,15 +79,6 @@ class TokenObjective(Objective):
             return token
         maps = {name: values for name, values in terms.items() if name != "token_loss"}
         return token + self.weight * self.attention.transfer(maps)
-
-    def _of_token(self, logits: Tensor, teacher: Output) -> Tensor:
-        """The token's loss of each image [*S, B], from its logits [*S, B, C]."""
-        if self.targets == "soft":
-            return softened_divergence(logits, teacher.answer, self.temperature)
-        classes = teacher.predicted.expand(logits.shape[:-1])
-        # Not `gather`: in deterministic mode its backward pass waits for the device.
-        flat = F.cross_entropy(at_least_float32(logits).flatten(0, -2), classes.flatten(), reduction="none")
-        return flat.view(classes.shape)
 
 
 @dataclass
@@ -102,9 +94,8 @@ class TokenDistillation(Method):
     added to the token's with this weight."""
 
     def __post_init__(self) -> None:
-        if self.targets not in TARGETS:
-            raise ConfigError(f"targets={self.targets}: choose {' or '.join(TARGETS)}")
-        check_temperature(self.temperature)
+        check_choice(self, "targets", ("hard", "soft"))
+        check_positive(self, "temperature")
         if not 0 <= self.attention_weight < math.inf:
             raise ConfigError(f"attention_weight={self.attention_weight}: must be a finite number, 0 or more")
 

@@ -4,7 +4,6 @@ Shapes: S stacked students (absent for one model), B batch, C channels, H height
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
@@ -45,11 +44,6 @@ class ModelConfig(ABC):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
 
-    def check_choice(self, name: str, choices: Collection[str]) -> None:
-        """ConfigError if the setting `name` is none of `choices`."""
-        if getattr(self, name) not in choices:
-            raise ConfigError(f"{name}={getattr(self, name)}: choose {' or '.join(choices)}")
-
     def __repr__(self) -> str:
         """The settings as code; keyword-only ones, variants of an architecture, only if they are not default.
 
@@ -65,7 +59,7 @@ class ModelConfig(ABC):
         """The model's shape in a few words."""
 
     def prepare(self) -> None:  # noqa: B027, most take nothing
-        """Fetch what `build` takes from a network; ConfigError where that cannot be had."""
+        """Fetch what `build` takes from a network; ConfigError where that is unavailable."""
 
     stacks: ClassVar[bool] = False
     """whether parameters may carry a leading axis, a student each"""
@@ -86,7 +80,7 @@ class ModelConfig(ABC):
 
     @abstractmethod
     def architecture(self) -> "Model":
-        """A model of this configuration, for weights that are at hand."""
+        """A model of this configuration, to load weights into."""
 
     def build(self) -> "Model":
         """A model of this configuration as training begins with it, from PyTorch's global generator."""

@@ -70,12 +70,16 @@ class AttentionOutput(NamedTuple):
     scores: Tensor | None
     """[*S, B, H, T, T]"""
     qkv: QKV | None
+    weights: Tensor | None
+    """[*S, B, H, T, T], the very tensor that multiplied the values, in one graph with the tokens"""
 
     @classmethod
-    def tapped(cls, taps: BlockTaps, qkv: QKV, scores: Tensor | None) -> "AttentionOutput":
+    def tapped(
+        cls, taps: BlockTaps, qkv: QKV, scores: Tensor | None, weights: Tensor | None = None
+    ) -> "AttentionOutput":
         """What `taps` asks for, out of all that was computed."""
         factors = qkv if taps.qkv else qkv.factors() if taps.factors else None
-        return cls(scores if taps.scores else None, factors)
+        return cls(scores if taps.scores else None, factors, weights if taps.weights else None)
 
 
 class Attention(nn.Module):
@@ -98,33 +102,25 @@ class Attention(nn.Module):
         """[T, T], False where a query may not look at a key; None where it may look at all."""
         return None
 
-    def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, "AttentionOutput"]:
+    def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
         """Map tokens [*S, B, T, D] to tokens, and to what is asked for by `taps`.
 
-        Only a block whose scores are asked for pays for its T×T matrix. The others use PyTorch's fused
-        attention, which draws dropout's mask in another order. That has no masks of ours, so where dropout
-        draws these (on CPUs and in stacks) every block makes its matrix.
+        Only a block whose scores or weights are asked for pays for its T×T matrix. The others use PyTorch's
+        fused attention, which draws dropout's mask in another order. That has no masks of ours, so where
+        dropout draws these (on CPUs and in stacks) every block makes its matrix.
         """
         qkv = self._qkv(x)
         assert qkv.v is not None
-        scores = qkv.scores() if taps.scores or self.dropout.has_own_masks(qkv.q) else None
-        values = self._fused(qkv) if scores is None else self._weights(scores, qkv.v.dtype) @ qkv.v
-        return self._merge(values), AttentionOutput.tapped(taps, qkv, scores)
+        if not (taps.scores or taps.weights or self.dropout.has_own_masks(qkv.q)):
+            return self._merge(self._fused(qkv)), AttentionOutput.tapped(taps, qkv, None)
+        scores = qkv.scores()
+        weights = self._weights(scores, qkv.v.dtype)
+        return self._merge(weights @ qkv.v), AttentionOutput.tapped(taps, qkv, scores, weights)
 
-    def tapped(self, x: Tensor, taps: BlockTaps) -> "AttentionOutput":
+    def tapped(self, x: Tensor, taps: BlockTaps) -> AttentionOutput:
         """What is asked for by `taps` of tokens [*S, B, T, D], and nothing more: no output projection."""
         qkv = self._qkv(x, with_values=taps.qkv)
         return AttentionOutput.tapped(taps, qkv, qkv.scores() if taps.scores else None)
-
-    def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map tokens [*S, B, T, D] to tokens, and to the weights [*S, B, H, T, T] that multiplied the values.
-
-        Both are in one graph, so gradients by the weights can be had.
-        """
-        qkv = self._qkv(x)
-        assert qkv.v is not None
-        weights = self._weights(qkv.scores(), qkv.v.dtype)
-        return self._merge(weights @ qkv.v), weights
 
     def _qkv(self, x: Tensor, with_values: bool = True) -> QKV:
         """Queries at this attention's temperature, keys and, if wanted, values."""
@@ -181,13 +177,5 @@ class Block(nn.Module):
     def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
         """Map tokens [*S, B, T, D] to tokens, and to what `taps` asks of the attention."""
         attended, tapped = self.attention(x, taps)
-        return self._add(x, attended), tapped
-
-    def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map tokens [*S, B, T, D] to tokens, and to the attention weights [*S, B, H, T, T] within."""
-        attended, weights = self.attention.trace(x)
-        return self._add(x, attended), weights
-
-    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + attended
-        return x + self.mlp(x)
+        return x + self.mlp(x), tapped

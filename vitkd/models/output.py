@@ -1,10 +1,10 @@
-"""What can be asked of a model, and what it answers.
+"""What can be asked of a model, and what it returns.
 
 Shapes: S stacked students (absent for one model), B batch, H heads, Q queries, K keys, T tokens, D embed_dim,
 C classes. A plain ViT has Q = K = T.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple, Self
@@ -21,6 +21,8 @@ class BlockTaps(NamedTuple):
     scores: bool = False
     factors: bool = False
     qkv: bool = False
+    weights: bool = False
+    """what multiplies the values; an explanation wants them, no `Taps` does"""
 
 
 class Taps(NamedTuple):
@@ -45,6 +47,13 @@ class Taps(NamedTuple):
         """All blocks whose attention is asked for anything."""
         return {*self.scores, *self.factors, *self.qkv}
 
+    def assert_exist(self, num_blocks: int, features: Collection[str]) -> None:
+        """AssertionError unless a model of `num_blocks` attention blocks and these features has all of it."""
+        blocks = sorted(block for block in self.blocks if not 0 <= block < num_blocks)
+        assert not blocks, f"no attention block {blocks}: this model has {num_blocks}"
+        unknown = [name for name in self.features if name not in features]
+        assert not unknown, f"no feature {unknown}: this model has {', '.join(features)}"
+
     @classmethod
     def union(cls, all_taps: Iterable["Taps"]) -> "Taps":
         """Everything that any of `all_taps` asks for."""
@@ -62,9 +71,14 @@ LOGITS = Taps()
 NO_BLOCK_TAPS = BlockTaps()
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def compared_in(x: Tensor) -> torch.dtype:
     """Attention is compared in float32 even where bf16 computed it; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in the precision in which it is compared."""
+    return x.to(compared_in(x))
 
 
 class QKV(NamedTuple):
@@ -96,7 +110,7 @@ class Output(NamedTuple):
     """What a forward pass returns: exactly what the taps asked for."""
 
     logits: Tensor | None = None
-    """[*S, B, C]: the model's answer"""
+    """[*S, B, C]"""
     heads: Mapping[str, Tensor] = NOTHING
     """the logits of each classification head, by the token it reads, where there are several; else nothing"""
     scores: Mapping[int, Tensor] = MappingProxyType({})

@@ -7,22 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
 
-from vitkd.errors import ConfigError, one_line
+from vitkd.errors import ConfigError, check_choice, one_line
 from vitkd.models.base import Model, ModelConfig
 from vitkd.models.output import LOGITS, Output, Taps
-
-if TYPE_CHECKING:
-    from torchvision.models import WeightsEnum
 
 VARIANTS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 STEMS = ("imagenet", "small")
 IMAGENET_CLASSES = 1000
+FEATURES = ("stage1", "stage2", "stage3", "stage4", "pre_logits")
 
 
 @dataclass(repr=False)
@@ -42,8 +40,8 @@ class ResNetConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("variant", VARIANTS)
-        self.check_choice("stem", STEMS)
+        check_choice(self, "variant", VARIANTS)
+        check_choice(self, "stem", STEMS)
         if self.pretrained and (self.stem, self.channels) != ("imagenet", 3):
             raise ConfigError(
                 "pretrained=true: ImageNet's weights are of stem=imagenet and channels=3, not "
@@ -61,7 +59,7 @@ class ResNetConfig(ModelConfig):
     def build(self) -> "ResNet":
         model = self.architecture()
         if self.pretrained:
-            # The last layer tells ImageNet's classes apart, not ours.
+            # The last layer is for ImageNet's classes.
             own = {k: v for k, v in model.network.state_dict().items() if k.startswith("fc.")}
             model.network.load_state_dict(self._imagenet() | own)
         return model
@@ -70,32 +68,34 @@ class ResNetConfig(ModelConfig):
         return ResNet(self)
 
     def _imagenet(self) -> dict[str, Tensor]:
-        """ImageNet's weights, downloaded at need; ConfigError where they cannot be had."""
-        weights = imagenet_weights(self.variant)
-        place = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
+        """ImageNet's weights, downloaded at need; ConfigError where they are unavailable."""
+        from torchvision.models import get_model_weights  # takes a while, and not every run needs it
+
+        weights = get_model_weights(self.variant)["IMAGENET1K_V1"]  # those of the usual recipe
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(weights.url).path).name)
         try:
             # What lies there need not have been downloaded, so nothing in it is run.
-            found: Any = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            state: Any = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (EOFError, UnpicklingError) as error:
-            raise self._damaged(place) from error
+            raise self._damaged(file) from error
         except (OSError, RuntimeError) as error:
-            if place.exists():
-                raise self._damaged(place) from error
+            if file.exists():
+                raise self._damaged(file) from error
             raise ConfigError(
-                f"pretrained=true: the ImageNet weights of {self.variant} cannot be had ({one_line(error)}); "
-                f"connect to a network, put {weights.url} at {place}, or set pretrained=false to train from "
+                f"pretrained=true: {self.variant}'s ImageNet weights are unavailable ({one_line(error)}); "
+                f"connect to a network, put {weights.url} at {file}, or set pretrained=false to train from "
                 "random weights"
             ) from error
         with torch.device("meta"):
             expected = replace(self, num_classes=IMAGENET_CLASSES, pretrained=False).architecture().network
-        # Only what torch.hub downloads has its digest checked, not what a person puts there.
-        if not isinstance(found, dict) or shapes_of(found) != shapes_of(expected.state_dict()):
-            raise self._damaged(place)
-        return found
+        # Only what torch.hub downloads has its digest checked, not what a user puts there.
+        if not isinstance(state, dict) or shapes_of(state) != shapes_of(expected.state_dict()):
+            raise self._damaged(file)
+        return state
 
-    def _damaged(self, place: Path) -> ConfigError:
+    def _damaged(self, file: Path) -> ConfigError:
         return ConfigError(
-            f"pretrained=true: {place} is not the ImageNet weights of {self.variant}; remove it, to have "
+            f"pretrained=true: {file} is not the ImageNet weights of {self.variant}; remove it, to have "
             "them downloaded again"
         )
 
@@ -119,12 +119,12 @@ class ResNet(Model):
 
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [B, C, H, W]; the features are "stage1" to "stage4" and "pre_logits"."""
-        assert not taps.blocks, "a residual network has no attention"
+        taps.assert_exist(0, FEATURES)
         network = self.network
         features: dict[str, Tensor] = {}
         x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
-        for stage in range(1, 5):
-            x = features[f"stage{stage}"] = network.get_submodule(f"layer{stage}")(x)
+        for stage, name in enumerate(FEATURES[:-1], start=1):
+            x = features[name] = network.get_submodule(f"layer{stage}")(x)
             if not taps.logits and features.keys() >= {*taps.features}:
                 break
         else:
@@ -144,10 +144,3 @@ def first_convolution(channels: int, kernel_size: int, stride: int) -> nn.Conv2d
     convolution = nn.Conv2d(channels, 64, kernel_size, stride, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return convolution
-
-
-def imagenet_weights(variant: str) -> "WeightsEnum":
-    """torchvision's first weights of a network: those of the usual recipe."""
-    from torchvision.models import get_model_weights
-
-    return get_model_weights(variant)["IMAGENET1K_V1"]

@@ -1,8 +1,8 @@
 """The Vision Transformer (Dosovitskiy et al. 2020), whose forward returns its attention scores as data.
 
 A model may have a second token, to learn from a teacher (DeiT: Touvron et al. 2021, arXiv 2012.12877). It
-stands behind the class token and has a head of its own; the model's answer is the mean of both heads'
-logits, as in the authors' code (the paper adds their probabilities).
+stands behind the class token and has a head of its own; the model's logits are the mean of both heads', as
+in the authors' code (the paper adds their probabilities).
 
 Shapes: S stacked students (absent for one model), B batch, C channels, T tokens (CLS, perhaps a distillation
 token, grid²), H heads, D embed_dim, K classes.
@@ -13,13 +13,12 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_choice
 from vitkd.models.base import Model, ModelConfig, Trace
 from vitkd.models.dropout import Dropout
 from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
-from vitkd.models.lsa import LocalityAttention
-from vitkd.models.output import LOGITS, AttentionLayout, Output, Taps
-from vitkd.models.spt import ShiftedPatchTokenization
+from vitkd.models.output import LOGITS, AttentionLayout, BlockTaps, Output, Taps
+from vitkd.models.small_data import LocalityAttention, ShiftedPatchTokenization
 
 ATTENTIONS: dict[str, type[Attention]] = {"msa": Attention, "lsa": LocalityAttention}
 TOKENIZERS = ("patch", "spt")
@@ -48,17 +47,17 @@ class ViTConfig(ModelConfig):
     Shifted patches have their own norm, whatever this says."""
     _: KW_ONLY  # variants, see __repr__
     tokenizer: str = "patch"
-    """patch | spt: see `spt`"""
+    """patch | spt: see `ShiftedPatchTokenization`"""
     attention: str = "msa"
-    """msa, plain multi-head self-attention | lsa: see `lsa`"""
+    """msa, plain multi-head self-attention | lsa: see `LocalityAttention`"""
     distillation_token: bool = False
     """A second token, which a teacher may teach, with a head of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_at_least_one("patch_size", "embed_dim", "depth", "num_heads", "head_dim", "mlp_dim")
-        self.check_choice("tokenizer", TOKENIZERS)
-        self.check_choice("attention", ATTENTIONS)
+        check_choice(self, "tokenizer", TOKENIZERS)
+        check_choice(self, "attention", ATTENTIONS)
         for name in ("dropout", "emb_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
@@ -112,9 +111,6 @@ class ViTConfig(ModelConfig):
     def architecture(self) -> "ViT":
         return ViT(self)
 
-    def build(self) -> "ViT":
-        return self.architecture()
-
 
 class ViT(Model):
     """A ViT in vit-pytorch's layout, initialised as vit-pytorch does."""
@@ -152,7 +148,8 @@ class ViT(Model):
 
         Without logits it stops where the last of that is known: after QKᵀ of the last block, for example.
         """
-        assert taps.blocks <= {*range(len(self.blocks))}, f"no such block among {sorted(taps.blocks)}"
+        depth = len(self.blocks)
+        taps.assert_exist(depth, ("embed", *(f"block{i}" for i in range(depth)), "pre_logits"))
         x, last = self.embed(images), self._last_whole_block(taps)
         features, attention = {"embed": x}, {}
         for i, block in enumerate(self.blocks[: last + 1]):
@@ -163,8 +160,8 @@ class ViT(Model):
             attention[i] = self.blocks[i].attention.tapped(x, taps.of_block(i))  # type: ignore[union-attr,operator]
         classes = self._classify(x, taps, features) if needs_all_blocks(taps) else Output()
         return classes._replace(
-            scores={i: found.scores for i, found in attention.items() if found.scores is not None},
-            qkv={i: found.qkv for i, found in attention.items() if found.qkv is not None},
+            scores={i: output.scores for i, output in attention.items() if output.scores is not None},
+            qkv={i: output.qkv for i, output in attention.items() if output.qkv is not None},
             features={name: features[name] for name in taps.features},
         )
 
@@ -176,16 +173,12 @@ class ViT(Model):
         return max(*outputs, max(taps.blocks, default=0) - 1, -1)
 
     def trace(self, images: Tensor) -> Trace:
-        """Classify images [*S, B, C, H, W] and keep every block's attention weights and tokens.
-
-        For explanations: nothing is fused, and every block's T×T matrix stays in memory.
-        """
+        """As `Model.trace`: nothing is fused, and every block's T×T matrix stays in memory."""
         x = self.embed(images)
         weights, tokens = [], []
         for block in self.blocks:
-            assert isinstance(block, Block)
-            x, of_block = block.trace(x)
-            weights.append(of_block)
+            x, attention = block(x, BlockTaps(weights=True))
+            weights.append(attention.weights)
             tokens.append(x)
         logits = self._classify(x, LOGITS, {}).answer
         return Trace(logits, tuple(weights), tuple(tokens))

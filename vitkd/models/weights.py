@@ -21,8 +21,6 @@ from vitkd.models.resnet import ResNetConfig
 from vitkd.models.vit import ViTConfig
 
 CONFIGS: dict[str, type[ModelConfig]] = {config.__name__: config for config in (ViTConfig, ResNetConfig)}
-
-
 HEADER = "vitkd"
 """The one key of the file's metadata."""
 
@@ -67,7 +65,7 @@ def load_model(path: Path | str) -> Model:
 
 
 def read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `save_model` wrote of a model; an empty header for a file of somebody else's."""
+    """What `save_model` wrote of a model; empty for any other file."""
     try:
         header = json.loads(metadata.get(HEADER, ""))
     except ValueError:
@@ -92,8 +90,8 @@ def build_from_header(header: Mapping[str, Any], path: Path) -> Model:
 
 def digest(model: nn.Module) -> str:
     """A short hash of a model's weights: equal for equal weights only."""
-    mark = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        mark.update(name.encode())
-        mark.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return mark.hexdigest()[:12]
+        hasher.update(name.encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()[:12]

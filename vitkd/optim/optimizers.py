@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_positive
 
 
 @dataclass
@@ -20,14 +20,11 @@ class AdamW:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ConfigError(f"lr={self.lr}: must be a finite number above 0")
+        check_positive(self, "lr", "eps")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"weight_decay={self.weight_decay}: must be 0 or more")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas={self.betas}: give two numbers in [0, 1)")
-        if not 0 < self.eps < math.inf:
-            raise ConfigError(f"eps={self.eps}: must be a finite number above 0")
 
     def build(self, parameters: Iterable[nn.Parameter], fused: bool = True) -> torch.optim.AdamW:
         """The optimiser of `parameters`, fused where their device allows."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.methods.maps.pairing import BlockPair
+from vitkd.methods.maps.granularity import BlockPair
 from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import RunFolder
 

@@ -8,7 +8,7 @@ from vitkd.data import ImageDataModule
 from vitkd.methods.base import DataFacts, Method
 from vitkd.methods.maps.granularity import Granularity
 from vitkd.methods.maps.losses import AttentionLoss
-from vitkd.methods.weighting.base import Weighting
+from vitkd.methods.weighting import Weighting
 from vitkd.models import Model
 from vitkd.optim import AdamW, Schedule
 from vitkd.train.module import DistillModule

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitkd.data import Batch
 from vitkd.methods.base import Objective
-from vitkd.methods.weighting.base import Weighting
+from vitkd.methods.weighting import Weighting
 from vitkd.models import Output
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitkd.data import Batch
 from vitkd.methods.base import Objective
-from vitkd.methods.weighting.base import Constant, Weighting
+from vitkd.methods.weighting import Constant, Weighting
 from vitkd.models import Model, Output, Taps, describe
 from vitkd.models.output import LOGITS
 from vitkd.optim import AdamW, Schedule

@@ -19,7 +19,7 @@ from torch import Tensor
 from vitkd.explain import cls_attention, denormalise, figure_1
 from vitkd.explain.gallery.figures import attention_unit
 from vitkd.explain.maps.recording import evaluating, layout, who_reads
-from vitkd.methods.maps.pairing import BlockPair
+from vitkd.methods.maps.granularity import BlockPair
 from vitkd.models import Model, Taps
 from vitkd.train.module import DistillModule
 

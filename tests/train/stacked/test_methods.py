@@ -14,7 +14,7 @@ from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block
 from vitkd.methods.maps.losses import KL
 from vitkd.methods.token import TokenDistillation
-from vitkd.methods.weighting.base import Constant as ConstantWeighting
+from vitkd.methods.weighting import Constant as ConstantWeighting
 from vitkd.models import Model, ResNetConfig
 from vitkd.optim import AdamW, Constant
 from vitkd.train.build import build_module

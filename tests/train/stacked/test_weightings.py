@@ -12,10 +12,18 @@ from tests.train.objectives import compare_maps
 from tests.train.stacked.test_architectures import randomised
 from tests.train.stacked.test_module import EXACT
 from tests.train.test_fit import Batches, Curves
-from vitkd.methods.weighting.balance import GradientBalance
-from vitkd.methods.weighting.base import Constant, Weighting
-from vitkd.methods.weighting.epochs import Cosine, Linear, Step
-from vitkd.methods.weighting.images import WSLD, Confidence, StudentCorrect, TeacherCorrect
+from vitkd.methods.weighting import (
+    WSLD,
+    Confidence,
+    Constant,
+    Cosine,
+    GradientBalance,
+    Linear,
+    Step,
+    StudentCorrect,
+    TeacherCorrect,
+    Weighting,
+)
 from vitkd.optim import AdamW, WarmupCosine
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule

@@ -15,7 +15,7 @@ from vitkd.explain.maps.recording import Recording, evaluating, has_maps, logits
 from vitkd.explain.measures.cka import CKASums
 from vitkd.explain.measures.distances import locality
 from vitkd.explain.measures.fidelity import FidelityRow, FidelitySums, MapPair
-from vitkd.models.tokens import resized_weights, token_interpolation, without_tokens
+from vitkd.methods.maps.alignment import resized_weights, token_interpolation, without_tokens
 
 CHUNK = 64
 """Images whose tokens are in float64 at once."""
@@ -233,12 +233,10 @@ def _with_prefix(recording: Recording, kept: int) -> Recording:
     prefix = recording.prefix
     if kept == prefix:
         return recording
-    weights = (
-        without_tokens(without_tokens(w, -1, kept, prefix), -2, kept, prefix) for w in recording.weights
-    )
+    weights = (without_tokens(each, kept, prefix, (-1, -2)) for each in recording.weights)
     return recording._replace(
         weights=tuple(map(_scaled, weights)),
-        tokens=tuple(without_tokens(each, -2, kept, prefix) for each in recording.tokens),
+        tokens=tuple(without_tokens(each, kept, prefix) for each in recording.tokens),
         prefix=kept,
         readers=_kept_readers(recording.readers, prefix, kept),
     )

@@ -3,14 +3,15 @@
 Shapes: N tokens of the maps that are compared, N' of the teacher's before they are resized.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.models import AttentionLayout
 from vitkd.models.output import QKV
-from vitkd.models.tokens import token_interpolation, without_tokens
 
 
 class Alignment(NamedTuple):
@@ -45,7 +46,7 @@ def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:
     keep = student.prefix == teacher.prefix and resize is None
     dropped = [0 if keep else layout.prefix - 1 for layout in (student, teacher)]
     masks = [
-        drop_prefix(layout.mask, count, (-2, -1))
+        without_tokens(layout.mask, 1, 1 + count, (-2, -1))
         for layout, count in zip((student, teacher), dropped, strict=True)
         if layout.mask is not None
     ]
@@ -55,12 +56,36 @@ def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:
 def without_prefix(maps: Tensor | QKV, count: int) -> Tensor | QKV:
     """Scores [*S, B, H, T, T], or their factors, without the first `count` tokens after the class token."""
     if isinstance(maps, QKV):
-        return maps.map(lambda factor: drop_prefix(factor, count))
-    return drop_prefix(maps, count, (-2, -1))
+        return maps.map(lambda factor: without_tokens(factor, 1, 1 + count))
+    return without_tokens(maps, 1, 1 + count, (-2, -1))
 
 
-def drop_prefix(x: Tensor, count: int, axes: tuple[int, ...] = (-2,)) -> Tensor:
-    """All but the entries of `count` tokens after the class token along `axes`."""
-    for axis in axes if count else ():
-        x = without_tokens(x, axis, 1, 1 + count)
+def without_tokens(x: Tensor, start: int, stop: int, axes: tuple[int, ...] = (-2,)) -> Tensor:
+    """All entries along the token axes but those of the tokens `start` to `stop` − 1."""
+    for axis in axes if stop > start else ():
+        rest = x.narrow(axis, stop, x.shape[axis] - stop)
+        x = torch.cat([x.narrow(axis, 0, start), rest], dim=axis)
     return x
+
+
+def token_interpolation(from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
+    """The matrix [1 + patches of to_grid, 1 + patches of from_grid] that resizes a token axis bilinearly.
+
+    The class token stays as it is. Each row sums to 1.
+    """
+    patches = prod(from_grid)
+    basis = torch.eye(patches).reshape(patches, 1, *from_grid)
+    resized = F.interpolate(basis, size=to_grid, mode="bilinear", align_corners=False)
+    return torch.block_diag(torch.ones(1, 1), resized.reshape(patches, prod(to_grid)).T)
+
+
+def resized_weights(weights: Tensor, matrix: Tensor) -> Tensor:
+    """Attention weights [..., N, N] on another token grid, rows summing to 1: [..., N', N'].
+
+    Queries are interpolated by `matrix` [N', N] of `token_interpolation`. A key's weight is spread over the
+    patches of its area, so that the class token keeps its share.
+    """
+    area = torch.ones_like(matrix[:, :1])
+    area[1:] = (matrix.shape[1] - 1) / (matrix.shape[0] - 1)
+    mixed = matrix @ weights @ (area * matrix).mT
+    return mixed / mixed.sum(-1, keepdim=True)

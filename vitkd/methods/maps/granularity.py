@@ -1,20 +1,36 @@
-"""How much of the encoder is distilled: chosen heads, whole blocks, or everything.
+"""Which student maps learn from which teacher maps: chosen heads, whole blocks, or the whole encoder.
 
-Each class is its own configuration schema and yields `BlockPair`s; nothing downstream knows which one it was.
+Each granularity is its own configuration schema and yields `BlockPair`s; nothing downstream knows which one
+it was.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitkd.errors import ConfigError
-from vitkd.methods.maps.pairing import HEAD_MAPS, BlockPair, map_block, map_heads
+from vitkd.errors import ConfigError, check_choice
 from vitkd.models import AttentionLayout
 
 Layouts = Sequence[AttentionLayout]
 """of each block of a model"""
 HeadPairs = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 """student heads, and for each of them its teacher heads"""
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """The maps of one student block and the teacher maps they learn from."""
+
+    student_block: int
+    teacher_block: int
+    student_heads: tuple[int, ...]
+    teacher_heads: tuple[tuple[int, ...], ...]
+    """For each student head the teacher heads whose mean is its target (mostly one)."""
+
+    @property
+    def names(self) -> list[str]:
+        """`block.head` of each student map."""
+        return [f"{self.student_block}.{head}" for head in self.student_heads]
 
 
 @dataclass
@@ -96,8 +112,7 @@ class Block(Granularity):
     """index | group_mean | hungarian: see `map_heads`."""
 
     def __post_init__(self) -> None:
-        if self.head_map not in HEAD_MAPS:
-            raise ConfigError(f"head_map={self.head_map}: choose one of {', '.join(HEAD_MAPS)}")
+        check_choice(self, "head_map", ("index", "group_mean", "hungarian"))
 
     @property
     def needs_calibration(self) -> bool:
@@ -123,3 +138,32 @@ def existing(key: str, number: int, count: int, owner: str) -> int:
             f"{count - 1} (or -1 for the last)"
         )
     return number % count
+
+
+def map_block(student_block: int, student_depth: int, teacher_depth: int) -> int:
+    """Student block i learns from teacher block floor((i+1)·n/m) − 1: the last from the last."""
+    return max((student_block + 1) * teacher_depth // student_depth - 1, 0)
+
+
+def map_heads(head_map: str, student_heads: int, teacher_heads: int) -> tuple[tuple[int, ...], ...]:
+    """The teacher heads of each student head.
+
+    `index` pairs head i with head i (the report's); `group_mean` with the mean of the i-th of m equal groups;
+    `hungarian` starts from `index` and is settled by `match_heads` once scores are known.
+
+    Raises ConfigError if the student has more heads than the teacher, or groups would be unequal.
+    """
+    if student_heads > teacher_heads:
+        raise ConfigError(
+            f"student.num_heads={student_heads} is more than teacher.num_heads={teacher_heads}: "
+            f"use at most {teacher_heads}, or granularity=head with chosen heads"
+        )
+    if head_map != "group_mean":
+        return tuple((head,) for head in range(student_heads))
+    if teacher_heads % student_heads:
+        raise ConfigError(
+            f"granularity.head_map=group_mean cannot share teacher.num_heads={teacher_heads} evenly among "
+            f"student.num_heads={student_heads}: use a divisor of {teacher_heads}, or head_map=index"
+        )
+    size = teacher_heads // student_heads
+    return tuple(tuple(range(head * size, (head + 1) * size)) for head in range(student_heads))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitkd.errors import ConfigError
+from vitkd.errors import check_choice, check_positive
+from vitkd.methods.maps.alignment import resized_weights
 from vitkd.models.output import at_least_float32
-from vitkd.models.tokens import resized_weights
 
 # Stands for −∞ where attention is masked: exp() of it is exactly 0, and 0 times it is not NaN.
 MASKED = -1e30
@@ -31,8 +31,7 @@ class AttentionLoss(ABC):
     """Over the chosen maps: `mean`, so that alpha means the same at every granularity, or `sum`."""
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            raise ConfigError(f"reduction={self.reduction}: choose mean or sum")
+        check_choice(self, "reduction", ("mean", "sum"))
 
     @abstractmethod
     def target(self, teacher_scores: Tensor) -> Tensor:
@@ -60,8 +59,7 @@ class MSE(AttentionLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.center not in ("none", "row"):
-            raise ConfigError(f"center={self.center}: choose none or row")
+        check_choice(self, "center", ("none", "row"))
 
     def target(self, teacher_scores: Tensor) -> Tensor:
         return at_least_float32(teacher_scores)
@@ -94,8 +92,7 @@ class DistributionLoss(AttentionLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature}: must be a finite number above 0")
+        check_positive(self, "temperature")
 
     def target(self, teacher_scores: Tensor) -> Tensor:
         return self.softened(teacher_scores).log_softmax(-1)

@@ -1,9 +1,11 @@
 """Attention transfer: student scores and teacher scores → one value per image and student map.
 
 Beyond `STREAM_ABOVE` tokens the models return only the scores' factors, which are multiplied out for a few
-images at a time (`streaming`).
+images at a time (`streaming`). Control arms (`CONTROLS`) replace the teacher's maps by something else, to see
+whether these are what helps.
 
-Shapes: S stacked students (absent for one), B batch, H heads, P student maps of all pairs, N tokens.
+Shapes: S stacked students, U data orders (absent for one), B batch, H heads, P student maps of all pairs, N
+tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +18,32 @@ from torch import Tensor
 from vitkd.data import Batch
 from vitkd.methods.base import Objective, Terms
 from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, without_prefix
-from vitkd.methods.maps.controls import CONTROLS
+from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import MASKED, AttentionLoss
-from vitkd.methods.maps.pairing import BlockPair
 from vitkd.methods.maps.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
 from vitkd.models import Output, Taps
 from vitkd.models.output import QKV, at_least_float32
 
 Maps = Tensor | QKV
 """scores [*S, B, H, N, N], or the factors that make them"""
+
+
+def shuffled(scores: Tensor) -> Tensor:
+    """To each image the maps of its neighbour in the batch.
+
+    The teacher's patterns without what they have to do with the image. Every epoch has its own batches, so an
+    image gets other maps each time.
+    """
+    return scores.roll(1, dims=-4)
+
+
+def uniform(scores: Tensor) -> Tensor:
+    """Attention to all tokens alike: smoothing, and nothing of the teacher."""
+    return torch.zeros_like(scores)
+
+
+CONTROLS: dict[str, Callable[[Tensor], Tensor]] = {"shuffled": shuffled, "uniform": uniform}
+"""name → what it makes of scores [*U, B, H, N, N], or of either of their factors [*U, B, H, N, head_dim]"""
 
 
 class AttentionObjective(Objective):
@@ -76,7 +95,9 @@ class AttentionObjective(Objective):
         """
         change = CONTROLS.get(self.control or "", lambda maps: maps)
         # They stay there: a CUDA graph cannot copy from the host.
-        self.alignments = [alignment.to(device_of(student)) for alignment in self.alignments]
+        first = next(iter(student.values()))
+        device = (first if isinstance(first, Tensor) else first.q).device
+        self.alignments = [alignment.to(device) for alignment in self.alignments]
         values = [
             self._compare(
                 pair, alignment, student[pair.student_block], mapped(teacher[pair.teacher_block], change)
@@ -129,23 +150,13 @@ class AttentionObjective(Objective):
 
 def take_heads(maps: Maps, heads: Sequence[int]) -> Maps:
     """The maps of `heads` out of [..., H, N, N]; a run of neighbours is a view, without copy or scatter."""
-    return mapped(maps, lambda x: _take(x, heads))
-
-
-def _take(x: Tensor, heads: Sequence[int]) -> Tensor:
     first, count = heads[0], len(heads)
     if list(heads) == list(range(first, first + count)):
-        return x.narrow(-3, first, count)
+        return mapped(maps, lambda x: x.narrow(-3, first, count))
     # Not an index tensor: its gradient is a scatter, and on a GPU it would be copied over at every step.
-    return torch.cat([x.narrow(-3, head, 1) for head in heads], dim=-3)
+    return mapped(maps, lambda x: torch.cat([x.narrow(-3, head, 1) for head in heads], dim=-3))
 
 
 def mapped(maps: Maps, change: Callable[[Tensor], Tensor]) -> Maps:
     """Scores, or each of their factors, after `change`."""
     return change(maps) if isinstance(maps, Tensor) else maps.map(change)
-
-
-def device_of(maps: Mapping[int, Maps]) -> torch.device:
-    """Where the maps of all blocks lie."""
-    first = next(iter(maps.values()))
-    return first.device if isinstance(first, Tensor) else first.q.device

@@ -1,14 +1,14 @@
 """A loss on attention maps of which only a few images' are in memory at a time.
 
 Granularity `encoder` at 785 tokens would keep every block's T×T maps for the backward pass: the student's
-scores, its softmax, the loss's logarithms, the teacher's target. But each
-map's value depends on that map's Q and K alone. So a few images' maps are made from their factors, compared,
-differentiated at once and dropped; what stays is the gradient of the value, as large as Q and K.
+scores, its softmax, the loss's logarithms, the teacher's target. But each map's value depends on that map's Q
+and K alone. So a few images' maps are made from their factors, compared, differentiated at once and dropped;
+what stays is the gradient of the value, as large as Q and K.
 
 Shapes: S stacked students (absent for one), B batch, P student maps of one block, T tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vitkd.models.output import QKV, at_least_float32
+from vitkd.models.output import QKV, at_least_float32, compared_in
 
 # With head_dim 64 a head's Q and K, and their gradients, are as large as its scores at 128 tokens. Below it
 # streaming saves next to nothing; measured at 145 it saves a quarter (`benchmarks.memory` has more sizes).
@@ -35,9 +35,8 @@ def streamed(student: QKV, compare: Compare, chunk: int) -> Tensor:
 
     Args:
         student: [*S, B, P, T, head_dim] each.
-        compare: the value of an image's map p may depend on the student's map p of that image alone; all else
-        in
-            it is a constant.
+        compare: the value of an image's map p may depend on the student's map p of that image alone; all
+            else in it is a constant.
         chunk: images at a time.
     """
     values: Tensor = _Streamed.apply(student.q, student.k, compare, chunk)
@@ -46,18 +45,11 @@ def streamed(student: QKV, compare: Compare, chunk: int) -> Tensor:
 
 def images_at_a_time(maps: Iterable[QKV]) -> int:
     """How many images' scores fit into `CHUNK_BYTES`, whichever of `maps` has the largest; at least one."""
-    return max(CHUNK_BYTES // max(bytes_of_an_image(factors) for factors in maps), 1)
-
-
-def bytes_of_an_image(factors: QKV) -> int:
-    """The size of the scores that one image has in `factors`."""
-    *students, _, heads, tokens, _ = factors.q.shape
-    return prod(students) * heads * tokens**2 * compared_in(factors).itemsize
-
-
-def compared_in(factors: QKV) -> torch.dtype:
-    """The precision of the scores that `factors` make."""
-    return torch.promote_types(factors.q.dtype, torch.float32)
+    sizes = []
+    for factors in maps:
+        *students, _, heads, tokens, _ = factors.q.shape
+        sizes.append(prod(students) * heads * tokens**2 * compared_in(factors.q).itemsize)
+    return max(CHUNK_BYTES // max(sizes), 1)
 
 
 class _Streamed(torch.autograd.Function):
@@ -74,12 +66,12 @@ class _Streamed(torch.autograd.Function):
         gradient = None
         if any(ctx.needs_input_grad):
             # In float32 even for float16: it is tiny before the loss scale, known in backward, enlarges it.
-            gradient = tuple(torch.empty_like(x, dtype=compared_in(student)) for x in (q, k))
+            gradient = tuple(torch.empty_like(x, dtype=compared_in(x)) for x in (q, k))
             ctx.save_for_backward(*gradient)
             ctx.dtype = q.dtype
-        return torch.cat(
-            [_values(student, images, compare, gradient) for images in _slices(q.shape[-4], chunk)], dim=-2
-        )
+        count = q.shape[-4]
+        parts = [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+        return torch.cat([_values(student, images, compare, gradient) for images in parts], dim=-2)
 
     @staticmethod
     @once_differentiable
@@ -107,8 +99,3 @@ def _values(student: QKV, images: slice, compare: Compare, gradient: tuple[Tenso
 def of_images(factor: Tensor, images: slice) -> Tensor:
     """The part of [*S, B, H, T, head_dim] that belongs to some images; a view."""
     return factor.narrow(-4, images.start, images.stop - images.start)
-
-
-def _slices(count: int, chunk: int) -> Iterator[slice]:
-    for start in range(0, count, chunk):
-        yield slice(start, min(start + chunk, count))

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitkd.methods.base import Objective
 from vitkd.methods.maps.losses import DistributionLoss
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.weighting.base import Constant, Weighting
+from vitkd.methods.weighting import Constant, Weighting
 from vitkd.models import Output, Taps
 from vitkd.train.module import DistillModule
 

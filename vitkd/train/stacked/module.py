@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitkd.data import Batch
 from vitkd.errors import RunError
-from vitkd.methods.weighting.base import cross_entropy
+from vitkd.methods.weighting import cross_entropy
 from vitkd.models import Output, Taps
 from vitkd.models.dropout import draw_from
 from vitkd.models.output import LOGITS, at_least_float32

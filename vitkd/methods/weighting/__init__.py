@@ -1,1 +1,0 @@
-"""`weighting=`: how much the class loss, the transfer loss and each image count."""
