@@ -44,7 +44,7 @@ def of_images(weighting: Weighting) -> list[float]:
             Cosine(),
             [0.4, 0.4 + 0.6 * (1 - math.sqrt(0.5)) / 2, 0.7, 0.4 + 0.6 * (1 + math.sqrt(0.5)) / 2, 1.0],
         ),
-        (Step(), [0.4, 0.4, 1.0, 1.0, 1.0]),
+        (Step(), [0.4, 0.4, 0.4, 1.0, 1.0]),
         (Step(end=0.0, at=0.8), [0.4, 0.4, 0.4, 0.4, 0.0]),
         (StudentCorrect(), [0.4] * 5),
         (GradientBalance(), [0.4] * 5),
@@ -59,8 +59,10 @@ def test_the_class_weight_of_five_epochs(weighting, expected):
     assert (weights[0], weights[-1]) == (0.4, expected[-1])
 
 
-def test_one_epoch_has_the_first_weight():
-    assert [w.class_weight(0.3, 0, 1) for w in (Linear(), Cosine())] == [0.3, 0.3]
+@pytest.mark.parametrize("weighting", [Linear(), Cosine(), Step(), Step(at=0.1)], ids=str)
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_the_first_epoch_has_the_first_weight(weighting, epochs):
+    assert weighting.class_weight(0.3, 0, epochs) == 0.3
 
 
 @pytest.mark.parametrize(
@@ -134,12 +136,18 @@ def test_students_of_a_stack_are_weighed_each_by_itself(weighting):
 
 def test_gradients_are_balanced():
     """w = g_t/(g_t + r·g_c): then (1 − w)·g_t = r·w·g_c."""
-    of_class, of_transfer = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([3.0, 1.0, 1.0])
+    of_class, of_transfer = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
     weight = GradientBalance(ratio=2.0).balanced(of_class, of_transfer)
 
-    assert weight.tolist() == pytest.approx([3 / 5, 1 / 5, 1])
+    assert weight.tolist() == pytest.approx([3 / 5, 1 / 5])
     torch.testing.assert_close((1 - weight) * of_transfer, 2 * weight * of_class)
-    assert GradientBalance().balanced(torch.zeros(1), torch.zeros(1)).tolist() == [0.5]
+
+
+@pytest.mark.parametrize("norms", [(0, 0), (0, 1), (1, 0), (math.inf, 1), (1, math.inf), (math.nan, 1)])
+def test_a_gradient_that_is_0_or_not_finite_leaves_the_weight_as_it_is(norms):
+    of_class, of_transfer = torch.tensor(norms, dtype=torch.float32).unsqueeze(-1)
+
+    assert GradientBalance().balanced(of_class, of_transfer).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ ROLES: dict[str, Separates] = {
     "checkpoint_minutes": Separates.NOTHING,
     "pictures_every_n_epochs": Separates.NOTHING,
     # How a result is computed.
-    "log_every_n_steps": Separates.SPEED & ~Separates.NAMES,
+    # weighting=gradient_balance sets its weights at logged steps.
+    "log_every_n_steps": (Separates.SPEED | Separates.ARMS) & ~Separates.NAMES,
     "cuda_graph": Separates.SPEED,
     "compile": Separates.SPEED,
     "trainer.accelerator": Separates.SPEED & ~Separates.NAMES,

@@ -53,7 +53,7 @@ class Weighting:
         return None
 
     def balanced(self, class_norm: Tensor, transfer_norm: Tensor) -> Tensor:
-        """w [*S] that suits the norms [*S] of the two terms' gradients, if `needs_gradients`."""
+        """w [*S] by the norms [*S] of the two terms' gradients, if `needs_gradients`; NaN leaves it as it is."""
         raise NotImplementedError
 
 
@@ -111,7 +111,8 @@ class Step(EpochWeighting):
             raise ConfigError(f"at={self.at}: must lie between 0 and 1; it is a share of all epochs")
 
     def class_weight(self, alpha: float, epoch: int, epochs: int) -> float:
-        return alpha if epoch < round(self.at * epochs) else self.end
+        # The first epoch is always of the first stage.
+        return alpha if epoch < max(1, math.ceil(self.at * epochs)) else self.end
 
 
 @dataclass
@@ -132,8 +133,9 @@ class GradientBalance(Weighting):
 
     def balanced(self, class_norm: Tensor, transfer_norm: Tensor) -> Tensor:
         weight = transfer_norm / (transfer_norm + self.ratio * class_norm)
-        # Where neither term pulls there is no ratio.
-        return torch.where(weight.isfinite(), weight, 0.5)
+        # Where a term has no gradient there is no ratio, and a weight of 0 or 1 would never be left again.
+        have_ratio = (weight > 0) & (weight < 1)
+        return torch.where(have_ratio, weight, math.nan)
 
 
 @dataclass
