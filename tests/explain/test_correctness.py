@@ -9,6 +9,7 @@ import torch
 from scipy.stats import pointbiserialr
 from sklearn.metrics import roc_auc_score
 
+from vitkd.explain.gallery.files import as_json
 from vitkd.explain.measures.correctness import correctness_correlation
 
 
@@ -130,7 +131,7 @@ def test_what_has_no_correlation_says_why(values, right, reason):
     assert math.isnan(got.p)
     assert all(math.isnan(end) for end in got.interval)
     assert got.reason.startswith(reason)
-    plain = json.loads(json.dumps(got.as_json(), allow_nan=False))
+    plain = json.loads(as_json(got._asdict()))
     assert plain["r"] is None
     assert plain["interval"] == [None, None]
     assert plain["reason"] == got.reason

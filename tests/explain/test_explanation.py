@@ -215,7 +215,7 @@ class TestFigures:
     def test_beside_a_teacher_without_maps_the_student_stands_alone_in_the_cells(self, whole):
         teacher, student, _ = whole.subjects
         subjects = [replace(teacher, maps={}, patches=None), student]
-        figure = figure_of_cells(replace(whole, subjects=subjects), "figure_2")
+        figure = figure_of_cells(replace(whole, subjects=subjects, regions={}), "figure_2")
 
         assert "student A, block 1" in texts(figure)
         assert "teacher, block" not in texts(figure)
@@ -240,7 +240,7 @@ class TestFigures:
         both = replace(student, readers="class and distillation tokens")
 
         assert "Attention of the class token, heads averaged" in texts(first_figure(whole))
-        mixed = first_figure(replace(whole, subjects=[teacher, both]))
+        mixed = first_figure(replace(whole, subjects=[teacher, both], regions={}))
         assert "attention weight\nof the classifying tokens" in texts(mixed)
 
     def test_maps_of_other_grids_are_brought_to_the_finest(self):

@@ -4,22 +4,20 @@ Shapes: L blocks, A heads.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vitkd.explain.gallery.cells import BOTH_RIGHT, BOTH_WRONG, STUDENT_WRONG, TEACHER_WRONG
 from vitkd.explain.gallery.charts import Curves, HeatMap
 from vitkd.explain.gallery.explanation import Explanation
-from vitkd.explain.gallery.page import GalleryPage, Plot
-from vitkd.explain.gallery.tables import tables_of
+from vitkd.explain.gallery.tables import Table, tables_of
 from vitkd.explain.measures.survey import FidelityResult
 
-PLOTS = {"figure_1": "Where teacher and student look"}
-"""figure → its title on the page"""
+FIGURE_1 = "figure_1"
 ORDERS = {"positive": "most relevant first", "negative": "least relevant first"}
 WHO = {
     STUDENT_WRONG: "only the student is wrong",
@@ -28,31 +26,36 @@ WHO = {
 }
 
 
+class Plot(NamedTuple):
+    """A picture below the gallery."""
+
+    title: str
+    caption: str
+    picture: bytes
+    """PNG"""
+
+
+@dataclass(frozen=True, eq=False)
+class GalleryPage(Explanation):
+    """An explanation with all that the page shows below its gallery."""
+
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    heat_maps: Sequence[HeatMap] = ()
+    curves: Sequence[Curves] = ()
+
+
 def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryPage:
     """The page; of the `pictures` (name → PNG) it shows Figure 1."""
+    notes = [*explanation.notes, *_over_represented(explanation), *_correlations(explanation)]
+    title, source = "Where teacher and student look", explanation.source
     return GalleryPage(
-        title=explanation.title,
-        subtitle=explanation.source,
-        images=as_bytes(explanation.pixels),
-        labels=explanation.labels,
-        cells=explanation.cells,
-        indices=explanation.numbers,
-        class_names=explanation.class_names,
-        subjects=explanation.subjects,
-        counts=explanation.counts,
-        notes=[*explanation.notes, *_over_represented(explanation), *_correlations(explanation)],
+        **vars(explanation) | {"notes": notes},
         tables=tables_of(explanation),
-        plots=[Plot(PLOTS[name], explanation.source, pictures[name]) for name in PLOTS if name in pictures],
+        plots=[Plot(title, source, pictures[FIGURE_1])] if FIGURE_1 in pictures else [],
         heat_maps=[heat_map(student, result) for student, result in explanation.fidelity.items()],
         curves=[removal_curves(explanation)] if explanation.faithfulness else [],
-        regions=explanation.regions or None,
     )
-
-
-def as_bytes(pixels: Tensor) -> NDArray[np.uint8]:
-    """Pixels [N, C, H, W] in 0..1 as uint8 [N, H, W, 3]; a grey image gets three equal channels."""
-    rgb = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    return (rgb * 255).round().to(torch.uint8).numpy()
 
 
 def heat_map(student: str, result: FidelityResult) -> HeatMap:

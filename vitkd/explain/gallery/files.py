@@ -63,7 +63,7 @@ def metrics_of(explanation: Explanation) -> dict[str, Any]:
             cell: [asdict(each) for each in classes] for cell, classes in explanation.over_represented.items()
         },
         "correctness": {
-            student: {which: c.as_json() for which, c in correlations.items()}
+            student: {which: c._asdict() for which, c in correlations.items()}
             for student, correlations in explanation.correlations.items()
         },
         "attention_distance": {name: reach.tolist() for name, reach in explanation.reach.items()},

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vitkd.explain.gallery.explanation import Explanation, OfMethods
-from vitkd.explain.gallery.page import Table
 from vitkd.explain.measures.distances import COMPARISONS
 from vitkd.explain.measures.faithfulness import ORDERS
 from vitkd.explain.measures.fidelity import FidelityRow
@@ -19,6 +19,15 @@ WITH_BASELINES = {
 }
 ALONE = {"top_k_iou": "IoU of the top quarter", "entropy": "entropy, nats", "mean_distance": "distance, px"}
 assert {*WITH_BASELINES} < {*COMPARISONS}
+
+
+class Table(NamedTuple):
+    """Metrics below the gallery; None stands for an undefined one."""
+
+    title: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Value]]
 
 
 def tables_of(explanation: Explanation) -> list[Table]:

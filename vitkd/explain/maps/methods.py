@@ -62,10 +62,6 @@ def _read(matrix: Tensor, recording: Recording) -> Tensor:
     return token_map(matrix, recording.grid, recording.prefix, recording.readers).float()
 
 
-def _grad_cam_of_tokens(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    return references.grad_cam(model, images, target).float()
-
-
 def _integrated_gradients(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     """Averaged over each patch's pixels."""
     pixels = references.integrated_gradients(model, images, target)
@@ -84,7 +80,7 @@ METHODS: dict[str, Method] = {
     "gradient_rollout": _of_gradients(gradient_rollout),
     "relevance": _of_gradients(relevance),
     "grad_cam": _of_gradients(attention_grad_cam),
-    "pytorch_grad_cam": _grad_cam_of_tokens,
+    "pytorch_grad_cam": references.grad_cam,
     "integrated_gradients": _integrated_gradients,
     "random": _random,
 }

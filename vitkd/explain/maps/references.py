@@ -45,7 +45,7 @@ def grad_cam(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
             maps = cam(images, [targets.ClassifierOutputTarget(each) for each in target.tolist()])
         finally:
             cam.activations_and_grads.release()
-    return torch.from_numpy(maps).to(images.device)
+    return torch.from_numpy(maps).float().to(images.device)
 
 
 def integrated_gradients(

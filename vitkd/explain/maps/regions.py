@@ -11,23 +11,13 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.attention import rows_read
+from vitkd.explain.maps.attention import rows_read, scaled
 from vitkd.models.output import at_least_float32
 
 RESTARTS = 10
 """k-means runs, of which the best counts"""
 DECIMALS = 5
 """Activities are distinguished to a hundred-thousandth of the highest: below that is float32's rounding."""
-
-
-def attention_activity(
-    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, readers: Sequence[int] = (0,)
-) -> Tensor:
-    """How much attention each patch receives, [B, h, w]: the mean of its `attention_features`.
-
-    In units of the even share: every map's mean is 1, and all of it is 1 under uniform attention.
-    """
-    return attention_features(weights, grid, prefix, readers).mean(-1).unflatten(-1, grid)
 
 
 def attention_features(
@@ -54,9 +44,7 @@ def attention_features(
     of_heads = [at_least_float32(each).mean(1) for each in weights]
     received = [each.mean(-2) for each in of_heads]
     read = [rows_read(each, readers) for each in of_heads]
-    features = torch.stack(received + read, -1)[:, prefix:]
-    # Where no patch receives anything, 0 rather than 0/0.
-    return patches * features / features.sum(1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+    return patches * scaled(torch.stack(received + read, -1)[:, prefix:], dim=1)
 
 
 def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, int] | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitkd.explain.maps.attention import token_map
+from vitkd.explain.maps.attention import scaled, token_map
 from vitkd.explain.maps.methods import explain_by
 from vitkd.explain.maps.recording import Recording, evaluating, logits_of, record, who_reads
 from vitkd.explain.maps.regions import attention_features, region_map
@@ -152,5 +152,4 @@ def regions_of(features: Tensor, clusters: int, subject: Subject) -> NDArray[np.
 def head_mean(subject: Subject, block: int | None = None) -> Tensor:
     """Attention of one block, by default the one shown first, averaged over heads and scaled to sum 1."""
     maps = torch.from_numpy(subject.maps[ATTENTION][:, subject.first_block if block is None else block])
-    mean = maps.mean(1)
-    return mean / mean.sum((-2, -1), keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
+    return scaled(maps.mean(1).flatten(1)).view_as(maps[:, 0])

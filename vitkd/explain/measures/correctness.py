@@ -27,11 +27,6 @@ class Correlation(NamedTuple):
     reason: str = ""
     """why values are NaN, in words"""
 
-    def as_json(self) -> dict[str, Any]:
-        """The fields, None for NaN, which JSON has not."""
-        plain = {name: _or_none(getattr(self, name)) for name in ("r", "p", "auc")}
-        return plain | {"interval": [*map(_or_none, self.interval)], "n": self.n, "reason": self.reason}
-
 
 def correctness_correlation(
     fidelity: ArrayLike,
@@ -126,7 +121,3 @@ def _bootstrap(
     r = (zy - z1 * y1)[defined] / np.sqrt(variances[defined])
     low, high = np.percentile(r.clip(-1, 1), [2.5, 97.5])
     return float(low), float(high)
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from torch import Tensor
 from vitkd.errors import ConfigError
 from vitkd.explain.measures.distances import COMPARISONS, Reading, compare_readings, mean_distance, read
 from vitkd.models.output import at_least_float32
-
-CHUNK = 2**18
-"""Numbers in the maps that `fidelity_table` compares at once, so that they stay in the CPU's cache."""
 
 Weights = Mapping[int, Tensor] | Sequence[Tensor]
 """block → its attention weights [B, H, T, T]"""
@@ -59,25 +56,6 @@ class FidelityRow:
     """as `metrics`, of a student that learned without the teacher; None if none was given"""
     permuted: dict[str, float | None] | None
     """`COMPARISONS` with other heads of the same teacher block; None if it has no others"""
-
-
-def fidelity_table(
-    student: Weights,
-    teacher: Weights,
-    pairs: Sequence[tuple[int, int, int, Sequence[int]]],
-    *,
-    alone: Weights | None = None,
-    **settings: Any,
-) -> list[FidelityRow]:
-    """One row a pair, for maps that are all in memory; the settings are those of `FidelitySums`."""
-    sums = FidelitySums(pairs, **settings)
-    first = _block("student", student, sums.pairs[0].student_block)
-    step = max(CHUNK // first.shape[-1] ** 2, 1)
-    for start in range(0, len(first), step):
-        chunk = slice(start, start + step)
-        without = None if alone is None else _images(alone, chunk)
-        sums.add(_images(student, chunk), _images(teacher, chunk), without)
-    return sums.table()
 
 
 class FidelitySums:
@@ -267,10 +245,3 @@ def _block(whose: str, weights: Weights, block: int) -> Tensor:
     else:
         _check_exists("block", block, len(weights), f"the {whose}")
     return weights[block]
-
-
-def _images(weights: Weights, images: slice) -> Weights:
-    """The weights of some images only."""
-    if isinstance(weights, Mapping):
-        return {block: each[images] for block, each in weights.items()}
-    return [each[images] for each in weights]
