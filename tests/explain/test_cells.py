@@ -10,7 +10,7 @@ import pytest
 
 from vitkd.errors import ConfigError
 from vitkd.explain.gallery.cells import CELLS, cells, choose, class_index, over_represented
-from vitkd.explain.of_test_split import choose_images
+from vitkd.explain.job import choose_images
 
 NAMES = ("cat", "dog", "horse", "ship")
 

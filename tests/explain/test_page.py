@@ -13,9 +13,8 @@ from PIL import Image
 
 from vitkd.explain.gallery.cells import CELLS
 from vitkd.explain.gallery.charts import Curves, HeatMap
-from vitkd.explain.gallery.contents import GalleryPage, Plot
+from vitkd.explain.gallery.contents import GalleryPage, Plot, Table
 from vitkd.explain.gallery.render import encode, number, region_colours, render
-from vitkd.explain.gallery.tables import Table
 from vitkd.explain.maps.subjects import Subject
 
 CLASSES = ["oak_tree", "seal", "bed"]

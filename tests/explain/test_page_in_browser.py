@@ -11,9 +11,8 @@ import torch
 
 from tests.explain.test_page import page_of, png_of, with_a_teacher_without_maps, without_teacher
 from vitkd.explain import upsample
-from vitkd.explain.gallery.contents import Plot
+from vitkd.explain.gallery.contents import Plot, Table
 from vitkd.explain.gallery.render import region_colours, render
-from vitkd.explain.gallery.tables import Table
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="the page's test drives a browser by playwright"

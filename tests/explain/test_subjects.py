@@ -8,10 +8,9 @@ import torch
 from vitkd.explain.maps import subjects
 from vitkd.explain.maps.methods import METHODS, explain_by
 from vitkd.explain.maps.recording import record
-from vitkd.explain.maps.regions import region_map
+from vitkd.explain.maps.regions import attention_features, region_map
 from vitkd.explain.maps.subjects import (
     class_rows,
-    features_of,
     head_mean,
     regions_of,
     subject_of,
@@ -183,7 +182,8 @@ def test_regions_are_those_of_all_images_features(model, images, in_parts):
     regions = regions_of(features, 3, found)
 
     with torch.no_grad():
-        expected = features_of(record(model, images))
+        seen = record(model, images)
+        expected = attention_features(seen.weights, seen.grid, seen.prefix, seen.readers)
     torch.testing.assert_close(features, expected)
     assert regions.shape == (7, 3, 3)
     assert {*regions.flat} == {0, 1, 2}

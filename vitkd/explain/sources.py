@@ -69,7 +69,8 @@ def open_sources(settings: Settings, device: torch.device) -> Iterator[Sources]:
     """Load the models that `settings` name; ConfigError where that cannot be done."""
     if settings.model is not None:
         model = _single_model(settings.model, settings.pretrained)
-        yield Sources(_on(device, {_name(settings.model): model}), device, {}, None)
+        name = settings.model.removeprefix("timm:") if settings.model.startswith("timm:") else "student"
+        yield Sources({name: model.to(device).eval()}, device, {}, None)
         return
     runs = _load_runs(settings)
     config = runs[0].config
@@ -77,17 +78,10 @@ def open_sources(settings: Settings, device: torch.device) -> Iterator[Sources]:
     teachers = [run.teacher for run in runs if run.teacher is not None]
     models = {TEACHER: teachers[0]} if teachers else {}
     models |= {name: run.student for name, run in zip(names, runs, strict=True)}
+    models = {name: model.to(device).eval() for name, model in models.items()}
     with closing(ImageDataModule(config.dataset, config.paths.data, 0)) as data:
         data.setup()
-        yield Sources(_on(device, models), device, dict(zip(names, runs, strict=True)), data)
-
-
-def _on(device: torch.device, models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: model.to(device).eval() for name, model in models.items()}
-
-
-def _name(model: str) -> str:
-    return model.removeprefix("timm:") if model.startswith("timm:") else "student"
+        yield Sources(models, device, dict(zip(names, runs, strict=True)), data)
 
 
 def _single_model(name: str, pretrained: bool) -> nn.Module:

@@ -13,17 +13,39 @@ from numpy.typing import NDArray
 
 from vitkd.explain.gallery.cells import BOTH_RIGHT, BOTH_WRONG, STUDENT_WRONG, TEACHER_WRONG
 from vitkd.explain.gallery.charts import Curves, HeatMap
-from vitkd.explain.gallery.explanation import Explanation
-from vitkd.explain.gallery.tables import Table, tables_of
-from vitkd.explain.measures.survey import FidelityResult
+from vitkd.explain.gallery.explanation import Explanation, OfMethods
+from vitkd.explain.measures.distances import COMPARISONS
+from vitkd.explain.measures.faithfulness import ORDERS
+from vitkd.explain.measures.fidelity import FidelityRow
+from vitkd.explain.measures.survey import FidelityResult, TokenAlignment
 
 FIGURE_1 = "figure_1"
-ORDERS = {"positive": "most relevant first", "negative": "least relevant first"}
+IN_ORDER = {"positive": "most relevant first", "negative": "least relevant first"}
 WHO = {
     STUDENT_WRONG: "only the student is wrong",
     TEACHER_WRONG: "only the teacher is wrong",
     BOTH_WRONG: "both are wrong",
 }
+
+
+Value = str | float | int | None
+
+WITH_BASELINES = {
+    "js": "Jensen–Shannon, nats",
+    "spearman": "rank correlation, class row",
+    "cls_overlap": "overlap of the class rows",
+}
+ALONE = {"top_k_iou": "IoU of the top quarter", "entropy": "entropy, nats", "mean_distance": "distance, px"}
+assert {*WITH_BASELINES} < {*COMPARISONS}
+
+
+class Table(NamedTuple):
+    """Metrics below the gallery; None stands for an undefined one."""
+
+    title: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Value]]
 
 
 class Plot(NamedTuple):
@@ -51,7 +73,7 @@ def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryP
     title, source = "Where teacher and student look", explanation.source
     return GalleryPage(
         **vars(explanation) | {"notes": notes},
-        tables=tables_of(explanation),
+        tables=_tables(explanation),
         plots=[Plot(title, source, pictures[FIGURE_1])] if FIGURE_1 in pictures else [],
         heat_maps=[heat_map(student, result) for student, result in explanation.fidelity.items()],
         curves=[removal_curves(explanation)] if explanation.faithfulness else [],
@@ -87,7 +109,7 @@ def removal_curves(explanation: Explanation) -> Curves:
     """Every method's mean probability of the class predicted, while pixels are removed."""
     panels = {}
     for model, methods in explanation.faithfulness.items():
-        for order, words in ORDERS.items():
+        for order, words in IN_ORDER.items():
             found = {name.replace("_", " "): orders[order]["predicted"] for name, orders in methods.items()}
             lines = {name: (each.fractions, each.probability) for name, each in found.items()}
             panels[f"{model}, {words}"] = lines
@@ -122,3 +144,108 @@ def _correlations(explanation: Explanation) -> list[str]:
                 f"r = {c.r:.2f} [{low:.2f}, {high:.2f}], among {which} ({c.n:,})."
             )
     return notes
+
+
+def _tables(explanation: Explanation) -> list[Table]:
+    """Those that there are metrics for."""
+    return [
+        *(_fidelity_table(student, result) for student, result in explanation.fidelity.items()),
+        *([_reach_table(explanation)] if explanation.reach else []),
+        *(_faithfulness_table(model, methods) for model, methods in explanation.faithfulness.items()),
+        *([_correctness_table(explanation)] if explanation.correlations else []),
+    ]
+
+
+def _fidelity_table(student: str, result: FidelityResult) -> Table:
+    """Each map's metrics beside their baselines."""
+    has_alone = all(row.alone for row in result.rows)
+    baselines = ["alone", "permuted"] if has_alone else ["permuted"]
+    lines = [
+        _fidelity_line(row, is_distilled, result.cka[row.student_block, row.teacher_block], baselines)
+        for row, is_distilled in zip(result.rows, result.distilled, strict=True)
+    ]
+    return Table(
+        f"Fidelity of {student}, block.head",
+        "Means over all test images. "
+        + ("… alone: of the student that learned without the teacher. " if has_alone else "")
+        + "… permuted: of the same map with other heads of the teacher's block. "
+        "… other images: CKA with the teacher's tokens of other images.",
+        [title for title, _ in lines[0]],
+        [[value for _, value in line] for line in lines],
+    )
+
+
+def _fidelity_line(
+    row: FidelityRow, is_distilled: bool, cka: TokenAlignment, baselines: Sequence[str]
+) -> list[tuple[str, Value]]:
+    """Each column's title and value."""
+    teacher_heads = "+".join(map(str, row.teacher_heads))
+    line: list[tuple[str, Value]] = [
+        ("student map", f"{row.student_block}.{row.student_head}"),
+        ("teacher map", f"{row.teacher_block}.{teacher_heads}"),
+        ("distilled", "yes" if is_distilled else ""),
+    ]
+    for metric, title in WITH_BASELINES.items():
+        line.append((title, row.metrics[metric]))
+        line += [(f"… {each}", (getattr(row, each) or {}).get(metric)) for each in baselines]
+    line += [(title, row.metrics[metric]) for metric, title in ALONE.items()]
+    line.append(("CKA of tokens", finite(cka.value)))
+    line += [] if cka.alone is None else [("… alone", finite(cka.alone))]
+    return [*line, ("… other images", finite(cka.other_images))]
+
+
+def _reach_table(explanation: Explanation) -> Table:
+    """How far each model's blocks attend."""
+    of_models = [reach.nanmean(-1).tolist() for reach in explanation.reach.values()]
+    rows: list[list[Value]] = [
+        [block, *(finite(means[block]) if block < len(means) else None for means in of_models)]
+        for block in range(max(map(len, of_models)))
+    ]
+    return Table(
+        "Attention distance by block",
+        "Mean attention distance, as a fraction of that of uniform attention. With much data some low blocks "
+        "attend near by; with little data they hardly learn to (Zhu et al. 2023).",
+        ["block", *explanation.reach],
+        rows,
+    )
+
+
+def _faithfulness_table(model: str, methods: OfMethods) -> Table:
+    """Each method's area under the curve, and how much better than random order it is."""
+    columns, rows = ["method"], []
+    for order in ORDERS:
+        for target in ("predicted", "true"):
+            columns += [f"{order}, {target}: AUC", "better than random by", "± s.e."]
+    for method, orders in methods.items():
+        found = [orders[order][target] for order in ORDERS for target in ("predicted", "target")]
+        metrics = [value for each in found for value in (each.auc, each.gap, each.gap_error)]
+        rows.append([method.replace("_", " "), *metrics])
+    return Table(
+        f"Faithfulness, {model}",
+        "Area under the class's probability while pixels are removed: in positive order (most relevant "
+        "first) low is faithful, in negative order high.",
+        columns,
+        rows,
+    )
+
+
+def _correctness_table(explanation: Explanation) -> Table:
+    """Whether a student is right where it attends as its teacher does."""
+    rows = [
+        [student, which, *map(finite, (c.r, *c.interval, c.p)), c.n, c.reason]
+        for student, correlations in explanation.correlations.items()
+        for which, c in correlations.items()
+    ]
+    return Table(
+        "Does fidelity predict correctness?",
+        "Point-biserial correlation of each image's divergence from the teacher's attention with the "
+        "student being right: below 0, a student that attends as its teacher does is right more often. "
+        "This does not prove a cause.",
+        ["student", "among", "r", "95 % from", "to", "p", "images", ""],
+        rows,
+    )
+
+
+def finite(value: float) -> float | None:
+    """None for NaN and infinity, which JSON does not have."""
+    return value if math.isfinite(value) else None

@@ -5,6 +5,7 @@ Shapes: B images, C channels (1 grey, 3 RGB), H × W pixels, h × w patches.
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
+from itertools import zip_longest
 from textwrap import wrap
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ class Rows(NamedTuple):
     labels: Sequence[str] | None = None
     """[B] above the images"""
     predictions: Sequence[Sequence[str] | None] = ()
-    """one [B] a column, above its maps"""
+    """one [B] a column, above its maps; the last columns may have none"""
     confidences: Sequence[Sequence[float] | None] = ()
     """one [B] a column: probabilities of what is predicted"""
 
@@ -97,9 +98,8 @@ def figure_1(
     """
     maps = [teacher_maps, distilled_maps, *([] if other_maps is None else [other_maps])]
     # A student predicts once, so its prediction is written once.
-    predictions = [teacher_predictions, student_predictions, None][: len(maps)]
-    confidences = [teacher_confidences, student_confidences, None][: len(maps)]
-    group = Rows("", images, maps, labels, predictions, confidences)
+    predictions = [teacher_predictions, student_predictions]
+    group = Rows("", images, maps, labels, predictions, [teacher_confidences, student_confidences])
     return figure_rows([group], columns=columns[: 1 + len(maps)], unit=unit, caption=caption)
 
 
@@ -197,18 +197,12 @@ def _draw_row(figure: Figure, group: Rows, row: int, left: float, top: float, sc
     """An image, and each of its maps below what is predicted."""
     image, label = group.images[row], None if group.labels is None else group.labels[row]
     _draw_image(figure, left, top, _rgb(image), label)
-    for column, maps in enumerate(group.maps):
-        text, colour = _mark(_entry(group.predictions, column, row), label)
-        confidence = _entry(group.confidences, column, row)
-        percent = "" if confidence is None else f" {100 * confidence:.0f} %"
-        place = left + (column + 1) * (CELL + GAP)
+    columns = zip_longest(group.maps, group.predictions, group.confidences)
+    for column, (maps, predictions, confidences) in enumerate(columns, 1):
+        text, colour = _mark(None if predictions is None else predictions[row], label)
+        percent = "" if confidences is None else f" {100 * confidences[row]:.0f} %"
+        place = left + column * (CELL + GAP)
         _draw_image(figure, place, top, _overlay(image, maps[row], scale), text and text + percent, colour)
-
-
-def _entry(columns: Sequence[Sequence[Any] | None], column: int, row: int) -> Any:
-    """A column's entry; None where it has none."""
-    values = columns[column] if column < len(columns) else None
-    return None if values is None else values[row]
 
 
 def _scale(maps: Sequence[Tensor]) -> Normalize:

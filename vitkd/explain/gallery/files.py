@@ -2,18 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from vitkd.explain.gallery.contents import page_of
-from vitkd.explain.gallery.explanation import Explanation, OfMethods
+from vitkd.explain.gallery.contents import finite, page_of
+from vitkd.explain.gallery.explanation import Explanation
 from vitkd.explain.gallery.figures import png
 from vitkd.explain.gallery.render import render
 from vitkd.explain.gallery.report_figures import NAMES, figures_of
-from vitkd.explain.gallery.tables import finite
 from vitkd.explain.measures.distances import COMPARISONS
 from vitkd.explain.measures.survey import FidelityResult
 
@@ -54,28 +54,16 @@ def arrays_of(explanation: Explanation) -> bytes:
 
 
 def metrics_of(explanation: Explanation) -> dict[str, Any]:
-    """Every metric but the fidelity table, as plain data."""
+    """Every metric but the fidelity table, for `as_json`."""
     return {
         "title": explanation.title,
         "source": explanation.source,
-        "cells": dict(explanation.counts),
-        "over_represented": {
-            cell: [asdict(each) for each in classes] for cell, classes in explanation.over_represented.items()
-        },
-        "correctness": {
-            student: {which: c._asdict() for which, c in correlations.items()}
-            for student, correlations in explanation.correlations.items()
-        },
-        "attention_distance": {name: reach.tolist() for name, reach in explanation.reach.items()},
-        "faithfulness": {model: _plain_faithfulness(m) for model, m in explanation.faithfulness.items()},
-        "images": [int(number) for number in explanation.numbers],
-    }
-
-
-def _plain_faithfulness(methods: OfMethods) -> dict[str, Any]:
-    return {
-        method: {o: {t: each._asdict() for t, each in of.items()} for o, of in orders.items()}
-        for method, orders in methods.items()
+        "cells": explanation.counts,
+        "over_represented": explanation.over_represented,
+        "correctness": explanation.correlations,
+        "attention_distance": explanation.reach,
+        "faithfulness": explanation.faithfulness,
+        "images": explanation.numbers,
     }
 
 
@@ -105,13 +93,19 @@ def _summary(result: FidelityResult) -> dict[str, float]:
 
 
 def as_json(content: Any) -> bytes:
-    """Strict JSON, with null for an undefined number."""
+    """Strict JSON of tensors, records, mappings and lists, with null for an undefined number."""
     return (json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return finite(value)
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -7,7 +7,7 @@ above 64 pixels a side: 1 MB for 128 images of 32×32 with every head of ten and
 Shapes: N images shown, H × W pixels, L blocks, A heads, h × w patches.
 """
 
-import json
+import math
 from base64 import b64encode
 from collections.abc import Sequence
 from importlib.resources import files
@@ -18,7 +18,6 @@ import matplotlib
 import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -41,17 +40,14 @@ JPEG_QUALITY = 90
 LEVELS = 2**16 - 1
 
 TITLES = {
-    ATTENTION: "attention",
     "rollout": "attention rollout",
-    "gradient_rollout": "gradient rollout",
     "relevance": "class relevance (Chefer)",
     "grad_cam": "Grad-CAM of the last attention",
     "pytorch_grad_cam": "Grad-CAM of the tokens",
-    "integrated_gradients": "integrated gradients",
     "random": "random (the baseline)",
     REGIONS: "attention regions",
 }
-"""of the methods in this package; others go by their own names"""
+"""of methods that do not go by their own names"""
 OTHER_UNIT = "relevance, arbitrary units"
 
 
@@ -61,10 +57,13 @@ def render(page: GalleryPage) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = number
+    plain = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    environment.policies["json.dumps_kwargs"] = plain
     template = environment.from_string(
         files("vitkd.explain.gallery").joinpath("page.html").read_text("utf-8")
     )
     height, width = page.pixels.shape[2:]
+    grids = [subject.patches.shape[-2:] for subject in page.subjects if subject.patches is not None]
     return template.render(
         page=page,
         # [teacher right, wrong][student right, wrong]
@@ -75,11 +74,11 @@ def render(page: GalleryPage) -> str:
         classes=sorted({*page.labels} - {-1}, key=lambda label: page.class_names[label]),
         plots=[(plot, _data_url("image/png", plot.picture)) for plot in page.plots],
         aspect=f"{width} / {height}",
-        patches=_finest_grid(page.subjects),
+        patches=max(grids, key=math.prod, default=None),
         charts=charts,
         readers=common_name(page.readers),
         gradient=", ".join(charts.css(COLOURS(level)) for level in np.linspace(0, 1, 17)),
-        data=_as_script(_data(page)),
+        data=_data(page),
     )
 
 
@@ -135,12 +134,6 @@ def _titles(page: GalleryPage) -> dict[str, str]:
     return {method: TITLES.get(method, method.replace("_", " ")) for method in methods}
 
 
-def _finest_grid(subjects: Sequence[Subject]) -> tuple[int, int] | None:
-    """(h, w) of the patches whose attention the page holds, if it holds any."""
-    grids = [subject.patches.shape[-2:] for subject in subjects if subject.patches is not None]
-    return max(grids, key=lambda grid: grid[0] * grid[1], default=None)
-
-
 def _data(page: GalleryPage) -> dict[str, Any]:
     """What the page's script reads."""
     count = 1 + max((int(each.max()) for each in page.regions.values()), default=0)
@@ -177,12 +170,6 @@ def _subject(subject: Subject, regions: NDArray[np.int64] | None) -> dict[str, A
         "maps": {method: encode(maps) for method, maps in drawn.items()},
         "patches": None if subject.patches is None else encode(subject.patches),
     }
-
-
-def _as_script(data: dict[str, Any]) -> Markup:
-    """JSON that may stand inside a script element, whatever the names in it."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c"))
 
 
 def _data_url(media_type: str, content: bytes) -> str:

@@ -12,9 +12,14 @@ from torch.nn.functional import adaptive_avg_pool2d
 from vitkd.errors import ConfigError, suggest
 from vitkd.explain.maps import references
 from vitkd.explain.maps.attention import fuse, token_map
+from vitkd.explain.maps.flow import (
+    attention_grad_cam,
+    attention_gradients,
+    gradient_rollout,
+    relevance,
+    rollout,
+)
 from vitkd.explain.maps.recording import Recording, layout, record
-from vitkd.explain.maps.relevance import attention_grad_cam, attention_gradients, relevance
-from vitkd.explain.maps.rollout import gradient_rollout, rollout
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, normalised images [B, C, H, W], classes [B]) → float32 maps [B, h, w], higher = more relevant."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError
+from vitkd.explain.maps.flow import check_classes
 from vitkd.explain.maps.hooks import from_extra
 from vitkd.explain.maps.recording import evaluating, layout, logits_of
-from vitkd.explain.maps.relevance import check_classes
 
 EXTRA = "explain"
 

@@ -73,15 +73,11 @@ def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, 
     rows, columns = (side, side) if grid is None else grid
     if rows * columns != features.shape[1]:
         raise ConfigError(f"{features.shape[1]} patches do not fill {rows}×{columns}: give their grid")
-    points = _points(features)
-    labels = _by_activity(*_cluster(points, clusters, seed))
-    return torch.from_numpy(labels).view(len(features), rows, columns).to(features.device)
-
-
-def _points(features: Tensor) -> np.ndarray:
-    """[B·N, F] in float64, rounded relative to the highest feature."""
     points = features.detach().flatten(0, 1).cpu().double().numpy()
-    return np.round(points / (np.abs(points).max() or 1), DECIMALS)
+    points = np.round(points / (np.abs(points).max() or 1), DECIMALS)
+    labels, centres = _cluster(points, clusters, seed)
+    rank = centres.mean(1).argsort(kind="stable").argsort()
+    return torch.from_numpy(rank[labels]).view(len(features), rows, columns).to(features.device)
 
 
 def _cluster(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -92,11 +88,4 @@ def _cluster(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, 
     few = np.unique(points[: 100 * clusters], axis=0)
     distinct = len(few) if len(few) >= clusters else len(np.unique(points, axis=0))
     means = KMeans(min(clusters, distinct), n_init=RESTARTS, random_state=seed).fit(points)
-    return means.labels_.astype(np.int64), means.cluster_centers_
-
-
-def _by_activity(labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The labels renamed by the rank of their centre's mean feature."""
-    rank = np.empty(len(centres), np.int64)
-    rank[centres.mean(1).argsort(kind="stable")] = np.arange(len(centres))
-    return rank[labels]
+    return means.labels_, means.cluster_centers_

@@ -71,7 +71,8 @@ def subject_of(
             rows.append(class_rows(recording).cpu())
             if (of_patches := patch_rows(recording, len(images))) is not None:
                 patches.append(of_patches.cpu())
-            features.append(features_of(recording).cpu())
+            place = recording.grid, recording.prefix, recording.readers
+            features.append(attention_features(recording.weights, *place).cpu())
         logits.append(recording.logits)
     predicted, confidence = predictions_of(torch.cat(logits))
     attention = torch.cat(rows)
@@ -136,11 +137,6 @@ def patch_rows(recording: Recording, images: int) -> Tensor | None:
     if numbers > MAX_VALUES_BY_HEAD:
         weights = [each.mean(1, keepdim=True) for each in weights]
     return torch.stack(weights, 1).float().unflatten(-1, recording.grid)
-
-
-def features_of(recording: Recording) -> Tensor:
-    """`attention_features` of all blocks, [N, h·w, 2·L]."""
-    return attention_features(recording.weights, recording.grid, recording.prefix, recording.readers)
 
 
 def regions_of(features: Tensor, clusters: int, subject: Subject) -> NDArray[np.int64]:

@@ -20,6 +20,9 @@ from vitkd.errors import ConfigError
 from vitkd.explain.measures.distances import COMPARISONS, Reading, compare_readings, mean_distance, read
 from vitkd.models.output import at_least_float32
 
+DRAWS = 12
+"""The most sets of other heads that a map is compared with."""
+
 Weights = Mapping[int, Tensor] | Sequence[Tensor]
 """block → its attention weights [B, H, T, T]"""
 
@@ -64,16 +67,14 @@ class FidelitySums:
     Each pair's metrics stand beside two baselines. `alone` is a student that learned without the teacher, if
     one is given. `permuted` is how alike the map is to any other head of the teacher's block: the
     expectation over permutations of the teacher's heads that give the pair others, so the mean over all other
-    sets of as many heads, or over `draws` of them where there are more.
+    sets of as many heads, or over `DRAWS` of them where there are more.
 
     Args:
         pairs: (student block, student head, teacher block, teacher heads) each; where there are several
             teacher heads, the mean of their maps is compared with.
         grid: (h, w) patches, of student and teacher alike.
         patch_size: pixels of a patch's side, or (height, width).
-        prefix, k, readers: as for `compare`.
-        draws: the most sets of other heads that a map is compared with.
-        seed: of their choice.
+        prefix, readers: as for `compare`.
 
     Raises:
         ConfigError: no pair, or a pair without teacher heads or with one twice.
@@ -86,17 +87,11 @@ class FidelitySums:
         grid: tuple[int, int],
         patch_size: float | tuple[float, float],
         prefix: int = 1,
-        k: int | None = None,
         readers: Sequence[int] = (0,),
-        draws: int = 12,
-        seed: int = 0,
     ) -> None:
-        assert draws > 0
         self.pairs = [MapPair(*pair[:3], tuple(pair[3])) for pair in pairs]
         _check_pairs(self.pairs)
-        self._grid, self._patch_size, self._prefix = grid, patch_size, prefix
-        self._k, self._readers = k, readers
-        self._draws, self._seed = draws, seed
+        self._grid, self._patch_size, self._prefix, self._readers = grid, patch_size, prefix, readers
         self._images = 0
         self._sums: dict[tuple[str, str], np.ndarray] = {}
         self._defined: dict[tuple[str, str], np.ndarray] = {}
@@ -144,7 +139,7 @@ class FidelitySums:
             for head in heads:
                 _check_exists("head", head, maps.shape[1], f"block {block} of the {whose}")
             mean = at_least_float32(maps[:, list(heads)]).mean(1)
-            return read(mean, self._prefix, self._k, self._readers)
+            return read(mean, self._prefix, readers=self._readers)
 
         return reading
 
@@ -156,7 +151,7 @@ class FidelitySums:
         if student.weights.shape != teacher.weights.shape:
             tokens = (reading.weights.shape[-1] for reading in (student, teacher))
             raise ValueError("student and teacher have {} and {} tokens: resize one's maps".format(*tokens))
-        others = other_heads(pair.teacher_heads, teacher_heads, self._draws, self._seed)
+        others = other_heads(pair.teacher_heads, teacher_heads, DRAWS, seed=0)
         parts = {
             "metrics": compare_readings(student, teacher) | self._spread(student),
             "teacher": self._spread(teacher),

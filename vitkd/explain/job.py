@@ -1,13 +1,15 @@
-"""The explanation of runs on their test split.
+"""What the command does: explain runs on their test split, or the user's own pictures.
 
 Shapes: N images, C channels, H × W pixels.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitkd.data import ImageDataModule
@@ -24,19 +26,38 @@ from vitkd.explain.gallery.cells import (
     over_represented,
 )
 from vitkd.explain.gallery.explanation import Explanation, OfMethods
-from vitkd.explain.gallery.pixels import denormalise, normalise
+from vitkd.explain.gallery.pixels import Format, denormalise, format_of, normalise, read_picture
 from vitkd.explain.maps.methods import CLASS_SPECIFIC
 from vitkd.explain.maps.recording import has_maps
-from vitkd.explain.maps.subjects import maps_of
+from vitkd.explain.maps.subjects import Subject, maps_of, regions_of, subject_of, without_maps
 from vitkd.explain.measures.correctness import Correlation, correctness_correlation
 from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.measures.survey import Survey, survey
-from vitkd.explain.of_pictures import look, note_on_patches
 from vitkd.explain.settings import Settings
 from vitkd.explain.sources import TEACHER, Sources
 from vitkd.runs.load import Run
 
 log = logging.getLogger("vitkd")
+
+
+def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
+    """Where the models look in the pictures of `settings.image`."""
+    paths = settings.pictures
+    size, channels, mean, std = _format(sources)
+    pixels = torch.stack([read_picture(path, size, channels) for path in paths])
+    subjects, regions = _look(settings, sources, normalise(pixels, mean, std).to(sources.device))
+    return Explanation(
+        title=sources.title,
+        source=", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else ""),
+        pixels=pixels,
+        labels=[-1] * len(paths),
+        cells=[""] * len(paths),
+        numbers=[*range(len(paths))],
+        class_names=_class_names(sources, subjects),
+        subjects=subjects,
+        regions=regions,
+        notes=[*sources.notes(), *_note_on_weights(settings), *_note_on_patches(subjects)],
+    )
 
 
 def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
@@ -53,7 +74,7 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
     positions = [position for position, _ in chosen]
     images = _images(data, seen.numbers[positions], sources.device)
     log.info("explaining %d images by %s", len(images), ", ".join(settings.methods))
-    subjects, regions = look(settings, sources, images)
+    subjects, regions = _look(settings, sources, images)
     counted = of_cells if TEACHER in sources.models else {}
     return Explanation(
         title=sources.title,
@@ -77,7 +98,7 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
         correlations={name: _correlations(seen, name) for name in seen.fidelity},
         reach=seen.reach,
         faithfulness=_faithfulness(settings, sources, data, seen),
-        notes=[*notes, *remarks, *note_on_patches(subjects)],
+        notes=[*notes, *remarks, *_note_on_patches(subjects)],
     )
 
 
@@ -121,15 +142,9 @@ def in_random_order(
 
 def _images(data: ImageDataModule, numbers: Tensor, device: torch.device) -> Tensor:
     """The normalised test images [N, C, H, W] at these positions of their split, in this order."""
-    wanted = {int(number): place for place, number in enumerate(numbers)}
-    found: dict[int, Tensor] = {}
-    for batch in data.loader("test", device, rank=0, world_size=1):
-        for image, number in zip(batch.image, batch.index.tolist(), strict=True):
-            if number in wanted:
-                found[wanted[number]] = image
-        if len(found) == len(wanted):
-            break
-    return torch.stack([found[place] for place in range(len(wanted))])
+    loader = data.loader("test", device, rank=0, world_size=1)
+    loader.sampler = EpochOrder(numbers.to(loader.sampler.index.device), loader.sampler.batch_size)
+    return torch.cat([batch.image for batch in loader])
 
 
 def _correlations(seen: Survey, student: str) -> dict[str, Correlation]:
@@ -194,3 +209,51 @@ def _source(runs: Mapping[str, Run]) -> str:
     first = next(iter(runs.values()))
     where = " and ".join(str(run.path) for run in runs.values())
     return f"{where} · {first.config.dataset.name}, test split · {first.epoch} epoch"
+
+
+def _look(
+    settings: Settings, sources: Sources, images: Tensor
+) -> tuple[list[Subject], dict[str, NDArray[np.int64]]]:
+    """Every model's predictions and maps of the images, and its regions in them if it has maps."""
+    subjects, regions = [], {}
+    for name, model in sources.models.items():
+        if name == TEACHER and not has_maps(model):
+            subjects.append(without_maps(name, "teacher", model, images))
+            continue
+        block = sources.shown_blocks.get(name, -1)
+        role: Literal["teacher", "student"] = "teacher" if name == TEACHER else "student"
+        subject, features = subject_of(name, role, model, images, settings.methods, block)
+        subjects.append(subject)
+        regions[name] = regions_of(features, settings.regions, subject)
+    return subjects, regions
+
+
+def _note_on_patches(subjects: list[Subject]) -> list[str]:
+    """Which models' patches the page cannot show the attention of."""
+    left_out = " and ".join(each.name for each in subjects if each.maps and each.patches is None)
+    text = f"What single patches of {left_out} attend to is left out to keep the page small; lower images."
+    return [text] if left_out else []
+
+
+def _format(sources: Sources) -> Format:
+    """The images that the models take."""
+    if not sources.runs:
+        return format_of(next(iter(sources.models.values())))
+    data = sources.first.config.dataset
+    return Format(data.image_size, data.channels, data.mean, data.std)
+
+
+def _class_names(sources: Sources, subjects: list[Subject]) -> list[str]:
+    """Those of the data set; numbers where there is none."""
+    if sources.data is not None:
+        return sources.data.class_names
+    return [f"class {number}" for number in range(1 + max(max(each.predicted) for each in subjects))]
+
+
+def _note_on_weights(settings: Settings) -> list[str]:
+    """A warning of a model that is not trained."""
+    if settings.model is None or not settings.model.startswith("timm:") or settings.pretrained:
+        return []
+    note = f"The weights of {settings.model} are random: it is not trained; set pretrained=true."
+    log.warning("warning: %s%s", note[0].lower(), note[1:])
+    return [note]
