@@ -219,8 +219,8 @@ def test_every_method(show):
 
     choose(tab, method="regions")
     colours = 255 * np.array(region_colours(3))
-    assert_close(pixels(tab, 24, 0), colours[page.regions["teacher"][2]], 1)
-    assert_close(pixels(tab, 24, 1), colours[page.regions["student"][2]], 1)
+    assert_close(pixels(tab, 24, 0), colours[page.subjects[0].maps["regions"][2]], 1)
+    assert_close(pixels(tab, 24, 1), colours[page.subjects[1].maps["regions"][2]], 1)
     assert tab.is_disabled("#smooth")
 
 
@@ -345,7 +345,7 @@ def test_every_method_can_be_seen_at_once_and_chosen_by_its_picture(show):
 def test_one_method_needs_no_choice(show):
     page = page_of()
     subjects = [replace(each, maps={"attention": each.maps["attention"]}) for each in page.subjects]
-    tab = show(replace(page, subjects=subjects, regions={}))
+    tab = show(replace(page, subjects=subjects))
     tab.locator(".open").first.click()
     assert tab.locator("#methods button").count() == 0
 
@@ -545,7 +545,7 @@ def test_an_image_of_unknown_class_gets_no_mark(show):
 def test_names_are_text_whatever_they_say(show):
     evil = "</script><img src=x onerror=alert(1)>"
     page = page_of(class_names=[evil, evil, evil])
-    tab = show(replace(page, subjects=[replace(page.subjects[0], name=evil)], regions={}))
+    tab = show(replace(page, subjects=[replace(page.subjects[0], name=evil)]))
     assert evil in tab.locator(".card .open").first.inner_text()
     tab.locator(".open").first.click()
     assert evil in tab.text_content("#large-title")

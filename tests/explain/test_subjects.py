@@ -12,8 +12,8 @@ from vitkd.explain.maps.regions import attention_features, region_map
 from vitkd.explain.maps.subjects import (
     class_rows,
     head_mean,
-    regions_of,
     subject_of,
+    with_regions,
     without_maps,
 )
 from vitkd.models import ResNetConfig, Taps
@@ -179,7 +179,7 @@ def test_the_mean_over_heads_sums_to_one(block, model, images):
 
 def test_regions_are_those_of_all_images_features(model, images, in_parts):
     found, features = subject_of("it", "student", model, images, ["attention"])
-    regions = regions_of(features, 3, found)
+    regions = with_regions(found, features, 3).maps["regions"]
 
     with torch.no_grad():
         seen = record(model, images)

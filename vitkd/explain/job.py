@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitkd.data import ImageDataModule
@@ -29,7 +28,7 @@ from vitkd.explain.gallery.explanation import Explanation, OfMethods
 from vitkd.explain.gallery.pixels import Format, denormalise, format_of, normalise, read_picture
 from vitkd.explain.maps.methods import CLASS_SPECIFIC
 from vitkd.explain.maps.recording import has_maps
-from vitkd.explain.maps.subjects import Subject, maps_of, regions_of, subject_of, without_maps
+from vitkd.explain.maps.subjects import Subject, maps_of, subject_of, with_regions, without_maps
 from vitkd.explain.measures.correctness import Correlation, correctness_correlation
 from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.measures.survey import Survey, survey
@@ -45,7 +44,7 @@ def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
     paths = settings.pictures
     size, channels, mean, std = _format(sources)
     pixels = torch.stack([read_picture(path, size, channels) for path in paths])
-    subjects, regions = _look(settings, sources, normalise(pixels, mean, std).to(sources.device))
+    subjects = _look(settings, sources, normalise(pixels, mean, std).to(sources.device))
     return Explanation(
         title=sources.title,
         source=", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else ""),
@@ -55,7 +54,6 @@ def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
         numbers=[*range(len(paths))],
         class_names=_class_names(sources, subjects),
         subjects=subjects,
-        regions=regions,
         notes=[*sources.notes(), *_note_on_weights(settings), *_note_on_patches(subjects)],
     )
 
@@ -74,7 +72,7 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
     positions = [position for position, _ in chosen]
     images = _images(data, seen.numbers[positions], sources.device)
     log.info("explaining %d images by %s", len(images), ", ".join(settings.methods))
-    subjects, regions = _look(settings, sources, images)
+    subjects = _look(settings, sources, images)
     counted = of_cells if TEACHER in sources.models else {}
     return Explanation(
         title=sources.title,
@@ -86,7 +84,6 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
         numbers=seen.numbers[positions].tolist(),
         class_names=class_names,
         subjects=subjects,
-        regions=regions,
         other_block=_other_block(sources.first),
         counts={name: len(indices) for name, indices in counted.items()},
         # Together, the cells have a 5 % chance of any false finding.
@@ -211,11 +208,9 @@ def _source(runs: Mapping[str, Run]) -> str:
     return f"{where} · {first.config.dataset.name}, test split · {first.epoch} epoch"
 
 
-def _look(
-    settings: Settings, sources: Sources, images: Tensor
-) -> tuple[list[Subject], dict[str, NDArray[np.int64]]]:
-    """Every model's predictions and maps of the images, and its regions in them if it has maps."""
-    subjects, regions = [], {}
+def _look(settings: Settings, sources: Sources, images: Tensor) -> list[Subject]:
+    """Every model's predictions and, if it has any, maps and regions of the images."""
+    subjects = []
     for name, model in sources.models.items():
         if name == TEACHER and not has_maps(model):
             subjects.append(without_maps(name, "teacher", model, images))
@@ -223,9 +218,8 @@ def _look(
         block = sources.shown_blocks.get(name, -1)
         role: Literal["teacher", "student"] = "teacher" if name == TEACHER else "student"
         subject, features = subject_of(name, role, model, images, settings.methods, block)
-        subjects.append(subject)
-        regions[name] = regions_of(features, settings.regions, subject)
-    return subjects, regions
+        subjects.append(with_regions(subject, features, settings.regions))
+    return subjects
 
 
 def _note_on_patches(subjects: list[Subject]) -> list[str]:

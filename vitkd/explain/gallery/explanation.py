@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vitkd.explain.gallery.cells import CELLS, OverRepresented
@@ -41,8 +40,6 @@ class Explanation:
     class_names: Sequence[str]
     subjects: Sequence[Subject]
     """the teacher first, if there is one; it may have no maps"""
-    regions: Mapping[str, NDArray[np.int64]]
-    """subject → [N, h, w] from 0, the least active; may lack subjects"""
     other_block: int | None = None
     """of the first student, one that was not distilled"""
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -99,7 +96,6 @@ def _of_images(explanation: Explanation) -> dict[str, Sized]:
     of_images: dict[str, Sized] = {
         name: getattr(explanation, name) for name in ("labels", "cells", "numbers")
     }
-    of_images |= {f"{name}'s regions": regions for name, regions in explanation.regions.items()}
     for subject in explanation.subjects:
         patches = {} if subject.patches is None else {"patches": subject.patches}
         of_images[f"{subject.name}'s predictions"] = subject.predicted
@@ -129,5 +125,3 @@ def _check_names(explanation: Explanation) -> None:
     labels = [*explanation.labels, *(each for subject in explanation.subjects for each in subject.predicted)]
     if not all(-1 <= label < len(explanation.class_names) for label in labels):
         raise ValueError(f"classes beyond the {len(explanation.class_names)} that have names")
-    if unknown := explanation.regions.keys() - {subject.name for subject in explanation.subjects}:
-        raise ValueError(f"regions of {sorted(unknown)}, which are no subjects")

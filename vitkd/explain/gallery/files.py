@@ -47,7 +47,6 @@ def arrays_of(explanation: Explanation) -> bytes:
         content |= {f"{subject.name}/{method}": maps for method, maps in subject.maps.items()}
         if subject.patches is not None:
             content[f"{subject.name}/patches"] = subject.patches
-    content |= {f"{name}/regions": labels for name, labels in explanation.regions.items()}
     file = BytesIO()
     np.savez_compressed(file, **content)
     return file.getvalue()

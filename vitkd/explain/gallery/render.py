@@ -18,7 +18,6 @@ import matplotlib
 import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -26,10 +25,8 @@ from vitkd.explain.gallery import charts
 from vitkd.explain.gallery.cells import CELLS
 from vitkd.explain.gallery.contents import GalleryPage
 from vitkd.explain.gallery.figures import COLOURS, attention_unit, common_name
-from vitkd.explain.maps.subjects import ATTENTION, Subject
+from vitkd.explain.maps.subjects import ATTENTION, REGIONS, Maps, Subject
 
-REGIONS = "regions"
-"""what the page draws in colours of its own"""
 REGION_COLOURS = matplotlib.colormaps["coolwarm"]
 """Blue to red in perceptually even steps (Moreland 2009), for an order that can be seen."""
 
@@ -82,7 +79,7 @@ def render(page: GalleryPage) -> str:
     )
 
 
-def encode(maps: NDArray[Any]) -> dict[str, Any]:
+def encode(maps: Maps) -> dict[str, Any]:
     """Maps [N, ...] as base64 of little-endian uint16 q, each image's value being low + step · q.
 
     An image without negative values has low 0, so that its zeros stay zeros. Every value is exact to
@@ -130,13 +127,14 @@ def number(value: str | float | int | None) -> str:
 def _titles(page: GalleryPage) -> dict[str, str]:
     """Method → how it is called on the page, in the order in which subjects name them; regions last."""
     methods = [method for subject in page.subjects for method in subject.maps]
-    methods += [REGIONS] if page.regions else []
-    return {method: TITLES.get(method, method.replace("_", " ")) for method in methods}
+    ordered = sorted(methods, key=REGIONS.__eq__)
+    return {method: TITLES.get(method, method.replace("_", " ")) for method in ordered}
 
 
 def _data(page: GalleryPage) -> dict[str, Any]:
     """What the page's script reads."""
-    count = 1 + max((int(each.max()) for each in page.regions.values()), default=0)
+    regions = [subject.maps[REGIONS] for subject in page.subjects if REGIONS in subject.maps]
+    count = 1 + max((int(each.max()) for each in regions), default=0)
     units = {
         ATTENTION: attention_unit(page.readers).replace("\n", " "),
         REGIONS: "regions by the attention they receive",
@@ -152,14 +150,13 @@ def _data(page: GalleryPage) -> dict[str, Any]:
         "classes": page.class_names,
         "units": {method: units.get(method, OTHER_UNIT) for method in titles},
         "titles": titles,
-        "subjects": [_subject(subject, page.regions.get(subject.name)) for subject in page.subjects],
+        "subjects": [_subject(subject) for subject in page.subjects],
         "colours": [_bytes(COLOURS(level)[:3]) for level in np.linspace(0, 1, 256)],
         "regionColours": [_bytes(colour) for colour in region_colours(count)],
     }
 
 
-def _subject(subject: Subject, regions: NDArray[np.int64] | None) -> dict[str, Any]:
-    drawn = subject.maps if regions is None else {**subject.maps, REGIONS: regions}
+def _subject(subject: Subject) -> dict[str, Any]:
     blocks = subject.maps[ATTENTION].shape[1] if ATTENTION in subject.maps else 1
     return {
         "name": subject.name,
@@ -167,7 +164,7 @@ def _subject(subject: Subject, regions: NDArray[np.int64] | None) -> dict[str, A
         "predicted": subject.predicted,
         "confidence": [round(each, 4) for each in subject.confidence],
         "firstBlock": subject.first_block % blocks,
-        "maps": {method: encode(maps) for method, maps in drawn.items()},
+        "maps": {method: encode(maps) for method, maps in subject.maps.items()},
         "patches": None if subject.patches is None else encode(subject.patches),
     }
 

@@ -4,10 +4,9 @@ Shapes: N images, C channels, H × W pixels, L blocks, A heads, T tokens, h × w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,6 +18,8 @@ from vitkd.explain.maps.regions import attention_features, region_map
 
 ATTENTION = "attention"
 """the method whose maps are kept by block and head"""
+REGIONS = "regions"
+"""beside the methods' maps: numbers from 0, the region that receives least attention"""
 
 BATCH_SIZE = 64
 MAX_ATTENTION_VALUES = 16_000_000
@@ -26,7 +27,7 @@ MAX_ATTENTION_VALUES = 16_000_000
 MAX_VALUES_BY_HEAD, MAX_PATCH_VALUES = 1_000_000, 4_000_000
 """in the maps of all its patches: up to the first by every head, up to the second by their mean, else none"""
 
-Maps = NDArray[np.floating[Any]]
+Maps = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Subject:
     confidence: Sequence[float]
     """[N] probabilities in 0..1 of the class predicted"""
     maps: Mapping[str, Maps]
-    """method → [N, h, w]; "attention" → [N, L, A, h, w], the weights of `readers`; may lack methods"""
+    """method or "regions" → [N, h, w]; "attention" → [N, L, A, h, w], weights of the `readers`"""
     first_block: int = -1
     """whose attention is shown at first"""
     readers: str = "class token"
@@ -139,10 +140,11 @@ def patch_rows(recording: Recording, images: int) -> Tensor | None:
     return torch.stack(weights, 1).float().unflatten(-1, recording.grid)
 
 
-def regions_of(features: Tensor, clusters: int, subject: Subject) -> NDArray[np.int64]:
-    """Regions [N, h, w] of a subject's images, from the least active, 0."""
+def with_regions(subject: Subject, features: Tensor, clusters: int) -> Subject:
+    """A subject with the regions of its images by their `features`."""
     height, width = subject.maps[ATTENTION].shape[-2:]
-    return region_map(features, clusters, grid=(height, width)).numpy()
+    regions = region_map(features, clusters, grid=(height, width)).numpy()
+    return replace(subject, maps={**subject.maps, REGIONS: regions})
 
 
 def head_mean(subject: Subject, block: int | None = None) -> Tensor:
