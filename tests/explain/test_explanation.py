@@ -41,12 +41,11 @@ LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
 
 def make(tiny, names, channels=3, **changes) -> Explanation:
     """The explanation of untrained models, its metrics computed as the command does it."""
-    roles = {name: "teacher" if name == "teacher" else "student" for name in names}
     models = {name: tiny(channels=channels, num_heads=3).build().eval() for name in names}
     pixels = torch.rand(6, channels, 8, 8)
     looked = {
-        name: subject_of(name, role, models[name], pixels, METHODS, -1 if role == "teacher" else 1)
-        for name, role in roles.items()
+        name: subject_of(name, models[name], pixels, METHODS, -1 if name == "teacher" else 1)
+        for name in names
     }
     subjects = [with_regions(*each, 3) for each in looked.values()]
     plain = {

@@ -38,7 +38,6 @@ def page_of(count=8, size=16, seed=0, **changed):
         subjects=[
             Subject(
                 "teacher",
-                "teacher",
                 teacher,
                 random.uniform(0.3, 1, count).tolist(),
                 {
@@ -50,7 +49,6 @@ def page_of(count=8, size=16, seed=0, **changed):
                 patches=random.random((count, 3, 2, 16, 4, 4)) / 16,
             ),
             Subject(
-                "student",
                 "student",
                 student,
                 random.uniform(0.3, 1, count).tolist(),

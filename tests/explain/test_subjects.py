@@ -45,7 +45,7 @@ def in_parts(monkeypatch):
 
 
 def subject(model, images, methods=("attention",), **more):
-    return subject_of("it", "student", model, images, methods, **more)[0]
+    return subject_of("it", model, images, methods, **more)[0]
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def test_with_a_distillation_token_attention_is_the_mean_of_both_tokens_rows(att
     model = tiny(image_size=12, distillation_token=True, attention=attention).build().eval()
     images = torch.randn(4, 3, 12, 12)
 
-    found, features = subject_of("it", "student", model, images, METHODS_WITHOUT_PACKAGES)
+    found, features = subject_of("it", model, images, METHODS_WITHOUT_PACKAGES)
 
     weights = torch.stack(model.trace(images).weights, 1)
     by_hand = (weights[..., 0, 2:] + weights[..., 1, 2:]) / 2
@@ -93,7 +93,7 @@ def test_a_model_without_maps_still_answers(in_parts):
     network = ResNetConfig(image_size=12, channels=3, num_classes=5, stem="small").build()
     images = torch.randn(7, 3, 12, 12)
 
-    found = without_maps("teacher", "teacher", network.train(), images)
+    found = without_maps("teacher", network.train(), images)
 
     assert network.training
     probabilities = network.eval()(images).logits.softmax(-1)
@@ -178,7 +178,7 @@ def test_the_mean_over_heads_sums_to_one(block, model, images):
 
 
 def test_regions_are_those_of_all_images_features(model, images, in_parts):
-    found, features = subject_of("it", "student", model, images, ["attention"])
+    found, features = subject_of("it", model, images, ["attention"])
     regions = with_regions(found, features, 3).maps["regions"]
 
     with torch.no_grad():

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from vitkd.explain.maps.recording import Layout, has_maps, own_layout
+from vitkd.explain.maps.subjects import TEACHER
 from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison
-from vitkd.explain.sources import TEACHER
 from vitkd.methods.maps.pairing import map_block
 from vitkd.models import Model
 from vitkd.runs.load import Run

@@ -5,7 +5,6 @@ Shapes: N images, C channels, H × W pixels.
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,12 +27,12 @@ from vitkd.explain.gallery.explanation import Explanation, OfMethods
 from vitkd.explain.gallery.pixels import Format, denormalise, format_of, normalise, read_picture
 from vitkd.explain.maps.methods import CLASS_SPECIFIC
 from vitkd.explain.maps.recording import has_maps
-from vitkd.explain.maps.subjects import Subject, maps_of, subject_of, with_regions, without_maps
+from vitkd.explain.maps.subjects import TEACHER, Subject, maps_of, subject_of, with_regions, without_maps
 from vitkd.explain.measures.correctness import Correlation, correctness_correlation
 from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.measures.survey import Survey, survey
 from vitkd.explain.settings import Settings
-from vitkd.explain.sources import TEACHER, Sources
+from vitkd.explain.sources import Sources
 from vitkd.runs.load import Run
 
 log = logging.getLogger("vitkd")
@@ -73,10 +72,11 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
     images = _images(data, seen.numbers[positions], sources.device)
     log.info("explaining %d images by %s", len(images), ", ".join(settings.methods))
     subjects = _look(settings, sources, images)
+    where = " and ".join(str(run.path) for run in runs.values())
     counted = of_cells if TEACHER in sources.models else {}
     return Explanation(
         title=sources.title,
-        source=_source(runs),
+        source=f"{where} · {dataset.name}, test split · {sources.first.epoch} epoch",
         epoch=settings.epoch,
         pixels=denormalise(images.cpu(), dataset.mean, dataset.std),
         labels=labels[positions].tolist(),
@@ -202,22 +202,15 @@ def _note_on_students(sources: Sources) -> list[str]:
     return notes
 
 
-def _source(runs: Mapping[str, Run]) -> str:
-    first = next(iter(runs.values()))
-    where = " and ".join(str(run.path) for run in runs.values())
-    return f"{where} · {first.config.dataset.name}, test split · {first.epoch} epoch"
-
-
 def _look(settings: Settings, sources: Sources, images: Tensor) -> list[Subject]:
     """Every model's predictions and, if it has any, maps and regions of the images."""
     subjects = []
     for name, model in sources.models.items():
         if name == TEACHER and not has_maps(model):
-            subjects.append(without_maps(name, "teacher", model, images))
+            subjects.append(without_maps(name, model, images))
             continue
         block = sources.shown_blocks.get(name, -1)
-        role: Literal["teacher", "student"] = "teacher" if name == TEACHER else "student"
-        subject, features = subject_of(name, role, model, images, settings.methods, block)
+        subject, features = subject_of(name, model, images, settings.methods, block)
         subjects.append(with_regions(subject, features, settings.regions))
     return subjects
 

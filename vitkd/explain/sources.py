@@ -13,6 +13,7 @@ from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.hooks import timm_model
 from vitkd.explain.maps.recording import has_maps
+from vitkd.explain.maps.subjects import TEACHER
 from vitkd.explain.settings import Settings
 from vitkd.models import digest
 from vitkd.runs.checkpoints import load_any
@@ -20,7 +21,6 @@ from vitkd.runs.load import Run, load_run
 
 log = logging.getLogger("vitkd")
 
-TEACHER = "teacher"
 # Settings of a data set that change its test images, or how a model sees them.
 SAME_IMAGES = ("source", "root", "image_size", "channels", "mean", "std", "num_classes", "split_seed")
 

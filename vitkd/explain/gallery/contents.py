@@ -82,26 +82,24 @@ def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryP
 
 def heat_map(student: str, result: FidelityResult) -> HeatMap:
     """A student's divergence from its teacher by block and head, beside its baselines."""
-    panels = {student: _grid(result, "metrics")}
-    if all(row.alone for row in result.rows):
-        panels["student alone"] = _grid(result, "alone")
-    panels["permuted heads"] = _grid(result, "permuted")
+    parts = {student: "metrics", "student alone": "alone", "permuted heads": "permuted"}
+    if not all(row.alone for row in result.rows):
+        del parts["student alone"]
+    blocks = sorted({row.student_block for row in result.rows})
     return HeatMap(
         f"How alike the maps of {student} and its teacher are",
         "Mean over all test images.",
         "Jensen–Shannon divergence from the teacher's map, nats (0: the same)",
-        panels,
-        [str(block) for block in sorted({row.student_block for row in result.rows})],
+        {title: _grid(result, part, blocks) for title, part in parts.items()},
+        [*map(str, blocks)],
     )
 
 
-def _grid(result: FidelityResult, part: str) -> NDArray[np.float64]:
+def _grid(result: FidelityResult, part: str, blocks: Sequence[int]) -> NDArray[np.float64]:
     """Divergences [L, A]; NaN where there is none."""
-    blocks = sorted({row.student_block for row in result.rows})
     grid = np.full((len(blocks), 1 + max(row.student_head for row in result.rows)), np.nan)
     for row in result.rows:
-        value = (getattr(row, part) or {}).get("js")
-        grid[blocks.index(row.student_block), row.student_head] = np.nan if value is None else value
+        grid[blocks.index(row.student_block), row.student_head] = (getattr(row, part) or {}).get("js")
     return grid
 
 

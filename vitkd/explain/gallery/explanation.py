@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from vitkd.explain.gallery.cells import CELLS, OverRepresented
-from vitkd.explain.maps.subjects import ATTENTION, Subject
+from vitkd.explain.maps.subjects import ATTENTION, TEACHER, Subject
 from vitkd.explain.measures.correctness import Correlation
 from vitkd.explain.measures.faithfulness import Faithfulness
 from vitkd.explain.measures.survey import FidelityResult
@@ -73,12 +73,12 @@ class Explanation:
     @property
     def teacher(self) -> Subject | None:
         first = self.subjects[0]
-        return first if first.role == "teacher" else None
+        return first if first.name == TEACHER else None
 
     @property
     def student(self) -> Subject:
         """The first."""
-        return next(subject for subject in self.subjects if subject.role == "student")
+        return next(subject for subject in self.subjects if subject.name != TEACHER)
 
     @property
     def with_maps(self) -> list[Subject]:

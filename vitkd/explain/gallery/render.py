@@ -160,7 +160,6 @@ def _subject(subject: Subject) -> dict[str, Any]:
     blocks = subject.maps[ATTENTION].shape[1] if ATTENTION in subject.maps else 1
     return {
         "name": subject.name,
-        "role": subject.role,
         "predicted": subject.predicted,
         "confidence": [round(each, 4) for each in subject.confidence],
         "firstBlock": subject.first_block % blocks,

@@ -62,8 +62,7 @@ def rollout(
     Raises:
         ConfigError: a share outside [0, 1), or no such block or fusion.
     """
-    _check(discard, start_block, len(weights))
-    return _product([_discard_lowest(fuse(each, fusion), discard, keep) for each in weights[start_block:]])
+    return _flow([fuse(each, fusion) for each in weights], discard, start_block, keep)
 
 
 def gradient_rollout(
@@ -81,9 +80,8 @@ def gradient_rollout(
         gradients: the class's logit by `weights`, as `attention_gradients` gives it.
         discard, start_block, keep: as for `rollout`.
     """
-    _check(discard, start_block, len(weights))
     fused = [weighted_by_gradient(a, g) for a, g in zip(weights, gradients, strict=True)]
-    return _product([_discard_lowest(each, discard, keep) for each in fused[start_block:]])
+    return _flow(fused, discard, start_block, keep)
 
 
 def weighted_by_gradient(weights: Tensor, gradient: Tensor) -> Tensor:
@@ -116,11 +114,18 @@ def attention_grad_cam(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -
     return (gradient.mean((-2, -1), keepdim=True) * a).mean(1).clamp_min(0)
 
 
-def _check(discard: float, start_block: int, blocks: int) -> None:
+def _flow(fused: Sequence[Tensor], discard: float, start_block: int, keep: Sequence[int]) -> Tensor:
+    """Â_L ⋯ Â_start, each half Ā and half the residual connection."""
     if not 0 <= discard < 1:
         raise ConfigError(f"discard={discard}: must lie in [0, 1)")
-    if not 0 <= start_block < blocks:
-        raise ConfigError(f"start_block={start_block}: must be 0 to {blocks - 1}")
+    if not 0 <= start_block < len(fused):
+        raise ConfigError(f"start_block={start_block}: must be 0 to {len(fused) - 1}")
+    identity = torch.eye(fused[0].shape[-1], dtype=fused[0].dtype, device=fused[0].device)
+    flow = identity.expand_as(fused[0])
+    for each in fused[start_block:]:
+        with_residual = _discard_lowest(each, discard, keep) + identity
+        flow = with_residual / with_residual.sum(-1, keepdim=True) @ flow
+    return flow
 
 
 def _discard_lowest(fused: Tensor, share: float, keep: Sequence[int]) -> Tensor:
@@ -130,13 +135,3 @@ def _discard_lowest(fused: Tensor, share: float, keep: Sequence[int]) -> Tensor:
     drop = torch.zeros_like(entries, dtype=torch.bool).scatter(1, lowest, True).view_as(fused)
     drop[:, [*keep], :] = drop[:, :, [*keep]] = False
     return fused.masked_fill(drop, 0)
-
-
-def _product(fused: Sequence[Tensor]) -> Tensor:
-    """Â_L ⋯ Â_1, each half Ā and half the residual connection."""
-    identity = torch.eye(fused[0].shape[-1], dtype=fused[0].dtype, device=fused[0].device)
-    flow = identity.expand_as(fused[0])
-    for each in fused:
-        with_residual = each + identity
-        flow = with_residual / with_residual.sum(-1, keepdim=True) @ flow
-    return flow

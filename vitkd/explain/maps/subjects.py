@@ -5,7 +5,7 @@ Shapes: N images, C channels, H × W pixels, L blocks, A heads, T tokens, h × w
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from vitkd.explain.maps.methods import explain_by
 from vitkd.explain.maps.recording import Recording, evaluating, logits_of, record, who_reads
 from vitkd.explain.maps.regions import attention_features, region_map
 
+TEACHER = "teacher"
+"""the name of that subject; all others are students"""
 ATTENTION = "attention"
 """the method whose maps are kept by block and head"""
 REGIONS = "regions"
@@ -35,7 +37,6 @@ class Subject:
     """A model, what it predicted and where it looked."""
 
     name: str
-    role: Literal["teacher", "student"]
     predicted: Sequence[int]
     """[N]"""
     confidence: Sequence[float]
@@ -53,7 +54,6 @@ class Subject:
 
 def subject_of(
     name: str,
-    role: Literal["teacher", "student"],
     model: nn.Module,
     images: Tensor,
     methods: Sequence[str],
@@ -85,7 +85,6 @@ def subject_of(
             maps[method] = maps_of(method, model, images, predicted).cpu().numpy()
     subject = Subject(
         name,
-        role,
         predicted.tolist(),
         confidence,
         maps,
@@ -97,12 +96,12 @@ def subject_of(
 
 
 @torch.no_grad()
-def without_maps(name: str, role: Literal["teacher", "student"], model: nn.Module, images: Tensor) -> Subject:
+def without_maps(name: str, model: nn.Module, images: Tensor) -> Subject:
     """The predictions for normalised images [N, C, H, W] by a model that has no attention maps."""
     with evaluating(model):
         logits = torch.cat([logits_of(model, part) for part in images.split(BATCH_SIZE)])
     predicted, confidence = predictions_of(logits)
-    return Subject(name, role, predicted.tolist(), confidence, {})
+    return Subject(name, predicted.tolist(), confidence, {})
 
 
 def predictions_of(logits: Tensor) -> tuple[Tensor, list[float]]:

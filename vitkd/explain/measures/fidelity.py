@@ -93,8 +93,9 @@ class FidelitySums:
         _check_pairs(self.pairs)
         self._grid, self._patch_size, self._prefix, self._readers = grid, patch_size, prefix, readers
         self._images = 0
-        self._sums: dict[tuple[str, str], np.ndarray] = {}
-        self._defined: dict[tuple[str, str], np.ndarray] = {}
+        self._keys: list[tuple[str, str]] = []
+        self._sums, self._defined = torch.zeros(2, 1, 1, dtype=torch.float64)
+        """[K, P]: of each key's defined values, and how many these are"""
 
     @torch.no_grad()
     def add(self, student: Weights, teacher: Weights, alone: Weights | None = None) -> dict[str, Tensor]:
@@ -170,22 +171,21 @@ class FidelitySums:
     def _accumulate(self, of_pairs: Sequence[Metrics]) -> dict[str, Tensor]:
         """Add the metrics [B] of all pairs to the sums; return those of the students, name → [B, P]."""
         keys = list(of_pairs[0])
-        assert not self._sums or keys == list(self._sums), "give the student alone in all batches or in none"
+        assert self._keys in ([], keys), "give the student alone in all batches or in none"
         # One transfer from the device, where each costs as much as all; MPS has no float64.
         stacked = torch.stack([torch.stack([metrics[key] for metrics in of_pairs], 1) for key in keys])
-        table = dict(zip(keys, stacked.cpu().double(), strict=True))
-        for key, values in table.items():
-            self._sums[key] = self._sums.get(key, 0) + values.nansum(0).numpy()
-            self._defined[key] = self._defined.get(key, 0) + (~values.isnan()).sum(0).numpy()
+        stacked = stacked.cpu().double()
+        self._keys = keys
+        self._sums = self._sums + stacked.nansum(1)
+        self._defined = self._defined + (~stacked.isnan()).sum(1)
         self._images += stacked.shape[1]
-        return {name: values for (part, name), values in table.items() if part == "metrics"}
+        return {name: values for (part, name), values in zip(keys, stacked, strict=True) if part == "metrics"}
 
     def _row(self, index: int, pair: MapPair) -> FidelityRow:
         parts: dict[str, dict[str, float | None]] = {}
-        for part, name in self._sums:
-            defined = self._defined[part, name][index]
-            mean = float(self._sums[part, name][index] / defined) if defined else None
-            parts.setdefault(part, {})[name] = mean
+        means = (self._sums / self._defined)[:, index].tolist()
+        for (part, name), mean in zip(self._keys, means, strict=True):
+            parts.setdefault(part, {})[name] = None if math.isnan(mean) else mean
         permuted = None if all(mean is None for mean in parts["permuted"].values()) else parts["permuted"]
         return FidelityRow(
             *pair, self._images, parts["metrics"], parts["teacher"], parts.get("alone"), permuted
