@@ -17,12 +17,12 @@ from PIL import Image
 
 from vitkd.config import CONF_DIR, parse
 from vitkd.data import ImageDataModule
-from vitkd.explain.comparisons import how_compared
 from vitkd.explain.gallery import report_figures
 from vitkd.explain.gallery.cells import BOTH_RIGHT, CELLS, STUDENT_WRONG
 from vitkd.explain.job import in_random_order
 from vitkd.explain.maps.methods import METHODS
 from vitkd.explain.maps.recording import own_layout
+from vitkd.explain.sources import how_compared
 from vitkd.models import Taps, ViTConfig, load_model, save_model
 from vitkd.report.runs import read_run
 from vitkd.runs.folder import RunFolder

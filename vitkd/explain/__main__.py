@@ -1,4 +1,4 @@
-"""Where a student looks, and whether it learnt that from its teacher: `python -m vitkd.explain run=…`."""
+"""Where a student looks, and whether it learned that from its teacher: `python -m vitkd.explain run=…`."""
 
 import logging
 from collections.abc import Mapping

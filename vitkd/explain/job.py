@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vitkd.data import ImageDataModule
 from vitkd.data.order import EpochOrder
 from vitkd.errors import ConfigError
-from vitkd.explain.comparisons import comparisons
 from vitkd.explain.gallery.cells import (
     BOTH_RIGHT,
     IN_WORDS,
@@ -32,7 +31,7 @@ from vitkd.explain.measures.correctness import Correlation, correctness_correlat
 from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.measures.survey import Survey, survey
 from vitkd.explain.settings import Settings
-from vitkd.explain.sources import Sources
+from vitkd.explain.sources import Sources, comparisons
 from vitkd.runs.load import Run
 
 log = logging.getLogger("vitkd")
@@ -120,7 +119,7 @@ def choose_images(
         chosen += [(int(position), name) for position in choose(indices, settings.images, settings.seed)]
         if not len(indices):
             # No error: a good student leaves cells empty.
-            notes.append(f"There is no image{whose} among {len(labels):,}: {IN_WORDS[name]}.")
+            notes.append(f"There is no image{whose} among {len(labels):,} where {IN_WORDS[name]}.")
     if not chosen:
         raise ConfigError(f"of_class={settings.of_class}: no image of that class is in the test split")
     return chosen, notes

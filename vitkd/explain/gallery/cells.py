@@ -18,10 +18,10 @@ STUDENT_WRONG = "student wrong"
 TEACHER_WRONG = "teacher wrong"
 BOTH_WRONG = "both wrong"
 IN_WORDS = {
-    BOTH_RIGHT: "teacher and student are right",
-    STUDENT_WRONG: "the teacher is right and the student wrong",
-    TEACHER_WRONG: "the teacher is wrong and the student right",
-    BOTH_WRONG: "teacher and student are wrong",
+    BOTH_RIGHT: "both are right",
+    STUDENT_WRONG: "only the student is wrong",
+    TEACHER_WRONG: "only the teacher is wrong",
+    BOTH_WRONG: "both are wrong",
 }
 CELLS = tuple(IN_WORDS)
 """who is wrong, if either; of two, that one alone"""

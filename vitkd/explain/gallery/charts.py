@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitkd.explain.gallery.figures import COLOURS
+from vitkd.explain.measures.faithfulness import RANDOM
 
 SERIES = 8
 """colours of curves in the page's style sheet, after Okabe and Ito: colour-blind readers tell them apart"""
-RANDOM = "random"
-"""the order of removal that the others are compared with; it is grey"""
 
 # Units of the SVG's view box.
 WIDTH, HEIGHT = 300, 190
@@ -80,7 +79,7 @@ class Curves:
         return [step * i for i in range(max(math.ceil(highest / step - 1e-9), 1) + 1)]
 
     def series(self, method: str) -> str:
-        """The style class of a method's line."""
+        """The style class of a method's line; that of random order is grey."""
         others = [each for each in self.methods if each != RANDOM]
         return RANDOM if method == RANDOM else f"s{others.index(method) % SERIES}"
 

@@ -6,26 +6,20 @@ Shapes: L blocks, A heads.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitkd.explain.gallery.cells import BOTH_RIGHT, BOTH_WRONG, STUDENT_WRONG, TEACHER_WRONG
+from vitkd.explain.gallery.cells import BOTH_RIGHT, IN_WORDS
 from vitkd.explain.gallery.charts import Curves, HeatMap
 from vitkd.explain.gallery.explanation import Explanation, OfMethods
-from vitkd.explain.measures.distances import COMPARISONS
-from vitkd.explain.measures.faithfulness import ORDERS
 from vitkd.explain.measures.fidelity import FidelityRow
 from vitkd.explain.measures.survey import FidelityResult, TokenAlignment
 
 FIGURE_1 = "figure_1"
 IN_ORDER = {"positive": "most relevant first", "negative": "least relevant first"}
-WHO = {
-    STUDENT_WRONG: "only the student is wrong",
-    TEACHER_WRONG: "only the teacher is wrong",
-    BOTH_WRONG: "both are wrong",
-}
 
 
 Value = str | float | int | None
@@ -36,7 +30,6 @@ WITH_BASELINES = {
     "cls_overlap": "overlap of the class rows",
 }
 ALONE = {"top_k_iou": "IoU of the top quarter", "entropy": "entropy, nats", "mean_distance": "distance, px"}
-assert {*WITH_BASELINES} < {*COMPARISONS}
 
 
 class Table(NamedTuple):
@@ -125,7 +118,7 @@ def _over_represented(explanation: Explanation) -> list[str]:
     for cell, classes in explanation.over_represented.items():
         if classes and cell != BOTH_RIGHT:
             named = ", ".join(f"{c.label} ({c.count}, expected {c.expected:.1f})" for c in classes[:5])
-            notes.append(f"Over-represented where {WHO[cell]}: {named}.")
+            notes.append(f"Over-represented where {IN_WORDS[cell]}: {named}.")
     return notes
 
 
@@ -195,10 +188,7 @@ def _fidelity_line(
 def _reach_table(explanation: Explanation) -> Table:
     """How far each model's blocks attend."""
     of_models = [reach.nanmean(-1).tolist() for reach in explanation.reach.values()]
-    rows: list[list[Value]] = [
-        [block, *(finite(means[block]) if block < len(means) else None for means in of_models)]
-        for block in range(max(map(len, of_models)))
-    ]
+    rows = [[block, *map(finite, means)] for block, means in enumerate(zip_longest(*of_models))]
     return Table(
         "Attention distance by block",
         "Mean attention distance, as a fraction of that of uniform attention. With much data some low blocks "
@@ -211,11 +201,11 @@ def _reach_table(explanation: Explanation) -> Table:
 def _faithfulness_table(model: str, methods: OfMethods) -> Table:
     """Each method's area under the curve, and how much better than random order it is."""
     columns, rows = ["method"], []
-    for order in ORDERS:
+    for order in IN_ORDER:
         for target in ("predicted", "true"):
             columns += [f"{order}, {target}: AUC", "better than random by", "± s.e."]
     for method, orders in methods.items():
-        found = [orders[order][target] for order in ORDERS for target in ("predicted", "target")]
+        found = [orders[order][target] for order in IN_ORDER for target in ("predicted", "target")]
         metrics = [value for each in found for value in (each.auc, each.gap, each.gap_error)]
         rows.append([method.replace("_", " "), *metrics])
     return Table(
@@ -244,6 +234,6 @@ def _correctness_table(explanation: Explanation) -> Table:
     )
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """None for NaN and infinity, which JSON does not have."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None

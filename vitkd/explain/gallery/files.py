@@ -35,12 +35,8 @@ def files_of(explanation: Explanation) -> dict[str, bytes]:
 
 def arrays_of(explanation: Explanation) -> bytes:
     """The shown images and all maps, for NumPy."""
-    content: dict[str, Any] = {
-        "pixels": explanation.pixels.numpy(),
-        "labels": np.asarray(explanation.labels),
-        "numbers": np.asarray(explanation.numbers),
-        "cells": np.asarray(explanation.cells),
-    }
+    shared = ("pixels", "labels", "numbers", "cells")
+    content: dict[str, Any] = {name: np.asarray(getattr(explanation, name)) for name in shared}
     for subject in explanation.subjects:
         content[f"{subject.name}/predicted"] = np.asarray(subject.predicted)
         content[f"{subject.name}/confidence"] = np.asarray(subject.confidence)
@@ -73,7 +69,7 @@ def fidelity_of(explanation: Explanation) -> dict[str, Any]:
         asdict(row) | {"distilled": distilled}
         for row, distilled in zip(result.rows, result.distilled, strict=True)
     ]
-    cka = {f"{ours}.{theirs}": each._asdict() for (ours, theirs), each in result.cka.items()}
+    cka = {f"{student}.{teacher}": each._asdict() for (student, teacher), each in result.cka.items()}
     return {"epoch": explanation.epoch, "summary": _summary(result), "rows": rows, "cka": cka}
 
 

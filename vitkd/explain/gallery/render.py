@@ -102,11 +102,9 @@ def image_url(pixels: Tensor) -> str:
     file = BytesIO()
     levels = (pixels.expand(3, -1, -1).movedim(0, -1) * 255).round().to(torch.uint8)
     image = Image.fromarray(levels.contiguous().numpy())
-    if max(image.size) <= SHARP_PIXELS:
-        image.save(file, "PNG", optimize=True)
-        return _data_url("image/png", file.getvalue())
-    image.save(file, "JPEG", quality=JPEG_QUALITY)
-    return _data_url("image/jpeg", file.getvalue())
+    encoding = "png" if max(image.size) <= SHARP_PIXELS else "jpeg"
+    image.save(file, encoding, optimize=encoding == "png", quality=JPEG_QUALITY)
+    return _data_url(f"image/{encoding}", file.getvalue())
 
 
 def region_colours(count: int) -> list[tuple[float, float, float]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitkd.explain.maps.attention import scaled, token_map
 from vitkd.explain.maps.methods import explain_by
-from vitkd.explain.maps.recording import Recording, evaluating, logits_of, record, who_reads
+from vitkd.explain.maps.recording import Recording, logits_of, record, who_reads
 from vitkd.explain.maps.regions import attention_features, region_map
 
 TEACHER = "teacher"
@@ -98,8 +98,7 @@ def subject_of(
 @torch.no_grad()
 def without_maps(name: str, model: nn.Module, images: Tensor) -> Subject:
     """The predictions for normalised images [N, C, H, W] by a model that has no attention maps."""
-    with evaluating(model):
-        logits = torch.cat([logits_of(model, part) for part in images.split(BATCH_SIZE)])
+    logits = torch.cat([logits_of(model, part) for part in images.split(BATCH_SIZE)])
     predicted, confidence = predictions_of(logits)
     return Subject(name, predicted.tolist(), confidence, {})
 

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from vitkd.errors import ConfigError, suggest
 from vitkd.explain.maps.flow import check_classes
-from vitkd.explain.maps.recording import evaluating, logits_of
+from vitkd.explain.maps.recording import logits_of
 from vitkd.models.output import at_least_float32
 
 Order = Literal["positive", "negative"]
@@ -160,10 +160,9 @@ def _while_removing(
     cells = maps[0].numel()
     counts = sorted({round(step / steps * cells) for step in range(steps + 1)})
     logits = []
-    with evaluating(model):
-        for images, their_ranks in zip(pixels.split(batch_size), ranks.split(batch_size), strict=True):
-            kept = (_without(images, their_ranks, count) for count in counts)
-            logits.append(torch.stack([logits_of(model, normalise(each)) for each in kept], 1))
+    for images, their_ranks in zip(pixels.split(batch_size), ranks.split(batch_size), strict=True):
+        kept = (_without(images, their_ranks, count) for count in counts)
+        logits.append(torch.stack([logits_of(model, normalise(each)) for each in kept], 1))
     of_each = at_least_float32(torch.cat(logits))
     return torch.tensor(counts, dtype=of_each.dtype, device=of_each.device) / cells, of_each
 
@@ -186,9 +185,8 @@ def _without(images: Tensor, ranks: Tensor, count: int) -> Tensor:
 def _follow(fractions: Tensor, logits: Tensor, target: Tensor) -> Curve:
     """The classes `target` [B] along the logits [B, n, K]."""
     check_classes(target, logits.shape[-1])
-    probability = (
-        logits.softmax(-1).gather(-1, target[:, None, None].expand(-1, len(fractions), 1)).squeeze(-1)
-    )
+    index = target[:, None, None].expand(-1, len(fractions), 1)
+    probability = logits.softmax(-1).gather(-1, index).squeeze(-1)
     correct = logits.argmax(-1) == target[:, None]
     return Curve(fractions, probability, correct, torch.trapezoid(probability, fractions))
 

@@ -90,7 +90,11 @@ class FidelitySums:
         readers: Sequence[int] = (0,),
     ) -> None:
         self.pairs = [MapPair(*pair[:3], tuple(pair[3])) for pair in pairs]
-        _check_pairs(self.pairs)
+        if not self.pairs:
+            raise ConfigError("no student map is paired with a teacher map: name at least one pair")
+        for heads in (pair.teacher_heads for pair in self.pairs):
+            if not heads or len({*heads}) < len(heads):
+                raise ConfigError(f"teacher heads {[*heads]}: name at least one, each only once")
         self._grid, self._patch_size, self._prefix, self._readers = grid, patch_size, prefix, readers
         self._images = 0
         self._keys: list[tuple[str, str]] = []
@@ -111,12 +115,12 @@ class FidelitySums:
         """
         metrics: dict[int, Metrics] = {}
         for (student_block, teacher_block), indices in self._by_blocks().items():
-            ours = self._maps("student", student, student_block)
-            theirs = self._maps("teacher", teacher, teacher_block)
+            student_maps = self._maps("student", student, student_block)
+            teacher_maps = self._maps("teacher", teacher, teacher_block)
             without = None if alone is None else self._maps("student alone", alone, student_block)
             heads = teacher[teacher_block].shape[1]
             for index in indices:
-                metrics[index] = self._metrics(self.pairs[index], heads, ours, theirs, without)
+                metrics[index] = self._metrics(self.pairs[index], heads, student_maps, teacher_maps, without)
         return self._accumulate([metrics[index] for index in range(len(self.pairs))])
 
     def table(self) -> list[FidelityRow]:
@@ -145,10 +149,10 @@ class FidelitySums:
         return reading
 
     def _metrics(
-        self, pair: MapPair, teacher_heads: int, ours: Maps, theirs: Maps, alone: Maps | None
+        self, pair: MapPair, teacher_heads: int, student_maps: Maps, teacher_maps: Maps, alone: Maps | None
     ) -> Metrics:
         """One pair's metrics [B]."""
-        student, teacher = ours((pair.student_head,)), theirs(pair.teacher_heads)
+        student, teacher = student_maps((pair.student_head,)), teacher_maps(pair.teacher_heads)
         if student.weights.shape != teacher.weights.shape:
             tokens = (reading.weights.shape[-1] for reading in (student, teacher))
             raise ValueError("student and teacher have {} and {} tokens: resize one's maps".format(*tokens))
@@ -156,7 +160,7 @@ class FidelitySums:
         parts = {
             "metrics": compare_readings(student, teacher) | self._spread(student),
             "teacher": self._spread(teacher),
-            "permuted": _mean_comparisons(student, [theirs(heads) for heads in others]),
+            "permuted": _mean_comparisons(student, [teacher_maps(heads) for heads in others]),
         }
         if alone is not None:
             without = alone((pair.student_head,))
@@ -217,14 +221,6 @@ def _mean_comparisons(student: Reading, others: Sequence[Reading]) -> dict[str, 
         return dict.fromkeys(COMPARISONS, torch.full_like(student.log[..., 0, 0], math.nan))
     each = [compare_readings(student, other) for other in others]
     return {name: torch.stack([metrics[name] for metrics in each]).nanmean(0) for name in COMPARISONS}
-
-
-def _check_pairs(pairs: Sequence[MapPair]) -> None:
-    if not pairs:
-        raise ConfigError("no student map is paired with a teacher map: name at least one pair")
-    for pair in pairs:
-        if not pair.teacher_heads or len({*pair.teacher_heads}) < len(pair.teacher_heads):
-            raise ConfigError(f"teacher heads {[*pair.teacher_heads]}: name at least one, each only once")
 
 
 def _check_exists(what: str, number: int, count: int, owner: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.explain.maps.attention import scaled
-from vitkd.explain.maps.recording import Recording, evaluating, has_maps, logits_of, record
+from vitkd.explain.maps.recording import Recording, has_maps, logits_of, record
 from vitkd.explain.measures.cka import CKASums
 from vitkd.explain.measures.distances import locality
 from vitkd.explain.measures.fidelity import FidelityRow, FidelitySums, MapPair
@@ -98,7 +98,7 @@ def survey(
         labels.append(label.cpu())
         numbers.append(number.cpu())
         for name, model in models.items():
-            logits = recordings[name].logits if name in recordings else _logits(model, images)
+            logits = recordings[name].logits if name in recordings else logits_of(model, images)
             predicted[name].append(logits.argmax(-1).cpu())
         for name, recording in recordings.items():
             reach[name].append(locality(recording.weights, recording.grid, recording.prefix).cpu())
@@ -153,8 +153,8 @@ class _TokenSums:
         self.images = 0
         self.before: dict[int, Tensor] = {}
         """teacher block → its tokens [1, T, D] of the last image so far"""
-        ours = ["student", *(["alone"] if self.has_alone else [])]
-        pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in ours]
+        students = ["student", *(["alone"] if self.has_alone else [])]
+        pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in students]
         self.sums = CKASums([*pairs, *((("student", s), ("other images", t)) for s, t in self.blocks)])
 
     def add(self, student: Recording, teacher: Recording, alone: Recording | None) -> None:
@@ -175,18 +175,13 @@ class _TokenSums:
     def values(self) -> dict[tuple[int, int], TokenAlignment]:
         value = self.sums.value
         return {
-            (ours, theirs): TokenAlignment(
-                value(("student", ours), ("teacher", theirs)),
-                value(("alone", ours), ("teacher", theirs)) if self.has_alone else None,
-                value(("student", ours), ("other images", theirs)) if self.images > 1 else math.nan,
+            (s, t): TokenAlignment(
+                value(("student", s), ("teacher", t)),
+                value(("alone", s), ("teacher", t)) if self.has_alone else None,
+                value(("student", s), ("other images", t)) if self.images > 1 else math.nan,
             )
-            for ours, theirs in self.blocks
+            for s, t in self.blocks
         }
-
-
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with evaluating(model):
-        return logits_of(model, images)
 
 
 def comparable(*recordings: Recording) -> list[Recording]:
