@@ -32,7 +32,7 @@ def test_only_the_chosen_heads_count():
     ("arguments", "message"),
     [
         ({"how": "mode"}, "head fusion mode: there are max, mean, min"),
-        ({"heads": [0, 2]}, "heads 2: must be among 0 to 1"),
+        ({"heads": [0, 2]}, "heads 2: must be 0 to 1, at least one"),
         ({"heads": [-1]}, "heads -1"),
         ({"heads": []}, "heads none"),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from vitkd.errors import ConfigError
 from vitkd.explain.gallery.cells import CELLS, cells, choose, class_index, over_represented
-from vitkd.explain.of_test_split import choose_images
+from vitkd.explain.job import choose_images
 
 NAMES = ("cat", "dog", "horse", "ship")
 
@@ -119,12 +119,12 @@ class TestChoice:
         chosen, notes = chosen_of(answers(teacher_errors=0.5, student_errors=0))
         assert {name for _, name in chosen} == {"both right", "teacher wrong"}
         assert notes == [
-            "There is no image among 200: the teacher is right and the student wrong.",
-            "There is no image among 200: teacher and student are wrong.",
+            "There is no image among 200 where only the student is wrong.",
+            "There is no image among 200 where both are wrong.",
         ]
         chosen, notes = chosen_of(by_hand(), of_class="dog")
         assert chosen == [(1, "student wrong")]
-        assert notes[-1] == "There is no image of class dog among 5: teacher and student are wrong."
+        assert notes[-1] == "There is no image of class dog among 5 where both are wrong."
 
     def test_a_class_without_images_is_refused(self):
         none = np.zeros(3, int)

@@ -9,7 +9,7 @@ import pytest
 from tests.explain.test_page import page_of
 from vitkd.explain.gallery import charts
 from vitkd.explain.gallery.charts import Curves, HeatMap
-from vitkd.explain.gallery.panel import COLOURS
+from vitkd.explain.gallery.figures import COLOURS
 from vitkd.explain.gallery.render import render
 
 NUMBER = r"-?\d+(?:\.\d+)?"

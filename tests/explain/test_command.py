@@ -17,12 +17,12 @@ from PIL import Image
 
 from vitkd.config import CONF_DIR, parse
 from vitkd.data import ImageDataModule
-from vitkd.explain.comparisons import how_compared
 from vitkd.explain.gallery import report_figures
 from vitkd.explain.gallery.cells import BOTH_RIGHT, CELLS, STUDENT_WRONG
+from vitkd.explain.job import in_random_order
 from vitkd.explain.maps.methods import METHODS
 from vitkd.explain.maps.recording import own_layout
-from vitkd.explain.of_test_split import in_random_order
+from vitkd.explain.sources import how_compared
 from vitkd.models import Taps, ViTConfig, load_model, save_model
 from vitkd.report.runs import read_run
 from vitkd.runs.folder import RunFolder
@@ -87,8 +87,7 @@ def a_photo(path: Path) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes longer than all else; test_explanation has it."""
-    for name in ("figure_rows", "figure_1"):
-        monkeypatch.setattr(report_figures, name, lambda *_, **__: Figure())
+    monkeypatch.setattr(report_figures, "figure_rows", lambda *_, **__: Figure())
 
 
 def names_in(folder: Path) -> set[str]:

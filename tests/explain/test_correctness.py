@@ -9,6 +9,7 @@ import torch
 from scipy.stats import pointbiserialr
 from sklearn.metrics import roc_auc_score
 
+from vitkd.explain.gallery.files import as_json
 from vitkd.explain.measures.correctness import correctness_correlation
 
 
@@ -40,6 +41,8 @@ def test_by_hand():
     # Means 3.5 and 1.5 of right and wrong, standard deviation √1.25: r = 2·√(½·½) / √1.25.
     got = correctness_correlation([1.0, 2.0, 3.0, 4.0], [False, False, True, True])
     assert got.r == pytest.approx(1 / math.sqrt(1.25))
+    # Of Student's t with two degrees of freedom, P(|T| > t) = 1 − t / √(2 + t²), and t² = 2·r² / (1 − r²).
+    assert got.p == pytest.approx(1 - got.r)
     assert got.auc == 1
 
 
@@ -130,7 +133,7 @@ def test_what_has_no_correlation_says_why(values, right, reason):
     assert math.isnan(got.p)
     assert all(math.isnan(end) for end in got.interval)
     assert got.reason.startswith(reason)
-    plain = json.loads(json.dumps(got.as_json(), allow_nan=False))
+    plain = json.loads(as_json(got))
     assert plain["r"] is None
     assert plain["interval"] == [None, None]
     assert plain["reason"] == got.reason

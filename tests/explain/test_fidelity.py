@@ -23,7 +23,7 @@ from vitkd.explain.measures.distances import (
     patch_distances,
     uniform_distance,
 )
-from vitkd.explain.measures.fidelity import FidelitySums, fidelity_table, other_heads
+from vitkd.explain.measures.fidelity import FidelitySums, other_heads
 
 PLACE = {"grid": (2, 3), "patch_size": 4}
 
@@ -35,6 +35,13 @@ def maps(*shape, tokens=7, spread=1.5):
 def model(blocks=2, images=5, heads=3, **kwargs):
     """Weights of every block."""
     return [maps(images, heads, **kwargs) for _ in range(blocks)]
+
+
+def fidelity_table(student, teacher, pairs, alone=None, **place):
+    """The table of maps that are all in memory."""
+    sums = FidelitySums(pairs, **place)
+    sums.add(student, teacher, alone)
+    return sums.table()
 
 
 def patch_rows(weights, prefix=1):

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from vitkd.explain import upsample
-from vitkd.explain.gallery.figures import Rows, attention_unit, figure_1, figure_rows, png
-from vitkd.explain.gallery.panel import COLOURS, OPACITY
+from vitkd.explain.gallery.figures import COLOURS, OPACITY, Rows, attention_unit, figure_1, figure_rows, png
 
 
 def maps_of(count, grid=4):

@@ -6,10 +6,9 @@ import torch
 
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.attention import fuse, token_map
+from vitkd.explain.maps.flow import attention_gradients, relevance, rollout
 from vitkd.explain.maps.methods import CLASS_SPECIFIC, METHODS, explain_by
 from vitkd.explain.maps.recording import record
-from vitkd.explain.maps.relevance import attention_gradients, relevance
-from vitkd.explain.maps.rollout import rollout
 
 PACKAGES = {"pytorch_grad_cam": "pytorch_grad_cam", "integrated_gradients": "captum"}
 TARGET = torch.tensor([1, 4])

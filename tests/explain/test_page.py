@@ -8,11 +8,12 @@ from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vitkd.explain.gallery.cells import CELLS
 from vitkd.explain.gallery.charts import Curves, HeatMap
-from vitkd.explain.gallery.page import GalleryPage, Plot, Table
+from vitkd.explain.gallery.contents import GalleryPage, Plot, Table
 from vitkd.explain.gallery.render import encode, number, region_colours, render
 from vitkd.explain.maps.subjects import Subject
 
@@ -28,15 +29,14 @@ def page_of(count=8, size=16, seed=0, **changed):
     right = [(int(t != k), int(s != k)) for t, s, k in zip(teacher, student, labels, strict=True)]
     page = GalleryPage(
         title="Where they look",
-        subtitle="Run digits/kl, epoch 3",
-        images=random.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
+        source="Run digits/kl, epoch 3",
+        pixels=as_pixels(random.integers(0, 256, (count, size, size, 3), dtype=np.uint8)),
         labels=labels,
         cells=[CELLS[2 * t + s] for t, s in right],
-        indices=[10 + 7 * i for i in range(count)],
+        numbers=[10 + 7 * i for i in range(count)],
         class_names=CLASSES,
         subjects=[
             Subject(
-                "teacher",
                 "teacher",
                 teacher,
                 random.uniform(0.3, 1, count).tolist(),
@@ -44,17 +44,18 @@ def page_of(count=8, size=16, seed=0, **changed):
                     "attention": random.random((count, 3, 2, 4, 4)) / 16,
                     "relevance": random.random((count, 4, 4)) * 5,
                     "signed_thing": random.normal(size=(count, 3, 4)),
+                    "regions": random.integers(0, 3, (count, 4, 4)),
                 },
                 patches=random.random((count, 3, 2, 16, 4, 4)) / 16,
             ),
             Subject(
-                "student",
                 "student",
                 student,
                 random.uniform(0.3, 1, count).tolist(),
                 {
                     "attention": random.random((count, 2, 3, 2, 2)) / 4,
                     "relevance": random.random((count, 2, 2)),
+                    "regions": np.ones((count, 2, 2), int),
                 },
                 first_block=0,
                 # Of its three heads the mean.
@@ -64,7 +65,7 @@ def page_of(count=8, size=16, seed=0, **changed):
         counts={"both right": 1200, "student wrong": 30, "teacher wrong": 7, "both wrong": 5},
         notes=["Over-represented: seal."],
         tables=[Table("Fidelity", "of maps", ["block", "KL [nats]"], [["0, 1", 0.123456], ["0, 2", None]])],
-        plots=[Plot("Curves", "of removal", b"<svg xmlns='http://www.w3.org/2000/svg'/>")],
+        plots=[Plot("Curves", "of removal", png_of(4, 4))],
         heat_maps=[
             HeatMap(
                 "Heat",
@@ -78,19 +79,28 @@ def page_of(count=8, size=16, seed=0, **changed):
             )
         ],
         curves=[Curves("Removal", "", "probability", {"student": {"rollout": ([0, 0.5, 1], [0.9, 0.3, 0])}})],
-        regions={"teacher": random.integers(0, 3, (count, 4, 4)), "student": np.ones((count, 2, 2), int)},
     )
     return replace(page, **changed)
 
 
+def png_of(width, height):
+    file = BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def as_pixels(images):
+    """uint8 [N, H, W, 3] as [N, 3, H, W] in 0..1."""
+    return torch.from_numpy(images.copy()).movedim(-1, 1).double() / 255
+
+
 def with_a_teacher_without_maps(page):
     teacher, student = page.subjects
-    regions = {"student": page.regions["student"]}
-    return replace(page, subjects=[replace(teacher, maps={}, patches=None), student], regions=regions)
+    return replace(page, subjects=[replace(teacher, maps={}, patches=None), student])
 
 
 def without_teacher(page):
-    return replace(page, cells=[""] * len(page.images), counts={}, subjects=page.subjects[1:], regions=None)
+    return replace(page, cells=[""] * len(page.labels), counts={}, subjects=page.subjects[1:])
 
 
 def data_of(html):
@@ -130,22 +140,22 @@ def test_the_page_holds_what_was_given():
     data = data_of(render(page))
     assert data["labels"] == page.labels
     assert data["cells"] == page.cells
-    assert data["indices"] == page.indices
+    assert data["indices"] == page.numbers
     assert [subject["name"] for subject in data["subjects"]] == ["teacher", "student"]
     for given, held in zip(page.subjects, data["subjects"], strict=True):
         for method, maps in given.maps.items():
-            np.testing.assert_allclose(decode(held["maps"][method]), maps, atol=1e-4)
+            decoded = decode(held["maps"][method])
+            np.testing.assert_allclose(decoded.round() if method == "regions" else decoded, maps, atol=1e-4)
         np.testing.assert_allclose(decode(held["patches"]), given.patches, atol=1e-5)
-        np.testing.assert_array_equal(decode(held["maps"]["regions"]).round(), page.regions[given.name])
         np.testing.assert_allclose(held["confidence"], given.confidence, atol=1e-4)
     assert [subject["firstBlock"] for subject in data["subjects"]] == [2, 0]
-    for url, pixels in zip(data["images"], page.images, strict=True):
-        np.testing.assert_array_equal(picture(url), pixels)
+    for url, pixels in zip(data["images"], page.pixels, strict=True):
+        np.testing.assert_allclose(picture(url) / 255, pixels.movedim(0, -1), atol=1e-12)
 
 
 def test_large_images_are_jpeg():
     smooth = np.broadcast_to(np.linspace(0, 255, 96).astype(np.uint8)[None, :, None, None], (1, 96, 96, 3))
-    page = page_of(1, images=smooth)
+    page = page_of(1, pixels=as_pixels(smooth))
     (url,) = data_of(render(page))["images"]
     assert url.startswith("data:image/jpeg;")
     assert np.abs(picture(url).astype(int) - smooth[0]).max() < 8
@@ -177,8 +187,8 @@ def test_the_page_is_the_same_each_time_and_names_no_other_place():
 
 def test_names_are_text_whatever_they_say():
     evil = "</script><script>alert(1)</script>"
-    page = page_of(class_names=[evil, "<b>", "a & b"], title=evil, subtitle=evil, notes=[evil])
-    page = replace(page, subjects=[replace(page.subjects[0], name=evil)], regions=None)
+    page = page_of(class_names=[evil, "<b>", "a & b"], title=evil, source=evil, notes=[evil])
+    page = replace(page, subjects=[replace(page.subjects[0], name=evil)])
     html = render(page)
     assert evil not in html
     assert html.count("</script>") == 2
@@ -233,7 +243,7 @@ def test_tables_and_pictures_stand_below():
         "0, 2",
         "–",
     ]
-    assert 'src="data:image/svg+xml;base64,' in html
+    assert 'src="data:image/png;base64,' in html
     assert '<a href="#figures">' in html
     bare = render(page_of(tables=(), plots=(), heat_maps=(), curves=()))
     assert 'id="tables"' not in bare
@@ -244,12 +254,11 @@ def test_tables_and_pictures_stand_below():
     ("changed", "message"),
     [
         ({"labels": [0]}, "labels: 1 for 8 images"),
-        ({"images": np.zeros((8, 3, 16, 16), np.uint8)}, r"uint8 \[N, H, W, 3\]"),
-        ({"images": np.zeros((8, 16, 16, 3))}, r"uint8 \[N, H, W, 3\]"),
+        ({"pixels": torch.zeros(8, 16, 16, 3)}, r"\[N, C, H, W\]"),
+        ({"pixels": torch.zeros(0, 3, 16, 16)}, "at least one image"),
         ({"cells": ["both great"] * 8}, "both great"),
         ({"counts": {"both great": 1}}, "both great"),
         ({"labels": [3] * 8}, "classes beyond the 3"),
-        ({"regions": {"no one": np.zeros((8, 2, 2), int)}}, "no one"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(changed, message):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.explain.test_page import page_of, with_a_teacher_without_maps, without_teacher
+from tests.explain.test_page import page_of, png_of, with_a_teacher_without_maps, without_teacher
 from vitkd.explain import upsample
-from vitkd.explain.gallery.page import Plot, Table
+from vitkd.explain.gallery.contents import Plot, Table
 from vitkd.explain.gallery.render import region_colours, render
 
 playwright = pytest.importorskip(
@@ -80,7 +80,7 @@ def shown(tab):
 
 
 def expected(page, keep):
-    return [index for i, index in enumerate(page.indices) if keep(i)]
+    return [index for i, index in enumerate(page.numbers) if keep(i)]
 
 
 def pixels(tab, index, subject, within=".card"):
@@ -121,7 +121,7 @@ def assert_close(painted, wanted, tolerance=3):
 def test_every_filter(show):
     page = page_of(24)
     tab = show(page)
-    assert shown(tab) == page.indices
+    assert shown(tab) == page.numbers
     assert tab.text_content("#count") == "24 of 24 images"
 
     for cell in ("both right", "student wrong", "teacher wrong", "both wrong"):
@@ -132,7 +132,7 @@ def test_every_filter(show):
         assert tab.get_attribute(f'button[data-cell="{cell}"]', "aria-pressed") == "true"
         assert tab.input_value("#cell") == cell
     tab.click('button[data-cell="both wrong"]')
-    assert shown(tab) == page.indices
+    assert shown(tab) == page.numbers
 
     choose(tab, **{"cell": "student wrong", "class": "1"})
     assert shown(tab) == expected(page, lambda i: page.cells[i] == "student wrong" and page.labels[i] == 1)
@@ -143,7 +143,7 @@ def test_every_filter(show):
     for typed in ("1", "#17", "171"):
         tab.fill("#search", typed)
         assert shown(tab) == expected(
-            page, lambda i, typed=typed: str(page.indices[i]).startswith(typed.strip("#"))
+            page, lambda i, typed=typed: str(page.numbers[i]).startswith(typed.strip("#"))
         )
 
 
@@ -158,7 +158,7 @@ def test_nothing_matches_and_the_page_says_so(show):
         "that begins with “77”. The whole test set has 5 images in that cell."
     )
     tab.click("#clear")
-    assert shown(tab) == page.indices
+    assert shown(tab) == page.numbers
     assert not tab.is_visible("#nothing")
 
 
@@ -219,8 +219,8 @@ def test_every_method(show):
 
     choose(tab, method="regions")
     colours = 255 * np.array(region_colours(3))
-    assert_close(pixels(tab, 24, 0), colours[page.regions["teacher"][2]], 1)
-    assert_close(pixels(tab, 24, 1), colours[page.regions["student"][2]], 1)
+    assert_close(pixels(tab, 24, 0), colours[page.subjects[0].maps["regions"][2]], 1)
+    assert_close(pixels(tab, 24, 1), colours[page.subjects[1].maps["regions"][2]], 1)
     assert tab.is_disabled("#smooth")
 
 
@@ -345,7 +345,7 @@ def test_every_method_can_be_seen_at_once_and_chosen_by_its_picture(show):
 def test_one_method_needs_no_choice(show):
     page = page_of()
     subjects = [replace(each, maps={"attention": each.maps["attention"]}) for each in page.subjects]
-    tab = show(replace(page, subjects=subjects, regions=None))
+    tab = show(replace(page, subjects=subjects))
     tab.locator(".open").first.click()
     assert tab.locator("#methods button").count() == 0
 
@@ -477,8 +477,8 @@ def test_nothing_is_wider_than_the_window(show, width, scheme):
     page = page_of(
         class_names=[long, "seal", "bed"],
         tables=[Table(long, long, columns, [[0.5] * 20])],
-        plots=[Plot("Wide", "", b"<svg xmlns='http://www.w3.org/2000/svg' width='3000' height='100'/>")],
-        subtitle=long,
+        plots=[Plot("Wide", "", png_of(3000, 100))],
+        source=long,
     )
     third = replace(page.subjects[1], name=f"student {long}")
     tab = show(replace(page, subjects=[*page.subjects, third]), width, scheme)
@@ -521,7 +521,7 @@ def test_a_teacher_without_maps_answers_beside_its_students_maps(show):
     page = with_a_teacher_without_maps(page_of())
     tab = show(page)
 
-    card = tab.locator(f'.card[data-index="{page.indices[0]}"]')
+    card = tab.locator(f'.card[data-index="{page.numbers[0]}"]')
     assert card.locator(".none").all_inner_texts() == ["has no such map"]
     assert card.locator("canvas").count() == 1
     for subject, said in zip(
@@ -545,7 +545,7 @@ def test_an_image_of_unknown_class_gets_no_mark(show):
 def test_names_are_text_whatever_they_say(show):
     evil = "</script><img src=x onerror=alert(1)>"
     page = page_of(class_names=[evil, evil, evil])
-    tab = show(replace(page, subjects=[replace(page.subjects[0], name=evil)], regions=None))
+    tab = show(replace(page, subjects=[replace(page.subjects[0], name=evil)]))
     assert evil in tab.locator(".card .open").first.inner_text()
     tab.locator(".open").first.click()
     assert evil in tab.text_content("#large-title")

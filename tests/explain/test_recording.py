@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.hooks import timm_model
-from vitkd.explain.maps.recording import has_maps, layout, logits_of, record, who_reads
+from vitkd.explain.maps.recording import has_maps, layout, logits_of, record, timm_model, who_reads
 from vitkd.models import ResNetConfig, Taps
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.references import grad_cam, integrated_gradients
+from vitkd.explain.maps.methods import integrated_gradients, pytorch_grad_cam
 
 TARGET = torch.tensor([1, 4, 0])
 
@@ -43,7 +43,7 @@ def grad_cam_by_hand(model, norm, images, target, grid):
 def test_grad_cam_is_that_of_the_last_norms_patches(model, images):
     pytest.importorskip("pytorch_grad_cam")
 
-    found = grad_cam(model, images, TARGET)
+    found = pytorch_grad_cam(model, images, TARGET)
 
     expected = grad_cam_by_hand(model, model.blocks[-1].attention.norm, images, TARGET, (2, 2))
     assert expected.amax((1, 2)).max() > 0.99
@@ -60,7 +60,7 @@ def test_grad_cam_lays_out_a_timm_models_patches():
         nn.init.normal_(parameter, std=0.4)
     images = torch.randn(3, 3, 16, 24)
 
-    found = grad_cam(model, images, TARGET)
+    found = pytorch_grad_cam(model, images, TARGET)
 
     expected = grad_cam_by_hand(model, model.blocks[-1].norm1, images, TARGET, (2, 3))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -97,9 +97,9 @@ def test_a_linear_models_attributions_are_its_terms(images):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("reference", [grad_cam, integrated_gradients])
+@pytest.mark.parametrize("reference", [pytorch_grad_cam, integrated_gradients])
 def test_a_class_that_does_not_exist_is_told(model, images, reference):
-    pytest.importorskip("pytorch_grad_cam" if reference is grad_cam else "captum")
+    pytest.importorskip("pytorch_grad_cam" if reference is pytorch_grad_cam else "captum")
 
     with pytest.raises(ConfigError, match="class 5: the model has classes 0 to 4") as raised:
         reference(model, images, TARGET + 1)
@@ -111,7 +111,7 @@ def test_a_class_that_does_not_exist_is_told(model, images, reference):
 @pytest.mark.parametrize(
     ("reference", "module", "package"),
     [
-        (grad_cam, "pytorch_grad_cam", "pytorch_grad_cam"),
+        (pytorch_grad_cam, "pytorch_grad_cam", "pytorch_grad_cam"),
         (integrated_gradients, "captum.attr", "captum"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.regions import attention_activity, attention_features, region_map
+from vitkd.explain.maps.regions import attention_features, region_map
 
 
 def maps(*shape, tokens):
@@ -35,20 +35,21 @@ def test_features_by_brute_force():
                 assert got[image, :, column].tolist() == pytest.approx(expected)
 
 
-def test_activity_is_in_even_shares():
+def test_features_are_in_even_shares():
     uniform = [torch.full((2, 3, 7, 7), 1 / 7)]
-    torch.testing.assert_close(attention_activity(uniform, (2, 3)), torch.ones(2, 2, 3))
-    activity = attention_activity([maps(4, 2, tokens=7)] * 2, (2, 3))
-    torch.testing.assert_close(activity.mean((1, 2)), torch.ones(4).double())
+    torch.testing.assert_close(attention_features(uniform, (2, 3)), torch.ones(2, 6, 2))
+    features = attention_features([maps(4, 2, tokens=7)] * 2, (2, 3))
+    torch.testing.assert_close(features.mean(1), torch.ones(4, 4).double())
 
 
-def test_activity_is_laid_out_row_by_row():
+def test_features_are_laid_out_row_by_row():
     # Everything goes to patch 4, which is row 1, column 1 of 2 × 3.
     weights = torch.zeros(1, 1, 7, 7)
     weights[..., 1 + 4] = 1
     expected = torch.zeros(1, 2, 3)
     expected[0, 1, 1] = 6
-    torch.testing.assert_close(attention_activity([weights], (2, 3)), expected)
+    features = attention_features([weights], (2, 3)).unflatten(1, (2, 3))
+    torch.testing.assert_close(features, expected[..., None].expand_as(features))
 
 
 def test_an_average_of_patches_may_stand_for_the_class_token():

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import gelu
 
 from vitkd.errors import ConfigError
+from vitkd.explain.maps.flow import attention_grad_cam, attention_gradients, relevance
 from vitkd.explain.maps.recording import record
-from vitkd.explain.maps.relevance import attention_grad_cam, attention_gradients, relevance
 
 
 def sharpened(model):

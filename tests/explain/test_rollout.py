@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.rollout import gradient_rollout, rollout
+from vitkd.explain.maps.flow import gradient_rollout, rollout
 
 FUSE = {"mean": np.mean, "max": np.max, "min": np.min}
 

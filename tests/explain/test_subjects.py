@@ -8,13 +8,12 @@ import torch
 from vitkd.explain.maps import subjects
 from vitkd.explain.maps.methods import METHODS, explain_by
 from vitkd.explain.maps.recording import record
-from vitkd.explain.maps.regions import region_map
+from vitkd.explain.maps.regions import attention_features, region_map
 from vitkd.explain.maps.subjects import (
     class_rows,
-    features_of,
     head_mean,
-    regions_of,
     subject_of,
+    with_regions,
     without_maps,
 )
 from vitkd.models import ResNetConfig, Taps
@@ -46,7 +45,7 @@ def in_parts(monkeypatch):
 
 
 def subject(model, images, methods=("attention",), **more):
-    return subject_of("it", "student", model, images, methods, **more)[0]
+    return subject_of("it", model, images, methods, **more)[0]
 
 
 @torch.no_grad()
@@ -78,7 +77,7 @@ def test_with_a_distillation_token_attention_is_the_mean_of_both_tokens_rows(att
     model = tiny(image_size=12, distillation_token=True, attention=attention).build().eval()
     images = torch.randn(4, 3, 12, 12)
 
-    found, features = subject_of("it", "student", model, images, METHODS_WITHOUT_PACKAGES)
+    found, features = subject_of("it", model, images, METHODS_WITHOUT_PACKAGES)
 
     weights = torch.stack(model.trace(images).weights, 1)
     by_hand = (weights[..., 0, 2:] + weights[..., 1, 2:]) / 2
@@ -94,7 +93,7 @@ def test_a_model_without_maps_still_answers(in_parts):
     network = ResNetConfig(image_size=12, channels=3, num_classes=5, stem="small").build()
     images = torch.randn(7, 3, 12, 12)
 
-    found = without_maps("teacher", "teacher", network.train(), images)
+    found = without_maps("teacher", network.train(), images)
 
     assert network.training
     probabilities = network.eval()(images).logits.softmax(-1)
@@ -179,11 +178,12 @@ def test_the_mean_over_heads_sums_to_one(block, model, images):
 
 
 def test_regions_are_those_of_all_images_features(model, images, in_parts):
-    found, features = subject_of("it", "student", model, images, ["attention"])
-    regions = regions_of(features, 3, found)
+    found, features = subject_of("it", model, images, ["attention"])
+    regions = with_regions(found, features, 3).maps["regions"]
 
     with torch.no_grad():
-        expected = features_of(record(model, images))
+        seen = record(model, images)
+        expected = attention_features(seen.weights, seen.grid, seen.prefix, seen.readers)
     torch.testing.assert_close(features, expected)
     assert regions.shape == (7, 3, 3)
     assert {*regions.flat} == {0, 1, 2}

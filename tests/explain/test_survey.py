@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy.special import rel_entr
 
+from tests.explain.test_fidelity import fidelity_table
 from vitkd.explain.maps.recording import Recording, record
 from vitkd.explain.measures.distances import compare
-from vitkd.explain.measures.fidelity import MapPair, fidelity_table
+from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison, comparable, survey
 from vitkd.models import ResNetConfig, Taps
 
@@ -60,9 +61,6 @@ def test_answers_are_those_of_a_plain_forward_pass(models, images):
     for name, model in models.items():
         probabilities = model(images).logits.softmax(-1)
         assert torch.equal(seen.predicted[name], probabilities.argmax(-1))
-        torch.testing.assert_close(
-            seen.confidence[name], probabilities.amax(-1), rtol=1e-5, atol=0, check_dtype=False
-        )
     assert not seen.fidelity
 
 
@@ -196,7 +194,7 @@ def test_nothing_is_kept_for_a_backward_pass(models, images):
     seen = survey(models, batches(images), {"student": comparison(True, True, True)})
 
     assert not seen.fidelity["student"].divergence.requires_grad
-    assert not any(each.requires_grad for each in (*seen.confidence.values(), *seen.reach.values()))
+    assert not any(each.requires_grad for each in seen.reach.values())
 
 
 def recording_of(rows, prefix, *, sees_itself=True, readers=(0,)):
@@ -381,5 +379,5 @@ def test_a_teacher_without_maps_answers_and_no_more(tiny, images):
     seen = survey(models, batches(images, 4, 5), {})
 
     assert torch.equal(seen.predicted["teacher"], network(images).logits.argmax(-1))
-    assert seen.predicted.keys() == seen.confidence.keys() == {"teacher", "student"}
+    assert seen.predicted.keys() == {"teacher", "student"}
     assert seen.reach.keys() == {"student"}

@@ -1,4 +1,4 @@
-"""Where a student looks, and whether it learnt that from its teacher: `python -m vitkd.explain run=…`."""
+"""Where a student looks, and whether it learned that from its teacher: `python -m vitkd.explain run=…`."""
 
 import logging
 from collections.abc import Mapping
@@ -12,8 +12,7 @@ from vitkd.config.schema import instantiate
 from vitkd.errors import ConfigError
 from vitkd.evaluate.__main__ import device_of
 from vitkd.explain.gallery.files import FILES, files_of
-from vitkd.explain.of_pictures import explain_pictures
-from vitkd.explain.of_test_split import explain_test_split
+from vitkd.explain.job import explain_pictures, explain_test_split
 from vitkd.explain.settings import Settings
 from vitkd.explain.sources import open_sources
 from vitkd.runs.files import write_atomically

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitkd.data.folders import IMAGE_SUFFIXES
 from vitkd.errors import ConfigError, suggest
 from vitkd.explain.maps.methods import METHODS
-
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass
@@ -77,9 +76,9 @@ def _pictures_in(place: Path) -> list[Path]:
         raise ConfigError(f"image={place}: there is no such file or folder")
     if not place.is_dir():
         return [place]
-    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in PICTURES)
+    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not pictures:
-        raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(PICTURES))})")
+        raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return pictures
 
 

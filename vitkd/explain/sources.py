@@ -1,4 +1,4 @@
-"""The models to explain, and the runs and data that they come from."""
+"""The models to explain, the runs and data that they come from, and which of their maps are compared."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,16 +11,18 @@ from torch import nn
 
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.hooks import timm_model
-from vitkd.explain.maps.recording import has_maps
+from vitkd.explain.maps.recording import Layout, has_maps, own_layout, timm_model
+from vitkd.explain.maps.subjects import TEACHER
+from vitkd.explain.measures.fidelity import MapPair
+from vitkd.explain.measures.survey import Comparison
 from vitkd.explain.settings import Settings
-from vitkd.models import digest
+from vitkd.methods.maps.pairing import map_block
+from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.load import Run, load_run
 
 log = logging.getLogger("vitkd")
 
-TEACHER = "teacher"
 # Settings of a data set that change its test images, or how a model sees them.
 SAME_IMAGES = ("source", "root", "image_size", "channels", "mean", "std", "num_classes", "split_seed")
 
@@ -68,8 +70,7 @@ class Sources:
 def open_sources(settings: Settings, device: torch.device) -> Iterator[Sources]:
     """Load the models that `settings` name; ConfigError where that cannot be done."""
     if settings.model is not None:
-        model = _single_model(settings.model, settings.pretrained)
-        yield Sources(_on(device, {_name(settings.model): model}), device, {}, None)
+        yield Sources(_single_model(settings.model, settings.pretrained, device), device, {}, None)
         return
     runs = _load_runs(settings)
     config = runs[0].config
@@ -77,23 +78,18 @@ def open_sources(settings: Settings, device: torch.device) -> Iterator[Sources]:
     teachers = [run.teacher for run in runs if run.teacher is not None]
     models = {TEACHER: teachers[0]} if teachers else {}
     models |= {name: run.student for name, run in zip(names, runs, strict=True)}
+    models = {name: model.to(device).eval() for name, model in models.items()}
     with closing(ImageDataModule(config.dataset, config.paths.data, 0)) as data:
         data.setup()
-        yield Sources(_on(device, models), device, dict(zip(names, runs, strict=True)), data)
+        yield Sources(models, device, dict(zip(names, runs, strict=True)), data)
 
 
-def _on(device: torch.device, models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: model.to(device).eval() for name, model in models.items()}
-
-
-def _name(model: str) -> str:
-    return model.removeprefix("timm:") if model.startswith("timm:") else "student"
-
-
-def _single_model(name: str, pretrained: bool) -> nn.Module:
+def _single_model(name: str, pretrained: bool, device: torch.device) -> dict[str, nn.Module]:
+    if name.startswith("timm:"):
+        return {name.removeprefix("timm:"): timm_model(name, pretrained).to(device)}
     if Path(name, "config.yaml").is_file():
         raise ConfigError(f"model={name}: is a run, which says how its images are made; write run={name}")
-    return timm_model(name, pretrained) if name.startswith("timm:") else load_any(Path(name))
+    return {"student": load_any(Path(name)).to(device).eval()}
 
 
 def _load_runs(settings: Settings) -> list[Run]:
@@ -123,3 +119,78 @@ def _check_same_images(runs: Sequence[Run]) -> None:
             if type(first) is not type(other) or mine != its:
                 what = f"{first.name} and {other.name} differ in {name} ({mine}, {its})"
                 raise ConfigError(f"run=[A,B]: {what}; compare runs on the same test images")
+
+
+def comparisons(runs: Mapping[str, Run]) -> tuple[dict[str, Comparison], list[str]]:
+    """Student → its comparison, where there can be one; and notes on what is compared, or why it is not."""
+    teacher = next((run.teacher for run in runs.values() if run.teacher is not None), None)
+    if teacher is None or not has_maps(teacher):
+        return {}, []
+    found, notes = {}, []
+    for name, run in runs.items():
+        is_possible, remarks = how_compared(name, own_layout(run.student), own_layout(teacher))
+        notes += remarks
+        if is_possible:
+            alone, remarks = _student_alone(name, runs)
+            notes += remarks
+            patch_size = run.student.config.image_size / own_layout(run.student).grid[0]
+            found[name] = Comparison(TEACHER, *_pairs(run, teacher), patch_size, alone)
+    return found, notes
+
+
+def how_compared(name: str, student: Layout, teacher: Layout) -> tuple[bool, list[str]]:
+    """Whether maps of these layouts can be compared, and what `survey.comparable` does for that."""
+    if student.grid == teacher.grid:
+        return True, _reductions(name, student, teacher)
+    student_grid, teacher_grid = ("×".join(map(str, layout.grid)) for layout in (student, teacher))
+    grids = f"{name} has {student_grid} patches and the teacher {teacher_grid}"
+    if not teacher.sees_itself:
+        # In resized maps a token's weight for itself could not be left out.
+        return False, [f"{grids} of locality attention: their maps are shown, not compared."]
+    resized = f"{grids}: the teacher's maps are resized to be compared."
+    return True, [resized, *_reductions(name, student, teacher)]
+
+
+def _reductions(name: str, student: Layout, teacher: Layout) -> list[str]:
+    """What is averaged in, or left out of, maps that differ by design."""
+    notes, left_out = [], []
+    if student.prefix == teacher.prefix > 1 and student.grid == teacher.grid:
+        notes.append(f"Class rows of {name} and teacher: the mean of class and distillation token.")
+    elif student.prefix == teacher.prefix > 1:
+        left_out.append("distillation tokens, as resized maps keep the class token only")
+    for has, lacks, own, other in ((name, TEACHER, student, teacher), (TEACHER, name, teacher, student)):
+        if own.prefix > other.prefix:
+            left_out.append(f"the distillation token of {has}, which {lacks} has not")
+        if own.sees_itself and not other.sees_itself:
+            left_out.append(f"what tokens of {has} give to themselves, which those of {lacks} may not")
+    if left_out:
+        notes.append(f"Compared without {' and '.join(left_out)}; the rest of each row is scaled to sum 1.")
+    return notes
+
+
+def _student_alone(name: str, runs: Mapping[str, Run]) -> tuple[str | None, list[str]]:
+    """The other run's student, if it learned without a teacher and is the same model: the baseline."""
+    run = runs[name]
+    alone = next((other for other in runs if other != name and runs[other].is_alone), None)
+    if alone is None or run.is_alone:
+        return None, []
+    if runs[alone].student.config != run.student.config:
+        return None, [f"{alone} is another model than {name}, so it is no baseline for its maps."]
+    return alone, []
+
+
+def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
+    """Every student map beside the teacher maps that it learned from, or would have by the default order."""
+    learned = {
+        (pair["student_block"], head): (pair["teacher_block"], tuple(heads))
+        for pair in run.pairs
+        for head, heads in zip(pair["student_heads"], pair["teacher_heads"], strict=True)
+    }
+    student_layouts, teacher_layouts = run.student.attention, teacher.attention
+    maps = [(block, head) for block, layout in enumerate(student_layouts) for head in range(layout.heads)]
+    pairs = []
+    for block, head in maps:
+        teacher_block = map_block(block, len(student_layouts), len(teacher_layouts))
+        default = (teacher_block, (head % teacher_layouts[teacher_block].heads,))
+        pairs.append(MapPair(block, head, *learned.get((block, head), default)))
+    return pairs, [each in learned for each in maps]

@@ -53,7 +53,7 @@ class Weighting:
         return None
 
     def balanced(self, class_norm: Tensor, transfer_norm: Tensor) -> Tensor:
-        """w [*S] by the norms [*S] of the two terms' gradients, if `needs_gradients`; NaN leaves it as it is."""
+        """w [*S] by the norms [*S] of both terms' gradients, if `needs_gradients`; NaN leaves it as it is."""
         raise NotImplementedError
 
 

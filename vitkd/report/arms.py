@@ -147,14 +147,15 @@ def add_differences(group: str, arms: Sequence[Arm]) -> None:
 def choices(arm: Arm) -> dict[str, str]:
     """Group of settings → the arm's option in it; settings are compared where both are equal."""
     run = arm.first
-    has_blocks = arm.distills_attention or run.attention_weight > 0 or arm.method == "relation"
+    has_maps = arm.distills_attention or run.attention_weight > 0
+    has_blocks = has_maps or arm.method == "relation"
     return {
         "teacher._target_": "",
         "teacher": str(run.settings.get("teacher._target_")),
         "weighting": arm.weighting,
         "method": arm.method,
         "granularity": f"{arm.method} {run.granularity if has_blocks else ''}",
-        "loss": f"{arm.method} {run.loss if has_blocks and arm.method != "relation" else ''}",
+        "loss": f"{arm.method} {run.loss if has_maps else ''}",
     }
 
 

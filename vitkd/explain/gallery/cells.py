@@ -17,15 +17,14 @@ BOTH_RIGHT = "both right"
 STUDENT_WRONG = "student wrong"
 TEACHER_WRONG = "teacher wrong"
 BOTH_WRONG = "both wrong"
-CELLS = (BOTH_RIGHT, STUDENT_WRONG, TEACHER_WRONG, BOTH_WRONG)
-"""who is wrong, if either; of two, that one alone"""
-
 IN_WORDS = {
-    BOTH_RIGHT: "teacher and student are right",
-    STUDENT_WRONG: "the teacher is right and the student wrong",
-    TEACHER_WRONG: "the teacher is wrong and the student right",
-    BOTH_WRONG: "teacher and student are wrong",
+    BOTH_RIGHT: "both are right",
+    STUDENT_WRONG: "only the student is wrong",
+    TEACHER_WRONG: "only the teacher is wrong",
+    BOTH_WRONG: "both are wrong",
 }
+CELLS = tuple(IN_WORDS)
+"""who is wrong, if either; of two, that one alone"""
 
 Indices = NDArray[np.int64]
 
@@ -97,10 +96,7 @@ def over_represented(
         OverRepresented(
             class_names[present[i]],
             int(seen[i]),
-            float(expected[i]),
-            float(seen[i] / expected[i]),
-            float(p[i]),
-            float(corrected[i]),
+            *map(float, (expected[i], seen[i] / expected[i], p[i], corrected[i])),
         )
         for i in chosen[np.argsort(p[chosen], kind="stable")]
     ]

@@ -5,17 +5,17 @@ Shapes: L blocks, A heads, n points of a curve.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitkd.explain.gallery.panel import COLOURS
+from vitkd.explain.gallery.figures import COLOURS
+from vitkd.explain.measures.faithfulness import RANDOM
 
 SERIES = 8
 """colours of curves in the page's style sheet, after Okabe and Ito: colour-blind readers tell them apart"""
-RANDOM = "random"
-"""the order of removal that the others are compared with; it is grey"""
 
 # Units of the SVG's view box.
 WIDTH, HEIGHT = 300, 190
@@ -29,20 +29,18 @@ def css(colour: Sequence[float]) -> str:
     return "#" + "".join(f"{round(255 * each):02x}" for each in colour[:3])
 
 
+@dataclass(frozen=True, eq=False)
 class HeatMap:
-    """A metric per block and head, in panels that share one colour scale.
+    """A metric per block and head, in panels that share one colour scale."""
 
-    Args:
-        title, caption: above it.
-        unit: at the colour bar: the metric, its unit and which end is which.
-        panels: title → [L, A]; NaN where undefined.
-        blocks: names of the L rows.
-    """
-
-    def __init__(
-        self, title: str, caption: str, unit: str, panels: Mapping[str, NDArray], blocks: Sequence[str]
-    ) -> None:
-        self.title, self.caption, self.unit, self.panels, self.blocks = title, caption, unit, panels, blocks
+    title: str
+    caption: str
+    unit: str
+    """at the colour bar: the metric, its unit and which end is which"""
+    panels: Mapping[str, NDArray]
+    """title → [L, A]; NaN where undefined"""
+    blocks: Sequence[str]
+    """names of the L rows"""
 
     @cached_property
     def limits(self) -> tuple[float, float]:
@@ -59,23 +57,15 @@ class HeatMap:
         return f"background: {css(colour)}; color: {'#000000' if _luminance(colour) > 0.18 else '#ffffff'}"
 
 
+@dataclass(frozen=True, eq=False)
 class Curves:
-    """Probabilities while an image is removed: a panel an order of removal, a line a method.
+    """Probabilities while an image is removed: a panel an order of removal, a line a method."""
 
-    Args:
-        title, caption: above it.
-        y_label: of what the values are.
-        panels: title → method → (fractions [n] of the image removed, in 0..1, and values [n]).
-    """
-
-    def __init__(
-        self,
-        title: str,
-        caption: str,
-        y_label: str,
-        panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
-    ) -> None:
-        self.title, self.caption, self.y_label, self.panels = title, caption, y_label, panels
+    title: str
+    caption: str
+    y_label: str
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+    """title → method → (fractions [n] of the image removed, in 0..1, and values [n])"""
 
     @cached_property
     def methods(self) -> list[str]:
@@ -89,7 +79,7 @@ class Curves:
         return [step * i for i in range(max(math.ceil(highest / step - 1e-9), 1) + 1)]
 
     def series(self, method: str) -> str:
-        """The style class of a method's line."""
+        """The style class of a method's line; that of random order is grey."""
         others = [each for each in self.methods if each != RANDOM]
         return RANDOM if method == RANDOM else f"s{others.index(method) % SERIES}"
 

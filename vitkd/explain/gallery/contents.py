@@ -4,79 +4,95 @@ Shapes: L blocks, A heads.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from vitkd.explain.gallery.cells import BOTH_RIGHT, BOTH_WRONG, STUDENT_WRONG, TEACHER_WRONG
+from vitkd.explain.gallery.cells import BOTH_RIGHT, IN_WORDS
 from vitkd.explain.gallery.charts import Curves, HeatMap
-from vitkd.explain.gallery.explanation import Explanation
-from vitkd.explain.gallery.page import GalleryPage, Plot
-from vitkd.explain.gallery.tables import tables_of
-from vitkd.explain.measures.survey import FidelityResult
+from vitkd.explain.gallery.explanation import Explanation, OfMethods
+from vitkd.explain.measures.fidelity import FidelityRow
+from vitkd.explain.measures.survey import FidelityResult, TokenAlignment
 
-PLOTS = {"figure_1": "Where teacher and student look"}
-"""figure → its title on the page"""
-ORDERS = {"positive": "most relevant first", "negative": "least relevant first"}
-WHO = {
-    STUDENT_WRONG: "only the student is wrong",
-    TEACHER_WRONG: "only the teacher is wrong",
-    BOTH_WRONG: "both are wrong",
+FIGURE_1 = "figure_1"
+IN_ORDER = {"positive": "most relevant first", "negative": "least relevant first"}
+
+
+Value = str | float | int | None
+
+WITH_BASELINES = {
+    "js": "Jensen–Shannon, nats",
+    "spearman": "rank correlation, class row",
+    "cls_overlap": "overlap of the class rows",
 }
+ALONE = {"top_k_iou": "IoU of the top quarter", "entropy": "entropy, nats", "mean_distance": "distance, px"}
+
+
+class Table(NamedTuple):
+    """Metrics below the gallery; None stands for an undefined one."""
+
+    title: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Value]]
+
+
+class Plot(NamedTuple):
+    """A picture below the gallery."""
+
+    title: str
+    caption: str
+    picture: bytes
+    """PNG"""
+
+
+@dataclass(frozen=True, eq=False)
+class GalleryPage(Explanation):
+    """An explanation with all that the page shows below its gallery."""
+
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    heat_maps: Sequence[HeatMap] = ()
+    curves: Sequence[Curves] = ()
 
 
 def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryPage:
     """The page; of the `pictures` (name → PNG) it shows Figure 1."""
+    notes = [*explanation.notes, *_over_represented(explanation), *_correlations(explanation)]
+    title, source = "Where teacher and student look", explanation.source
     return GalleryPage(
-        title=explanation.title,
-        subtitle=explanation.source,
-        images=as_bytes(explanation.pixels),
-        labels=explanation.labels,
-        cells=explanation.cells,
-        indices=explanation.numbers,
-        class_names=explanation.class_names,
-        subjects=explanation.subjects,
-        counts=explanation.counts,
-        notes=[*explanation.notes, *_over_represented(explanation), *_correlations(explanation)],
-        tables=tables_of(explanation),
-        plots=[Plot(PLOTS[name], explanation.source, pictures[name]) for name in PLOTS if name in pictures],
+        **vars(explanation) | {"notes": notes},
+        tables=_tables(explanation),
+        plots=[Plot(title, source, pictures[FIGURE_1])] if FIGURE_1 in pictures else [],
         heat_maps=[heat_map(student, result) for student, result in explanation.fidelity.items()],
         curves=[removal_curves(explanation)] if explanation.faithfulness else [],
-        regions=explanation.regions or None,
     )
-
-
-def as_bytes(pixels: Tensor) -> NDArray[np.uint8]:
-    """Pixels [N, C, H, W] in 0..1 as uint8 [N, H, W, 3]; a grey image gets three equal channels."""
-    rgb = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-    return (rgb * 255).round().to(torch.uint8).numpy()
 
 
 def heat_map(student: str, result: FidelityResult) -> HeatMap:
     """A student's divergence from its teacher by block and head, beside its baselines."""
-    panels = {student: _grid(result, "metrics")}
-    if all(row.alone for row in result.rows):
-        panels["student alone"] = _grid(result, "alone")
-    panels["permuted heads"] = _grid(result, "permuted")
+    parts = {student: "metrics", "student alone": "alone", "permuted heads": "permuted"}
+    if not all(row.alone for row in result.rows):
+        del parts["student alone"]
+    blocks = sorted({row.student_block for row in result.rows})
     return HeatMap(
         f"How alike the maps of {student} and its teacher are",
         "Mean over all test images.",
         "Jensen–Shannon divergence from the teacher's map, nats (0: the same)",
-        panels,
-        [str(block) for block in sorted({row.student_block for row in result.rows})],
+        {title: _grid(result, part, blocks) for title, part in parts.items()},
+        [*map(str, blocks)],
     )
 
 
-def _grid(result: FidelityResult, part: str) -> NDArray[np.float64]:
+def _grid(result: FidelityResult, part: str, blocks: Sequence[int]) -> NDArray[np.float64]:
     """Divergences [L, A]; NaN where there is none."""
-    blocks = sorted({row.student_block for row in result.rows})
     grid = np.full((len(blocks), 1 + max(row.student_head for row in result.rows)), np.nan)
     for row in result.rows:
-        value = (getattr(row, part) or {}).get("js")
-        grid[blocks.index(row.student_block), row.student_head] = np.nan if value is None else value
+        grid[blocks.index(row.student_block), row.student_head] = (getattr(row, part) or {}).get("js")
     return grid
 
 
@@ -84,7 +100,7 @@ def removal_curves(explanation: Explanation) -> Curves:
     """Every method's mean probability of the class predicted, while pixels are removed."""
     panels = {}
     for model, methods in explanation.faithfulness.items():
-        for order, words in ORDERS.items():
+        for order, words in IN_ORDER.items():
             found = {name.replace("_", " "): orders[order]["predicted"] for name, orders in methods.items()}
             lines = {name: (each.fractions, each.probability) for name, each in found.items()}
             panels[f"{model}, {words}"] = lines
@@ -102,7 +118,7 @@ def _over_represented(explanation: Explanation) -> list[str]:
     for cell, classes in explanation.over_represented.items():
         if classes and cell != BOTH_RIGHT:
             named = ", ".join(f"{c.label} ({c.count}, expected {c.expected:.1f})" for c in classes[:5])
-            notes.append(f"Over-represented where {WHO[cell]}: {named}.")
+            notes.append(f"Over-represented where {IN_WORDS[cell]}: {named}.")
     return notes
 
 
@@ -119,3 +135,105 @@ def _correlations(explanation: Explanation) -> list[str]:
                 f"r = {c.r:.2f} [{low:.2f}, {high:.2f}], among {which} ({c.n:,})."
             )
     return notes
+
+
+def _tables(explanation: Explanation) -> list[Table]:
+    """Those that there are metrics for."""
+    return [
+        *(_fidelity_table(student, result) for student, result in explanation.fidelity.items()),
+        *([_reach_table(explanation)] if explanation.reach else []),
+        *(_faithfulness_table(model, methods) for model, methods in explanation.faithfulness.items()),
+        *([_correctness_table(explanation)] if explanation.correlations else []),
+    ]
+
+
+def _fidelity_table(student: str, result: FidelityResult) -> Table:
+    """Each map's metrics beside their baselines."""
+    has_alone = all(row.alone for row in result.rows)
+    baselines = ["alone", "permuted"] if has_alone else ["permuted"]
+    lines = [
+        _fidelity_line(row, is_distilled, result.cka[row.student_block, row.teacher_block], baselines)
+        for row, is_distilled in zip(result.rows, result.distilled, strict=True)
+    ]
+    return Table(
+        f"Fidelity of {student}, block.head",
+        "Means over all test images. "
+        + ("… alone: of the student that learned without the teacher. " if has_alone else "")
+        + "… permuted: of the same map with other heads of the teacher's block. "
+        "… other images: CKA with the teacher's tokens of other images.",
+        [title for title, _ in lines[0]],
+        [[value for _, value in line] for line in lines],
+    )
+
+
+def _fidelity_line(
+    row: FidelityRow, is_distilled: bool, cka: TokenAlignment, baselines: Sequence[str]
+) -> list[tuple[str, Value]]:
+    """Each column's title and value."""
+    teacher_heads = "+".join(map(str, row.teacher_heads))
+    line: list[tuple[str, Value]] = [
+        ("student map", f"{row.student_block}.{row.student_head}"),
+        ("teacher map", f"{row.teacher_block}.{teacher_heads}"),
+        ("distilled", "yes" if is_distilled else ""),
+    ]
+    for metric, title in WITH_BASELINES.items():
+        line.append((title, row.metrics[metric]))
+        line += [(f"… {each}", (getattr(row, each) or {}).get(metric)) for each in baselines]
+    line += [(title, row.metrics[metric]) for metric, title in ALONE.items()]
+    line.append(("CKA of tokens", finite(cka.value)))
+    line += [] if cka.alone is None else [("… alone", finite(cka.alone))]
+    return [*line, ("… other images", finite(cka.other_images))]
+
+
+def _reach_table(explanation: Explanation) -> Table:
+    """How far each model's blocks attend."""
+    of_models = [reach.nanmean(-1).tolist() for reach in explanation.reach.values()]
+    rows = [[block, *map(finite, means)] for block, means in enumerate(zip_longest(*of_models))]
+    return Table(
+        "Attention distance by block",
+        "Mean attention distance, as a fraction of that of uniform attention. With much data some low blocks "
+        "attend near by; with little data they hardly learn to (Zhu et al. 2023).",
+        ["block", *explanation.reach],
+        rows,
+    )
+
+
+def _faithfulness_table(model: str, methods: OfMethods) -> Table:
+    """Each method's area under the curve, and how much better than random order it is."""
+    columns, rows = ["method"], []
+    for order in IN_ORDER:
+        for target in ("predicted", "true"):
+            columns += [f"{order}, {target}: AUC", "better than random by", "± s.e."]
+    for method, orders in methods.items():
+        found = [orders[order][target] for order in IN_ORDER for target in ("predicted", "target")]
+        metrics = [value for each in found for value in (each.auc, each.gap, each.gap_error)]
+        rows.append([method.replace("_", " "), *metrics])
+    return Table(
+        f"Faithfulness, {model}",
+        "Area under the class's probability while pixels are removed: in positive order (most relevant "
+        "first) low is faithful, in negative order high.",
+        columns,
+        rows,
+    )
+
+
+def _correctness_table(explanation: Explanation) -> Table:
+    """Whether a student is right where it attends as its teacher does."""
+    rows = [
+        [student, which, *map(finite, (c.r, *c.interval, c.p)), c.n, c.reason]
+        for student, correlations in explanation.correlations.items()
+        for which, c in correlations.items()
+    ]
+    return Table(
+        "Does fidelity predict correctness?",
+        "Point-biserial correlation of each image's divergence from the teacher's attention with the "
+        "student being right: below 0, a student that attends as its teacher does is right more often. "
+        "This does not prove a cause.",
+        ["student", "among", "r", "95 % from", "to", "p", "images", ""],
+        rows,
+    )
+
+
+def finite(value: float | None) -> float | None:
+    """None for NaN and infinity, which JSON does not have."""
+    return value if value is not None and math.isfinite(value) else None

@@ -5,42 +5,39 @@ Shapes: B images, C channels (1 grey, 3 RGB), H × W pixels, h × w patches.
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
+from itertools import zip_longest
 from textwrap import wrap
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from vitkd.explain.gallery.panel import (
-    BAR,
-    BAR_TEXT,
-    CELL,
-    COLOURS,
-    GAP,
-    HEADING,
-    MARGIN,
-    QUIET,
-    TEXT,
-    axes_at,
-    blend,
-    draw_image,
-    draw_text,
-    mark,
-    overlay,
-    rgb,
-)
+from vitkd.explain.gallery.pixels import upsample
+
+COLOURS = matplotlib.colormaps["viridis"]
+OPACITY = 0.75
+"""of a map over its image, which is paled to half its contrast: the colour bar is read off the map"""
+RIGHT, WRONG, QUIET = "#1a7f37", "#c62828", "#666666"
 
 # Inches.
+CELL, GAP, TEXT, HEADING, MARGIN = 1.5, 0.1, 0.22, 0.17, 0.12
+BAR, BAR_TEXT = 0.11, 0.72
+LINE = 0.14
 SPACE = 0.35
 """between groups that stand side by side"""
 CHARACTER = 0.058
 """the mean width of one in the captions' size"""
-LINE = 0.14
+
+SMOOTH_PIXELS = 256
+"""A map is drawn with at least this many pixels a side, so that it is smooth over a small image too."""
 
 
 class Rows(NamedTuple):
@@ -55,7 +52,7 @@ class Rows(NamedTuple):
     labels: Sequence[str] | None = None
     """[B] above the images"""
     predictions: Sequence[Sequence[str] | None] = ()
-    """one [B] a column, above its maps"""
+    """one [B] a column, above its maps; the last columns may have none"""
     confidences: Sequence[Sequence[float] | None] = ()
     """one [B] a column: probabilities of what is predicted"""
 
@@ -101,9 +98,8 @@ def figure_1(
     """
     maps = [teacher_maps, distilled_maps, *([] if other_maps is None else [other_maps])]
     # A student predicts once, so its prediction is written once.
-    predictions = [teacher_predictions, student_predictions, None][: len(maps)]
-    confidences = [teacher_confidences, student_confidences, None][: len(maps)]
-    group = Rows("", images, maps, labels, predictions, confidences)
+    predictions = [teacher_predictions, student_predictions]
+    group = Rows("", images, maps, labels, predictions, [teacher_confidences, student_confidences])
     return figure_rows([group], columns=columns[: 1 + len(maps)], unit=unit, caption=caption)
 
 
@@ -146,7 +142,7 @@ def figure_rows(
     first = tops[0] + _heading_height(lines[0]) + TEXT
     height = min(bottom - GAP - first, 4 * CELL)
     _draw_bar(figure, MARGIN + inner + GAP, first, height, scale, unit or attention_unit())
-    draw_text(figure, "\n".join(text), figure_width / 2, bottom, color=QUIET, linespacing=1.2)
+    _draw_text(figure, "\n".join(text), figure_width / 2, bottom, color=QUIET, linespacing=1.2)
     return figure
 
 
@@ -185,14 +181,14 @@ def _draw_group(
 ) -> None:
     width = len(columns) * (CELL + GAP) - GAP
     if group.title:
-        draw_text(figure, group.title, left + width / 2, top, weight="bold")
+        _draw_text(figure, group.title, left + width / 2, top, weight="bold")
         top += TEXT
     if not len(group.images):
-        draw_text(figure, "no such image", left + width / 2, top + CELL / 2, color=QUIET)
+        _draw_text(figure, "no such image", left + width / 2, top + CELL / 2, color=QUIET)
         return
     for column, heading in enumerate(columns):
         style = {"color": QUIET} if group.title else {"weight": "bold"}
-        draw_text(figure, heading, left + column * (CELL + GAP) + CELL / 2, top, **style)
+        _draw_text(figure, heading, left + column * (CELL + GAP) + CELL / 2, top, **style)
     for row in range(len(group.images)):
         _draw_row(figure, group, row, left, top + HEADING + row * (TEXT + CELL) + TEXT, scale)
 
@@ -200,19 +196,13 @@ def _draw_group(
 def _draw_row(figure: Figure, group: Rows, row: int, left: float, top: float, scale: Normalize) -> None:
     """An image, and each of its maps below what is predicted."""
     image, label = group.images[row], None if group.labels is None else group.labels[row]
-    draw_image(figure, left, top, rgb(image), label)
-    for column, maps in enumerate(group.maps):
-        text, colour = mark(_entry(group.predictions, column, row), label)
-        confidence = _entry(group.confidences, column, row)
-        percent = "" if confidence is None else f" {100 * confidence:.0f} %"
-        place = left + (column + 1) * (CELL + GAP)
-        draw_image(figure, place, top, overlay(image, maps[row], scale), text and text + percent, colour)
-
-
-def _entry(columns: Sequence[Sequence[Any] | None], column: int, row: int) -> Any:
-    """A column's entry; None where it has none."""
-    values = columns[column] if column < len(columns) else None
-    return None if values is None else values[row]
+    _draw_image(figure, left, top, _rgb(image), label)
+    columns = zip_longest(group.maps, group.predictions, group.confidences)
+    for column, (maps, predictions, confidences) in enumerate(columns, 1):
+        text, colour = _mark(None if predictions is None else predictions[row], label)
+        percent = "" if confidences is None else f" {100 * confidences[row]:.0f} %"
+        place = left + column * (CELL + GAP)
+        _draw_image(figure, place, top, _overlay(image, maps[row], scale), text and text + percent, colour)
 
 
 def _scale(maps: Sequence[Tensor]) -> Normalize:
@@ -222,10 +212,58 @@ def _scale(maps: Sequence[Tensor]) -> Normalize:
 
 
 def _draw_bar(figure: Figure, left: float, top: float, height: float, scale: Normalize, unit: str) -> None:
-    axes = axes_at(figure, left, top, BAR, height)
-    seen = ListedColormap(blend(COLOURS(np.linspace(0, 1, 256))[:, :3], 0.5))
+    axes = _axes_at(figure, left, top, BAR, height)
+    seen = ListedColormap(_blend(COLOURS(np.linspace(0, 1, 256))[:, :3], 0.5))
     bar = figure.colorbar(ScalarMappable(scale, seen), cax=axes)
     bar.set_label(unit, size=8)
     bar.locator = MaxNLocator(5)
     axes.tick_params(labelsize=7, length=2, width=0.5)
     bar.outline.set_visible(False)
+
+
+def _axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches, from the figure's upper left corner."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+
+
+def _draw_text(figure: Figure, text: str, centre: float, top: float, **style: Any) -> None:
+    """A line of text at a place in inches, from the figure's upper left corner."""
+    across, down = figure.get_size_inches()
+    place = centre / across, 1 - top / down
+    figure.text(*place, text, ha="center", va="top", size=8, parse_math=False, **style)
+
+
+def _draw_image(
+    figure: Figure, left: float, top: float, pixels: np.ndarray, title: str | None, colour: str = "black"
+) -> None:
+    """Draw [H, W, 3] as a cell at a place in inches; a small image keeps its square pixels."""
+    axes = _axes_at(figure, left, top, CELL, CELL)
+    axes.set_axis_off()
+    axes.imshow(pixels, interpolation="nearest", aspect="auto")
+    axes.set_title(title or "", size=8, pad=3, color=colour, parse_math=False)
+
+
+def _mark(prediction: str | None, label: str | None) -> tuple[str | None, str]:
+    """A prediction, marked as right or wrong where that is known, and its colour."""
+    if prediction is None or label is None:
+        return prediction, "black"
+    return (f"{prediction} ✓", RIGHT) if prediction == label else (f"{prediction} ✗", WRONG)
+
+
+def _rgb(image: Tensor) -> np.ndarray:
+    """[C, H, W] in 0..1 as [H, W, 3]; a grey image gets three equal channels."""
+    return image.detach().float().cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def _overlay(image: Tensor, weights: Tensor, scale: Normalize) -> np.ndarray:
+    """A map [h, w] in colour over the grey, paled image [C, H, W], as [H', W', 3]."""
+    size = max(SMOOTH_PIXELS, image.shape[-1])
+    smooth = upsample(weights[None].detach().float().cpu(), size)[0].numpy()
+    grey = interpolate(image.mean(0)[None, None].detach().float().cpu(), size=(size, size))[0]
+    return _blend(COLOURS(scale(smooth))[..., :3], _rgb(0.25 + grey / 2))
+
+
+def _blend(colours: np.ndarray, ground: np.ndarray | float) -> np.ndarray:
+    """A map's colours over what lies below them."""
+    return OPACITY * colours + (1 - OPACITY) * ground

@@ -2,18 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from vitkd.explain.gallery.contents import page_of
-from vitkd.explain.gallery.explanation import Explanation, OfMethods
+from vitkd.explain.gallery.contents import finite, page_of
+from vitkd.explain.gallery.explanation import Explanation
 from vitkd.explain.gallery.figures import png
 from vitkd.explain.gallery.render import render
 from vitkd.explain.gallery.report_figures import NAMES, figures_of
-from vitkd.explain.gallery.tables import finite
 from vitkd.explain.measures.distances import COMPARISONS
 from vitkd.explain.measures.survey import FidelityResult
 
@@ -35,47 +35,30 @@ def files_of(explanation: Explanation) -> dict[str, bytes]:
 
 def arrays_of(explanation: Explanation) -> bytes:
     """The shown images and all maps, for NumPy."""
-    content: dict[str, Any] = {
-        "pixels": explanation.pixels.numpy(),
-        "labels": np.asarray(explanation.labels),
-        "numbers": np.asarray(explanation.numbers),
-        "cells": np.asarray(explanation.cells),
-    }
+    shared = ("pixels", "labels", "numbers", "cells")
+    content: dict[str, Any] = {name: np.asarray(getattr(explanation, name)) for name in shared}
     for subject in explanation.subjects:
         content[f"{subject.name}/predicted"] = np.asarray(subject.predicted)
         content[f"{subject.name}/confidence"] = np.asarray(subject.confidence)
         content |= {f"{subject.name}/{method}": maps for method, maps in subject.maps.items()}
         if subject.patches is not None:
             content[f"{subject.name}/patches"] = subject.patches
-    content |= {f"{name}/regions": labels for name, labels in explanation.regions.items()}
     file = BytesIO()
     np.savez_compressed(file, **content)
     return file.getvalue()
 
 
 def metrics_of(explanation: Explanation) -> dict[str, Any]:
-    """Every metric but the fidelity table, as plain data."""
+    """Every metric but the fidelity table, for `as_json`."""
     return {
         "title": explanation.title,
         "source": explanation.source,
-        "cells": dict(explanation.counts),
-        "over_represented": {
-            cell: [asdict(each) for each in classes] for cell, classes in explanation.over_represented.items()
-        },
-        "correctness": {
-            student: {which: c.as_json() for which, c in correlations.items()}
-            for student, correlations in explanation.correlations.items()
-        },
-        "attention_distance": {name: reach.tolist() for name, reach in explanation.reach.items()},
-        "faithfulness": {model: _plain_faithfulness(m) for model, m in explanation.faithfulness.items()},
-        "images": [int(number) for number in explanation.numbers],
-    }
-
-
-def _plain_faithfulness(methods: OfMethods) -> dict[str, Any]:
-    return {
-        method: {o: {t: each._asdict() for t, each in of.items()} for o, of in orders.items()}
-        for method, orders in methods.items()
+        "cells": explanation.counts,
+        "over_represented": explanation.over_represented,
+        "correctness": explanation.correlations,
+        "attention_distance": explanation.reach,
+        "faithfulness": explanation.faithfulness,
+        "images": explanation.numbers,
     }
 
 
@@ -86,7 +69,7 @@ def fidelity_of(explanation: Explanation) -> dict[str, Any]:
         asdict(row) | {"distilled": distilled}
         for row, distilled in zip(result.rows, result.distilled, strict=True)
     ]
-    cka = {f"{ours}.{theirs}": each._asdict() for (ours, theirs), each in result.cka.items()}
+    cka = {f"{student}.{teacher}": each._asdict() for (student, teacher), each in result.cka.items()}
     return {"epoch": explanation.epoch, "summary": _summary(result), "rows": rows, "cka": cka}
 
 
@@ -105,13 +88,19 @@ def _summary(result: FidelityResult) -> dict[str, float]:
 
 
 def as_json(content: Any) -> bytes:
-    """Strict JSON, with null for an undefined number."""
+    """Strict JSON of tensors, records, mappings and lists, with null for an undefined number."""
     return (json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return finite(value)
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value

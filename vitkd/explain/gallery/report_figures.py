@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 
 from vitkd.explain.gallery.cells import BOTH_RIGHT, BOTH_WRONG, CELLS, STUDENT_WRONG, TEACHER_WRONG
 from vitkd.explain.gallery.explanation import Explanation
-from vitkd.explain.gallery.figures import Rows, attention_unit, common_name, figure_1, figure_rows
-from vitkd.explain.maps.subjects import head_mean
+from vitkd.explain.gallery.figures import Rows, attention_unit, common_name, figure_rows
+from vitkd.explain.maps.subjects import Subject, head_mean
 
 MAX_ROWS = 4
 """images of a cell in a figure"""
@@ -43,7 +43,7 @@ def figures_of(explanation: Explanation) -> dict[str, Figure]:
 def first_figure(explanation: Explanation) -> Figure:
     """Figure 1, of the first images that both have right, or of any."""
     rows = _of_cell(explanation, BOTH_RIGHT) or [*range(len(explanation.pixels))][:MAX_ROWS]
-    teacher, student, names = explanation.teacher, explanation.student, explanation.class_names
+    teacher, student = explanation.teacher, explanation.student
     assert teacher is not None
     maps = {
         f"teacher, block {teacher.first_block}": head_mean(teacher),
@@ -51,14 +51,8 @@ def first_figure(explanation: Explanation) -> Figure:
     }
     if (other := explanation.other_block) is not None:
         maps[f"block {other}, not distilled"] = head_mean(student, other)
-    return figure_1(
-        explanation.pixels[rows],
-        *(each[rows] for each in on_one_grid([*maps.values()])),
-        labels=_labels(explanation, rows),
-        teacher_predictions=[names[teacher.predicted[i]] for i in rows],
-        student_predictions=[names[student.predicted[i]] for i in rows],
-        teacher_confidences=[teacher.confidence[i] for i in rows],
-        student_confidences=[student.confidence[i] for i in rows],
+    return figure_rows(
+        [_rows(explanation, "", rows, [teacher, student], on_one_grid([*maps.values()]))],
         columns=["image", *maps],
         unit=attention_unit(explanation.readers),
         caption=f"Attention of the {common_name(explanation.readers)}, heads averaged. {explanation.source}",
@@ -71,7 +65,7 @@ def figure_of_cells(explanation: Explanation, name: str) -> Figure:
     subjects = explanation.with_maps
     maps = on_one_grid([head_mean(subject) for subject in subjects])
     return figure_rows(
-        [_rows(explanation, cell, maps) for cell in cells],
+        [_rows(explanation, cell, _of_cell(explanation, cell), subjects, maps) for cell in cells],
         columns=["image", *(f"{subject.name}, block {subject.first_block}" for subject in subjects)],
         unit=attention_unit(explanation.readers),
         caption=f"Heads averaged. {caption} {explanation.source}",
@@ -88,23 +82,23 @@ def on_one_grid(maps: Sequence[Tensor]) -> list[Tensor]:
     return [each / each.sum((-2, -1), keepdim=True) for each in resized]
 
 
-def _rows(explanation: Explanation, cell: str, maps: Sequence[Tensor]) -> Rows:
-    rows, names = _of_cell(explanation, cell), explanation.class_names
+def _rows(
+    explanation: Explanation,
+    title: str,
+    rows: Sequence[int],
+    subjects: Sequence[Subject],
+    maps: Sequence[Tensor],
+) -> Rows:
+    names, labels = explanation.class_names, [explanation.labels[i] for i in rows]
     return Rows(
-        cell,
+        title,
         explanation.pixels[rows],
         [each[rows] for each in maps],
-        _labels(explanation, rows),
-        [[names[subject.predicted[i]] for i in rows] for subject in explanation.with_maps],
-        [[subject.confidence[i] for i in rows] for subject in explanation.with_maps],
+        None if min(labels, default=0) < 0 else [names[label] for label in labels],
+        [[names[subject.predicted[i]] for i in rows] for subject in subjects],
+        [[subject.confidence[i] for i in rows] for subject in subjects],
     )
 
 
 def _of_cell(explanation: Explanation, cell: str) -> list[int]:
     return [i for i, each in enumerate(explanation.cells) if each == cell][:MAX_ROWS]
-
-
-def _labels(explanation: Explanation, rows: Sequence[int]) -> list[str] | None:
-    """What the images show, where that is known."""
-    labels = [explanation.labels[i] for i in rows]
-    return None if min(labels, default=0) < 0 else [explanation.class_names[label] for label in labels]

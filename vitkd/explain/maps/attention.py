@@ -35,7 +35,7 @@ def fuse(weights: Tensor, how: Fusion = "mean", heads: Sequence[int] | None = No
     if how not in FUSIONS:
         raise ConfigError(f"head fusion {how}: {suggest(how, FUSIONS)}")
     if heads is not None:
-        _check_heads(heads, weights.shape[1])
+        _check_among("heads", heads, weights.shape[1], "at least one")
         weights = weights[:, [*heads]]
     return FUSIONS[how](at_least_float32(weights))
 
@@ -62,18 +62,9 @@ def token_map(
     tokens, (rows, columns) = matrix.shape[-1], grid
     if tokens != prefix + rows * columns:
         raise ConfigError(f"{tokens} tokens are not {prefix} and {rows}×{columns} patches: give their grid")
-    wrong = [reader for reader in readers if not 0 <= reader < tokens]
-    if wrong or not readers:
-        shown = ", ".join(map(str, wrong)) or "none"
-        raise ConfigError(
-            f"tokens {shown}: must be 0 to {tokens - 1}, at least one, patches from {prefix} on"
-        )
+    _check_among("tokens", readers, tokens, f"at least one, patches from {prefix} on")
     to_patches = rows_read(matrix, readers)[..., prefix:]
-    if normalise:
-        # A token that gives all to itself has an empty map rather than 0/0.
-        total = to_patches.sum(-1, keepdim=True)
-        to_patches = to_patches / total.clamp_min(torch.finfo(total.dtype).tiny)
-    return to_patches.unflatten(-1, grid)
+    return (scaled(to_patches) if normalise else to_patches).unflatten(-1, grid)
 
 
 def cls_attention(
@@ -97,18 +88,13 @@ def cls_attention(
         [B, g, g]: the mean over heads and these tokens of their weights, scaled to sum 1 over the patches.
 
     Raises:
-        ValueError: T is not prefix + g².
+        ConfigError: T is not prefix + g².
     """
-    if scores.shape[-1] != prefix + grid**2:
-        raise ValueError(f"{scores.shape[-1]} tokens are not {prefix} and {grid}×{grid} patches")
     rows = at_least_float32(scores[..., :prefix, :])
     rows = rows if heads is None else rows[..., list(heads), :, :]
     if allowed is not None:
         rows = rows.masked_fill(~allowed[:prefix], -math.inf)
-    weights = rows.softmax(-1).mean((-3, -2))[..., prefix:]
-    # A class token that looks at itself alone gives an empty map rather than 0/0.
-    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return (weights / total).unflatten(-1, (grid, grid))
+    return token_map(rows.softmax(-1).mean(-3), (grid, grid), prefix, range(prefix), normalise=True)
 
 
 def rows_read(matrix: Tensor, readers: Sequence[int]) -> Tensor:
@@ -116,8 +102,14 @@ def rows_read(matrix: Tensor, readers: Sequence[int]) -> Tensor:
     return matrix[..., [*readers], :].mean(-2)
 
 
-def _check_heads(heads: Sequence[int], count: int) -> None:
-    wrong = [head for head in heads if not 0 <= head < count]
-    if wrong or not heads:
+def scaled(weights: Tensor, dim: int = -1) -> Tensor:
+    """Weights scaled to sum 1 along `dim`; where there is nothing, 0 rather than 0/0."""
+    total = weights.sum(dim, keepdim=True)
+    return weights / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def _check_among(what: str, numbers: Sequence[int], count: int, more: str) -> None:
+    wrong = [number for number in numbers if not 0 <= number < count]
+    if wrong or not numbers:
         shown = ", ".join(map(str, wrong)) or "none"
-        raise ConfigError(f"heads {shown}: must be among 0 to {count - 1}, at least one")
+        raise ConfigError(f"{what} {shown}: must be 0 to {count - 1}, {more}")

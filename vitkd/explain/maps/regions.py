@@ -11,23 +11,13 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.attention import rows_read
+from vitkd.explain.maps.attention import rows_read, scaled
 from vitkd.models.output import at_least_float32
 
 RESTARTS = 10
 """k-means runs, of which the best counts"""
 DECIMALS = 5
 """Activities are distinguished to a hundred-thousandth of the highest: below that is float32's rounding."""
-
-
-def attention_activity(
-    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, readers: Sequence[int] = (0,)
-) -> Tensor:
-    """How much attention each patch receives, [B, h, w]: the mean of its `attention_features`.
-
-    In units of the even share: every map's mean is 1, and all of it is 1 under uniform attention.
-    """
-    return attention_features(weights, grid, prefix, readers).mean(-1).unflatten(-1, grid)
 
 
 def attention_features(
@@ -54,9 +44,7 @@ def attention_features(
     of_heads = [at_least_float32(each).mean(1) for each in weights]
     received = [each.mean(-2) for each in of_heads]
     read = [rows_read(each, readers) for each in of_heads]
-    features = torch.stack(received + read, -1)[:, prefix:]
-    # Where no patch receives anything, 0 rather than 0/0.
-    return patches * features / features.sum(1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+    return patches * scaled(torch.stack(received + read, -1)[:, prefix:], dim=1)
 
 
 def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
@@ -85,15 +73,11 @@ def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, 
     rows, columns = (side, side) if grid is None else grid
     if rows * columns != features.shape[1]:
         raise ConfigError(f"{features.shape[1]} patches do not fill {rows}×{columns}: give their grid")
-    points = _points(features)
-    labels = _by_activity(*_cluster(points, clusters, seed))
-    return torch.from_numpy(labels).view(len(features), rows, columns).to(features.device)
-
-
-def _points(features: Tensor) -> np.ndarray:
-    """[B·N, F] in float64, rounded relative to the highest feature."""
     points = features.detach().flatten(0, 1).cpu().double().numpy()
-    return np.round(points / (np.abs(points).max() or 1), DECIMALS)
+    points = np.round(points / (np.abs(points).max() or 1), DECIMALS)
+    labels, centres = _cluster(points, clusters, seed)
+    rank = centres.mean(1).argsort(kind="stable").argsort()
+    return torch.from_numpy(rank[labels]).view(len(features), rows, columns).to(features.device)
 
 
 def _cluster(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,11 +88,4 @@ def _cluster(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, 
     few = np.unique(points[: 100 * clusters], axis=0)
     distinct = len(few) if len(few) >= clusters else len(np.unique(points, axis=0))
     means = KMeans(min(clusters, distinct), n_init=RESTARTS, random_state=seed).fit(points)
-    return means.labels_.astype(np.int64), means.cluster_centers_
-
-
-def _by_activity(labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The labels renamed by the rank of their centre's mean feature."""
-    rank = np.empty(len(centres), np.int64)
-    rank[centres.mean(1).argsort(kind="stable")] = np.arange(len(centres))
-    return rank[labels]
+    return means.labels_, means.cluster_centers_

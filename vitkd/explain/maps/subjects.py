@@ -4,21 +4,24 @@ Shapes: N images, C channels, H × W pixels, L blocks, A heads, T tokens, h × w
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitkd.explain.maps.attention import token_map
+from vitkd.explain.maps.attention import scaled, token_map
 from vitkd.explain.maps.methods import explain_by
-from vitkd.explain.maps.recording import Recording, evaluating, logits_of, record, who_reads
+from vitkd.explain.maps.recording import Recording, logits_of, record, who_reads
 from vitkd.explain.maps.regions import attention_features, region_map
 
+TEACHER = "teacher"
+"""the name of that subject; all others are students"""
 ATTENTION = "attention"
 """the method whose maps are kept by block and head"""
+REGIONS = "regions"
+"""beside the methods' maps: numbers from 0, the region that receives least attention"""
 
 BATCH_SIZE = 64
 MAX_ATTENTION_VALUES = 16_000_000
@@ -26,7 +29,7 @@ MAX_ATTENTION_VALUES = 16_000_000
 MAX_VALUES_BY_HEAD, MAX_PATCH_VALUES = 1_000_000, 4_000_000
 """in the maps of all its patches: up to the first by every head, up to the second by their mean, else none"""
 
-Maps = NDArray[np.floating[Any]]
+Maps = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +37,12 @@ class Subject:
     """A model, what it predicted and where it looked."""
 
     name: str
-    role: Literal["teacher", "student"]
     predicted: Sequence[int]
     """[N]"""
     confidence: Sequence[float]
     """[N] probabilities in 0..1 of the class predicted"""
     maps: Mapping[str, Maps]
-    """method → [N, h, w]; "attention" → [N, L, A, h, w], the weights of `readers`; may lack methods"""
+    """method or "regions" → [N, h, w]; "attention" → [N, L, A, h, w], weights of the `readers`"""
     first_block: int = -1
     """whose attention is shown at first"""
     readers: str = "class token"
@@ -52,7 +54,6 @@ class Subject:
 
 def subject_of(
     name: str,
-    role: Literal["teacher", "student"],
     model: nn.Module,
     images: Tensor,
     methods: Sequence[str],
@@ -71,7 +72,8 @@ def subject_of(
             rows.append(class_rows(recording).cpu())
             if (of_patches := patch_rows(recording, len(images))) is not None:
                 patches.append(of_patches.cpu())
-            features.append(features_of(recording).cpu())
+            place = recording.grid, recording.prefix, recording.readers
+            features.append(attention_features(recording.weights, *place).cpu())
         logits.append(recording.logits)
     predicted, confidence = predictions_of(torch.cat(logits))
     attention = torch.cat(rows)
@@ -83,7 +85,6 @@ def subject_of(
             maps[method] = maps_of(method, model, images, predicted).cpu().numpy()
     subject = Subject(
         name,
-        role,
         predicted.tolist(),
         confidence,
         maps,
@@ -95,12 +96,11 @@ def subject_of(
 
 
 @torch.no_grad()
-def without_maps(name: str, role: Literal["teacher", "student"], model: nn.Module, images: Tensor) -> Subject:
+def without_maps(name: str, model: nn.Module, images: Tensor) -> Subject:
     """The predictions for normalised images [N, C, H, W] by a model that has no attention maps."""
-    with evaluating(model):
-        logits = torch.cat([logits_of(model, part) for part in images.split(BATCH_SIZE)])
+    logits = torch.cat([logits_of(model, part) for part in images.split(BATCH_SIZE)])
     predicted, confidence = predictions_of(logits)
-    return Subject(name, role, predicted.tolist(), confidence, {})
+    return Subject(name, predicted.tolist(), confidence, {})
 
 
 def predictions_of(logits: Tensor) -> tuple[Tensor, list[float]]:
@@ -138,19 +138,14 @@ def patch_rows(recording: Recording, images: int) -> Tensor | None:
     return torch.stack(weights, 1).float().unflatten(-1, recording.grid)
 
 
-def features_of(recording: Recording) -> Tensor:
-    """`attention_features` of all blocks, [N, h·w, 2·L]."""
-    return attention_features(recording.weights, recording.grid, recording.prefix, recording.readers)
-
-
-def regions_of(features: Tensor, clusters: int, subject: Subject) -> NDArray[np.int64]:
-    """Regions [N, h, w] of a subject's images, from the least active, 0."""
+def with_regions(subject: Subject, features: Tensor, clusters: int) -> Subject:
+    """A subject with the regions of its images by their `features`."""
     height, width = subject.maps[ATTENTION].shape[-2:]
-    return region_map(features, clusters, grid=(height, width)).numpy()
+    regions = region_map(features, clusters, grid=(height, width)).numpy()
+    return replace(subject, maps={**subject.maps, REGIONS: regions})
 
 
 def head_mean(subject: Subject, block: int | None = None) -> Tensor:
     """Attention of one block, by default the one shown first, averaged over heads and scaled to sum 1."""
     maps = torch.from_numpy(subject.maps[ATTENTION][:, subject.first_block if block is None else block])
-    mean = maps.mean(1)
-    return mean / mean.sum((-2, -1), keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
+    return scaled(maps.mean(1).flatten(1)).view_as(maps[:, 0])

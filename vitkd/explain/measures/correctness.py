@@ -27,11 +27,6 @@ class Correlation(NamedTuple):
     reason: str = ""
     """why values are NaN, in words"""
 
-    def as_json(self) -> dict[str, Any]:
-        """The fields, None for NaN, which JSON has not."""
-        plain = {name: _or_none(getattr(self, name)) for name in ("r", "p", "auc")}
-        return plain | {"interval": [*map(_or_none, self.interval)], "n": self.n, "reason": self.reason}
-
 
 def correctness_correlation(
     fidelity: ArrayLike,
@@ -67,8 +62,8 @@ def correctness_correlation(
         nan = math.nan
         # Values that are all equal still rank: no better than chance.
         return Correlation(nan, nan, _auc(x, right), (nan, nan), len(x), reason)
-    r = _pearson(x, right)
-    return Correlation(r, _p_value(r, len(x)), _auc(x, right), _bootstrap(x, right, resamples, seed), len(x))
+    r, p = map(float, stats.pearsonr(x, right))
+    return Correlation(r, p, _auc(x, right), _bootstrap(x, right, resamples, seed), len(x))
 
 
 def _array(values: Any) -> NDArray[Any]:
@@ -85,18 +80,6 @@ def _why_undefined(x: NDArray[np.float64], right: NDArray[np.bool_]) -> str:
     if x.min() == x.max():
         return f"the metric is {x[0]:.4g} on all {n} images"
     return ""
-
-
-def _pearson(x: NDArray[np.float64], y: NDArray[Any]) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    return float(np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1, 1))
-
-
-def _p_value(r: float, n: int) -> float:
-    """Two-sided, of no correlation between normal variables."""
-    if abs(r) == 1:
-        return 0.0
-    return float(2 * stats.t.sf(abs(r) * math.sqrt((n - 2) / (1 - r * r)), n - 2))
 
 
 def _auc(x: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
@@ -126,7 +109,3 @@ def _bootstrap(
     r = (zy - z1 * y1)[defined] / np.sqrt(variances[defined])
     low, high = np.percentile(r.clip(-1, 1), [2.5, 97.5])
     return float(low), float(high)
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

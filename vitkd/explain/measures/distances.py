@@ -37,14 +37,14 @@ class Reading(NamedTuple):
 
 
 def compare(
-    ours: Tensor, theirs: Tensor, *, prefix: int = 1, k: int | None = None, readers: Sequence[int] = (0,)
+    student: Tensor, teacher: Tensor, *, prefix: int = 1, k: int | None = None, readers: Sequence[int] = (0,)
 ) -> dict[str, Tensor]:
     """How alike two maps are: each metric [B, ...M], for each image.
 
     The class row is that of the class token, or the mean of the rows that the classifier reads.
 
-    - `kl`: KL(theirs ‖ ours) in nats, mean over query rows. A weight of ours that underflowed to 0 counts as
-      the smallest normal number, so that the divergence stays finite.
+    - `kl`: KL(teacher ‖ student) in nats, mean over query rows. A weight of the student that underflowed to
+      0 counts as the smallest normal number, so that the divergence stays finite.
     - `js`: the Jensen-Shannon divergence in nats, mean over query rows, at most log 2.
     - `spearman`: rank correlation of the class rows over patches, ties sharing their mean rank; NaN if all
       weights of a row are equal.
@@ -53,7 +53,7 @@ def compare(
       if a row gives the patches nothing.
 
     Args:
-        ours, theirs: [B, ...M, T, T], the student's and the teacher's, rows summing to 1.
+        student, teacher: [B, ...M, T, T], the student's and the teacher's, rows summing to 1.
         prefix: tokens before the patches.
         k: a quarter of the patches, at least one, if None.
         readers: the tokens that the classifier reads, as `Recording.readers` has them.
@@ -62,9 +62,9 @@ def compare(
         ConfigError: k is not 1 to N.
         ValueError: the shapes differ.
     """
-    if ours.shape != theirs.shape:
-        raise ValueError(f"maps of shapes {[*ours.shape]} and {[*theirs.shape]} cannot be compared")
-    return compare_readings(read(ours, prefix, k, readers), read(theirs, prefix, k, readers))
+    if student.shape != teacher.shape:
+        raise ValueError(f"maps of shapes {[*student.shape]} and {[*teacher.shape]} cannot be compared")
+    return compare_readings(read(student, prefix, k, readers), read(teacher, prefix, k, readers))
 
 
 def read(weights: Tensor, prefix: int = 1, k: int | None = None, readers: Sequence[int] = (0,)) -> Reading:
@@ -78,19 +78,19 @@ def read(weights: Tensor, prefix: int = 1, k: int | None = None, readers: Sequen
     return Reading(p, _log(p), row / row.sum(-1, keepdim=True), ranks, top)
 
 
-def compare_readings(ours: Reading, theirs: Reading) -> dict[str, Tensor]:
+def compare_readings(student: Reading, teacher: Reading) -> dict[str, Tensor]:
     """`compare` for maps that were read before."""
-    q, p = ours.weights, theirs.weights
+    q, p = student.weights, teacher.weights
     log_mean = _log((p + q) / 2)
-    js = (p * (theirs.log - log_mean) + q * (ours.log - log_mean)).sum(-1) / 2
-    shared, either = (ours.top & theirs.top).sum(-1), (ours.top | theirs.top).sum(-1)
+    js = (p * (teacher.log - log_mean) + q * (student.log - log_mean)).sum(-1) / 2
+    shared, either = (student.top & teacher.top).sum(-1), (student.top | teacher.top).sum(-1)
     # Rounding leaves some values slightly outside their bounds.
     return {
-        "kl": (p * (theirs.log - ours.log)).sum(-1).mean(-1).clamp_min(0),
+        "kl": (p * (teacher.log - student.log)).sum(-1).mean(-1).clamp_min(0),
         "js": js.mean(-1).clamp(0, math.log(2)),
-        "spearman": (ours.ranks * theirs.ranks).sum(-1).clamp(-1, 1),
+        "spearman": (student.ranks * teacher.ranks).sum(-1).clamp(-1, 1),
         "top_k_iou": shared.to(p.dtype) / either,
-        "cls_overlap": torch.minimum(ours.row, theirs.row).sum(-1).clamp_max(1),
+        "cls_overlap": torch.minimum(student.row, teacher.row).sum(-1).clamp_max(1),
     }
 
 

@@ -4,6 +4,7 @@ Shapes: B images, C channels, h × w cells of a map (patches, as a rule), n poin
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vitkd.errors import ConfigError, suggest
-from vitkd.explain.maps.recording import evaluating, logits_of
-from vitkd.explain.maps.relevance import check_classes
+from vitkd.explain.maps.flow import check_classes
+from vitkd.explain.maps.recording import logits_of
 from vitkd.models.output import at_least_float32
 
 Order = Literal["positive", "negative"]
@@ -112,32 +113,31 @@ def faithfulness(
         labels: [B] the true classes.
         seed: of the random order.
     """
-    maps_by_method = dict(maps_by_method)
     if RANDOM not in maps_by_method:
         drawn_like = next(iter(maps_by_method.values()))
         shape = (drawn_like if isinstance(drawn_like, Tensor) else drawn_like.target).shape
-        maps_by_method[RANDOM] = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        maps_by_method = {**maps_by_method, RANDOM: drawn}
     classes = {"predicted": predicted.to(pixels.device), "target": labels.to(pixels.device)}
+
+    remove = partial(_while_removing, model, pixels, normalise, steps=steps, batch_size=batch_size)
 
     def curves(maps: Tensor | MapsOfClasses, order: Order) -> dict[str, Curve]:
         """Of both classes; where one map serves both, one series of forward passes does too."""
         if isinstance(maps, Tensor):
-            series = _while_removing(model, pixels, normalise, maps, order, steps, batch_size)
-            return {of: _follow(*series, target) for of, target in classes.items()}
-        return {
-            of: _follow(*_while_removing(model, pixels, normalise, each, order, steps, batch_size), target)
-            for each, (of, target) in zip(maps, classes.items(), strict=True)
-        }
+            series = [remove(maps, order)] * 2
+        else:
+            series = [remove(each, order) for each in maps]
+        return {of: _follow(*series[i], target) for i, (of, target) in enumerate(classes.items())}
 
     random = {order: curves(maps_by_method[RANDOM], order) for order in ORDERS}
     found: dict[str, dict[str, dict[str, Faithfulness]]] = {}
     for method, maps in maps_by_method.items():
         found[method] = {}
-        for order in ORDERS:
-            of_method = random[order] if method == RANDOM else curves(maps, order)
-            found[method][order] = {
-                of: _summary(curve, random[order][of], order) for of, curve in of_method.items()
-            }
+        for order, at_random in random.items():
+            of_method = at_random if method == RANDOM else curves(maps, order)
+            summaries = {of: _summary(each, at_random[of], order) for of, each in of_method.items()}
+            found[method][order] = summaries
     return found
 
 
@@ -160,10 +160,9 @@ def _while_removing(
     cells = maps[0].numel()
     counts = sorted({round(step / steps * cells) for step in range(steps + 1)})
     logits = []
-    with evaluating(model):
-        for images, their_ranks in zip(pixels.split(batch_size), ranks.split(batch_size), strict=True):
-            kept = (_without(images, their_ranks, count) for count in counts)
-            logits.append(torch.stack([logits_of(model, normalise(each)) for each in kept], 1))
+    for images, their_ranks in zip(pixels.split(batch_size), ranks.split(batch_size), strict=True):
+        kept = (_without(images, their_ranks, count) for count in counts)
+        logits.append(torch.stack([logits_of(model, normalise(each)) for each in kept], 1))
     of_each = at_least_float32(torch.cat(logits))
     return torch.tensor(counts, dtype=of_each.dtype, device=of_each.device) / cells, of_each
 
@@ -186,9 +185,8 @@ def _without(images: Tensor, ranks: Tensor, count: int) -> Tensor:
 def _follow(fractions: Tensor, logits: Tensor, target: Tensor) -> Curve:
     """The classes `target` [B] along the logits [B, n, K]."""
     check_classes(target, logits.shape[-1])
-    probability = (
-        logits.softmax(-1).gather(-1, target[:, None, None].expand(-1, len(fractions), 1)).squeeze(-1)
-    )
+    index = target[:, None, None].expand(-1, len(fractions), 1)
+    probability = logits.softmax(-1).gather(-1, index).squeeze(-1)
     correct = logits.argmax(-1) == target[:, None]
     return Curve(fractions, probability, correct, torch.trapezoid(probability, fractions))
 

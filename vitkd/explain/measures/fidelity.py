@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from vitkd.errors import ConfigError
 from vitkd.explain.measures.distances import COMPARISONS, Reading, compare_readings, mean_distance, read
 from vitkd.models.output import at_least_float32
 
-CHUNK = 2**18
-"""Numbers in the maps that `fidelity_table` compares at once, so that they stay in the CPU's cache."""
+DRAWS = 12
+"""The most sets of other heads that a map is compared with."""
 
 Weights = Mapping[int, Tensor] | Sequence[Tensor]
 """block → its attention weights [B, H, T, T]"""
@@ -61,41 +61,20 @@ class FidelityRow:
     """`COMPARISONS` with other heads of the same teacher block; None if it has no others"""
 
 
-def fidelity_table(
-    student: Weights,
-    teacher: Weights,
-    pairs: Sequence[tuple[int, int, int, Sequence[int]]],
-    *,
-    alone: Weights | None = None,
-    **settings: Any,
-) -> list[FidelityRow]:
-    """One row a pair, for maps that are all in memory; the settings are those of `FidelitySums`."""
-    sums = FidelitySums(pairs, **settings)
-    first = _block("student", student, sums.pairs[0].student_block)
-    step = max(CHUNK // first.shape[-1] ** 2, 1)
-    for start in range(0, len(first), step):
-        chunk = slice(start, start + step)
-        without = None if alone is None else _images(alone, chunk)
-        sums.add(_images(student, chunk), _images(teacher, chunk), without)
-    return sums.table()
-
-
 class FidelitySums:
     """The fidelity table over batches of images: only sums are kept.
 
     Each pair's metrics stand beside two baselines. `alone` is a student that learned without the teacher, if
     one is given. `permuted` is how alike the map is to any other head of the teacher's block: the
     expectation over permutations of the teacher's heads that give the pair others, so the mean over all other
-    sets of as many heads, or over `draws` of them where there are more.
+    sets of as many heads, or over `DRAWS` of them where there are more.
 
     Args:
         pairs: (student block, student head, teacher block, teacher heads) each; where there are several
             teacher heads, the mean of their maps is compared with.
         grid: (h, w) patches, of student and teacher alike.
         patch_size: pixels of a patch's side, or (height, width).
-        prefix, k, readers: as for `compare`.
-        draws: the most sets of other heads that a map is compared with.
-        seed: of their choice.
+        prefix, readers: as for `compare`.
 
     Raises:
         ConfigError: no pair, or a pair without teacher heads or with one twice.
@@ -108,20 +87,19 @@ class FidelitySums:
         grid: tuple[int, int],
         patch_size: float | tuple[float, float],
         prefix: int = 1,
-        k: int | None = None,
         readers: Sequence[int] = (0,),
-        draws: int = 12,
-        seed: int = 0,
     ) -> None:
-        assert draws > 0
         self.pairs = [MapPair(*pair[:3], tuple(pair[3])) for pair in pairs]
-        _check_pairs(self.pairs)
-        self._grid, self._patch_size, self._prefix = grid, patch_size, prefix
-        self._k, self._readers = k, readers
-        self._draws, self._seed = draws, seed
+        if not self.pairs:
+            raise ConfigError("no student map is paired with a teacher map: name at least one pair")
+        for heads in (pair.teacher_heads for pair in self.pairs):
+            if not heads or len({*heads}) < len(heads):
+                raise ConfigError(f"teacher heads {[*heads]}: name at least one, each only once")
+        self._grid, self._patch_size, self._prefix, self._readers = grid, patch_size, prefix, readers
         self._images = 0
-        self._sums: dict[tuple[str, str], np.ndarray] = {}
-        self._defined: dict[tuple[str, str], np.ndarray] = {}
+        self._keys: list[tuple[str, str]] = []
+        self._sums, self._defined = torch.zeros(2, 1, 1, dtype=torch.float64)
+        """[K, P]: of each key's defined values, and how many these are"""
 
     @torch.no_grad()
     def add(self, student: Weights, teacher: Weights, alone: Weights | None = None) -> dict[str, Tensor]:
@@ -137,12 +115,12 @@ class FidelitySums:
         """
         metrics: dict[int, Metrics] = {}
         for (student_block, teacher_block), indices in self._by_blocks().items():
-            ours = self._maps("student", student, student_block)
-            theirs = self._maps("teacher", teacher, teacher_block)
+            student_maps = self._maps("student", student, student_block)
+            teacher_maps = self._maps("teacher", teacher, teacher_block)
             without = None if alone is None else self._maps("student alone", alone, student_block)
             heads = teacher[teacher_block].shape[1]
             for index in indices:
-                metrics[index] = self._metrics(self.pairs[index], heads, ours, theirs, without)
+                metrics[index] = self._metrics(self.pairs[index], heads, student_maps, teacher_maps, without)
         return self._accumulate([metrics[index] for index in range(len(self.pairs))])
 
     def table(self) -> list[FidelityRow]:
@@ -166,23 +144,23 @@ class FidelitySums:
             for head in heads:
                 _check_exists("head", head, maps.shape[1], f"block {block} of the {whose}")
             mean = at_least_float32(maps[:, list(heads)]).mean(1)
-            return read(mean, self._prefix, self._k, self._readers)
+            return read(mean, self._prefix, readers=self._readers)
 
         return reading
 
     def _metrics(
-        self, pair: MapPair, teacher_heads: int, ours: Maps, theirs: Maps, alone: Maps | None
+        self, pair: MapPair, teacher_heads: int, student_maps: Maps, teacher_maps: Maps, alone: Maps | None
     ) -> Metrics:
         """One pair's metrics [B]."""
-        student, teacher = ours((pair.student_head,)), theirs(pair.teacher_heads)
+        student, teacher = student_maps((pair.student_head,)), teacher_maps(pair.teacher_heads)
         if student.weights.shape != teacher.weights.shape:
             tokens = (reading.weights.shape[-1] for reading in (student, teacher))
             raise ValueError("student and teacher have {} and {} tokens: resize one's maps".format(*tokens))
-        others = other_heads(pair.teacher_heads, teacher_heads, self._draws, self._seed)
+        others = other_heads(pair.teacher_heads, teacher_heads, DRAWS, seed=0)
         parts = {
             "metrics": compare_readings(student, teacher) | self._spread(student),
             "teacher": self._spread(teacher),
-            "permuted": _mean_comparisons(student, [theirs(heads) for heads in others]),
+            "permuted": _mean_comparisons(student, [teacher_maps(heads) for heads in others]),
         }
         if alone is not None:
             without = alone((pair.student_head,))
@@ -197,22 +175,21 @@ class FidelitySums:
     def _accumulate(self, of_pairs: Sequence[Metrics]) -> dict[str, Tensor]:
         """Add the metrics [B] of all pairs to the sums; return those of the students, name → [B, P]."""
         keys = list(of_pairs[0])
-        assert not self._sums or keys == list(self._sums), "give the student alone in all batches or in none"
+        assert self._keys in ([], keys), "give the student alone in all batches or in none"
         # One transfer from the device, where each costs as much as all; MPS has no float64.
         stacked = torch.stack([torch.stack([metrics[key] for metrics in of_pairs], 1) for key in keys])
-        table = dict(zip(keys, stacked.cpu().double(), strict=True))
-        for key, values in table.items():
-            self._sums[key] = self._sums.get(key, 0) + values.nansum(0).numpy()
-            self._defined[key] = self._defined.get(key, 0) + (~values.isnan()).sum(0).numpy()
+        stacked = stacked.cpu().double()
+        self._keys = keys
+        self._sums = self._sums + stacked.nansum(1)
+        self._defined = self._defined + (~stacked.isnan()).sum(1)
         self._images += stacked.shape[1]
-        return {name: values for (part, name), values in table.items() if part == "metrics"}
+        return {name: values for (part, name), values in zip(keys, stacked, strict=True) if part == "metrics"}
 
     def _row(self, index: int, pair: MapPair) -> FidelityRow:
         parts: dict[str, dict[str, float | None]] = {}
-        for part, name in self._sums:
-            defined = self._defined[part, name][index]
-            mean = float(self._sums[part, name][index] / defined) if defined else None
-            parts.setdefault(part, {})[name] = mean
+        means = (self._sums / self._defined)[:, index].tolist()
+        for (part, name), mean in zip(self._keys, means, strict=True):
+            parts.setdefault(part, {})[name] = None if math.isnan(mean) else mean
         permuted = None if all(mean is None for mean in parts["permuted"].values()) else parts["permuted"]
         return FidelityRow(
             *pair, self._images, parts["metrics"], parts["teacher"], parts.get("alone"), permuted
@@ -246,14 +223,6 @@ def _mean_comparisons(student: Reading, others: Sequence[Reading]) -> dict[str, 
     return {name: torch.stack([metrics[name] for metrics in each]).nanmean(0) for name in COMPARISONS}
 
 
-def _check_pairs(pairs: Sequence[MapPair]) -> None:
-    if not pairs:
-        raise ConfigError("no student map is paired with a teacher map: name at least one pair")
-    for pair in pairs:
-        if not pair.teacher_heads or len({*pair.teacher_heads}) < len(pair.teacher_heads):
-            raise ConfigError(f"teacher heads {[*pair.teacher_heads]}: name at least one, each only once")
-
-
 def _check_exists(what: str, number: int, count: int, owner: str) -> None:
     if not 0 <= number < count:
         raise ConfigError(f"{what} {number}: {owner} has {count}, so choose 0 to {count - 1}")
@@ -267,10 +236,3 @@ def _block(whose: str, weights: Weights, block: int) -> Tensor:
     else:
         _check_exists("block", block, len(weights), f"the {whose}")
     return weights[block]
-
-
-def _images(weights: Weights, images: slice) -> Weights:
-    """The weights of some images only."""
-    if isinstance(weights, Mapping):
-        return {block: each[images] for block, each in weights.items()}
-    return [each[images] for each in weights]

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitkd.explain.maps.recording import Recording, evaluating, has_maps, logits_of, record
+from vitkd.explain.maps.attention import scaled
+from vitkd.explain.maps.recording import Recording, has_maps, logits_of, record
 from vitkd.explain.measures.cka import CKASums
 from vitkd.explain.measures.distances import locality
 from vitkd.explain.measures.fidelity import FidelityRow, FidelitySums, MapPair
@@ -69,8 +70,6 @@ class Survey:
     """[N] each image's position in its split"""
     predicted: Mapping[str, Tensor]
     """model → [N]"""
-    confidence: Mapping[str, Tensor]
-    """model → [N] probability of the class predicted"""
     reach: Mapping[str, Tensor]
     """model → [L, H] mean attention distance over that of uniform attention, of those with maps"""
     fidelity: Mapping[str, FidelityResult]
@@ -90,46 +89,32 @@ def survey(
 
     Raises ConfigError if a model's maps cannot be recorded.
     """
-    labels, numbers, predictions = [], [], {name: _Predictions() for name in models}
+    labels, numbers = [], []
+    predicted: dict[str, list[Tensor]] = {name: [] for name in models}
+    reach: dict[str, list[Tensor]] = {name: [] for name, model in models.items() if has_maps(model)}
     sums: dict[str, _FidelitySums] = {}
     for images, label, number in batches:
-        recordings = {name: record(model, images) for name, model in models.items() if has_maps(model)}
+        recordings = {name: record(models[name], images) for name in reach}
         labels.append(label.cpu())
         numbers.append(number.cpu())
         for name, model in models.items():
-            predictions[name].add(recordings[name].logits if name in recordings else _logits(model, images))
+            logits = recordings[name].logits if name in recordings else logits_of(model, images)
+            predicted[name].append(logits.argmax(-1).cpu())
         for name, recording in recordings.items():
-            predictions[name].add_reach(recording)
+            reach[name].append(locality(recording.weights, recording.grid, recording.prefix).cpu())
         for student, comparison in comparisons.items():
-            compared = _comparable(student, comparison, recordings)
+            names = [student, comparison.teacher, *([comparison.alone] if comparison.alone else [])]
+            compared = comparable(*(recordings[name] for name in names))
             if student not in sums:
                 sums[student] = _FidelitySums(comparison, compared[0])
             sums[student].add(*compared)
     return Survey(
         torch.cat(labels),
         torch.cat(numbers),
-        {name: torch.cat(each.predicted) for name, each in predictions.items()},
-        {name: torch.cat(each.confidence) for name, each in predictions.items()},
-        {name: torch.cat(each.reach).nanmean(0) for name, each in predictions.items() if each.reach},
+        {name: torch.cat(each) for name, each in predicted.items()},
+        {name: torch.cat(each).nanmean(0) for name, each in reach.items()},
         {student: each.result() for student, each in sums.items()},
     )
-
-
-class _Predictions:
-    """One model's, batch by batch."""
-
-    def __init__(self) -> None:
-        self.predicted: list[Tensor] = []
-        self.confidence: list[Tensor] = []
-        self.reach: list[Tensor] = []
-
-    def add(self, logits: Tensor) -> None:
-        confidence, predicted = logits.float().softmax(-1).max(-1)
-        self.predicted.append(predicted.cpu())
-        self.confidence.append(confidence.cpu())
-
-    def add_reach(self, recording: Recording) -> None:
-        self.reach.append(locality(recording.weights, recording.grid, recording.prefix).cpu())
 
 
 class _FidelitySums:
@@ -148,8 +133,7 @@ class _FidelitySums:
         self.divergence: list[Tensor] = []
 
     def add(self, student: Recording, teacher: Recording, alone: Recording | None = None) -> None:
-        without = None if alone is None else _by_block(alone)
-        metrics = self.fidelity.add(_by_block(student), _by_block(teacher), without)
+        metrics = self.fidelity.add(student.weights, teacher.weights, alone and alone.weights)
         counted = torch.tensor(self.comparison.distilled)
         counted = counted if counted.any() else ~counted
         self.divergence.append(metrics["js"][:, counted].mean(1))
@@ -169,8 +153,8 @@ class _TokenSums:
         self.images = 0
         self.before: dict[int, Tensor] = {}
         """teacher block → its tokens [1, T, D] of the last image so far"""
-        ours = ["student", *(["alone"] if self.has_alone else [])]
-        pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in ours]
+        students = ["student", *(["alone"] if self.has_alone else [])]
+        pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in students]
         self.sums = CKASums([*pairs, *((("student", s), ("other images", t)) for s, t in self.blocks)])
 
     def add(self, student: Recording, teacher: Recording, alone: Recording | None) -> None:
@@ -191,24 +175,13 @@ class _TokenSums:
     def values(self) -> dict[tuple[int, int], TokenAlignment]:
         value = self.sums.value
         return {
-            (ours, theirs): TokenAlignment(
-                value(("student", ours), ("teacher", theirs)),
-                value(("alone", ours), ("teacher", theirs)) if self.has_alone else None,
-                value(("student", ours), ("other images", theirs)) if self.images > 1 else math.nan,
+            (s, t): TokenAlignment(
+                value(("student", s), ("teacher", t)),
+                value(("alone", s), ("teacher", t)) if self.has_alone else None,
+                value(("student", s), ("other images", t)) if self.images > 1 else math.nan,
             )
-            for ours, theirs in self.blocks
+            for s, t in self.blocks
         }
-
-
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with evaluating(model):
-        return logits_of(model, images)
-
-
-def _comparable(student: str, comparison: Comparison, recordings: Mapping[str, Recording]) -> list[Recording]:
-    """The student's, its teacher's and, if there is one, the student's that learned without the teacher."""
-    names = [student, comparison.teacher, comparison.alone]
-    return comparable(*(recordings[name] for name in names if name is not None))
 
 
 def comparable(*recordings: Recording) -> list[Recording]:
@@ -235,7 +208,7 @@ def _with_prefix(recording: Recording, kept: int) -> Recording:
         return recording
     weights = (without_tokens(each, kept, prefix, (-1, -2)) for each in recording.weights)
     return recording._replace(
-        weights=tuple(map(_scaled, weights)),
+        weights=tuple(map(scaled, weights)),
         tokens=tuple(without_tokens(each, kept, prefix) for each in recording.tokens),
         prefix=kept,
         readers=_kept_readers(recording.readers, prefix, kept),
@@ -257,19 +230,9 @@ def _on_grid(recording: Recording, grid: tuple[int, int]) -> Recording:
 def _without_itself(recording: Recording) -> Recording:
     """A recording without what tokens give to themselves."""
     own = torch.eye(recording.weights[0].shape[-1], dtype=torch.bool, device=recording.weights[0].device)
-    return recording._replace(weights=tuple(_scaled(w.masked_fill(own, 0)) for w in recording.weights))
-
-
-def _scaled(weights: Tensor) -> Tensor:
-    """Rows scaled to sum 1; one with nothing in it stays empty."""
-    total = weights.sum(-1, keepdim=True)
-    return weights / total.clamp_min(torch.finfo(total.dtype).tiny)
+    return recording._replace(weights=tuple(scaled(w.masked_fill(own, 0)) for w in recording.weights))
 
 
 def _kept_readers(readers: Sequence[int], prefix: int, kept: int) -> list[int]:
     """The positions of the `readers` that are left, without the tokens from `kept` to `prefix`."""
     return [r if r < kept else r - prefix + kept for r in readers if r < kept or r >= prefix]
-
-
-def _by_block(recording: Recording) -> dict[int, Tensor]:
-    return dict(enumerate(recording.weights))

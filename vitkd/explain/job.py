@@ -1,4 +1,4 @@
-"""The explanation of runs on their test split.
+"""What the command does: explain runs on their test split, or the user's own pictures.
 
 Shapes: N images, C channels, H × W pixels.
 """
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vitkd.data import ImageDataModule
 from vitkd.data.order import EpochOrder
 from vitkd.errors import ConfigError
-from vitkd.explain.comparisons import comparisons
 from vitkd.explain.gallery.cells import (
     BOTH_RIGHT,
     IN_WORDS,
@@ -24,19 +23,37 @@ from vitkd.explain.gallery.cells import (
     over_represented,
 )
 from vitkd.explain.gallery.explanation import Explanation, OfMethods
-from vitkd.explain.gallery.pixels import denormalise, normalise
+from vitkd.explain.gallery.pixels import Format, denormalise, format_of, normalise, read_picture
 from vitkd.explain.maps.methods import CLASS_SPECIFIC
 from vitkd.explain.maps.recording import has_maps
-from vitkd.explain.maps.subjects import maps_of
+from vitkd.explain.maps.subjects import TEACHER, Subject, maps_of, subject_of, with_regions, without_maps
 from vitkd.explain.measures.correctness import Correlation, correctness_correlation
 from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.measures.survey import Survey, survey
-from vitkd.explain.of_pictures import look, note_on_patches
 from vitkd.explain.settings import Settings
-from vitkd.explain.sources import TEACHER, Sources
+from vitkd.explain.sources import Sources, comparisons
 from vitkd.runs.load import Run
 
 log = logging.getLogger("vitkd")
+
+
+def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
+    """Where the models look in the pictures of `settings.image`."""
+    paths = settings.pictures
+    size, channels, mean, std = _format(sources)
+    pixels = torch.stack([read_picture(path, size, channels) for path in paths])
+    subjects = _look(settings, sources, normalise(pixels, mean, std).to(sources.device))
+    return Explanation(
+        title=sources.title,
+        source=", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else ""),
+        pixels=pixels,
+        labels=[-1] * len(paths),
+        cells=[""] * len(paths),
+        numbers=[*range(len(paths))],
+        class_names=_class_names(sources, subjects),
+        subjects=subjects,
+        notes=[*sources.notes(), *_note_on_weights(settings), *_note_on_patches(subjects)],
+    )
 
 
 def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
@@ -53,11 +70,12 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
     positions = [position for position, _ in chosen]
     images = _images(data, seen.numbers[positions], sources.device)
     log.info("explaining %d images by %s", len(images), ", ".join(settings.methods))
-    subjects, regions = look(settings, sources, images)
+    subjects = _look(settings, sources, images)
+    where = " and ".join(str(run.path) for run in runs.values())
     counted = of_cells if TEACHER in sources.models else {}
     return Explanation(
         title=sources.title,
-        source=_source(runs),
+        source=f"{where} · {dataset.name}, test split · {sources.first.epoch} epoch",
         epoch=settings.epoch,
         pixels=denormalise(images.cpu(), dataset.mean, dataset.std),
         labels=labels[positions].tolist(),
@@ -65,7 +83,6 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
         numbers=seen.numbers[positions].tolist(),
         class_names=class_names,
         subjects=subjects,
-        regions=regions,
         other_block=_other_block(sources.first),
         counts={name: len(indices) for name, indices in counted.items()},
         # Together, the cells have a 5 % chance of any false finding.
@@ -77,7 +94,7 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
         correlations={name: _correlations(seen, name) for name in seen.fidelity},
         reach=seen.reach,
         faithfulness=_faithfulness(settings, sources, data, seen),
-        notes=[*notes, *remarks, *note_on_patches(subjects)],
+        notes=[*notes, *remarks, *_note_on_patches(subjects)],
     )
 
 
@@ -102,7 +119,7 @@ def choose_images(
         chosen += [(int(position), name) for position in choose(indices, settings.images, settings.seed)]
         if not len(indices):
             # No error: a good student leaves cells empty.
-            notes.append(f"There is no image{whose} among {len(labels):,}: {IN_WORDS[name]}.")
+            notes.append(f"There is no image{whose} among {len(labels):,} where {IN_WORDS[name]}.")
     if not chosen:
         raise ConfigError(f"of_class={settings.of_class}: no image of that class is in the test split")
     return chosen, notes
@@ -121,15 +138,9 @@ def in_random_order(
 
 def _images(data: ImageDataModule, numbers: Tensor, device: torch.device) -> Tensor:
     """The normalised test images [N, C, H, W] at these positions of their split, in this order."""
-    wanted = {int(number): place for place, number in enumerate(numbers)}
-    found: dict[int, Tensor] = {}
-    for batch in data.loader("test", device, rank=0, world_size=1):
-        for image, number in zip(batch.image, batch.index.tolist(), strict=True):
-            if number in wanted:
-                found[wanted[number]] = image
-        if len(found) == len(wanted):
-            break
-    return torch.stack([found[place] for place in range(len(wanted))])
+    loader = data.loader("test", device, rank=0, world_size=1)
+    loader.sampler = EpochOrder(numbers.to(loader.sampler.index.device), loader.sampler.batch_size)
+    return torch.cat([batch.image for batch in loader])
 
 
 def _correlations(seen: Survey, student: str) -> dict[str, Correlation]:
@@ -190,7 +201,45 @@ def _note_on_students(sources: Sources) -> list[str]:
     return notes
 
 
-def _source(runs: Mapping[str, Run]) -> str:
-    first = next(iter(runs.values()))
-    where = " and ".join(str(run.path) for run in runs.values())
-    return f"{where} · {first.config.dataset.name}, test split · {first.epoch} epoch"
+def _look(settings: Settings, sources: Sources, images: Tensor) -> list[Subject]:
+    """Every model's predictions and, if it has any, maps and regions of the images."""
+    subjects = []
+    for name, model in sources.models.items():
+        if name == TEACHER and not has_maps(model):
+            subjects.append(without_maps(name, model, images))
+            continue
+        block = sources.shown_blocks.get(name, -1)
+        subject, features = subject_of(name, model, images, settings.methods, block)
+        subjects.append(with_regions(subject, features, settings.regions))
+    return subjects
+
+
+def _note_on_patches(subjects: list[Subject]) -> list[str]:
+    """Which models' patches the page cannot show the attention of."""
+    left_out = " and ".join(each.name for each in subjects if each.maps and each.patches is None)
+    text = f"What single patches of {left_out} attend to is left out to keep the page small; lower images."
+    return [text] if left_out else []
+
+
+def _format(sources: Sources) -> Format:
+    """The images that the models take."""
+    if not sources.runs:
+        return format_of(next(iter(sources.models.values())))
+    data = sources.first.config.dataset
+    return Format(data.image_size, data.channels, data.mean, data.std)
+
+
+def _class_names(sources: Sources, subjects: list[Subject]) -> list[str]:
+    """Those of the data set; numbers where there is none."""
+    if sources.data is not None:
+        return sources.data.class_names
+    return [f"class {number}" for number in range(1 + max(max(each.predicted) for each in subjects))]
+
+
+def _note_on_weights(settings: Settings) -> list[str]:
+    """A warning of a model that is not trained."""
+    if settings.model is None or not settings.model.startswith("timm:") or settings.pretrained:
+        return []
+    note = f"The weights of {settings.model} are random: it is not trained; set pretrained=true."
+    log.warning("warning: %s%s", note[0].lower(), note[1:])
+    return [note]

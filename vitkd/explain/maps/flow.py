@@ -1,0 +1,137 @@
+"""Attention through all blocks: its rollout, and what of it speaks for a class, by the class's gradient.
+
+Shapes: B images, H heads, T tokens with the class token first, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitkd.errors import ConfigError
+from vitkd.explain.maps.attention import Fusion, fuse
+from vitkd.explain.maps.recording import Recording
+from vitkd.models.output import at_least_float32
+
+
+def attention_gradients(recording: Recording, target: Tensor) -> tuple[Tensor, ...]:
+    """Per block [B, H, T, T]: image b's logit of class target[b] by the weights of image b.
+
+    The recording keeps its graph, so that another target can be asked for.
+
+    Args:
+        target: [B] class indices.
+
+    Raises:
+        ConfigError: a class that does not exist, or a recording made without gradients.
+    """
+    count, classes = recording.logits.shape
+    assert target.shape == (count,), f"{[*target.shape]} classes for {count} images"
+    check_classes(target, classes)
+    if not recording.logits.requires_grad:
+        raise ConfigError("the recording has no gradients: record outside torch.no_grad")
+    # An image's weights reach its own logits only, so one backward pass serves the whole batch.
+    chosen = recording.logits.gather(1, target[:, None]).sum()
+    return torch.autograd.grad(chosen, recording.weights, retain_graph=True)
+
+
+def check_classes(target: Tensor, classes: int) -> None:
+    """Raise ConfigError unless all of `target` lie in 0 to classes − 1."""
+    for wrong in target[(target < 0) | (target >= classes)][:1].tolist():
+        raise ConfigError(f"class {wrong}: the model has classes 0 to {classes - 1}")
+
+
+def rollout(
+    weights: Sequence[Tensor],
+    *,
+    fusion: Fusion = "mean",
+    discard: float = 0.0,
+    start_block: int = 0,
+    keep: Sequence[int] = (0,),
+) -> Tensor:
+    """Attention rollout [B, T, T] (Abnar & Zuidema 2020): Â_L ⋯ Â_start with Â = (Ā + I)/row sum.
+
+    Args:
+        weights: per block [B, H, T, T].
+        fusion: how heads become Ā.
+        discard: the share of each Ā's entries, the lowest, that is set to zero first.
+        start_block: the lowest block that counts.
+        keep: tokens whose row and column are not discarded, whatever is in them: the class token, and the
+            distillation token where there is one.
+
+    Raises:
+        ConfigError: a share outside [0, 1), or no such block or fusion.
+    """
+    return _flow([fuse(each, fusion) for each in weights], discard, start_block, keep)
+
+
+def gradient_rollout(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    discard: float = 0.0,
+    start_block: int = 0,
+    keep: Sequence[int] = (0,),
+) -> Tensor:
+    """Rollout [B, T, T] of Ā = mean_h((A ⊙ ∇A)⁺), so of what speaks for the class that ∇ is of.
+
+    Args:
+        weights: per block [B, H, T, T].
+        gradients: the class's logit by `weights`, as `attention_gradients` gives it.
+        discard, start_block, keep: as for `rollout`.
+    """
+    fused = [weighted_by_gradient(a, g) for a, g in zip(weights, gradients, strict=True)]
+    return _flow(fused, discard, start_block, keep)
+
+
+def weighted_by_gradient(weights: Tensor, gradient: Tensor) -> Tensor:
+    """Ā = mean_h((A ⊙ ∇A)⁺) [B, T, T] of one block's [B, H, T, T] (Chefer et al. 2021, equation 5)."""
+    return (at_least_float32(weights) * at_least_float32(gradient)).clamp_min(0).mean(1)
+
+
+def relevance(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Class-specific relevance R [B, T, T] (Chefer et al. 2021, equations 5 and 6, for self-attention).
+
+    R = I, then per block R ← R + mean_h((∇A ⊙ A)⁺) R.
+
+    Args:
+        weights: per block [B, H, T, T].
+        gradients: the class's logit by `weights`, as `attention_gradients` gives it.
+    """
+    first = at_least_float32(weights[0])
+    r = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device).repeat(len(first), 1, 1)
+    for a, gradient in zip(weights, gradients, strict=True):
+        r = r + weighted_by_gradient(a, gradient) @ r
+    return r
+
+
+def attention_grad_cam(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017) with the last block's heads as its channels [B, T, T].
+
+    Each head weighs as much as the mean of its gradient; the weighted mean's positive part is returned.
+    """
+    a, gradient = at_least_float32(weights[-1]), at_least_float32(gradients[-1])
+    return (gradient.mean((-2, -1), keepdim=True) * a).mean(1).clamp_min(0)
+
+
+def _flow(fused: Sequence[Tensor], discard: float, start_block: int, keep: Sequence[int]) -> Tensor:
+    """Â_L ⋯ Â_start, each half Ā and half the residual connection."""
+    if not 0 <= discard < 1:
+        raise ConfigError(f"discard={discard}: must lie in [0, 1)")
+    if not 0 <= start_block < len(fused):
+        raise ConfigError(f"start_block={start_block}: must be 0 to {len(fused) - 1}")
+    identity = torch.eye(fused[0].shape[-1], dtype=fused[0].dtype, device=fused[0].device)
+    flow = identity.expand_as(fused[0])
+    for each in fused[start_block:]:
+        with_residual = _discard_lowest(each, discard, keep) + identity
+        flow = with_residual / with_residual.sum(-1, keepdim=True) @ flow
+    return flow
+
+
+def _discard_lowest(fused: Tensor, share: float, keep: Sequence[int]) -> Tensor:
+    """[B, T, T] with the lowest ⌊share·T²⌋ entries of each image zero, but for those of tokens to keep."""
+    entries = fused.flatten(1)
+    lowest = entries.topk(int(share * entries.shape[1]), largest=False).indices
+    drop = torch.zeros_like(entries, dtype=torch.bool).scatter(1, lowest, True).view_as(fused)
+    drop[:, [*keep], :] = drop[:, :, [*keep]] = False
+    return fused.masked_fill(drop, 0)
