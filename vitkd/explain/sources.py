@@ -16,7 +16,7 @@ from vitkd.explain.maps.subjects import TEACHER
 from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison
 from vitkd.explain.settings import Settings
-from vitkd.methods.maps.pairing import map_block
+from vitkd.methods.maps.granularity import map_block
 from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.load import Run, load_run
