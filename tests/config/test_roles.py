@@ -62,10 +62,10 @@ SHARED = {
         *("checkpoint_minutes", "name", "pictures_every_n_epochs", "resume", "sweep", "sweep.rerun"),
     },
     Separates.EXPERIMENTS: {
-        *("alpha", "granularity", "loss", "method", "teacher", "weighting", "seed", "log_every_n_steps"),
+        *("alpha", "granularity", "loss", "method", "teacher", "weighting", "seed"),
     },
     Separates.ARMS: {
-        *("seed", "cuda_graph", "compile", "teacher.cache", "teacher.cache_gib"),
+        *("seed", "cuda_graph", "compile", "log_every_n_steps", "teacher.cache", "teacher.cache_gib"),
         *("trainer.accelerator", "trainer.deterministic", "trainer.strategy", "dataset.max_epochs"),
         *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
     },

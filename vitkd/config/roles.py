@@ -46,8 +46,7 @@ ROLES: dict[str, Separates] = {
     "checkpoint_minutes": Separates.NOTHING,
     "pictures_every_n_epochs": Separates.NOTHING,
     # How a result is computed.
-    # weighting=gradient_balance sets its weights at logged steps.
-    "log_every_n_steps": (Separates.SPEED | Separates.ARMS) & ~Separates.NAMES,
+    "log_every_n_steps": Separates.SPEED & ~Separates.NAMES,
     "cuda_graph": Separates.SPEED,
     "compile": Separates.SPEED,
     "trainer.accelerator": Separates.SPEED & ~Separates.NAMES,
