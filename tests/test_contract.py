@@ -18,13 +18,13 @@ from vitkd.models import Model
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import first_weights
 from vitkd.train.build import build_module, facts_of
+from vitkd.train.callbacks import TeacherCaching
 from vitkd.train.cuda_graph import GraphedStep
 from vitkd.train.fit import fit
 from vitkd.train.job import load_data
 from vitkd.train.meter import Meter
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
-from vitkd.train.teacher_cache import TeacherCaching
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),

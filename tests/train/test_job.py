@@ -22,7 +22,7 @@ from vitkd.models import digest, load_model
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import WEIGHTS, seed_generators
-from vitkd.train.teacher_cache import TeacherCaching
+from vitkd.train.callbacks import TeacherCaching
 
 TINY = [
     "trainer.max_epochs=1",

@@ -6,9 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from signal import Signals
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,18 +18,13 @@ from vitkd.models import Model, describe
 from vitkd.process.distributed import gather, rank
 from vitkd.process.signals import TERMINATED, PostponedSignals
 from vitkd.runs.checkpoints import write_checkpoint
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.stack_folder import StackFolder
 
 log = logging.getLogger("vitkd")
 
 # What Lightning's validation loop counts before its first batch: resumed from these counts, it validates all.
 NO_BATCH_YET = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-
-
-class Destination(Protocol):
-    """Where checkpoints go: a run folder, say."""
-
-    last: Path
-    best: Path
 
 
 class Checkpointing(Callback):
@@ -40,12 +34,12 @@ class Checkpointing(Callback):
     two files can disagree. best.ckpt is a copy of those weights.
 
     Args:
-        folder: the run's.
+        folder: the run's, or a stack's.
         minutes: after so long a step is saved too; 0 saves every step.
         signals: those that wait for a checkpoint.
     """
 
-    def __init__(self, folder: Destination, minutes: float, signals: PostponedSignals) -> None:
+    def __init__(self, folder: RunFolder | StackFolder, minutes: float, signals: PostponedSignals) -> None:
         self.folder, self.seconds, self.signals = folder, 60 * minutes, signals
         self.acc_last: float | None = None
         self.acc_best: float | None = None

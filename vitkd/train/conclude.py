@@ -15,9 +15,10 @@ from vitkd.data import ImageDataModule
 from vitkd.evaluate.measure import evaluate, measure_both
 from vitkd.models import Model, count_parameters, digest, save_model
 from vitkd.runs import results
+from vitkd.runs.curves import TensorBoardCurves
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.provenance import provenance
-from vitkd.train.fit import Fitted, conclude_curves
+from vitkd.train.fit import Fitted
 
 log = logging.getLogger("vitkd")
 
@@ -72,5 +73,7 @@ def measure_student(
         **provenance(device),
     }
     folder.write_metrics(metrics)
-    conclude_curves(fitted.loggers, config.resolved, config.method.ignores, test)
+    for logger in fitted.loggers:
+        if isinstance(logger, TensorBoardCurves):
+            logger.conclude(config.resolved, config.method.ignores, test)
     return metrics

@@ -1,9 +1,9 @@
 """Fit one module in one run folder: the same for a teacher and for a student."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from vitkd.cli.console import is_terminal
+from vitkd.config import Config
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.models import Model
@@ -26,15 +27,6 @@ from vitkd.train.module import DistillModule
 from vitkd.train.progress import EpochLines, ProgressBar
 
 log = logging.getLogger("vitkd")
-
-
-class Settings(Protocol):
-    """The part of a run's configuration that fitting reads."""
-
-    log_every_n_steps: int
-    checkpoint_minutes: float
-    ema_decay: float | None
-    trainer: dict[str, Any]
 
 
 class Fitted(NamedTuple):
@@ -52,7 +44,7 @@ def fit(
     module: DistillModule,
     data: ImageDataModule,
     folder: RunFolder,
-    settings: Settings,
+    settings: Config,
     callbacks: Sequence[Callback],
 ) -> Fitted:
     """Train `module` in `folder`, from the checkpoint of an earlier attempt there, if there is one.
@@ -112,7 +104,7 @@ def find_checkpoint(last: Path) -> tuple[Path | None, int]:
     return path, content["global_step"]
 
 
-def averaging(settings: Settings) -> list[Callback]:
+def averaging(settings: Config) -> list[Callback]:
     """The callback that averages the weights for validation and the final model, if there is to be one."""
     return [] if settings.ema_decay is None else [WeightAveraging(avg_fn=warm_average(settings.ema_decay))]
 
@@ -144,7 +136,7 @@ def progress_bar() -> list[Callback]:
 
 
 def build_trainer(
-    root: Path, settings: Settings, callbacks: list[Callback], loggers: list[Logger]
+    root: Path, settings: Config, callbacks: list[Callback], loggers: list[Logger]
 ) -> L.Trainer:
     """Lightning's Trainer, set up as every training here needs it."""
     return L.Trainer(
@@ -169,15 +161,3 @@ def cluster_environment() -> list[SLURMEnvironment]:
     """Under SLURM, keeps Lightning from queueing the job again, which the launcher does already."""
     is_plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
     return [SLURMEnvironment(auto_requeue=False)] if is_plain_slurm else []
-
-
-def conclude_curves(
-    loggers: Iterable[Logger],
-    settings: Mapping[str, Any],
-    ignored: Collection[str],
-    metrics: Mapping[str, float],
-) -> None:
-    """Show the run's settings and final metrics in TensorBoard."""
-    for logger in loggers:
-        if isinstance(logger, TensorBoardCurves):
-            logger.conclude(settings, ignored, metrics)

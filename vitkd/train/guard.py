@@ -41,7 +41,7 @@ class FiniteGuard:
     def __init__(self, outcome: str = "it was not taken, and what was saved before is good") -> None:
         self.outcome = outcome
         self._seen: list[_Seen] = []
-        # On the device, and always at the same place in memory, so that a CUDA graph can go on with it.
+        # On the device, and always at the same place in memory, so that a CUDA graph can update it.
         self._steps: Tensor | None = None
         self._first_bad: dict[tuple[str, ...], Tensor] = {}
         self._flag: Tensor | None = None
@@ -82,7 +82,7 @@ class FiniteGuard:
         return torch.stack([table[..., 0] > 0 for table in self._first_bad.values()]).any(0)
 
     def forget_step(self) -> None:
-        """Drop what was noted since the last step: it is to be taken anew."""
+        """Drop what was noted since the last step: it is to be taken again."""
         self._seen = []
 
     def found(self, step: int, epoch: int) -> list[str | None]:
@@ -139,7 +139,7 @@ class FiniteGuard:
 def _first_message(
     tables: Mapping[tuple[str, ...], list[list[float]]], student: int, before: int, epoch: int
 ) -> str | None:
-    """What is to be told of one student's first bad batch, if it has one."""
+    """The message about one student's first bad batch, if it has one."""
     rows = [(names, table[student]) for names, table in tables.items() if table[student][0]]
     if not rows:
         return None

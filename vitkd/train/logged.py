@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from vitkd.train.guard import FiniteGuard
-from vitkd.train.meter import Meter
-from vitkd.train.window import Window
+from vitkd.train.meter import Meter, Window
 
 
 class LoggedModule(L.LightningModule):

@@ -5,6 +5,7 @@ Written for one student or, by the leading axis that `stacked` adds, for several
 Shapes: S stacked students (absent for one), B batch, C classes, P values of an objective.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, Self
@@ -19,10 +20,12 @@ from vitkd.methods.weighting.base import Constant, Weighting
 from vitkd.models import Model, Output, Taps, describe
 from vitkd.models.output import LOGITS
 from vitkd.optim import AdamW, Schedule
-from vitkd.train.cuda_graph import GraphedStep, take_step
+from vitkd.train.cuda_graph import CaptureError, GraphedStep
 from vitkd.train.logged import LoggedModule
 from vitkd.train.losses import Losses, TermWeights, gradient_norm, gradient_ratio, share_equal, transfer_of
 from vitkd.train.teacher_cache import TeacherCache
+
+log = logging.getLogger("vitkd")
 
 
 class DistillModule(LoggedModule):
@@ -205,11 +208,28 @@ class DistillModule(LoggedModule):
         else:
             assert optimizer_closure is not None
             optimizer_closure()
-            batch, self._batch = self._batch, None
-            assert batch is not None
-            take_step(self, batch)
+            self._take_graphed_step(self.graph)
         if is_logging_step:
             self.window.keep_norms(self._measured_norms)
+
+    def _take_graphed_step(self, graph: GraphedStep) -> None:
+        """Take a step by `graph` or, from the first one on that cannot be captured, without."""
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        meter, kind = self.window.meter, self.step_kind
+        counts = meter.counts()
+        try:
+            if graph.take(batch, kind):
+                meter.count(graph.names[kind], batch.label.shape[-1])
+            graph.names[kind] = meter.names
+            return
+        except CaptureError as error:
+            log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", error)
+        # Not within `except`: the error's traceback holds the memory of the failed step.
+        self.graph = None
+        meter.set_counts(counts)
+        self.guard.forget_step()
+        self.whole_step(batch)
 
     @property
     def step_kind(self) -> str:

@@ -1,4 +1,4 @@
-"""Attention pictures of a run as it goes on: where the teacher looks, and where its student has learnt to.
+"""Attention pictures during training: where the teacher looks, and where its student does.
 
 Shapes: B images, C channels, g patches along one side.
 """

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackSlot, read_slot, release_slot, stacks_folder
 from vitkd.train.plan import Plan, make_plan
 from vitkd.train.stacked.dropout import has_streams
-from vitkd.train.stacked.grouping import in_stack_order, portions, shared_settings
 
 log = logging.getLogger("vitkd")
 
@@ -131,7 +130,9 @@ def grouped(candidates: Sequence[Candidate]) -> list[Group]:
     groups: list[Group] = []
     for member in candidates:
         # Of the method only that: a stack has one teacher, or none.
-        shared = shared_settings(member.config.resolved) | {"method": member.config.method.needs_teacher}
+        shared = relevant(member.config.resolved, Separates.STACKS) | {
+            "method": member.config.method.needs_teacher
+        }
         saved = member.place.folder.path if member.place else None
         for group in groups:
             if (shared, saved) == (group.shared, group.saved):
@@ -170,3 +171,23 @@ def job_names(members: Sequence[Candidate]) -> str:
             spans.append([number, number])
     listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
     return f"job{'s' if len(numbers) > 1 else ''} {listed}"
+
+
+def in_stack_order(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Sorts runs: those of equal method, granularity, weighting and loss are neighbours, alpha = 1 last."""
+    return (
+        config["alpha"] == 1,
+        json.dumps(config["method"], sort_keys=True),
+        json.dumps(config["granularity"], sort_keys=True),
+        json.dumps(config["weighting"], sort_keys=True),
+        # Not before: losses that differ in their temperature alone are compared in one go.
+        json.dumps(config["loss"], sort_keys=True),
+        config["seed"],
+    )
+
+
+def portions(count: int, most: int) -> list[range]:
+    """`count` students cut into the fewest stacks of at most `most`, of sizes that differ by one at most."""
+    stacks = -(-count // most)
+    bounds = [stack * count // stacks for stack in range(stacks + 1)]
+    return [range(bounds[i], bounds[i + 1]) for i in range(stacks)]

@@ -5,7 +5,7 @@ Shapes: S stacked students.
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,16 +15,16 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from vitkd.config import Config
 from vitkd.errors import RunError
 from vitkd.models import describe
 from vitkd.process.signals import PostponedSignals
-from vitkd.runs.checkpoints import write_checkpoint
+from vitkd.runs.checkpoints import newest_good, write_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder
 from vitkd.train.checkpointing import Checkpointing, callbacks_of
 from vitkd.train.fit import (
     Fitted,
-    Settings,
     averaging,
     build_trainer,
     curve_loggers,
@@ -32,11 +32,13 @@ from vitkd.train.fit import (
     progress_bar,
     run_trainer,
 )
-from vitkd.train.progress import StackLines, format_metrics
+from vitkd.train.progress import EpochLines, format_metrics
 from vitkd.train.stacked import StackedImages, StackedModule, unstack
 
 log = logging.getLogger("vitkd")
 
+# What of a checkpoint belongs to no single student.
+SHARED = {"loops", "lr_schedulers", "random_state", "step", "param_groups", "StackedImages"}
 # A student's lock, log and TensorBoard events; and what everything else has open.
 FILES_A_STUDENT, OTHER_FILES = 4, 256
 
@@ -151,7 +153,7 @@ def fit_stack(
     data: StackedImages,
     place: StackFolder,
     folders: Sequence[RunFolder],
-    settings: Settings,
+    settings: Config,
     callbacks: Sequence[Callback],
 ) -> list[Fitted | str]:
     """Train the stack, from its checkpoint in `place` if there is one.
@@ -164,7 +166,7 @@ def fit_stack(
     """
     checkpoint, start = find_checkpoint(place.last)
     loggers: list[list[Logger]] = [curve_loggers(folder, start) for folder in folders]
-    lines = [StackLines(), StudentLines(folders), *progress_bar()]
+    lines = [EpochLines(), StudentLines(folders), *progress_bar()]
     with PostponedSignals() as signals:
         checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
         trainer = build_trainer(
@@ -224,3 +226,34 @@ def write_checkpoints(folder: RunFolder, student: Fitted) -> None:
         weights = {f"model.{name}": values for name, values in model.state_dict().items()}
         about = {"model": describe(model), "global_step": student.metrics["steps"], "epoch": epoch - 1}
         write_checkpoint(path, {**about, "state_dict": weights})
+
+
+def take_students(content: Any, students: Sequence[int], count: int) -> Any:
+    """The part of a checkpoint's `content` that belongs to `students` of its `count`, in that order.
+
+    Whatever is a tensor or list of `count` entries has one a student.
+    """
+    if isinstance(content, Tensor):
+        is_theirs = content.ndim > 0 and len(content) == count
+        return content[torch.tensor(students, device=content.device)].clone() if is_theirs else content
+    if isinstance(content, list) and len(content) == count:
+        return [content[student] for student in students]
+    if isinstance(content, list | tuple):
+        return type(content)(take_students(part, students, count) for part in content)
+    if isinstance(content, Mapping):
+        return {
+            key: part if key in SHARED else take_students(part, students, count)
+            for key, part in content.items()
+        }
+    return content
+
+
+def carry_over(before: StackFolder, students: Sequence[int], count: int, to: StackFolder) -> None:
+    """Copy `students` of the `count` that are saved in `before` to the checkpoint of another stack."""
+    checkpoint = newest_good(before.last)
+    if checkpoint is None:
+        return
+    _, saved = checkpoint
+    content, failed = take_students(saved, students, count), saved["failed"]
+    content["failed"] = {new: failed[old] for new, old in enumerate(students) if old in failed}
+    write_checkpoint(to.last, content)

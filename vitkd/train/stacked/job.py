@@ -39,8 +39,7 @@ from vitkd.train.stacked.candidates import (
     saved_place,
     stacks_of,
 )
-from vitkd.train.stacked.checkpoint import carry_over
-from vitkd.train.stacked.fit import fit_stack, room_for, write_checkpoints
+from vitkd.train.stacked.fit import carry_over, fit_stack, room_for, write_checkpoints
 from vitkd.train.teacher import check_pair, obtain_teacher, read_given_teacher
 
 log = logging.getLogger("vitkd")

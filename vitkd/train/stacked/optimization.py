@@ -58,7 +58,7 @@ class StackedAdamW(torch.optim.AdamW):
         self.decays = decays.to(exact).to(like.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict` at this stack's own rates: in a larger one they may have differed."""
+        """Continue from `state_dict` at this stack's own rates: in a larger one they may have differed."""
         super().load_state_dict({**state_dict, "param_groups": self.state_dict()["param_groups"]})
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class StackedSchedule:
         self._set_rates()
 
     def step(self) -> None:
-        """Go on to the next step's rates."""
+        """Advance to the next step's rates."""
         self._taken += 1
         self._set_rates()
 
@@ -111,7 +111,7 @@ class StackedSchedule:
         return {"taken": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after as many steps."""
+        """Continue after as many steps."""
         self._taken = state["taken"]
         self._set_rates()
 
