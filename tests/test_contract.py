@@ -135,7 +135,8 @@ class Keep(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         curves = {k: v.tolist() for k, v in trainer.callback_metrics.items() if "per_second" not in k}
-        weights = {f"term {k}": v.tolist() for k, v in pl_module.term_weights.state_dict().items()}
+        class_loss, transfer = pl_module.term_weights.both.unbind(-1)
+        weights = {"term class_loss": class_loss.tolist(), "term transfer": transfer.tolist()}
         self.steps.append(curves | weights)
 
 

@@ -351,7 +351,7 @@ class TestKilled:
 
     def test_sigterm_while_the_first_measures_alone(self, whole, folder):
         arguments = [*SMALL, *TWO, "name=measuring", "resume=auto"]
-        stopped = group(arguments, folder, (Strike("vitkd.train.conclude:measure_both", 1, signal.SIGTERM),))
+        stopped = group(arguments, folder, (Strike("vitkd.train.student:measure_both", 1, signal.SIGTERM),))
 
         assert [end.code for end in stopped] == [143, 1]
         assert stopped[0].err == "error: stopped by SIGTERM\n"

@@ -259,7 +259,7 @@ class TestTeacher:
             raise RuntimeError("the disk is on fire")
 
         with monkeypatch.context() as patch:
-            patch.setattr("vitkd.train.conclude.measure_both", fail)
+            patch.setattr("vitkd.train.student.measure_both", fail)
             ended = fresh.command("train", *TINY, f"paths.outputs={fresh.path}")
         assert ended.code != 0
         (unfinished,) = fresh.teachers

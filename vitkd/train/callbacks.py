@@ -2,7 +2,6 @@
 
 import logging
 import math
-from contextlib import AbstractContextManager
 from typing import cast
 
 import lightning as L
@@ -89,14 +88,15 @@ class TeacherCaching(Callback):
 
     def _bytes_per_image(self, trainer: L.Trainer, module: DistillModule, split: str, views: Loader) -> int:
         """What the answer to one image takes; it is asked for to find out."""
-        with asking_as_training(trainer):
+        with trainer.precision_plugin.val_step_context():
             image = trainer.precision_plugin.convert_input(next(iter(views))).image[:1]
             return sum(part.nbytes for part in module.ask_teacher(image, split).tensors())
 
     def _fill(
         self, trainer: L.Trainer, module: DistillModule, split: str, views: Loader, images: Tensor
     ) -> TeacherCache:
-        with asking_as_training(trainer):
+        # In another precision than a step's the teacher would answer something else.
+        with trainer.precision_plugin.val_step_context():
             return TeacherCache.fill(
                 lambda pixels: module.ask_teacher(pixels, split),
                 (trainer.precision_plugin.convert_input(batch) for batch in views),
@@ -115,11 +115,6 @@ class TeacherCaching(Callback):
                 "%s would take %s: not kept, with teacher.cache_gib=%g it is asked again in every epoch",
                 *(what, amount(size), self.gib),
             )
-
-
-def asking_as_training(trainer: L.Trainer) -> AbstractContextManager[None]:
-    """What Lightning does around a step: in another precision the teacher would answer something else."""
-    return trainer.precision_plugin.val_step_context()
 
 
 def amount(size: int) -> str:

@@ -41,9 +41,11 @@ class Checkpointing(Callback):
 
     def __init__(self, folder: RunFolder | StackFolder, minutes: float, signals: PostponedSignals) -> None:
         self.folder, self.seconds, self.signals = folder, 60 * minutes, signals
-        self.acc_last: float | None = None
-        self.acc_best: float | None = None
+        self.acc_last: Any = None
+        self.acc_best: Any = None
+        """the validation accuracies, in a stack a list with each student's; None before the first"""
         self.best: dict[str, Any] | None = None
+        """the best epoch and its weights"""
         self._has_improved = False
         self._seconds_before = 0.0
         self._start = self._saved = time.perf_counter()
@@ -165,22 +167,22 @@ def is_validation_next(trainer: L.Trainer) -> bool:
     return trainer.is_last_batch or batches % (trainer.val_check_batch or math.inf) == 0
 
 
+def averages_of(trainer: L.Trainer) -> list[WeightAveraging]:
+    """The callbacks that average the weights."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+
+
 @contextmanager
 def training_weights(trainer: L.Trainer) -> Iterator[None]:
     """During validation by averaged weights, put the trained weights back while the body runs."""
     module = trainer.lightning_module
-    averages = [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
+    averages = averages_of(trainer)
     for average in averages:
         average.on_validation_epoch_end(trainer, module)
     yield
     for average in averages:
         average.on_validation_epoch_start(trainer, module)
-
-
-def callbacks_of(trainer: L.Trainer) -> list[Callback]:
-    """The Trainer's callbacks; Lightning's types hide them."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -139,13 +139,17 @@ def build_trainer(
     root: Path, settings: Config, callbacks: list[Callback], loggers: list[Logger]
 ) -> L.Trainer:
     """Lightning's Trainer, set up as every training here needs it."""
+    plugins: list[Any] = [DurableCheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # The launcher queues an interrupted job again; Lightning must not do so as well.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return L.Trainer(
         **{
             "num_sanity_val_steps": 0,
             **settings.trainer,
             "logger": loggers,
             "callbacks": callbacks,
-            "plugins": [DurableCheckpointIO(), *cluster_environment()],
+            "plugins": plugins,
             "log_every_n_steps": settings.log_every_n_steps,
             "default_root_dir": root,
             "enable_progress_bar": False,
@@ -155,9 +159,3 @@ def build_trainer(
             "use_distributed_sampler": False,
         }
     )
-
-
-def cluster_environment() -> list[SLURMEnvironment]:
-    """Under SLURM, keeps Lightning from queueing the job again, which the launcher does already."""
-    is_plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [SLURMEnvironment(auto_requeue=False)] if is_plain_slurm else []

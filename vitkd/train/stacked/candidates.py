@@ -175,15 +175,10 @@ def job_names(members: Sequence[Candidate]) -> str:
 
 def in_stack_order(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """Sorts runs: those of equal method, granularity, weighting and loss are neighbours, alpha = 1 last."""
-    return (
-        config["alpha"] == 1,
-        json.dumps(config["method"], sort_keys=True),
-        json.dumps(config["granularity"], sort_keys=True),
-        json.dumps(config["weighting"], sort_keys=True),
-        # Not before: losses that differ in their temperature alone are compared in one go.
-        json.dumps(config["loss"], sort_keys=True),
-        config["seed"],
-    )
+    # The loss last: those that differ in their temperature alone are compared in one go.
+    groups = ("method", "granularity", "weighting", "loss")
+    texts = [json.dumps(config[group], sort_keys=True) for group in groups]
+    return (config["alpha"] == 1, *texts, config["seed"])
 
 
 def portions(count: int, most: int) -> list[range]:

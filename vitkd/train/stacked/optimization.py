@@ -104,7 +104,7 @@ class StackedSchedule:
 
     def get_last_lr(self) -> list[float]:
         """The rates [S] as they are now."""
-        return self._rates_at(self._taken)
+        return [each.rate(self._taken, self.total_steps) for each in self.all_settings]
 
     def state_dict(self) -> dict[str, int]:
         """How many steps were taken."""
@@ -128,15 +128,10 @@ class StackedSchedule:
         table = torch.tensor(rates, dtype=torch.float64).T.to(like.dtype)
         return table.to(like.device), torch.tensor(column, device=like.device)
 
-    def _rates_at(self, step: int) -> list[float]:
-        return [each.rate(step, self.total_steps) for each in self.all_settings]
-
     def _set_rates(self) -> None:
         if self.optimizer.alike:
-            group, rate = (
-                self.optimizer.param_groups[0],
-                self.all_settings[0].rate(self._taken, self.total_steps),
-            )
+            (group,) = self.optimizer.param_groups
+            rate = self.all_settings[0].rate(self._taken, self.total_steps)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
