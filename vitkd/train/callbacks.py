@@ -105,21 +105,15 @@ class TeacherCaching(Callback):
             )
 
     def _log(self, split: str, images: int, size: int, fits: bool) -> None:
+        amount = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
         what = f"teacher: its answers to {images:,} {SPLITS[split]} images"
         if fits:
-            log.info(
-                "%s are computed once and kept (%s); teacher.cache=off asks it every time", what, amount(size)
-            )
+            log.info("%s are computed once and kept (%s); teacher.cache=off asks it every time", what, amount)
         else:
             log.info(
                 "%s would take %s: not kept, with teacher.cache_gib=%g it is asked again in every epoch",
-                *(what, amount(size), self.gib),
+                *(what, amount, self.gib),
             )
-
-
-def amount(size: int) -> str:
-    """Bytes in MiB or GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 class CudaGraphs(Callback):

@@ -56,12 +56,8 @@ def fit(
     checkpoint, start = agree(lambda: find_checkpoint(folder.last))
     with PostponedSignals() as signals:
         checkpointing = Checkpointing(folder, settings.checkpoint_minutes, signals)
-        trainer = build_trainer(
-            folder.path,
-            settings,
-            [*averaging(settings), *callbacks, EpochLines(), *progress_bar(), checkpointing],
-            curve_loggers(folder, start) if is_first() else [],
-        )
+        loggers = curve_loggers(folder, start) if is_first() else []
+        trainer = build_trainer(settings, callbacks, checkpointing, loggers)
         run_trainer(trainer, module, data, checkpoint)
     if start and is_first():
         # The interrupted attempt may have left an older one.
@@ -104,11 +100,6 @@ def find_checkpoint(last: Path) -> tuple[Path | None, int]:
     return path, content["global_step"]
 
 
-def averaging(settings: Config) -> list[Callback]:
-    """The callback that averages the weights for validation and the final model, if there is to be one."""
-    return [] if settings.ema_decay is None else [WeightAveraging(avg_fn=warm_average(settings.ema_decay))]
-
-
 def warm_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """An exponential moving average whose decay grows with the `count` of averaged steps up to `decay`.
 
@@ -130,15 +121,13 @@ def curve_loggers(folder: RunFolder, start: int) -> list[Logger]:
     return [TensorBoardCurves(folder.path, start), MetricsFile(folder.csv, start)]
 
 
-def progress_bar() -> list[Callback]:
-    """A bar, on a terminal."""
-    return [ProgressBar()] if is_terminal() and is_first() else []
-
-
 def build_trainer(
-    root: Path, settings: Config, callbacks: list[Callback], loggers: list[Logger]
+    settings: Config, callbacks: Sequence[Callback], checkpointing: Checkpointing, loggers: list[Logger]
 ) -> L.Trainer:
     """Lightning's Trainer, set up as every training here needs it."""
+    decay = settings.ema_decay
+    averaging = [] if decay is None else [WeightAveraging(avg_fn=warm_average(decay))]
+    bar = [ProgressBar()] if is_terminal() and is_first() else []
     plugins: list[Any] = [DurableCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # The launcher queues an interrupted job again; Lightning must not do so as well.
@@ -148,10 +137,10 @@ def build_trainer(
             "num_sanity_val_steps": 0,
             **settings.trainer,
             "logger": loggers,
-            "callbacks": callbacks,
+            "callbacks": [*averaging, *callbacks, EpochLines(), *bar, checkpointing],
             "plugins": plugins,
             "log_every_n_steps": settings.log_every_n_steps,
-            "default_root_dir": root,
+            "default_root_dir": checkpointing.folder.path,
             "enable_progress_bar": False,
             "enable_checkpointing": False,
             "enable_model_summary": False,

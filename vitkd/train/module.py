@@ -250,9 +250,7 @@ class DistillModule(LoggedModule):
             return {}
         parameters = list(self.model.parameters())
         terms = {"class": losses.class_loss, "transfer": losses.transfer.weighted}
-        return {
-            f"gradient_norm_{name}": self.norm(gradients_of(term, parameters)) for name, term in terms.items()
-        }
+        return {f"gradient_norm_{n}": self.norm(gradients_of(term, parameters)) for n, term in terms.items()}
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The 2-norm [*S] over all entries of `gradients`."""

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import lightning as L
@@ -25,14 +26,12 @@ from vitkd.runs.stack_folder import StackFolder
 from vitkd.train.checkpointing import Checkpointing, averages_of
 from vitkd.train.fit import (
     Fitted,
-    averaging,
     build_trainer,
     curve_loggers,
     find_checkpoint,
-    progress_bar,
     run_trainer,
 )
-from vitkd.train.progress import EpochLines, format_metrics
+from vitkd.train.progress import format_metrics
 from vitkd.train.stacked import StackedImages, StackedModule, unstack
 
 log = logging.getLogger("vitkd")
@@ -138,14 +137,10 @@ def fit_stack(
     """
     checkpoint, start = find_checkpoint(place.last)
     loggers: list[list[Logger]] = [curve_loggers(folder, start) for folder in folders]
-    lines = [EpochLines(), StudentLines(folders), *progress_bar()]
     with PostponedSignals() as signals:
         checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
         trainer = build_trainer(
-            place.path,
-            settings,
-            [*averaging(settings), *callbacks, *lines, checkpointing],
-            [logger for own in loggers for logger in own],
+            settings, [*callbacks, StudentLines(folders)], checkpointing, [*chain.from_iterable(loggers)]
         )
         try:
             run_trainer(trainer, module, data, checkpoint)

@@ -184,11 +184,7 @@ class StackedModule(DistillModule):
         plain = means.keys() - compared - {"transfer_values"}
         curves = [{name: means[name][s] for name in means if name in plain} for s in range(self.students)]
         for group in self.groups if "transfer_values" in means else ():
-            names = [
-                name
-                for name in compared
-                if name == "transfer_loss" or not isinstance(group.weighting, Constant)
-            ]
+            names = {"transfer_loss"} if isinstance(group.weighting, Constant) else compared
             # In validation all are compared.
             for student in self.compared.intersection(group.students) if self.training else group.students:
                 curves[student] |= {name: means[name][student] for name in names}
