@@ -52,11 +52,6 @@ class Checkpointing(Callback):
         self._random_state: dict[str, Tensor] | None = None
 
     @property
-    def best_epoch(self) -> int | None:
-        """Counted from 1; None while nothing has been validated."""
-        return None if self.best is None else self.best["epoch"] + 1
-
-    @property
     def wall_seconds(self) -> float:
         """How long this run has trained: now, and in earlier attempts up to their last saves."""
         return self._seconds_before + time.perf_counter() - self._start

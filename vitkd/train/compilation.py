@@ -1,4 +1,4 @@
-"""`compile=true`: training losses by compiled code (torch.compile), everything else as ever."""
+"""`compile=true`: training losses by compiled code (torch.compile), everything else as without it."""
 
 import os
 import shutil

@@ -27,9 +27,9 @@ class CaptureError(Exception):
 class GraphedStep:
     """Takes training steps by replaying one: forward and backward pass, guard, clipping and optimiser.
 
-    The first steps are taken as ever, but on a stream of their own, as a capture wants it. Whatever a step
-    reads or leaves (batch, weights, moments, learning rate, sums for the curves) keeps its place in memory.
-    Steps of several kinds have a graph each.
+    The first steps are taken without a graph, but on a stream of their own, as a capture wants it. Whatever a
+    step reads or leaves (batch, weights, moments, learning rate, sums for the curves) keeps its place in
+    memory. Steps of several kinds have a graph each.
 
     Args:
         step: takes one training step on a batch, without waiting for the device.

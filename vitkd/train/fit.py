@@ -68,7 +68,7 @@ def fit(
     metrics = {
         "val/acc_last": checkpointing.acc_last,
         "val/acc_best": checkpointing.acc_best,
-        "best_epoch": checkpointing.best_epoch or epochs,
+        "best_epoch": checkpointing.best["epoch"] + 1 if checkpointing.best else epochs,
         "epochs": epochs,
         "steps": trainer.global_step,
         "wall_seconds": checkpointing.wall_seconds,

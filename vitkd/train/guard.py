@@ -17,7 +17,7 @@ ADVICE = "try a lower optimizer.lr, a longer schedule.warmup or trainer.gradient
 
 
 class _Seen(NamedTuple):
-    """Figures of one batch, still on its device."""
+    """Losses, or a gradient norm, of one batch, still on its device."""
 
     names: tuple[str, ...]
     values: Tensor
@@ -126,7 +126,7 @@ class FiniteGuard:
         return not self._seen
 
     def _keep_first_bad(self, seen: _Seen, step: Tensor) -> None:
-        """A row a student: whether there was a bad batch, at which step, its figures and images."""
+        """A row a student: whether there was a bad batch, at which step, its losses and images."""
         students = seen.values.shape[:-1]
         bad = ~seen.values.isfinite().all(-1, keepdim=True)
         row = torch.cat(
@@ -143,8 +143,8 @@ def _first_message(
     rows = [(names, table[student]) for names, table in tables.items() if table[student][0]]
     if not rows:
         return None
-    names, (_, step, *figures) = min(rows, key=lambda row: row[1][1])
-    values, images = figures[: len(names)], figures[len(names) :]
+    names, (_, step, *rest) = min(rows, key=lambda row: row[1][1])
+    values, images = rest[: len(names)], rest[len(names) :]
     terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
     named = ", ".join(f"{image:.0f}" for image in images[:IMAGES_NAMED])
     return (

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,8 +156,17 @@ def why_apart(group: Group, groups: Sequence[Group]) -> tuple[str, str] | None:
 
 
 def stack_position(member: Candidate) -> tuple[Any, ...]:
-    """Sorts the members of one stack; one that resumes keeps its place."""
-    return (member.place.student,) if member.place else in_stack_order(member.config.resolved)
+    """Sorts the members of one stack; one that resumes keeps its place.
+
+    Those of equal method, granularity, weighting and loss are neighbours, alpha = 1 last.
+    """
+    if member.place:
+        return (member.place.student,)
+    config = member.config.resolved
+    # The loss last: those that differ in their temperature alone are compared in one go.
+    groups = ("method", "granularity", "weighting", "loss")
+    texts = [json.dumps(config[group], sort_keys=True) for group in groups]
+    return (config["alpha"] == 1, *texts, config["seed"])
 
 
 def job_names(members: Sequence[Candidate]) -> str:
@@ -171,14 +180,6 @@ def job_names(members: Sequence[Candidate]) -> str:
             spans.append([number, number])
     listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
     return f"job{'s' if len(numbers) > 1 else ''} {listed}"
-
-
-def in_stack_order(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Sorts runs: those of equal method, granularity, weighting and loss are neighbours, alpha = 1 last."""
-    # The loss last: those that differ in their temperature alone are compared in one go.
-    groups = ("method", "granularity", "weighting", "loss")
-    texts = [json.dumps(config[group], sort_keys=True) for group in groups]
-    return (config["alpha"] == 1, *texts, config["seed"])
 
 
 def portions(count: int, most: int) -> list[range]:

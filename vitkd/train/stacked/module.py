@@ -20,7 +20,7 @@ from vitkd.models.dropout import draw_from
 from vitkd.models.output import LOGITS, at_least_float32
 from vitkd.train.guard import FiniteGuard
 from vitkd.train.losses import Losses, TermWeights, Transfer, transfer_of
-from vitkd.train.module import DistillModule
+from vitkd.train.module import DistillModule, trained_by
 from vitkd.train.stacked.dropout import streams_on
 from vitkd.train.stacked.groups import StudentGroup, group_students, shares
 from vitkd.train.stacked.optimization import OptimSettings, StackedAdamW, StackedSchedule
@@ -71,7 +71,7 @@ class StackedModule(DistillModule):
         self.smoothings = torch.tensor(smoothings, dtype=torch.float64) if any(smoothings) else None
         self.orders = torch.tensor(orders)
         self.failed: dict[int, str] = {}
-        """student → the line that says since when its figures are of no use"""
+        """student → the line that says since when its values are not finite"""
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         weights = [weighting.class_weight(alpha, epoch, epochs) for weighting, alpha in self.weightings]
@@ -149,7 +149,8 @@ class StackedModule(DistillModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.balance_terms()
-        self.guard.watch_gradients(per_student_norm(self._gradients()))
+        gradients = [p.grad for p in trained_by(optimizer) if p.grad is not None]
+        self.guard.watch_gradients(per_student_norm(gradients))
         # One student's bad step is no reason to hold the others back.
         self.guard.end_step()
 
@@ -173,7 +174,7 @@ class StackedModule(DistillModule):
         return per_student_norm(gradients)
 
     def clip_norm(self, parameters: list[Tensor], most: float) -> None:
-        gradients = self._gradients()
+        gradients = [p.grad for p in parameters if p.grad is not None]
         # As clip_grad_norm_ does for one model.
         share = (most / (per_student_norm(gradients) + 1e-6)).clamp(max=1)
         for gradient in gradients:
@@ -210,9 +211,6 @@ class StackedModule(DistillModule):
         super().on_load_checkpoint(checkpoint)
         self.failed = dict(checkpoint["failed"])
         self.streams.load_state_dict(checkpoint["streams"])
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _transfer(self, group: StudentGroup, seen: Batch, students: Output, answer: Output) -> Transfer:
         """How far a group's students are from the teacher's answer to the images that each of them sees."""
