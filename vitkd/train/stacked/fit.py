@@ -83,8 +83,10 @@ class StackCheckpointing(Checkpointing):
         improved = [student for student, (now, best) in enumerate(pairs) if now > best]
         for student in improved:
             self.acc_best[student], self.best["epochs"][student] = accuracies[student], epoch
-            for name, values in weights.items():
-                self.best["weights"][name][student] = values[student]
+        for name, values in weights.items() if improved else ():
+            # Those of a checkpoint lie on the CPU.
+            best = self.best["weights"][name] = self.best["weights"][name].to(values.device)
+            best[improved] = values[improved]
 
 
 def validated_weights(trainer: L.Trainer) -> dict[str, Tensor]:
