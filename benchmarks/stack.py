@@ -23,7 +23,8 @@ from benchmarks.step import DRY, GRANULARITIES, LOSSES
 from vitkd.config import Config
 from vitkd.data import Batch
 from vitkd.models import ViT
-from vitkd.train.cuda_graph import GraphedStep, set_capturable
+from vitkd.train.callbacks import set_capturable
+from vitkd.train.cuda_graph import GraphedStep
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
 from vitkd.train.stacked.optimization import StackedAdamW

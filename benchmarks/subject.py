@@ -19,7 +19,8 @@ from vitkd.methods.maps.losses import AttentionLoss
 from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.models import Taps, ViT
 from vitkd.optim import AdamW
-from vitkd.train.cuda_graph import GraphedStep, set_capturable
+from vitkd.train.callbacks import set_capturable
+from vitkd.train.cuda_graph import GraphedStep
 
 TINY = [
     *(

@@ -18,13 +18,13 @@ from vitkd.models import Model
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import first_weights
 from vitkd.train.build import build_module, facts_of
+from vitkd.train.callbacks import TeacherCaching
 from vitkd.train.cuda_graph import GraphedStep
 from vitkd.train.fit import fit
 from vitkd.train.job import load_data
 from vitkd.train.meter import Meter
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
-from vitkd.train.teacher_cache import TeacherCaching
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
@@ -135,7 +135,8 @@ class Keep(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         curves = {k: v.tolist() for k, v in trainer.callback_metrics.items() if "per_second" not in k}
-        weights = {f"term {k}": v.tolist() for k, v in pl_module.term_weights.state_dict().items()}
+        class_loss, transfer = pl_module.term_weights.both.unbind(-1)
+        weights = {"term class_loss": class_loss.tolist(), "term transfer": transfer.tolist()}
         self.steps.append(curves | weights)
 
 

@@ -191,8 +191,8 @@ CONTROL = {
 
 
 def test_every_experiment_is_told_of():
-    told = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
-    assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == told
+    described = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
+    assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 
 
 @pytest.mark.parametrize("name", CONTROL)

@@ -319,7 +319,7 @@ class TestWrongNumbers:
 
 @pytest.mark.slow
 class TestKilled:
-    """Whichever process is killed however, none is left, and the same command goes on without loss."""
+    """Whichever process is killed however, none is left, and the same command resumes without loss."""
 
     def test_sigterm_to_the_first(self, whole, folder):
         arguments = [*SMALL, *TWO, "name=stopped", "resume=auto"]
@@ -351,7 +351,7 @@ class TestKilled:
 
     def test_sigterm_while_the_first_measures_alone(self, whole, folder):
         arguments = [*SMALL, *TWO, "name=measuring", "resume=auto"]
-        stopped = group(arguments, folder, (Strike("vitkd.train.conclude:measure_both", 1, signal.SIGTERM),))
+        stopped = group(arguments, folder, (Strike("vitkd.train.student:measure_both", 1, signal.SIGTERM),))
 
         assert [end.code for end in stopped] == [143, 1]
         assert stopped[0].err == "error: stopped by SIGTERM\n"
@@ -443,7 +443,7 @@ class Host:
         self.address = f"10.213.7.{number}"
 
     def start(self, endpoint: str, arguments: Sequence[str], cwd: Path) -> "subprocess.Popen[str]":
-        """What a person types on this host."""
+        """What is typed on this host."""
         # On each host: --local-addr, or torchrun tells the others the host's name; is_host, or it looks for
         # the endpoint behind that name; the variable, or gloo listens where that name leads. Where the name
         # leads to the right network, as on most clusters, none of these is needed.

@@ -145,7 +145,7 @@ def test_at_the_end_ctrl_c_has_its_effect_too():
 
 
 def test_an_error_does_not_swallow_what_waits(caplog, monkeypatch):
-    """Else the job would count as failed, and a sweep that was told to end would go on."""
+    """Else the job would count as failed, and a sweep that was asked to end would continue."""
     monkeypatch.setattr(logging.getLogger("vitkd"), "propagate", True)
 
     def fail() -> None:
@@ -157,7 +157,7 @@ def test_an_error_does_not_swallow_what_waits(caplog, monkeypatch):
         fail()
 
     assert ended.value.code == TERMINATED
-    assert "out of luck" in caplog.text, "what went wrong is told all the same"
+    assert "out of luck" in caplog.text, "what went wrong is logged all the same"
 
 
 def test_a_process_that_is_ending_handles_no_waiting_signal(handled):

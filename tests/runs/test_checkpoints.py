@@ -138,7 +138,7 @@ def is_whole(found: dict[str, Any]) -> bool:
 
 
 def newest_epoch(path: Path) -> int | None:
-    """Of the checkpoint that a resumed run would go on from; None where it would start anew."""
+    """Of the checkpoint that a resumed run would continue from; None where it would start over."""
     found = newest_good(path)
     assert found is None or is_whole(found[1])
     return None if found is None else found[1]["epoch"]

@@ -158,7 +158,7 @@ def test_a_character_that_was_cut_is_no_obstacle(tmp_path):
 
 
 def test_a_process_that_dies_while_it_adds_to_a_row_leaves_the_row(file, monkeypatch):
-    """A run that goes on with the step's validation would not write the rest of it again."""
+    """A run that resumes with the step's validation would not write the rest of it again."""
     before = file.read_bytes()
     curves = MetricsFile(file, start=3)
 
@@ -191,7 +191,7 @@ def test_saving_forces_it_to_the_disk(file, monkeypatch):
 
 
 def log_steps(folder: Path, start: int, end: int, value: float) -> None:
-    """As a run that goes on after `start` and is killed after `end`."""
+    """As a run that resumes after `start` and is killed after `end`."""
     curves = TensorBoardCurves(folder, start)
     for step in range(start + 1, end + 1):
         curves.log_metrics({"train/acc": value}, step)

@@ -13,7 +13,8 @@ from tests.train.objectives import compare_maps
 from tests.train.test_fit import Batches, without_validation
 from vitkd.data import Batch
 from vitkd.optim import AdamW, WarmupCosine
-from vitkd.train.cuda_graph import WARM_UP, CudaGraphs, GraphedStep, set_capturable, why_not
+from vitkd.train.callbacks import CudaGraphs, set_capturable, why_not
+from vitkd.train.cuda_graph import WARM_UP, GraphedStep
 from vitkd.train.meter import Meter
 from vitkd.train.module import DistillModule
 

@@ -1,4 +1,4 @@
-"""What is not finite is told with its step, and never reaches the weights."""
+"""What is not finite is reported with its step, and never reaches the weights."""
 
 import math
 from collections.abc import Callable

@@ -22,7 +22,7 @@ from vitkd.models import digest, load_model
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import WEIGHTS, seed_generators
-from vitkd.train.teacher_cache import TeacherCaching
+from vitkd.train.callbacks import TeacherCaching
 
 TINY = [
     "trainer.max_epochs=1",
@@ -259,7 +259,7 @@ class TestTeacher:
             raise RuntimeError("the disk is on fire")
 
         with monkeypatch.context() as patch:
-            patch.setattr("vitkd.train.conclude.measure_both", fail)
+            patch.setattr("vitkd.train.student.measure_both", fail)
             ended = fresh.command("train", *TINY, f"paths.outputs={fresh.path}")
         assert ended.code != 0
         (unfinished,) = fresh.teachers

@@ -50,7 +50,7 @@ KILLS = {
     "before a checkpoint is written": Strike(SAVE, 3),
     "while a checkpoint takes its place": Strike(RENAME, 9),
     "before the last checkpoint": Strike(STEP, 30, after=True),
-    "before the test": Strike("vitkd.train.conclude:measure_both"),
+    "before the test": Strike("vitkd.train.student:measure_both"),
     "before the final figures": Strike("vitkd.runs.folder:RunFolder.write_metrics"),
 }
 

@@ -15,8 +15,9 @@ from vitkd.data import Augment, Batch, Digits, ImageDataModule
 from vitkd.methods.token import TokenObjective
 from vitkd.models import Output, ResNetConfig, Taps, ViT
 from vitkd.optim import AdamW, Constant
+from vitkd.train.callbacks import TeacherCaching
 from vitkd.train.module import DistillModule
-from vitkd.train.teacher_cache import TeacherCache, TeacherCaching
+from vitkd.train.teacher_cache import TeacherCache
 
 pytestmark = [
     # Lightning 2.6 asks for a tree's leaves in a way that newer PyTorch deprecates.

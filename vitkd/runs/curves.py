@@ -128,10 +128,10 @@ class TensorBoardCurves(TensorBoardLogger):
         self.experiment.flush()
 
     def conclude(
-        self, settings: Mapping[str, Any], ignored: Collection[str], figures: Mapping[str, float]
+        self, settings: Mapping[str, Any], ignored: Collection[str], metrics: Mapping[str, float]
     ) -> None:
         """Put the finished run on the HParams page."""
-        self.log_hyperparams(hyperparameters(settings, ignored), dict(figures))
+        self.log_hyperparams(hyperparameters(settings, ignored), dict(metrics))
         self.finalize("success")
 
 

@@ -109,7 +109,7 @@ def what_is_new(settings: Mapping[str, Any], stored: Iterable[Mapping[str, Any]]
     names, nearest = min(zip(differing, others, strict=True), key=lambda pair: len(pair[0]))
     if not names:
         return " for these images"
-    # What only the other has goes without saying where its class is another.
+    # Where its class differs, settings that only the other has follow from that.
     names = [n for n in names if n in wanted] or names
     shown = [
         f"{name_in_job(n.removesuffix(TARGET))}={shown_value(wanted.get(n))}" for n in names[:MOST_NAMED]

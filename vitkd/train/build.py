@@ -1,35 +1,17 @@
 """From a run's configuration, student and teacher to the module that trains."""
 
-from typing import Protocol
-
 from torch import Tensor
 
+from vitkd.config import Config
 from vitkd.data import ImageDataModule
-from vitkd.methods.base import DataFacts, Method
-from vitkd.methods.maps.granularity import Granularity
-from vitkd.methods.maps.losses import AttentionLoss
-from vitkd.methods.weighting import Weighting
+from vitkd.methods.base import DataFacts
 from vitkd.models import Model
-from vitkd.optim import AdamW, Schedule
 from vitkd.train.module import DistillModule
 
 CALIBRATION_IMAGES = 64
 
 
-class Settings(Protocol):
-    """The part of a run's configuration that says how its student is trained."""
-
-    method: Method
-    weighting: Weighting
-    granularity: Granularity
-    loss: AttentionLoss
-    alpha: float
-    optimizer: AdamW
-    schedule: Schedule
-    label_smoothing: float
-
-
-def build_module(settings: Settings, student: Model, teacher: Model | None, data: DataFacts) -> DistillModule:
+def build_module(settings: Config, student: Model, teacher: Model | None, data: DataFacts) -> DistillModule:
     """The module that trains `student` as `settings` say, beside `teacher` if the method needs one."""
     objective = None
     if settings.method.needs_teacher:

@@ -1,13 +1,25 @@
 """What takes part in a training beside the module: attention pictures, and what makes steps faster."""
 
+import logging
+import math
+from typing import cast
+
+import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from vitkd.config import Config
-from vitkd.data import ImageDataModule
+from vitkd.data import ImageDataModule, Loader
 from vitkd.runs.folder import RunFolder
-from vitkd.train.cuda_graph import CudaGraphs
+from vitkd.train.cuda_graph import GraphedStep
+from vitkd.train.module import DistillModule
 from vitkd.train.pictures import AttentionPictures
-from vitkd.train.teacher_cache import TeacherCaching
+from vitkd.train.teacher_cache import TeacherCache
+
+log = logging.getLogger("vitkd")
+
+SPLITS = {"train": "training", "val": "validation"}
 
 
 def attention_pictures(config: Config, data: ImageDataModule, folder: RunFolder) -> AttentionPictures:
@@ -32,3 +44,121 @@ def faster_steps(config: Config, data: ImageDataModule) -> list[Callback]:
     if config.cuda_graph == "auto":
         callbacks.append(CudaGraphs())
     return callbacks
+
+
+class TeacherCaching(Callback):
+    """Asks the teacher before the first step what it would be asked in every epoch, where that saves work.
+
+    A split is kept if its images always look the same, it will be gone through more than once, and the
+    answers take no more memory than is left. Each of several processes keeps its own. A resumed run
+    asks again: filling draws no random number.
+
+    Args:
+        data: the run's.
+        gib: the most that the answers may take on each device, in GiB.
+    """
+
+    def __init__(self, data: ImageDataModule, gib: float) -> None:
+        self.data, self.gib = data, gib
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = cast(DistillModule, pl_module)
+        left = self.gib * 2**30
+        for split in SPLITS:
+            views = None if module.teacher_taps(split) is None else self.data.fixed_views(split)
+            if views is None or self._passes(trainer, split, views) <= 1:
+                continue
+            images = torch.cat(views.sampler.batches())
+            size = len(images) * self._bytes_per_image(trainer, module, split, views)
+            self._log(split, len(images), size, fits=size <= left)
+            if size <= left:
+                left -= size
+                module.cached[split] = self._fill(trainer, module, split, views, images)
+
+    def _passes(self, trainer: L.Trainer, split: str, views: Loader) -> float:
+        """How often the rest of the training goes through the images of `split`."""
+        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        left = epochs - trainer.current_epoch
+        if split == "train":
+            images = trainer.num_training_batches * self.data.dataset.batch_size * trainer.world_size
+            return left * images / len(views.sampler.index)
+        limit = trainer.limit_val_batches
+        share = min(limit / len(views), 1.0) if isinstance(limit, int) else limit
+        return left / (trainer.check_val_every_n_epoch or 1) * share
+
+    def _bytes_per_image(self, trainer: L.Trainer, module: DistillModule, split: str, views: Loader) -> int:
+        """What the answer to one image takes; it is asked for to find out."""
+        with trainer.precision_plugin.val_step_context():
+            image = trainer.precision_plugin.convert_input(next(iter(views))).image[:1]
+            return sum(part.nbytes for part in module.ask_teacher(image, split).tensors())
+
+    def _fill(
+        self, trainer: L.Trainer, module: DistillModule, split: str, views: Loader, images: Tensor
+    ) -> TeacherCache:
+        # In another precision than a step's the teacher would answer something else.
+        with trainer.precision_plugin.val_step_context():
+            return TeacherCache.fill(
+                lambda pixels: module.ask_teacher(pixels, split),
+                (trainer.precision_plugin.convert_input(batch) for batch in views),
+                images,
+                len(views.labels),
+            )
+
+    def _log(self, split: str, images: int, size: int, fits: bool) -> None:
+        amount = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+        what = f"teacher: its answers to {images:,} {SPLITS[split]} images"
+        if fits:
+            log.info("%s are computed once and kept (%s); teacher.cache=off asks it every time", what, amount)
+        else:
+            log.info(
+                "%s would take %s: not kept, with teacher.cache_gib=%g it is asked again in every epoch",
+                *(what, amount, self.gib),
+            )
+
+
+class CudaGraphs(Callback):
+    """Has a module take its steps by CUDA graph where it can; says why where it cannot."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        device = trainer.strategy.root_device
+        reason = why_not(trainer) if device.type == "cuda" else None
+        if reason:
+            log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", reason)
+        can = device.type == "cuda" and not reason
+        for optimizer in trainer.optimizers:
+            set_capturable(optimizer, can, device)
+        if can:
+            pl_module.graph = GraphedStep(pl_module.whole_step)  # type: ignore[assignment,arg-type]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # It holds the memory of a whole step.
+        pl_module.graph = None  # type: ignore[assignment]
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.on_train_end(trainer, pl_module)
+
+
+def set_capturable(optimizer: torch.optim.Optimizer, can: bool, device: torch.device) -> None:
+    """Have a graph read the learning rate as it is by then, not as it was at the capture; or undo that.
+
+    The settings may be those of a checkpoint, from another device.
+    """
+    for group in optimizer.param_groups:
+        group["capturable"] = can
+        rate = float(group["lr"])
+        group["lr"] = torch.tensor(rate, device=device) if can else rate
+
+
+def why_not(trainer: L.Trainer) -> str | None:
+    """What keeps the steps of a training from being replayed, or None."""
+    if trainer.world_size > 1:
+        return f"{trainer.world_size} processes exchange gradients"
+    if trainer.accumulate_grad_batches > 1:
+        return f"a step has {trainer.accumulate_grad_batches} batches (trainer.accumulate_grad_batches)"
+    if trainer.precision == "16-mixed":
+        return "16-mixed looks at every step's gradients; trainer.precision=bf16-mixed does not"
+    if torch.is_anomaly_enabled():
+        return "trainer.detect_anomaly looks at every step"
+    return None

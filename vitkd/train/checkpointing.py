@@ -6,9 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from signal import Signals
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,18 +18,13 @@ from vitkd.models import Model, describe
 from vitkd.process.distributed import gather, rank
 from vitkd.process.signals import TERMINATED, PostponedSignals
 from vitkd.runs.checkpoints import write_checkpoint
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.stack_folder import StackFolder
 
 log = logging.getLogger("vitkd")
 
 # What Lightning's validation loop counts before its first batch: resumed from these counts, it validates all.
 NO_BATCH_YET = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-
-
-class Destination(Protocol):
-    """Where checkpoints go: a run folder, say."""
-
-    last: Path
-    best: Path
 
 
 class Checkpointing(Callback):
@@ -40,25 +34,22 @@ class Checkpointing(Callback):
     two files can disagree. best.ckpt is a copy of those weights.
 
     Args:
-        folder: the run's.
+        folder: the run's, or a stack's.
         minutes: after so long a step is saved too; 0 saves every step.
         signals: those that wait for a checkpoint.
     """
 
-    def __init__(self, folder: Destination, minutes: float, signals: PostponedSignals) -> None:
+    def __init__(self, folder: RunFolder | StackFolder, minutes: float, signals: PostponedSignals) -> None:
         self.folder, self.seconds, self.signals = folder, 60 * minutes, signals
-        self.acc_last: float | None = None
-        self.acc_best: float | None = None
+        self.acc_last: Any = None
+        self.acc_best: Any = None
+        """the validation accuracies, in a stack a list with each student's; None before the first"""
         self.best: dict[str, Any] | None = None
+        """the best epoch and its weights"""
         self._has_improved = False
         self._seconds_before = 0.0
         self._start = self._saved = time.perf_counter()
         self._random_state: dict[str, Tensor] | None = None
-
-    @property
-    def best_epoch(self) -> int | None:
-        """Counted from 1; None while nothing has been validated."""
-        return None if self.best is None else self.best["epoch"] + 1
 
     @property
     def wall_seconds(self) -> float:
@@ -171,22 +162,22 @@ def is_validation_next(trainer: L.Trainer) -> bool:
     return trainer.is_last_batch or batches % (trainer.val_check_batch or math.inf) == 0
 
 
+def averages_of(trainer: L.Trainer) -> list[WeightAveraging]:
+    """The callbacks that average the weights."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+
+
 @contextmanager
 def training_weights(trainer: L.Trainer) -> Iterator[None]:
     """During validation by averaged weights, put the trained weights back while the body runs."""
     module = trainer.lightning_module
-    averages = [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightAveraging)]
+    averages = averages_of(trainer)
     for average in averages:
         average.on_validation_epoch_end(trainer, module)
     yield
     for average in averages:
         average.on_validation_epoch_start(trainer, module)
-
-
-def callbacks_of(trainer: L.Trainer) -> list[Callback]:
-    """The Trainer's callbacks; Lightning's types hide them."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

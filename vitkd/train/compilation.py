@@ -1,4 +1,4 @@
-"""`compile=true`: training losses by compiled code (torch.compile), everything else as ever."""
+"""`compile=true`: training losses by compiled code (torch.compile), everything else as without it."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def check_compiler(device: torch.device) -> None:
 def compile_training(module: DistillModule) -> None:
     """Compile `module.losses`, the forward passes of student and teacher and the losses, for training steps.
 
-    Not for validation, whose last batch is of another size, nor for pictures: each would be compiled anew.
+    Not for validation, whose last batch is of another size, nor for pictures: each would be compiled again.
     Nor for the steps that are logged, whose gradients are measured term by term: a compiled graph gives up
     its buffers in the first backward pass. Names of weights, checkpoints and averages stay as they are.
     """

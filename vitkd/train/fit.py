@@ -1,9 +1,9 @@
 """Fit one module in one run folder: the same for a teacher and for a student."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from vitkd.cli.console import is_terminal
+from vitkd.config import Config
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.models import Model
@@ -26,15 +27,6 @@ from vitkd.train.module import DistillModule
 from vitkd.train.progress import EpochLines, ProgressBar
 
 log = logging.getLogger("vitkd")
-
-
-class Settings(Protocol):
-    """The part of a run's configuration that fitting reads."""
-
-    log_every_n_steps: int
-    checkpoint_minutes: float
-    ema_decay: float | None
-    trainer: dict[str, Any]
 
 
 class Fitted(NamedTuple):
@@ -52,7 +44,7 @@ def fit(
     module: DistillModule,
     data: ImageDataModule,
     folder: RunFolder,
-    settings: Settings,
+    settings: Config,
     callbacks: Sequence[Callback],
 ) -> Fitted:
     """Train `module` in `folder`, from the checkpoint of an earlier attempt there, if there is one.
@@ -64,12 +56,8 @@ def fit(
     checkpoint, start = agree(lambda: find_checkpoint(folder.last))
     with PostponedSignals() as signals:
         checkpointing = Checkpointing(folder, settings.checkpoint_minutes, signals)
-        trainer = build_trainer(
-            folder.path,
-            settings,
-            [*averaging(settings), *callbacks, EpochLines(), *progress_bar(), checkpointing],
-            curve_loggers(folder, start) if is_first() else [],
-        )
+        loggers = curve_loggers(folder, start) if is_first() else []
+        trainer = build_trainer(settings, callbacks, checkpointing, loggers)
         run_trainer(trainer, module, data, checkpoint)
     if start and is_first():
         # The interrupted attempt may have left an older one.
@@ -80,7 +68,7 @@ def fit(
     metrics = {
         "val/acc_last": checkpointing.acc_last,
         "val/acc_best": checkpointing.acc_best,
-        "best_epoch": checkpointing.best_epoch or epochs,
+        "best_epoch": checkpointing.best["epoch"] + 1 if checkpointing.best else epochs,
         "epochs": epochs,
         "steps": trainer.global_step,
         "wall_seconds": checkpointing.wall_seconds,
@@ -112,11 +100,6 @@ def find_checkpoint(last: Path) -> tuple[Path | None, int]:
     return path, content["global_step"]
 
 
-def averaging(settings: Settings) -> list[Callback]:
-    """The callback that averages the weights for validation and the final model, if there is to be one."""
-    return [] if settings.ema_decay is None else [WeightAveraging(avg_fn=warm_average(settings.ema_decay))]
-
-
 def warm_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """An exponential moving average whose decay grows with the `count` of averaged steps up to `decay`.
 
@@ -138,24 +121,26 @@ def curve_loggers(folder: RunFolder, start: int) -> list[Logger]:
     return [TensorBoardCurves(folder.path, start), MetricsFile(folder.csv, start)]
 
 
-def progress_bar() -> list[Callback]:
-    """A bar, on a terminal."""
-    return [ProgressBar()] if is_terminal() and is_first() else []
-
-
 def build_trainer(
-    root: Path, settings: Settings, callbacks: list[Callback], loggers: list[Logger]
+    settings: Config, callbacks: Sequence[Callback], checkpointing: Checkpointing, loggers: list[Logger]
 ) -> L.Trainer:
     """Lightning's Trainer, set up as every training here needs it."""
+    decay = settings.ema_decay
+    averaging = [] if decay is None else [WeightAveraging(avg_fn=warm_average(decay))]
+    bar = [ProgressBar()] if is_terminal() and is_first() else []
+    plugins: list[Any] = [DurableCheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # The launcher queues an interrupted job again; Lightning must not do so as well.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return L.Trainer(
         **{
             "num_sanity_val_steps": 0,
             **settings.trainer,
             "logger": loggers,
-            "callbacks": callbacks,
-            "plugins": [DurableCheckpointIO(), *cluster_environment()],
+            "callbacks": [*averaging, *callbacks, EpochLines(), *bar, checkpointing],
+            "plugins": plugins,
             "log_every_n_steps": settings.log_every_n_steps,
-            "default_root_dir": root,
+            "default_root_dir": checkpointing.folder.path,
             "enable_progress_bar": False,
             "enable_checkpointing": False,
             "enable_model_summary": False,
@@ -163,21 +148,3 @@ def build_trainer(
             "use_distributed_sampler": False,
         }
     )
-
-
-def cluster_environment() -> list[SLURMEnvironment]:
-    """Under SLURM, keeps Lightning from queueing the job again, which the launcher does already."""
-    is_plain_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [SLURMEnvironment(auto_requeue=False)] if is_plain_slurm else []
-
-
-def conclude_curves(
-    loggers: Iterable[Logger],
-    settings: Mapping[str, Any],
-    ignored: Collection[str],
-    metrics: Mapping[str, float],
-) -> None:
-    """Show the run's settings and final metrics in TensorBoard."""
-    for logger in loggers:
-        if isinstance(logger, TensorBoardCurves):
-            logger.conclude(settings, ignored, metrics)

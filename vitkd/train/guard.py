@@ -17,7 +17,7 @@ ADVICE = "try a lower optimizer.lr, a longer schedule.warmup or trainer.gradient
 
 
 class _Seen(NamedTuple):
-    """Figures of one batch, still on its device."""
+    """Losses, or a gradient norm, of one batch, still on its device."""
 
     names: tuple[str, ...]
     values: Tensor
@@ -41,7 +41,7 @@ class FiniteGuard:
     def __init__(self, outcome: str = "it was not taken, and what was saved before is good") -> None:
         self.outcome = outcome
         self._seen: list[_Seen] = []
-        # On the device, and always at the same place in memory, so that a CUDA graph can go on with it.
+        # On the device, and always at the same place in memory, so that a CUDA graph can update it.
         self._steps: Tensor | None = None
         self._first_bad: dict[tuple[str, ...], Tensor] = {}
         self._flag: Tensor | None = None
@@ -82,7 +82,7 @@ class FiniteGuard:
         return torch.stack([table[..., 0] > 0 for table in self._first_bad.values()]).any(0)
 
     def forget_step(self) -> None:
-        """Drop what was noted since the last step: it is to be taken anew."""
+        """Drop what was noted since the last step: it is to be taken again."""
         self._seen = []
 
     def found(self, step: int, epoch: int) -> list[str | None]:
@@ -126,7 +126,7 @@ class FiniteGuard:
         return not self._seen
 
     def _keep_first_bad(self, seen: _Seen, step: Tensor) -> None:
-        """A row a student: whether there was a bad batch, at which step, its figures and images."""
+        """A row a student: whether there was a bad batch, at which step, its losses and images."""
         students = seen.values.shape[:-1]
         bad = ~seen.values.isfinite().all(-1, keepdim=True)
         row = torch.cat(
@@ -139,12 +139,12 @@ class FiniteGuard:
 def _first_message(
     tables: Mapping[tuple[str, ...], list[list[float]]], student: int, before: int, epoch: int
 ) -> str | None:
-    """What is to be told of one student's first bad batch, if it has one."""
+    """The message about one student's first bad batch, if it has one."""
     rows = [(names, table[student]) for names, table in tables.items() if table[student][0]]
     if not rows:
         return None
-    names, (_, step, *figures) = min(rows, key=lambda row: row[1][1])
-    values, images = figures[: len(names)], figures[len(names) :]
+    names, (_, step, *rest) = min(rows, key=lambda row: row[1][1])
+    values, images = rest[: len(names)], rest[len(names) :]
     terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
     named = ", ".join(f"{image:.0f}" for image in images[:IMAGES_NAMED])
     return (

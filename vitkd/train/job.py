@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import closing
+from dataclasses import replace
 
 from omegaconf import DictConfig
 
@@ -9,7 +10,7 @@ from vitkd.cli.console import Job, print_results, start_logging
 from vitkd.process.distributed import agree, is_first, joined
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.folder import RunFolder
-from vitkd.train.plan import Earlier, agreed, announce, make_plan
+from vitkd.train.plan import Earlier, announce, make_plan
 from vitkd.train.student import load_data, prepare, train_student
 from vitkd.train.teacher import check_pair, obtain_teacher, read_given_teacher
 
@@ -26,7 +27,8 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     given = read_given_teacher(config)
     check_pair(config, given)
     with joined(machine.processes, machine.hosts, plan.command):
-        plan = agreed(plan)
+        # All processes must do the same, whatever each has found.
+        plan = replace(plan, earlier=agree(lambda: plan.earlier))
         if plan.earlier and plan.is_taken:
             return skip(plan.earlier, job)
         agree(lambda: prepare("student", config.student))

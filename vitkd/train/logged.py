@@ -3,7 +3,7 @@
 Written for one student or, by the leading axis that `stacked` adds, for several at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from vitkd.train.guard import FiniteGuard
-from vitkd.train.meter import Meter
-from vitkd.train.window import Window
+from vitkd.train.meter import Meter, Window
 
 
 class LoggedModule(L.LightningModule):
@@ -40,8 +39,11 @@ class LoggedModule(L.LightningModule):
         # The first hook after an optimiser step; a checkpoint at the step's end holds what this leaves.
         if self.is_logging_step or self.trainer.is_last_batch:
             self.check_finite()
-            # On CUDA they are tensors, so that a graph can read them.
-            self._log_window([float(rate) for rate in scheduler.get_last_lr()])
+            curves, throughput = self.window_curves(), self.window.close(self.trainer.world_size)
+            for values, rate in zip(curves, scheduler.get_last_lr(), strict=True):
+                # On CUDA a rate is a tensor, so that a graph can read it.
+                values |= {"images_per_second": throughput, "lr": float(rate)}
+            self._write("train", curves)
         scheduler.step()
 
     def on_validation_epoch_start(self) -> None:
@@ -74,13 +76,6 @@ class LoggedModule(L.LightningModule):
     def summary(self, curves: list[dict[str, float]]) -> Mapping[str, float | list[float]]:
         """What callbacks see of the students' curves."""
         return curves[0]
-
-    def _log_window(self, lr: Sequence[float]) -> None:
-        curves = self.window_curves()
-        throughput = self.window.close(self.trainer.world_size)
-        for values, rate in zip(curves, lr, strict=True):
-            values |= {"images_per_second": throughput, "lr": rate}
-        self._write("train", curves)
 
     def _write(self, phase: str, curves: list[dict[str, float]]) -> None:
         """Hand each student's values to the loggers that are its own."""

@@ -73,48 +73,39 @@ def transfer_of(
 
 
 class TermWeights:
-    """The two terms' weights [*S], always at the same place on the device, where a CUDA graph reads them."""
+    """The two terms' weights, always at the same place on the device, where a CUDA graph reads them."""
 
     def __init__(self, class_weights: float | list[float]) -> None:
-        self.class_loss, self.transfer = _both(class_weights)
+        self.both = _with_transfer(torch.tensor(class_weights, dtype=torch.float64))
+        """[*S, 2]: the class loss's and the transfer loss's, each rounded once"""
+
+    @property
+    def class_loss(self) -> Tensor:
+        """[*S]: the class loss's weight."""
+        return self.both[..., 0]
 
     def total(self, class_loss: Tensor, transfer: Tensor) -> Tensor:
         """What is minimised [*S] (equation 2.14)."""
-        self.class_loss, self.transfer = self.class_loss.to(transfer), self.transfer.to(transfer)
-        return self.class_loss * class_loss + self.transfer * transfer
+        self.both = self.both.to(transfer)
+        return self.both[..., 0] * class_loss + self.both[..., 1] * transfer
 
     def fill(self, class_weights: float | list[float]) -> None:
         """Set them from the host; NaN leaves a student's weights as they are."""
-        self._set(*_both(class_weights))
+        self.balance(torch.tensor(class_weights, dtype=torch.float64))
 
     def balance(self, class_weights: Tensor) -> None:
-        """Set them on the device [*S]; NaN leaves a student's weights as they are."""
-        self._set(class_weights, 1 - class_weights)
-
-    def _set(self, class_weights: Tensor, transfer_weights: Tensor) -> None:
-        for weight, new in ((self.class_loss, class_weights), (self.transfer, transfer_weights)):
-            new = new.to(weight)
-            weight.copy_(torch.where(new.isnan(), weight, new))
+        """Set them by a tensor [*S]; NaN leaves a student's weights as they are."""
+        new = _with_transfer(class_weights).to(self.both)
+        self.both.copy_(torch.where(new.isnan(), self.both, new))
 
     def measures(self, transfer: Transfer) -> dict[str, Tensor]:
         """The curves of the weights [*S]: the class loss's, and the transfer loss's mean over images."""
         mean = 1.0 if transfer.image_weight is None else transfer.image_weight
-        return {"class_weight": self.class_loss, "transfer_weight": self.transfer * mean}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Both, as they are."""
-        return {"class_loss": self.class_loss.clone(), "transfer": self.transfer.clone()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state`."""
-        self.class_loss.copy_(state["class_loss"])
-        self.transfer.copy_(state["transfer"])
+        return {"class_weight": self.class_loss, "transfer_weight": self.both[..., 1] * mean}
 
 
-def _both(class_weights: float | list[float]) -> tuple[Tensor, Tensor]:
-    """Both terms' weights, each rounded once."""
-    exact = torch.tensor(class_weights, dtype=torch.float64)
-    return exact, 1 - exact
+def _with_transfer(class_weights: Tensor) -> Tensor:
+    return torch.stack([class_weights, 1 - class_weights], dim=-1)
 
 
 def gradient_ratio(norms: Mapping[str, float], class_weight: float) -> dict[str, float]:
@@ -132,9 +123,7 @@ def share_equal(predicted: Tensor, true: Tensor) -> Tensor:
     return (predicted == true).float().mean(-1)
 
 
-def gradient_norm(loss: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-    """The 2-norm of d loss / d parameters; the graph is kept."""
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients if gradient is not None])
-    )
+def gradients_of(losses: Tensor, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+    """d losses [*S] / d parameters, where there is any, each student's own; the graph is kept."""
+    gradients = torch.autograd.grad(losses.sum(), parameters, retain_graph=True, allow_unused=True)
+    return [gradient for gradient in gradients if gradient is not None]

@@ -5,8 +5,9 @@ Written for one student or, by the leading axis that `stacked` adds, for several
 Shapes: S stacked students (absent for one), B batch, C classes, P values of an objective.
 """
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -19,10 +20,12 @@ from vitkd.methods.weighting import Constant, Weighting
 from vitkd.models import Model, Output, Taps, describe
 from vitkd.models.output import LOGITS
 from vitkd.optim import AdamW, Schedule
-from vitkd.train.cuda_graph import GraphedStep, take_step
+from vitkd.train.cuda_graph import CaptureError, GraphedStep
 from vitkd.train.logged import LoggedModule
-from vitkd.train.losses import Losses, TermWeights, gradient_norm, gradient_ratio, share_equal, transfer_of
+from vitkd.train.losses import Losses, TermWeights, gradient_ratio, gradients_of, share_equal, transfer_of
 from vitkd.train.teacher_cache import TeacherCache
+
+log = logging.getLogger("vitkd")
 
 
 class DistillModule(LoggedModule):
@@ -65,8 +68,10 @@ class DistillModule(LoggedModule):
         self.cached: dict[str, TeacherCache] = {}
         """by split, the teacher's answers that are kept"""
         self.term_weights = TermWeights(self.alpha)
-        self.is_active = self.distils
-        """whether the transfer loss counts in this epoch"""
+        self.compared = {0} if self.distils else set()
+        """the students, numbered in a stack, whose transfer loss counts in this epoch"""
+        self.weights_change = objective is not None and not isinstance(self.weighting, Constant)
+        """whether the weights differ between epochs, steps or images, so that they are drawn"""
         self.graph: GraphedStep | None = None
         self._batch: Batch | None = None
         self._measured_norms: dict[str, Tensor] = {}
@@ -103,10 +108,12 @@ class DistillModule(LoggedModule):
 
     def losses(self, batch: Batch) -> Losses:
         """The losses of one training batch."""
-        return self.compare(batch, self.answer(batch, "train") if self.is_active else None)
+        return self.compare(batch, self.answer(batch, "train") if self.compared else None)
 
     def compare(self, batch: Batch, answer: Output | None) -> Losses:
         """The losses of one batch, given the teacher's answer to it, where they are compared."""
+        if self.objective is not None and not self.training and len(batch.label) < self.objective.min_images:
+            answer = None
         taps = LOGITS if answer is None or self.objective is None else self.objective.student_taps
         student = self.model(batch.image, taps)
         # Where nothing is ever learned from the teacher, just the answer learns the labels.
@@ -135,7 +142,7 @@ class DistillModule(LoggedModule):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Set the terms' weights of epoch `epoch`, counted from 0, of `epochs`."""
         class_weight = self.weighting.class_weight(self.alpha, epoch, epochs)
-        self.is_active = self.distils and class_weight < 1
+        self.compared = {0} if self.distils and class_weight < 1 else set()
         self.term_weights.fill(math.nan if self.weighting.needs_gradients else class_weight)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -155,9 +162,8 @@ class DistillModule(LoggedModule):
         return losses.total.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        answer = None if self.objective is None else self.answer(batch, "val")
-        are_enough = self.objective is not None and len(batch.label) >= self.objective.min_images
-        losses = self.compare(batch, answer if are_enough else None)
+        answer = None if self.teacher_taps("val") is None else self.answer(batch, "val")
+        losses = self.compare(batch, answer)
         measured = self.measures(losses, batch.label)
         if answer is not None:
             measured["teacher_agreement"] = share_equal(losses.output.predicted, answer.predicted)
@@ -169,11 +175,6 @@ class DistillModule(LoggedModule):
         if losses.transfer is None or not self.weights_change:
             return values
         return values | self.term_weights.measures(losses.transfer)
-
-    @property
-    def weights_change(self) -> bool:
-        """Whether the weights differ between epochs, steps or images, so that they are drawn."""
-        return not isinstance(self.weighting, Constant)
 
     def as_seen(self, batch: Batch) -> Batch:
         """A training batch with the labels and indices [*S, B] as each student sees them."""
@@ -193,11 +194,7 @@ class DistillModule(LoggedModule):
         optimizer.step()
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         is_logging_step = self.is_logging_step
         if self.graph is None:
@@ -205,17 +202,34 @@ class DistillModule(LoggedModule):
         else:
             assert optimizer_closure is not None
             optimizer_closure()
-            batch, self._batch = self._batch, None
-            assert batch is not None
-            take_step(self, batch)
+            self._take_graphed_step(self.graph)
         if is_logging_step:
             self.window.keep_norms(self._measured_norms)
+
+    def _take_graphed_step(self, graph: GraphedStep) -> None:
+        """Take a step by `graph` or, from the first one on that cannot be captured, without."""
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        meter, kind = self.window.meter, self.step_kind
+        counts = meter.counts()
+        try:
+            if graph.take(batch, kind):
+                meter.count(graph.names[kind], batch.label.shape[-1])
+            graph.names[kind] = meter.names
+            return
+        except CaptureError as error:
+            log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", error)
+        # Not within `except`: the error's traceback holds the memory of the failed step.
+        self.graph = None
+        meter.set_counts(counts)
+        self.guard.forget_step()
+        self.whole_step(batch)
 
     @property
     def step_kind(self) -> str:
         """What this step computes besides; a step of another kind needs a CUDA graph of its own."""
         measured = "gradients measured" if self.is_logging_step else "plain"
-        return f"{measured}, {'compared with the teacher' if self.is_active else 'alone'}"
+        return f"{measured}, {'compared with the teacher' if self.compared else 'alone'}"
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.balance_terms()
@@ -236,11 +250,11 @@ class DistillModule(LoggedModule):
             return {}
         parameters = list(self.model.parameters())
         terms = {"class": losses.class_loss, "transfer": losses.transfer.weighted}
-        return {f"gradient_norm_{name}": self.gradient_norm(term, parameters) for name, term in terms.items()}
+        return {f"gradient_norm_{n}": self.norm(gradients_of(term, parameters)) for n, term in terms.items()}
 
-    def gradient_norm(self, term: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-        """The 2-norm [*S] of d term / d parameters; the graph is kept."""
-        return gradient_norm(term, parameters)
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The 2-norm [*S] over all entries of `gradients`."""
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in gradients]))
 
     def configure_optimizers(self) -> Any:
         # A fused optimiser unscales gradients itself, too late for clipping them.
@@ -253,10 +267,7 @@ class DistillModule(LoggedModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: Any = None
     ) -> None:
         # Lightning refuses to clip for a fused optimiser under mixed precision; bf16 has no scaler to heed.
         if gradient_clip_val is None:
@@ -264,16 +275,20 @@ class DistillModule(LoggedModule):
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(trained_by(optimizer), gradient_clip_val)
         else:
-            torch.nn.utils.clip_grad_norm_(trained_by(optimizer), gradient_clip_val)
+            self.clip_norm(trained_by(optimizer), gradient_clip_val)
+
+    def clip_norm(self, parameters: list[Tensor], most: float) -> None:
+        """Scale the gradients of `parameters` to a norm of at most `most`, in a stack each student's."""
+        torch.nn.utils.clip_grad_norm_(parameters, most)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["model"] = describe(self.model)
-        checkpoint["term_weights"] = self.term_weights.state_dict()
+        checkpoint["term_weights"] = self.term_weights.both.clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.term_weights.load_state_dict(checkpoint["term_weights"])
+        self.term_weights.both.copy_(checkpoint["term_weights"])
 
     def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
         values = means.get("transfer_values")
@@ -283,9 +298,13 @@ class DistillModule(LoggedModule):
         return [curves]
 
     def window_curves(self) -> list[dict[str, float]]:
-        (curves,) = super().window_curves()
-        norms = {name: norm.item() for name, norm in self.window.take_norms().items()}
-        return [curves | norms | gradient_ratio(norms, self.term_weights.class_loss.item() if norms else 0)]
+        curves = super().window_curves()
+        norms = {name: norm.reshape(-1).tolist() for name, norm in self.window.take_norms().items()}
+        weights = self.term_weights.class_loss.reshape(-1).tolist() if norms else []
+        for student in self.compared if norms else ():
+            own = {name: values[student] for name, values in norms.items()}
+            curves[student] |= own | gradient_ratio(own, weights[student])
+        return curves
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # They lie on the old device, in the old precision.

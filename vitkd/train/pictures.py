@@ -1,4 +1,4 @@
-"""Attention pictures of a run as it goes on: where the teacher looks, and where its student has learnt to.
+"""Attention pictures during training: where the teacher looks, and where its student does.
 
 Shapes: B images, C channels, g patches along one side.
 """
@@ -93,7 +93,7 @@ class AttentionPictures(Callback):
     def draw(self, module: DistillModule, when: str) -> Figure:
         """Figure 1 of the last distilled pair; `when` opens its caption."""
         student, teacher = module.model, module.teacher
-        pair, other = shown_pair(module), other_block(module)
+        pair, other = shown_blocks(module)
         teacher_heads = [head for heads in pair.teacher_heads for head in heads]
         student_heads: dict[int, Sequence[int]] = {pair.student_block: pair.student_heads}
         if other is not None:
@@ -117,7 +117,7 @@ class AttentionPictures(Callback):
         )
 
     def _log(self, module: DistillModule, loggers: Sequence[Logger], picture: np.ndarray, step: int) -> None:
-        pair = shown_pair(module)
+        pair, _ = shown_blocks(module)
         tag = f"attention/block{pair.student_block}_from_{pair.teacher_block}"
         for logger in loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -126,20 +126,19 @@ class AttentionPictures(Callback):
         self._logged_step = step
 
 
-def shown_pair(module: DistillModule) -> BlockPair:
-    """The last distilled pair; where no map is distilled, the last blocks."""
-    if distilled := distilled_pairs(module):
-        return distilled[-1]
-    students, teachers = module.model.attention, module.teacher.attention
-    every_head = (tuple(range(teachers[-1].heads)),) * students[-1].heads
-    return BlockPair(len(students) - 1, len(teachers) - 1, tuple(range(students[-1].heads)), every_head)
+def shown_blocks(module: DistillModule) -> tuple[BlockPair, int | None]:
+    """The last distilled pair, and the last student block that is not distilled, if there is one.
 
-
-def other_block(module: DistillModule) -> int | None:
-    """The last student block that is not distilled; None where every block is, or no map at all."""
-    distilled = {pair.student_block for pair in distilled_pairs(module)}
-    others = [block for block in range(len(module.model.attention)) if block not in distilled]
-    return others[-1] if distilled and others else None
+    Where no map is distilled, the last blocks of both, and no other.
+    """
+    students, teachers, pairs = module.model.attention, module.teacher.attention, distilled_pairs(module)
+    if not pairs:
+        heads = tuple(range(students[-1].heads))
+        every_head = (tuple(range(teachers[-1].heads)),) * len(heads)
+        return BlockPair(len(students) - 1, len(teachers) - 1, heads, every_head), None
+    distilled = {pair.student_block for pair in pairs}
+    others = [block for block in range(len(students)) if block not in distilled]
+    return pairs[-1], others[-1] if others else None
 
 
 def distilled_pairs(module: DistillModule) -> Sequence[BlockPair]:

@@ -1,7 +1,7 @@
 """What a job is to do, decided before anything takes time or is written."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,19 +67,9 @@ def make_plan(composed: DictConfig) -> Plan:
     if config.compile:
         check_compiler(machine.device)
     path = run_path(config)
-    earlier = find_earlier(path, config) if should_resume(config) else None
+    folder = RunFolder.latest(path, config.resolved) if should_resume(config) else None
+    earlier = Earlier(folder.path, folder.state) if folder else None
     return Plan(config, machine, path, earlier, tuple(ignored_settings(config.method)), tuple(job_command()))
-
-
-def find_earlier(path: Path, config: Config) -> Earlier | None:
-    """The newest run of just this configuration at `path`, `path`-2, …"""
-    folder = RunFolder.latest(path, config.resolved)
-    return Earlier(folder.path, folder.state) if folder else None
-
-
-def agreed(plan: Plan) -> Plan:
-    """The plan with the earlier run that the first process sees: all processes must do the same."""
-    return replace(plan, earlier=agree(lambda: plan.earlier))
 
 
 def announce(config: Config, given_teacher: Model | None) -> None:

@@ -21,22 +21,14 @@ EPOCH_COLUMNS = {
 
 
 class EpochLines(L.Callback):
-    """One plain line an epoch, to the console and the log file."""
+    """One plain line an epoch, to the console and the log file; of a stack the median of every metric."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        columns = format_metrics({name: value.item() for name, value in metrics.items()})
-        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, columns)
-
-
-class StackLines(L.Callback):
-    """One plain line an epoch about the students of a stack: the median of every metric."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        medians = {name: values.nanquantile(0.5).item() for name, values in trainer.callback_metrics.items()}
-        students = len(next(iter(trainer.callback_metrics.values())))
-        columns = f"median of {students}: {format_metrics(medians)}"
-        log.info("epoch %d/%s  %s", trainer.current_epoch + 1, trainer.max_epochs, columns)
+        columns = format_metrics({name: values.nanquantile(0.5).item() for name, values in metrics.items()})
+        stacked = next(iter(metrics.values())).shape
+        median = f"median of {stacked[0]}: " if stacked else ""
+        log.info("epoch %d/%s  %s%s", trainer.current_epoch + 1, trainer.max_epochs, median, columns)
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:

@@ -1,23 +1,33 @@
-"""Train one student in its run folder, from first weights to test metrics; a teacher is trained so, too."""
+"""Train one student in its run folder, from first weights to test metrics; a teacher is trained so, too.
 
-from typing import Any
+Shapes: N test images.
+"""
+
+import logging
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from vitkd.cli.console import percent
 from vitkd.config import Config
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
-from vitkd.models import Model, ModelConfig
+from vitkd.evaluate.measure import evaluate, measure_both
+from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
 from vitkd.process.distributed import is_first, rank, wait_for_all
 from vitkd.runs import results
+from vitkd.runs.curves import TensorBoardCurves
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
 from vitkd.runs.stack_folder import restart_alone, stacks_folder
 from vitkd.train.build import build_module, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps
 from vitkd.train.compilation import compile_training
-from vitkd.train.conclude import measure_student, measure_teacher
-from vitkd.train.fit import fit
+from vitkd.train.fit import Fitted, fit
+
+log = logging.getLogger("vitkd")
 
 
 def prepare(group: str, model: ModelConfig) -> None:
@@ -67,4 +77,60 @@ def train_student(
                 pictures.on_train_end(fitted.trainer, module)
             metrics = measure_student(config, fitted, measured_teacher, data, device, folder)
         wait_for_all()
+    return metrics
+
+
+class MeasuredTeacher(NamedTuple):
+    """What is known of a teacher before its student trains, which may change the precision of its weights."""
+
+    metrics: dict[str, Any]
+    """what the student's `metrics.json` says of it"""
+    predictions: Tensor | None
+    """[N] its classes of the test images; None where there is no teacher"""
+
+
+def measure_teacher(teacher: Model | None, data: ImageDataModule, device: torch.device) -> MeasuredTeacher:
+    """Measure the teacher, if there is one, on the test split."""
+    if teacher is None:
+        names = ("teacher/test_acc", "teacher/parameters", "teacher/weights")
+        return MeasuredTeacher(dict.fromkeys(names), None)
+    test = evaluate(teacher, data.loader("test", device, rank=0, world_size=1), device)
+    log.info("teacher: %s on the test split", percent(test.accuracy))
+    metrics = {
+        "teacher/test_acc": test.accuracy,
+        "teacher/parameters": count_parameters(teacher),
+        "teacher/weights": digest(teacher),
+    }
+    return MeasuredTeacher(metrics, test.predictions)
+
+
+def measure_student(
+    config: Config,
+    fitted: Fitted,
+    teacher: MeasuredTeacher,
+    data: ImageDataModule,
+    device: torch.device,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """Measure a trained student on the test split, once, and leave everything in its folder.
+
+    Returns what `metrics.json` holds.
+    """
+    batches = data.loader("test", device, rank=0, world_size=1)
+    test, predictions = measure_both(fitted.last, fitted.best, batches, device, teacher.predictions)
+    save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"])})
+    results.write_predictions(folder, predictions)
+    metrics = {
+        **test,
+        **fitted.metrics,
+        **teacher.metrics,
+        "student/parameters": count_parameters(fitted.last),
+        "seed": config.seed,
+        "precision/trainer": fitted.trainer.precision,
+        **provenance(device),
+    }
+    folder.write_metrics(metrics)
+    for logger in fitted.loggers:
+        if isinstance(logger, TensorBoardCurves):
+            logger.conclude(config.resolved, config.method.ignores, test)
     return metrics

@@ -49,10 +49,9 @@ def obtain_teacher(config: Config, given: Model | None, device: torch.device) ->
     store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
     if not store.exists():
         agree(lambda: prepare("teacher", own.student))
-    return stored_teacher(store, own.resolved, lambda folder: train_teacher(own, device, folder))
 
+    def train(folder: RunFolder) -> None:
+        with closing(load_data(own)) as data:
+            train_student(own, None, data, device, folder)
 
-def train_teacher(own: Config, device: torch.device, folder: RunFolder) -> None:
-    """Train a teacher in `folder`, by a run of its own."""
-    with closing(load_data(own)) as data:
-        train_student(own, None, data, device, folder)
+    return stored_teacher(store, own.resolved, train)

@@ -1,4 +1,4 @@
-"""Students of every architecture train in stacks as they do alone; who cannot be stacked is told why."""
+"""Students of every architecture train in stacks as they do alone; a line says why one cannot be stacked."""
 
 import shutil
 from pathlib import Path

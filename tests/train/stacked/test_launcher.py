@@ -30,11 +30,11 @@ from vitkd.methods.base import Method
 from vitkd.models import ResNetConfig, ViTConfig
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder, StackSlot
-from vitkd.train import conclude
 from vitkd.train.machine import Machine
 from vitkd.train.stacked import StackedModule
 from vitkd.train.stacked.candidates import Candidate, stacks_of, why_alone
 from vitkd.train.stacked.fit import room_for
+from vitkd.train.student import measure_student
 
 STACKED = "hydra/launcher=stacked"
 ALONE = [
@@ -417,7 +417,7 @@ class TestTooLittleMemory:
             measured.append(config.seed)
             if len(measured) == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return conclude.measure_student(config, *rest)
+            return measure_student(config, *rest)
 
         monkeypatch.setattr("vitkd.train.stacked.job.measure_student", measure)
         ended = sweeps.run(*jobs)

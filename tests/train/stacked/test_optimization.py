@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.optim import AdamW, Constant, WarmupCosine
-from vitkd.train.stacked.checkpoint import take_students
+from vitkd.train.stacked.fit import take_students
 from vitkd.train.stacked.optimization import OptimSettings, StackedAdamW, StackedSchedule
 
 STEPS = 12

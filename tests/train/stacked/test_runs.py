@@ -150,7 +150,7 @@ class TestARun:
 
     def test_its_log_has_the_epochs_of_its_own(self, name, both):
         def lines(run: Path) -> list[str]:
-            """Without the time of day, the images a second and what is told of the stack."""
+            """Without the time of day, the images a second and what is said of the stack."""
             told = [line for line in (run / "run.log").read_text().splitlines() if "/2  " in line]
             return [line[20:].rpartition("  ")[0] for line in told if "median" not in line]
 

@@ -17,7 +17,6 @@ from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackSlot, read_slot, release_slot, stacks_folder
 from vitkd.train.plan import Plan, make_plan
 from vitkd.train.stacked.dropout import has_streams
-from vitkd.train.stacked.grouping import in_stack_order, portions, shared_settings
 
 log = logging.getLogger("vitkd")
 
@@ -131,7 +130,9 @@ def grouped(candidates: Sequence[Candidate]) -> list[Group]:
     groups: list[Group] = []
     for member in candidates:
         # Of the method only that: a stack has one teacher, or none.
-        shared = shared_settings(member.config.resolved) | {"method": member.config.method.needs_teacher}
+        shared = relevant(member.config.resolved, Separates.STACKS) | {
+            "method": member.config.method.needs_teacher
+        }
         saved = member.place.folder.path if member.place else None
         for group in groups:
             if (shared, saved) == (group.shared, group.saved):
@@ -155,8 +156,17 @@ def why_apart(group: Group, groups: Sequence[Group]) -> tuple[str, str] | None:
 
 
 def stack_position(member: Candidate) -> tuple[Any, ...]:
-    """Sorts the members of one stack; one that resumes keeps its place."""
-    return (member.place.student,) if member.place else in_stack_order(member.config.resolved)
+    """Sorts the members of one stack; one that resumes keeps its place.
+
+    Those of equal method, granularity, weighting and loss are neighbours, alpha = 1 last.
+    """
+    if member.place:
+        return (member.place.student,)
+    config = member.config.resolved
+    # The loss last: those that differ in their temperature alone are compared in one go.
+    groups = ("method", "granularity", "weighting", "loss")
+    texts = [json.dumps(config[group], sort_keys=True) for group in groups]
+    return (config["alpha"] == 1, *texts, config["seed"])
 
 
 def job_names(members: Sequence[Candidate]) -> str:
@@ -170,3 +180,10 @@ def job_names(members: Sequence[Candidate]) -> str:
             spans.append([number, number])
     listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
     return f"job{'s' if len(numbers) > 1 else ''} {listed}"
+
+
+def portions(count: int, most: int) -> list[range]:
+    """`count` students cut into the fewest stacks of at most `most`, of sizes that differ by one at most."""
+    stacks = -(-count // most)
+    bounds = [stack * count // stacks for stack in range(stacks + 1)]
+    return [range(bounds[i], bounds[i + 1]) for i in range(stacks)]

@@ -44,14 +44,14 @@ class GeneratorStreams:
         return {"step": self.step, "states": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there; after steps on a GPU, with masks that have nothing to do with those."""
+        """Continue from `state`; after steps on a GPU, with masks that are independent of those."""
         self.step = state["step"]
         if "states" in state:
             for generator, own in zip(self.generators, state["states"], strict=True):
                 generator.set_state(own.clone())
 
     def next_step(self) -> None:
-        """Count the step, for whoever goes on on a GPU: generators go on by themselves."""
+        """Count the step, for resuming on a GPU: generators advance by themselves."""
         self.step += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -75,15 +75,14 @@ class KeyedStreams:
         self._place = 0
 
     def next_step(self) -> None:
-        """Go on to the next step's masks; the places are counted anew."""
+        """Advance to the next step's masks; places are counted from 0 again."""
         self.step += 1
         self._place = 0
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """`x` [S, …] with each value zeroed with probability `p`, the others scaled by 1/(1 − p)."""
-        from vitkd.train.stacked.philox import (
-            dropped,  # needs Triton, which comes with PyTorch for GPUs alone
-        )
+        # It needs Triton, which comes with PyTorch for GPUs alone.
+        from vitkd.train.stacked.philox import dropped
 
         self._place += 1
         return dropped(x, self.seeds, self.step, self._place, p)
@@ -93,5 +92,5 @@ class KeyedStreams:
         return {"step": int(self.step)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from `state`."""
         self.step.fill_(state["step"])

@@ -5,38 +5,39 @@ Shapes: S stacked students.
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from vitkd.config import Config
 from vitkd.errors import RunError
 from vitkd.models import describe
 from vitkd.process.signals import PostponedSignals
-from vitkd.runs.checkpoints import write_checkpoint
+from vitkd.runs.checkpoints import newest_good, write_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder
-from vitkd.train.checkpointing import Checkpointing, callbacks_of
+from vitkd.train.checkpointing import Checkpointing, averages_of
 from vitkd.train.fit import (
     Fitted,
-    Settings,
-    averaging,
     build_trainer,
     curve_loggers,
     find_checkpoint,
-    progress_bar,
     run_trainer,
 )
-from vitkd.train.progress import StackLines, format_metrics
+from vitkd.train.progress import format_metrics
 from vitkd.train.stacked import StackedImages, StackedModule, unstack
 
 log = logging.getLogger("vitkd")
 
+# What of a checkpoint belongs to no single student.
+SHARED = {"loops", "lr_schedulers", "random_state", "step", "param_groups", "StackedImages"}
 # A student's lock, log and TensorBoard events; and what everything else has open.
 FILES_A_STUDENT, OTHER_FILES = 4, 256
 
@@ -62,64 +63,38 @@ class StackCheckpointing(Checkpointing):
     saving all of them.
     """
 
-    def __init__(self, folder: StackFolder, minutes: float, signals: PostponedSignals) -> None:
-        super().__init__(folder, minutes, signals)
-        self.last_accuracies: list[float] | None = None
-        self.best_accuracies: list[float] = []
-        self.best_epochs: list[int] = []
-        """counted from 1"""
-        self.best_weights: dict[str, Tensor] = {}
-
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         accuracies = trainer.callback_metrics.get("val/acc")
-        self.last_accuracies = None if accuracies is None else accuracies.tolist()
-        if self.last_accuracies is not None:
-            self._keep_best(self.last_accuracies, validated_weights(trainer), trainer.current_epoch + 1)
+        self.acc_last = None if accuracies is None else accuracies.tolist()
+        if self.acc_last is not None:
+            self._keep_best(self.acc_last, validated_weights(trainer), trainer.current_epoch + 1)
         is_last = trainer.current_epoch + 1 == trainer.max_epochs
         if is_last or self._is_due(trainer):
             self._save(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint["training"] |= {
-            "last_accuracies": self.last_accuracies,
-            "best_accuracies": self.best_accuracies,
-            "best_epochs": self.best_epochs,
-            "best_weights": self.best_weights,
-        }
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        saved = checkpoint["training"]
-        self.last_accuracies, self.best_accuracies = saved["last_accuracies"], saved["best_accuracies"]
-        self.best_epochs = saved["best_epochs"]
-        device = trainer.strategy.root_device
-        self.best_weights = {name: values.to(device) for name, values in saved["best_weights"].items()}
-
     def _keep_best(self, accuracies: list[float], weights: dict[str, Tensor], epoch: int) -> None:
         """Keep the weights of those students that were never better; the earliest of equals stays."""
-        if not self.best_epochs:
-            self.best_accuracies, self.best_epochs = list(accuracies), [epoch] * len(accuracies)
-            self.best_weights = {name: values.clone() for name, values in weights.items()}
+        if self.best is None:
+            copies = {name: values.clone() for name, values in weights.items()}
+            self.acc_best = list(accuracies)
+            self.best = {"epochs": [epoch] * len(accuracies), "weights": copies}
             return
-        pairs = zip(accuracies, self.best_accuracies, strict=True)
+        pairs = zip(accuracies, self.acc_best, strict=True)
         improved = [student for student, (now, best) in enumerate(pairs) if now > best]
         for student in improved:
-            self.best_accuracies[student], self.best_epochs[student] = accuracies[student], epoch
-            for name, values in weights.items():
-                self.best_weights[name][student] = values[student]
+            self.acc_best[student], self.best["epochs"][student] = accuracies[student], epoch
+        for name, values in weights.items() if improved else ():
+            # Those of a checkpoint lie on the CPU.
+            best = self.best["weights"][name] = self.best["weights"][name].to(values.device)
+            best[improved] = values[improved]
 
 
 def validated_weights(trainer: L.Trainer) -> dict[str, Tensor]:
     """The weights that validation saw: the model's, or their average."""
     module: torch.nn.Module = trainer.lightning_module
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            module = callback._average_model.module
+    for average in averages_of(trainer):
+        if average._average_model is not None:
+            module = average._average_model.module
     model = module.get_submodule("model")
     return {name: values.detach() for name, values in model.state_dict().items()}
 
@@ -151,7 +126,7 @@ def fit_stack(
     data: StackedImages,
     place: StackFolder,
     folders: Sequence[RunFolder],
-    settings: Settings,
+    settings: Config,
     callbacks: Sequence[Callback],
 ) -> list[Fitted | str]:
     """Train the stack, from its checkpoint in `place` if there is one.
@@ -164,14 +139,10 @@ def fit_stack(
     """
     checkpoint, start = find_checkpoint(place.last)
     loggers: list[list[Logger]] = [curve_loggers(folder, start) for folder in folders]
-    lines = [StackLines(), StudentLines(folders), *progress_bar()]
     with PostponedSignals() as signals:
         checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
         trainer = build_trainer(
-            place.path,
-            settings,
-            [*averaging(settings), *callbacks, *lines, checkpointing],
-            [logger for own in loggers for logger in own],
+            settings, [*callbacks, StudentLines(folders)], checkpointing, [*chain.from_iterable(loggers)]
         )
         try:
             run_trainer(trainer, module, data, checkpoint)
@@ -197,30 +168,61 @@ def fitted(
     """One student's models and metrics; `weights` are the stack's after the last step."""
     module = trainer.lightning_module
     assert isinstance(module, StackedModule)
-    validated = bool(checkpointing.best_epochs)
+    best_epoch, best = trainer.current_epoch, None
     last = unstack(module.model, weights, student).eval()
-    best = unstack(module.model, checkpointing.best_weights, student).eval() if validated else last
-    accuracies = checkpointing.last_accuracies
+    if checkpointing.best is not None:
+        best_epoch = checkpointing.best["epochs"][student]
+        best = unstack(module.model, checkpointing.best["weights"], student).eval()
     metrics = {
-        "val/acc_last": accuracies[student] if accuracies else None,
-        "val/acc_best": checkpointing.best_accuracies[student] if validated else None,
-        "best_epoch": checkpointing.best_epochs[student] if validated else trainer.current_epoch,
+        "val/acc_last": checkpointing.acc_last[student] if checkpointing.acc_last else None,
+        "val/acc_best": checkpointing.acc_best[student] if checkpointing.acc_best else None,
+        "best_epoch": best_epoch,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "wall_seconds": checkpointing.wall_seconds,
         "images_per_second": module.window.images_trained / module.window.seconds_trained,
         "stack/students": module.students,
     }
-    return Fitted(trainer, loggers, last, best, metrics)
+    return Fitted(trainer, loggers, last, best or last, metrics)
 
 
 def write_checkpoints(folder: RunFolder, student: Fitted) -> None:
     """Write a student's checkpoints: weights only, for a run that is done is not resumed."""
-    epochs = {folder.last: student.metrics["epochs"]}
+    saved = [(folder.last, student.last, student.metrics["epochs"])]
     if student.best is not student.last:
-        epochs[folder.best] = student.metrics["best_epoch"]
-    for path, epoch in epochs.items():
-        model = student.last if path == folder.last else student.best
+        saved.append((folder.best, student.best, student.metrics["best_epoch"]))
+    for path, model, epoch in saved:
         weights = {f"model.{name}": values for name, values in model.state_dict().items()}
         about = {"model": describe(model), "global_step": student.metrics["steps"], "epoch": epoch - 1}
         write_checkpoint(path, {**about, "state_dict": weights})
+
+
+def take_students(content: Any, students: Sequence[int], count: int) -> Any:
+    """The part of a checkpoint's `content` that belongs to `students` of its `count`, in that order.
+
+    Whatever is a tensor or list of `count` entries has one a student.
+    """
+    if isinstance(content, Tensor):
+        is_theirs = content.ndim > 0 and len(content) == count
+        return content[torch.tensor(students, device=content.device)].clone() if is_theirs else content
+    if isinstance(content, list) and len(content) == count:
+        return [content[student] for student in students]
+    if isinstance(content, list | tuple):
+        return type(content)(take_students(part, students, count) for part in content)
+    if isinstance(content, Mapping):
+        return {
+            key: part if key in SHARED else take_students(part, students, count)
+            for key, part in content.items()
+        }
+    return content
+
+
+def carry_over(before: StackFolder, students: Sequence[int], count: int, to: StackFolder) -> None:
+    """Copy `students` of the `count` that are saved in `before` to the checkpoint of another stack."""
+    checkpoint = newest_good(before.last)
+    if checkpoint is None:
+        return
+    _, saved = checkpoint
+    content, failed = take_students(saved, students, count), saved["failed"]
+    content["failed"] = {new: failed[old] for new, old in enumerate(students) if old in failed}
+    write_checkpoint(to.last, content)

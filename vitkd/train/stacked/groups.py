@@ -14,8 +14,8 @@ from torch import Tensor
 from vitkd.methods.base import Objective
 from vitkd.methods.maps.losses import DistributionLoss
 from vitkd.methods.maps.objective import AttentionObjective
-from vitkd.methods.weighting import Constant, Weighting
-from vitkd.models import Output, Taps
+from vitkd.methods.weighting import Weighting
+from vitkd.models import Output
 from vitkd.train.module import DistillModule
 
 
@@ -33,16 +33,6 @@ class StudentGroup(NamedTuple):
     def students(self) -> range:
         """Their places in the stack."""
         return range(self.start, self.stop)
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether the weights are the same in every epoch and for every image."""
-        return isinstance(self.weighting, Constant)
-
-    def teacher_taps(self, split: str) -> Taps:
-        """What their teacher is asked for in "train" or "val"."""
-        logits = split == "val" or self.weighting.needs_teacher_logits
-        return Taps.union([self.objective.teacher_taps, Taps(logits=logits)])
 
 
 def group_students(modules: Sequence[DistillModule]) -> list[StudentGroup]:

@@ -26,7 +26,6 @@ from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot, stacks
 from vitkd.train.build import build_module, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps
 from vitkd.train.compilation import compile_training
-from vitkd.train.conclude import MeasuredTeacher, measure_student, measure_teacher
 from vitkd.train.fit import Fitted
 from vitkd.train.module import DistillModule
 from vitkd.train.plan import announce
@@ -39,8 +38,8 @@ from vitkd.train.stacked.candidates import (
     saved_place,
     stacks_of,
 )
-from vitkd.train.stacked.checkpoint import carry_over
-from vitkd.train.stacked.fit import fit_stack, room_for, write_checkpoints
+from vitkd.train.stacked.fit import carry_over, fit_stack, room_for, write_checkpoints
+from vitkd.train.student import MeasuredTeacher, measure_student, measure_teacher
 from vitkd.train.teacher import check_pair, obtain_teacher, read_given_teacher
 
 log = logging.getLogger("vitkd")
@@ -108,8 +107,8 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
         announce(first, given)
         teacher = obtain_teacher(first, given, device)
         shared = Shared(data, device, teacher, measure_teacher(teacher, data, device))
-        # Only now: the teacher may have taken long.
-        members = [member for member in members if not is_taken(member)]
+        # Only now: another process may have been faster while the teacher was trained.
+        members = [each for each in members if not (each.folder and each.folder.state in ("running", "done"))]
         if not members:
             return []
         try:
@@ -128,11 +127,6 @@ def suits(member: Candidate, given: Model | None) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def is_taken(member: Candidate) -> bool:
-    """Whether another process was faster; the job reports it by itself."""
-    return member.folder is not None and member.folder.state in ("running", "done")
 
 
 def order_of(member: Candidate) -> int:
@@ -164,7 +158,10 @@ def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> N
     with ExitStack() as all_runs:
         runs = [all_runs.enter_context(ExitStack()) for _ in members]
         for member, run in zip(members, runs, strict=True):
-            open_run(member, run)
+            member.folder = member.folder or RunFolder.claim(member.plan.path)
+            member.job.folder = str(member.folder.path)
+            # Until `run` is closed.
+            run.enter_context(member.folder.running(member.config.resolved))
         place = settle_place(members, stacks / sweep)
         modules = [module_of(member, shared) for member in members]
         stacked = stack_modules(members, modules, shared)
@@ -179,13 +176,6 @@ def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> N
                 run.close()
             # Only now: a run that is interrupted before resumes from the stack.
             release_slot(member.run, stacks)
-
-
-def open_run(member: Candidate, run: ExitStack) -> None:
-    """Keep the status of a member's run until `run` is closed."""
-    member.folder = member.folder or RunFolder.claim(member.plan.path)
-    member.job.folder = str(member.folder.path)
-    run.enter_context(member.folder.running(member.config.resolved))
 
 
 def settle_place(members: Sequence[Candidate], path: Path) -> StackFolder:

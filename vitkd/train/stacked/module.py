@@ -14,14 +14,13 @@ from torch import Tensor
 
 from vitkd.data import Batch
 from vitkd.errors import RunError
-from vitkd.methods.weighting import cross_entropy
+from vitkd.methods.weighting import Constant, cross_entropy
 from vitkd.models import Output, Taps
 from vitkd.models.dropout import draw_from
 from vitkd.models.output import LOGITS, at_least_float32
 from vitkd.train.guard import FiniteGuard
-from vitkd.train.logged import LoggedModule
-from vitkd.train.losses import Losses, TermWeights, Transfer, gradient_ratio, share_equal, transfer_of
-from vitkd.train.module import DistillModule
+from vitkd.train.losses import Losses, TermWeights, Transfer, transfer_of
+from vitkd.train.module import DistillModule, trained_by
 from vitkd.train.stacked.dropout import streams_on
 from vitkd.train.stacked.groups import StudentGroup, group_students, shares
 from vitkd.train.stacked.optimization import OptimSettings, StackedAdamW, StackedSchedule
@@ -58,7 +57,11 @@ class StackedModule(DistillModule):
         self.optim_settings = [OptimSettings(module.optimizer, module.schedule) for module in modules]
         self.groups = group_students(modules)
         self.compared = {student for group in self.groups if group.distils for student in group.students}
-        """the students whose transfer loss counts in this epoch"""
+        asked = {split: [module.teacher_taps(split) for module in modules] for split in ("train", "val")}
+        self._teacher_taps = {
+            split: Taps.union(filter(None, taps)) for split, taps in asked.items() if any(taps)
+        }
+        self.weights_change = any(module.weights_change for module in modules)
         self._most_values = max((len(group.objective.curves) or 1 for group in self.groups), default=0)
         self.streams = streams_on(torch.device(device), seeds)
         draw_from(self.streams, self.model.modules())
@@ -68,7 +71,7 @@ class StackedModule(DistillModule):
         self.smoothings = torch.tensor(smoothings, dtype=torch.float64) if any(smoothings) else None
         self.orders = torch.tensor(orders)
         self.failed: dict[int, str] = {}
-        """student → the line that says since when its figures are of no use"""
+        """student → the line that says since when its values are not finite"""
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         weights = [weighting.class_weight(alpha, epoch, epochs) for weighting, alpha in self.weightings]
@@ -93,8 +96,7 @@ class StackedModule(DistillModule):
         return f"{measured}, groups {[group.start for group in self.active_groups]}"
 
     def teacher_taps(self, split: str) -> Taps | None:
-        asked = [group for group in self.groups if group.distils or split == "val"]
-        return Taps.union(group.teacher_taps(split) for group in asked) if asked else None
+        return self._teacher_taps.get(split)
 
     def as_seen(self, batch: Batch) -> Batch:
         if batch.label.ndim == 1:
@@ -106,20 +108,25 @@ class StackedModule(DistillModule):
         self.streams.next_step()
         return super().loss(batch)
 
-    def losses(self, batch: Batch) -> Losses:
-        """The losses [S] of a batch, [B, …] or [U, B, …]."""
-        answer = self.answer(batch, "train") if self.active_groups else None
-        return self._compare(batch, answer, self.active_groups)
+    def compare(self, batch: Batch, answer: Output | None) -> Losses:
+        """The losses [S] of a batch, [B, …] or [U, B, …], given the teacher's answer to it, if any."""
+        groups = [] if answer is None else self._groups_compared(batch)
+        seen = self.as_seen(batch)
+        images = batch.image if batch.image.ndim == 4 else batch.image[self.orders]
+        output = self.model(images, Taps.union([LOGITS, *(group.objective.student_taps for group in groups)]))
+        parts = shares(output, self.groups, self.students)
+        class_loss = self.class_loss(self._class_logits(output, parts), seen.label)
+        if answer is None or not groups:
+            return Losses(output, class_loss, class_loss)
+        transfers = [self._transfer(group, seen, parts[group.start], answer) for group in groups]
+        transfer = self._spread(groups, transfers)
+        return Losses(output, class_loss, self.term_weights.total(class_loss, transfer.weighted), transfer)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        answer = self.answer(batch, "val") if self.groups else None
-        images = len(batch.label)
-        groups = [group for group in self.groups if images >= group.objective.min_images]
-        losses = self._compare(batch, answer, groups)
-        measured = self.measures(losses, batch.label)
-        if answer is not None:
-            measured["teacher_agreement"] = share_equal(losses.output.predicted, answer.predicted)
-        self.val_meter.add(measured, images)
+    def _groups_compared(self, batch: Batch) -> list[StudentGroup]:
+        """In training those whose loss counts, in validation all that can be compared on so few images."""
+        if self.training:
+            return self.active_groups
+        return [group for group in self.groups if len(batch.label) >= group.objective.min_images]
 
     def class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Each student's cross-entropy [S] with the labels [B] or [S, B], smoothed in training."""
@@ -130,11 +137,6 @@ class StackedModule(DistillModule):
         self.smoothings = self.smoothings.to(hard)
         uniform = -at_least_float32(logits).log_softmax(-1).mean((-2, -1))
         return torch.lerp(hard, uniform, self.smoothings)
-
-    def gradient_norm(self, term: Tensor, parameters: list[torch.nn.Parameter]) -> Tensor:
-        # Students share nothing, so the sum's gradient is each one's own.
-        gradients = torch.autograd.grad(term.sum(), parameters, retain_graph=True, allow_unused=True)
-        return per_student_norm([gradient for gradient in gradients if gradient is not None])
 
     def balance_terms(self) -> None:
         if not (self.is_logging_step and self._measured_norms):
@@ -147,7 +149,8 @@ class StackedModule(DistillModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.balance_terms()
-        self.guard.watch_gradients(per_student_norm(self._gradients()))
+        gradients = [p.grad for p in trained_by(optimizer) if p.grad is not None]
+        self.guard.watch_gradients(per_student_norm(gradients))
         # One student's bad step is no reason to hold the others back.
         self.guard.end_step()
 
@@ -167,18 +170,13 @@ class StackedModule(DistillModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val is None or gradient_clip_algorithm == "value":
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        gradients = self._gradients()
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        return per_student_norm(gradients)
+
+    def clip_norm(self, parameters: list[Tensor], most: float) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
         # As clip_grad_norm_ does for one model.
-        share = (gradient_clip_val / (per_student_norm(gradients) + 1e-6)).clamp(max=1)
+        share = (most / (per_student_norm(gradients) + 1e-6)).clamp(max=1)
         for gradient in gradients:
             gradient.mul_(along(share, gradient))
 
@@ -187,25 +185,12 @@ class StackedModule(DistillModule):
         plain = means.keys() - compared - {"transfer_values"}
         curves = [{name: means[name][s] for name in means if name in plain} for s in range(self.students)]
         for group in self.groups if "transfer_values" in means else ():
-            names = [name for name in compared if name == "transfer_loss" or not group.is_constant]
+            names = {"transfer_loss"} if isinstance(group.weighting, Constant) else compared
             # In validation all are compared.
             for student in self.compared.intersection(group.students) if self.training else group.students:
                 curves[student] |= {name: means[name][student] for name in names}
                 own = means["transfer_values"][student * self._most_values :]
                 curves[student] |= dict(zip(group.objective.curves, own, strict=False))
-        return curves
-
-    @property
-    def weights_change(self) -> bool:
-        return not all(group.is_constant for group in self.groups)
-
-    def window_curves(self) -> list[dict[str, float]]:
-        norms = {name: values.tolist() for name, values in self.window.take_norms().items()}
-        curves = LoggedModule.window_curves(self)
-        weights = self.term_weights.class_loss.tolist() if norms else []
-        for student in self.compared if norms else ():
-            own = {name: values[student] for name, values in norms.items()}
-            curves[student] |= own | gradient_ratio(own, weights[student])
         return curves
 
     def summary(self, curves: list[dict[str, float]]) -> Mapping[str, list[float]]:
@@ -226,22 +211,6 @@ class StackedModule(DistillModule):
         super().on_load_checkpoint(checkpoint)
         self.failed = dict(checkpoint["failed"])
         self.streams.load_state_dict(checkpoint["streams"])
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
-
-    def _compare(self, batch: Batch, answer: Output | None, groups: Sequence[StudentGroup]) -> Losses:
-        """The losses of all students; those of `groups` are compared with the answer to [B] or [U, B]."""
-        seen = self.as_seen(batch)
-        images = batch.image if batch.image.ndim == 4 else batch.image[self.orders]
-        output = self.model(images, Taps.union([LOGITS, *(group.objective.student_taps for group in groups)]))
-        parts = shares(output, self.groups, self.students)
-        class_loss = self.class_loss(self._class_logits(output, parts), seen.label)
-        if answer is None or not groups:
-            return Losses(output, class_loss, class_loss)
-        transfers = [self._transfer(group, seen, parts[group.start], answer) for group in groups]
-        transfer = self._spread(groups, transfers)
-        return Losses(output, class_loss, self.term_weights.total(class_loss, transfer.weighted), transfer)
 
     def _transfer(self, group: StudentGroup, seen: Batch, students: Output, answer: Output) -> Transfer:
         """How far a group's students are from the teacher's answer to the images that each of them sees."""

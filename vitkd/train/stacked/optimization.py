@@ -58,7 +58,7 @@ class StackedAdamW(torch.optim.AdamW):
         self.decays = decays.to(exact).to(like.device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict` at this stack's own rates: in a larger one they may have differed."""
+        """Continue from `state_dict` at this stack's own rates: in a larger one they may have differed."""
         super().load_state_dict({**state_dict, "param_groups": self.state_dict()["param_groups"]})
 
     @torch.no_grad()
@@ -98,20 +98,20 @@ class StackedSchedule:
         self._set_rates()
 
     def step(self) -> None:
-        """Go on to the next step's rates."""
+        """Advance to the next step's rates."""
         self._taken += 1
         self._set_rates()
 
     def get_last_lr(self) -> list[float]:
         """The rates [S] as they are now."""
-        return self._rates_at(self._taken)
+        return [each.rate(self._taken, self.total_steps) for each in self.all_settings]
 
     def state_dict(self) -> dict[str, int]:
         """How many steps were taken."""
         return {"taken": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after as many steps."""
+        """Continue after as many steps."""
         self._taken = state["taken"]
         self._set_rates()
 
@@ -128,15 +128,10 @@ class StackedSchedule:
         table = torch.tensor(rates, dtype=torch.float64).T.to(like.dtype)
         return table.to(like.device), torch.tensor(column, device=like.device)
 
-    def _rates_at(self, step: int) -> list[float]:
-        return [each.rate(step, self.total_steps) for each in self.all_settings]
-
     def _set_rates(self) -> None:
         if self.optimizer.alike:
-            group, rate = (
-                self.optimizer.param_groups[0],
-                self.all_settings[0].rate(self._taken, self.total_steps),
-            )
+            (group,) = self.optimizer.param_groups
+            rate = self.all_settings[0].rate(self._taken, self.total_steps)
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:

@@ -12,7 +12,7 @@ from vitkd.models import Model
 def stack(models: Sequence[Model]) -> Model:
     """A model of which student s computes what `models[s]` does; its weights are copies.
 
-    Every layer of `vitkd.models` takes the leading axis. What keeps figures of a whole batch, as batch
+    Every layer of `vitkd.models` takes the leading axis. What keeps statistics of a whole batch, as batch
     normalisation does, would mix students and cannot be stacked.
     """
     first = models[0]
