@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from tests.test_contract import Keep, composed, curves_of, module_of, teacher_of, train
+from tests.test_contract import (
+    CLOSE,
+    Keep,
+    assert_equal,
+    composed,
+    curves_of,
+    module_of,
+    teacher_of,
+    train,
+    weights_of,
+)
 from vitkd.config import Config
 from vitkd.data import Batch
 from vitkd.methods.weighting import WSLD, Confidence, GradientBalance, Linear, StudentCorrect
@@ -130,3 +140,39 @@ def test_a_stack_draws_each_students_own_weights(config):
     assert not any(curves[5].of(name) for name in names)
     # Dropout draws other masks here, so the first window alone is near; weights by the epoch are exact.
     assert curves[1].of("train/class_weight") == expected[1].of("train/class_weight")
+
+
+def test_a_token_that_rests_in_an_epoch_moves_as_in_a_stack():
+    """In its last epoch `linear` compares nothing; the token's head then gets a gradient of 0."""
+    config = composed("method", "token")
+    data, expected, modules = load_data(config), [], []
+    for weighting in (Linear(), WSLD()):
+        for kept in (expected, modules):
+            module = module_of(config, data)
+            module.weighting = weighting
+            kept.append(module)
+    for module in expected:
+        torch.manual_seed(10)
+        train(module, config, load_data(config))
+
+    stacked = StackedModule(modules, [0, 0], [10, 10])
+    train(stacked, config, load_data(config))
+
+    for student, alone in enumerate(expected):
+        own = [weights[student] for weights in weights_of(stacked.model)]
+        assert_equal(own, weights_of(alone.model), **CLOSE)
+
+
+def test_every_parameter_has_a_gradient_where_nothing_is_compared():
+    """As DistributedDataParallel asks of every step."""
+    config = composed("method", "token")
+    data = load_data(config)
+    module = module_of(config, data)
+    module.weighting = Linear()
+    module.start_epoch(1, 2)
+
+    module.losses(data.first("train", 4)).total.backward()
+
+    assert not module.compared
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    assert not module.model.distillation_head.weight.grad.any()

@@ -53,6 +53,18 @@ class Objective(nn.Module, ABC):
     curves: tuple[str, ...] = ()
     """a curve's name for each of the terms' values; none where the transfer loss says it all"""
 
+    stage = "compared"
+    """what is computed in this epoch; a CUDA graph holds the steps of one stage"""
+    validates = True
+    """whether validation images can be compared; a bank of training images has none of them"""
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Prepare for epoch `epoch`, counted from 0, of `epochs`."""
+
+    def can_validate(self, batch: Batch) -> bool:
+        """Whether the images of a validation batch can be compared."""
+        return self.validates and len(batch.label) >= self.min_images
+
     @property
     def stack_key(self) -> Any:
         """Equal for objectives of which a stack of students needs but one; else each has a key of its own."""

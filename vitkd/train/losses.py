@@ -3,7 +3,7 @@
 Shapes: S stacked students (absent for one), B batch, C classes, P values of an objective.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from vitkd.data import Batch
 from vitkd.methods.base import Objective
 from vitkd.methods.weighting import Weighting
 from vitkd.models import Output
+from vitkd.models.output import at_least_float32
 
 
 class Transfer(NamedTuple):
@@ -65,7 +66,7 @@ def transfer_of(
     terms = objective(batch, student, teacher)
     losses = objective.transfer(terms)
     loss, values = losses.mean(-1), objective.curve_values(terms)
-    logits = objective.class_logits(student).detach()
+    logits = at_least_float32(objective.class_logits(student).detach())
     weight = weighting.image_weight(batch.label, logits, teacher.logits)
     if weight is None:
         return Transfer(loss, loss, values)
@@ -86,7 +87,7 @@ class TermWeights:
 
     def total(self, class_loss: Tensor, transfer: Tensor) -> Tensor:
         """What is minimised [*S] (equation 2.14)."""
-        self.both = self.both.to(transfer)
+        self.both = self.both.to(transfer.device, torch.promote_types(transfer.dtype, torch.float32))
         return self.both[..., 0] * class_loss + self.both[..., 1] * transfer
 
     def fill(self, class_weights: float | list[float]) -> None:
@@ -116,6 +117,11 @@ def gradient_ratio(norms: Mapping[str, float], class_weight: float) -> dict[str,
     if of_class == 0:
         return {}
     return {"gradient_ratio": (1 - class_weight) * of_transfer / (class_weight * of_class)}
+
+
+def with_zero_gradients(loss: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """`loss`, from which all that `tensors` come from gets a gradient of 0 rather than none."""
+    return loss + sum(0 * tensor.sum() for tensor in tensors)
 
 
 def share_equal(predicted: Tensor, true: Tensor) -> Tensor:

@@ -22,7 +22,15 @@ from vitkd.models.output import LOGITS
 from vitkd.optim import AdamW, Schedule
 from vitkd.train.cuda_graph import CaptureError, GraphedStep
 from vitkd.train.logged import LoggedModule
-from vitkd.train.losses import Losses, TermWeights, gradient_ratio, gradients_of, share_equal, transfer_of
+from vitkd.train.losses import (
+    Losses,
+    TermWeights,
+    gradient_ratio,
+    gradients_of,
+    share_equal,
+    transfer_of,
+    with_zero_gradients,
+)
 from vitkd.train.teacher_cache import TeacherCache
 
 log = logging.getLogger("vitkd")
@@ -112,18 +120,25 @@ class DistillModule(LoggedModule):
 
     def compare(self, batch: Batch, answer: Output | None) -> Losses:
         """The losses of one batch, given the teacher's answer to it, where they are compared."""
-        if self.objective is not None and not self.training and len(batch.label) < self.objective.min_images:
+        if self.objective is not None and not self.training and not self.objective.can_validate(batch):
             answer = None
         taps = LOGITS if answer is None or self.objective is None else self.objective.student_taps
-        student = self.model(batch.image, taps)
+        student = self.model(batch.image, taps._replace(logits=True))
         # Where nothing is ever learned from the teacher, just the answer learns the labels.
         learns_alone = self.objective is None or not self.distils
         logits = student.answer if learns_alone else self.objective.class_logits(student)  # type: ignore[union-attr]
         class_loss = self.class_loss(logits, batch.label)
         if answer is None or self.objective is None:
+            if self.distils and self.training:
+                # Nothing is compared in this epoch; DDP still wants all gradients, and stacks give them.
+                class_loss = with_zero_gradients(class_loss, self._only_compared(student))
             return Losses(student, class_loss, class_loss)
         transfer = transfer_of(batch, student, answer, self.objective, self.weighting)
         return Losses(student, class_loss, self.term_weights.total(class_loss, transfer.weighted), transfer)
+
+    def _only_compared(self, student: Output) -> list[Tensor]:
+        """What may learn from the comparison alone: other heads, the objective's parameters."""
+        return [*student.heads.values(), *(self.objective.parameters() if self.objective else ())]
 
     def class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy with the labels [B], smoothed in training (Szegedy et al. 2016)."""
@@ -144,6 +159,8 @@ class DistillModule(LoggedModule):
         class_weight = self.weighting.class_weight(self.alpha, epoch, epochs)
         self.compared = {0} if self.distils and class_weight < 1 else set()
         self.term_weights.fill(math.nan if self.weighting.needs_gradients else class_weight)
+        if self.objective is not None:
+            self.objective.start_epoch(epoch, epochs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         if self.graph is not None:
@@ -167,6 +184,9 @@ class DistillModule(LoggedModule):
         measured = self.measures(losses, batch.label)
         if answer is not None:
             measured["teacher_agreement"] = share_equal(losses.output.predicted, answer.predicted)
+            if losses.transfer is None:
+                # Images that cannot be compared have no part of the mean total.
+                del measured["total_loss"]
         self.val_meter.add(measured, len(batch.label))
 
     def measures(self, losses: Losses, label: Tensor) -> dict[str, Tensor]:
@@ -229,7 +249,8 @@ class DistillModule(LoggedModule):
     def step_kind(self) -> str:
         """What this step computes besides; a step of another kind needs a CUDA graph of its own."""
         measured = "gradients measured" if self.is_logging_step else "plain"
-        return f"{measured}, {'compared with the teacher' if self.compared else 'alone'}"
+        stage = self.objective.stage if self.objective is not None and self.compared else "alone"
+        return f"{measured}, {stage}"
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.balance_terms()
@@ -250,7 +271,11 @@ class DistillModule(LoggedModule):
             return {}
         parameters = list(self.model.parameters())
         terms = {"class": losses.class_loss, "transfer": losses.transfer.weighted}
-        return {f"gradient_norm_{n}": self.norm(gradients_of(term, parameters)) for n, term in terms.items()}
+        norms = {f"gradient_norm_{n}": self.norm(gradients_of(term, parameters)) for n, term in terms.items()}
+        if self.trainer.world_size > 1:
+            # Each process has its own images, but all have to agree on weights that the norms set.
+            norms = {n: self.trainer.strategy.reduce(norm, reduce_op="mean") for n, norm in norms.items()}
+        return norms
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The 2-norm [*S] over all entries of `gradients`."""

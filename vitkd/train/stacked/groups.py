@@ -59,7 +59,7 @@ def _group_key(module: DistillModule) -> Any:
 def shared_objective(objectives: Sequence[Objective]) -> Objective:
     """One for all `objectives` of equal stack keys; with a temperature for each where these differ."""
     first = objectives[0]
-    assert not any(True for _ in first.parameters()), "a stack cannot train an objective's parameters"
+    assert not first.state_dict(), "a stack neither trains nor saves what an objective holds"
     losses = [objective.loss for objective in objectives if isinstance(objective, AttentionObjective)]
     temperatures = [loss.temperature for loss in losses if isinstance(loss, DistributionLoss)]
     if not isinstance(first, AttentionObjective) or len(set(temperatures)) < 2:

@@ -19,7 +19,7 @@ from vitkd.models import Output, Taps
 from vitkd.models.dropout import draw_from
 from vitkd.models.output import LOGITS, at_least_float32
 from vitkd.train.guard import FiniteGuard
-from vitkd.train.losses import Losses, TermWeights, Transfer, transfer_of
+from vitkd.train.losses import Losses, TermWeights, Transfer, transfer_of, with_zero_gradients
 from vitkd.train.module import DistillModule, trained_by
 from vitkd.train.stacked.dropout import streams_on
 from vitkd.train.stacked.groups import StudentGroup, group_students, shares
@@ -84,6 +84,8 @@ class StackedModule(DistillModule):
         }
         pairs = zip(self.weightings, weights, strict=True)
         self.term_weights.fill([math.nan if each.needs_gradients else w for (each, _), w in pairs])
+        for group in self.groups:
+            group.objective.start_epoch(epoch, epochs)
 
     @property
     def active_groups(self) -> list[StudentGroup]:
@@ -93,7 +95,7 @@ class StackedModule(DistillModule):
     @property
     def step_kind(self) -> str:
         measured = "gradients measured" if self.is_logging_step else "plain"
-        return f"{measured}, groups {[group.start for group in self.active_groups]}"
+        return f"{measured}, {[(group.start, group.objective.stage) for group in self.active_groups]}"
 
     def teacher_taps(self, split: str) -> Taps | None:
         return self._teacher_taps.get(split)
@@ -117,6 +119,8 @@ class StackedModule(DistillModule):
         parts = shares(output, self.groups, self.students)
         class_loss = self.class_loss(self._class_logits(output, parts), seen.label)
         if answer is None or not groups:
+            if self.training and any(group.distils for group in self.groups):
+                class_loss = with_zero_gradients(class_loss, output.heads.values())
             return Losses(output, class_loss, class_loss)
         transfers = [self._transfer(group, seen, parts[group.start], answer) for group in groups]
         transfer = self._spread(groups, transfers)
@@ -126,7 +130,8 @@ class StackedModule(DistillModule):
         """In training those whose loss counts, in validation all that can be compared on so few images."""
         if self.training:
             return self.active_groups
-        return [group for group in self.groups if len(batch.label) >= group.objective.min_images]
+        # All or none: a curve's mean is over the same images for every student.
+        return self.groups if all(group.objective.can_validate(batch) for group in self.groups) else []
 
     def class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Each student's cross-entropy [S] with the labels [B] or [S, B], smoothed in training."""
