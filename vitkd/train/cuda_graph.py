@@ -1,13 +1,16 @@
 """A whole training step as one CUDA graph: a small model's step takes less time to compute than to launch."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from vitkd.data import Batch
 from vitkd.errors import one_line
+
+log = logging.getLogger("vitkd")
 
 # Steps before the capture: they let libraries choose kernels and optimisers make their state.
 WARM_UP = 3
@@ -86,6 +89,24 @@ class GraphedStep:
             raise
         except RuntimeError as error:
             raise CaptureError(one_line(error)) from error
+
+
+def take_step(module: Any, graph: GraphedStep, batch: Batch) -> None:
+    """Take a `DistillModule`'s step by `graph` or, from the first one that cannot be captured on, without."""
+    meter, kind = module.window.meter, module.step_kind
+    counts = meter.counts()
+    try:
+        if graph.take(batch, kind):
+            meter.count(graph.names[kind], batch.label.shape[-1])
+        graph.names[kind] = meter.names
+        return
+    except CaptureError as error:
+        log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", error)
+    # Not within `except`: the error's traceback holds the memory of the failed step.
+    module.graph = None
+    meter.set_counts(counts)
+    module.guard.forget_step()
+    module.whole_step(batch)
 
 
 def captured(work: Callable[[], None]) -> Graph:

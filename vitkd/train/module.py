@@ -5,7 +5,6 @@ Written for one student or, by the leading axis that `stacked` adds, for several
 Shapes: S stacked students (absent for one), B batch, C classes, P values of an objective.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -20,7 +19,7 @@ from vitkd.methods.weighting import Constant, Weighting
 from vitkd.models import Model, Output, Taps, describe
 from vitkd.models.output import LOGITS
 from vitkd.optim import AdamW, Schedule
-from vitkd.train.cuda_graph import CaptureError, GraphedStep
+from vitkd.train.cuda_graph import GraphedStep, take_step
 from vitkd.train.logged import LoggedModule
 from vitkd.train.losses import (
     Losses,
@@ -32,8 +31,6 @@ from vitkd.train.losses import (
     with_zero_gradients,
 )
 from vitkd.train.teacher_cache import TeacherCache
-
-log = logging.getLogger("vitkd")
 
 
 class DistillModule(LoggedModule):
@@ -76,6 +73,8 @@ class DistillModule(LoggedModule):
         self.cached: dict[str, TeacherCache] = {}
         """by split, the teacher's answers that are kept"""
         self.term_weights = TermWeights(self.alpha)
+        self.distils = objective is not None and self.weighting.distils(self.alpha)
+        """whether the transfer loss counts in any epoch"""
         self.compared = {0} if self.distils else set()
         """the students, numbered in a stack, whose transfer loss counts in this epoch"""
         self.weights_change = objective is not None and not isinstance(self.weighting, Constant)
@@ -89,11 +88,6 @@ class DistillModule(LoggedModule):
         """Frozen and in eval mode."""
         assert self._teachers, "the module has no teacher"
         return self._teachers[0]
-
-    @property
-    def distils(self) -> bool:
-        """Whether the transfer loss counts in any epoch."""
-        return self.objective is not None and self.weighting.distils(self.alpha)
 
     def teacher_taps(self, split: str) -> Taps | None:
         """What the teacher is asked for the images of "train" or "val"; None if it is never asked."""
@@ -129,16 +123,13 @@ class DistillModule(LoggedModule):
         logits = student.answer if learns_alone else self.objective.class_logits(student)  # type: ignore[union-attr]
         class_loss = self.class_loss(logits, batch.label)
         if answer is None or self.objective is None:
-            if self.distils and self.training:
+            if self.distils and self.training and self.objective is not None:
                 # Nothing is compared in this epoch; DDP still wants all gradients, and stacks give them.
-                class_loss = with_zero_gradients(class_loss, self._only_compared(student))
+                rest = [*student.heads.values(), *self.objective.parameters()]
+                class_loss = with_zero_gradients(class_loss, rest)
             return Losses(student, class_loss, class_loss)
         transfer = transfer_of(batch, student, answer, self.objective, self.weighting)
         return Losses(student, class_loss, self.term_weights.total(class_loss, transfer.weighted), transfer)
-
-    def _only_compared(self, student: Output) -> list[Tensor]:
-        """What may learn from the comparison alone: other heads, the objective's parameters."""
-        return [*student.heads.values(), *(self.objective.parameters() if self.objective else ())]
 
     def class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy with the labels [B], smoothed in training (Szegedy et al. 2016)."""
@@ -222,28 +213,11 @@ class DistillModule(LoggedModule):
         else:
             assert optimizer_closure is not None
             optimizer_closure()
-            self._take_graphed_step(self.graph)
+            batch, self._batch = self._batch, None
+            assert batch is not None
+            take_step(self, self.graph, batch)
         if is_logging_step:
             self.window.keep_norms(self._measured_norms)
-
-    def _take_graphed_step(self, graph: GraphedStep) -> None:
-        """Take a step by `graph` or, from the first one on that cannot be captured, without."""
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        meter, kind = self.window.meter, self.step_kind
-        counts = meter.counts()
-        try:
-            if graph.take(batch, kind):
-                meter.count(graph.names[kind], batch.label.shape[-1])
-            graph.names[kind] = meter.names
-            return
-        except CaptureError as error:
-            log.info("no CUDA graph: %s; cuda_graph=off leaves it at that", error)
-        # Not within `except`: the error's traceback holds the memory of the failed step.
-        self.graph = None
-        meter.set_counts(counts)
-        self.guard.forget_step()
-        self.whole_step(batch)
 
     @property
     def step_kind(self) -> str:
