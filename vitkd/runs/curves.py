@@ -23,7 +23,10 @@ CHARTS = {
         "validation": ["Multiline", ["val/class_loss", "val/transfer_loss", "val/total_loss"]],
     },
     "accuracy": {"student": ["Multiline", ["train/acc", "val/acc", "val/teacher_agreement"]]},
-    "alpha": {"gradient norms": ["Multiline", ["train/gradient_norm_class", "train/gradient_norm_transfer"]]},
+    "weights": {
+        "gradient norms": ["Multiline", ["train/gradient_norm_class", "train/gradient_norm_transfer"]],
+        "terms, where they change": ["Multiline", ["train/class_weight", "train/transfer_weight"]],
+    },
 }
 """TensorBoard's custom scalar page: the curves that share a chart."""
 
