@@ -118,7 +118,7 @@ class Root:
     """The settings that belong to no group."""
 
     alpha: float
-    """Weight of the *class* loss: alpha·L_class + (1 − alpha)·L_att. 1 is the student alone. DeiT's and
+    """Weight of the *class* loss: alpha·L_class + (1 − alpha)·L_transfer. 1 is the student alone. DeiT's and
     vit-pytorch's alpha weigh the other term."""
     label_smoothing: float
     """The share of a label's weight that is spread over all classes (Szegedy et al. 2016); 0 for none."""
@@ -149,7 +149,7 @@ class Root:
         if not 0 <= self.alpha <= 1:
             raise ConfigError(
                 f"alpha={self.alpha}: must lie in [0, 1]; it weighs the class loss "
-                "(1 is labels alone, 0 attention alone)"
+                "(1 is labels alone, 0 the teacher alone)"
             )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
