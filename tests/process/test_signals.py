@@ -157,7 +157,7 @@ def test_an_error_does_not_swallow_what_waits(caplog, monkeypatch):
         fail()
 
     assert ended.value.code == TERMINATED
-    assert "out of luck" in caplog.text, "what went wrong is logged all the same"
+    assert "out of luck" in caplog.text, "what went wrong is still logged"
 
 
 def test_a_process_that_is_ending_handles_no_waiting_signal(handled):
