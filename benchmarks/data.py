@@ -5,7 +5,7 @@ out after padding by 4, mirrored half the time, float32 and normalised. vitkd va
 device. torchvision's v2 transforms run sample by sample in a Dataset, as its documentation has it, on
 tensors (PIL images took twice as long), in the training process (0 workers) or in 2 that stay alive between
 epochs; its batches go to a GPU from pinned memory. A sample is an epoch over some of the images, shuffled
-anew.
+again.
 
 The ratio is the other pipeline's time by vitkd's: how many times faster vitkd is. The last row sets the
 loader beside the training step that waits for it: the student's alone, the shortest there is, on a GPU as

@@ -78,7 +78,7 @@ class Stage:
 
 
 class Deadline:
-    """When to stop, and how long before that a stage is told, so that it can save.
+    """When to stop, and how long before that a stage is asked to stop, so that it can save.
 
     Args:
         minutes: from now on; None for never.
@@ -91,11 +91,11 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds until a stage has to be told."""
+        """Seconds until a stage has to be asked to stop."""
         return self._end - self.reserve - time.monotonic()
 
 
-class Told(SystemExit):
+class Stopped(SystemExit):
     """The driver itself was asked to end."""
 
 
@@ -177,7 +177,7 @@ def next_stage(options: argparse.Namespace, failed: set[str]) -> Stage | None:
 
 
 def run_stage(stage: Stage, deadline: Deadline) -> int | None:
-    """Run a stage's command; its exit code, or None if it was told to stop before it had ended."""
+    """Run a stage's command; its exit code, or None if it was asked to stop before it had ended."""
     command = train_command(*stage.overrides)
     print(f"\n{stage.name}: {' '.join(command[1:])}", flush=True)
     with subprocess.Popen(command, cwd=Path.cwd(), env=environment()) as process:
@@ -193,7 +193,7 @@ def run_stage(stage: Stage, deadline: Deadline) -> int | None:
 
 
 def stop(process: "subprocess.Popen[bytes]", patience: float) -> None:
-    """Let a stage save and end; what does not end is killed, and goes on from an earlier save."""
+    """Let a stage save and end; what does not end is killed, and resumes from an earlier save."""
     process.terminate()
     try:
         process.wait(patience if math.isfinite(patience) else None)
@@ -210,7 +210,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     data = Path(os.environ.get("VITKD_DATA", "data"))
     parser.add_argument("--data", type=Path, default=data, metavar="DIR", help=f"holds the images ({data})")
-    parser.add_argument("--minutes", type=float, help="stop in time; the same command goes on")
+    parser.add_argument("--minutes", type=float, help="stop in time; the same command resumes")
     parser.add_argument("--seeds", type=int, default=5, help="of teacher and cells (5)")
     parser.add_argument("--grid-seeds", type=int, default=3, help="of the grid (3)")
     parser.add_argument("--grid", default=" ".join(GRID), help="its axes, in quotes")
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = read_arguments(argv)
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise Told(TERMINATED)
+        raise Stopped(TERMINATED)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if table:
         print(f"\n{table.read_text('utf-8')}\n{table}")
     if code == UNFINISHED:
-        print("unfinished: the same command goes on")
+        print("unfinished: the same command resumes")
     return code
 
 

@@ -4,7 +4,7 @@ python -m benchmarks.grid --data data
 
 runs `python -m vitkd.train -m hydra/launcher=stacked granularity=… loss=… alpha=… seed=…` with the report's
 models on CIFAR-100 for one epoch, beside a teacher of one epoch that is trained first. On CUDA that is the
-grid of 108 jobs; on a CPU nine jobs and a few batches, unless told otherwise. The table says what was run.
+grid of 108 jobs; on a CPU nine jobs and a few batches, unless asked otherwise. The table says what was run.
 
 What it takes besides the options of every benchmark:
 
@@ -93,7 +93,7 @@ class Plan:
         """How little of an epoch is run."""
         return [f"{key}={value}" for key, value in self.overrides.items() if key.startswith("trainer.limit")]
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         """The grid in one line."""
         return " ".join(f"{key}={value}" for key, value in self.overrides.items())
 
@@ -114,7 +114,8 @@ class Run:
 def measure(settings: Settings, plan: Plan) -> list[Row]:
     """Run the grid once a round, and the teacher before."""
     plan = replace(plan, settings=settings, overrides=axes(settings) | plan.overrides)
-    print(f"grid: {plan.told()}; {'CIFAR-100' if plan.has_images else 'digits, for CIFAR-100 is not there'}")
+    images = "CIFAR-100" if plan.has_images else "digits, for CIFAR-100 is not there"
+    print(f"grid: {plan.in_words()}; {images}")
     with tempfile.TemporaryDirectory() as folder:
         teacher_seconds = [] if plan.teacher else [train_teacher(plan, Path(folder))]
         teacher = plan.teacher or Path(folder, "teacher")
@@ -127,7 +128,7 @@ def measure(settings: Settings, plan: Plan) -> list[Row]:
 
 
 def axes(settings: Settings) -> dict[str, str]:
-    """What is run unless told otherwise."""
+    """What is run unless asked otherwise."""
     return QUICK if settings.quick else ON_CPU if settings.on_cpu else WHOLE
 
 

@@ -151,7 +151,7 @@ def torchdistill_box(config: Config, teacher: ViT, batch: Batch, granularity: Gr
     logging.getLogger("torchdistill").setLevel(logging.WARNING)
     student = subject.build_student(config, batch.image.device)
     objective = subject.objective_of(student, teacher, granularity, KL())
-    their_teacher, their_student = twin(teacher), twin(student)
+    their_teacher, their_student = counterpart(teacher), counterpart(student)
     box = DistillationBox(
         their_teacher.requires_grad_(False).eval(),
         their_student,
@@ -226,7 +226,8 @@ def vit_pytorch_recorder(config: Config, teacher: ViT, batch: Batch, granularity
     """The teacher in a Recorder, the student's maps by plain hooks."""
     student = subject.build_student(config, batch.image.device)
     objective = subject.objective_of(student, teacher, granularity, KL())
-    recorder, their_student = Recorder(twin(teacher).requires_grad_(False).eval()), twin(student)
+    recorder = Recorder(counterpart(teacher).requires_grad_(False).eval())
+    their_student = counterpart(student)
     kept: dict[int, Tensor] = {}
     for block in objective.student_taps.scores:
         hook = partial(keep, kept, block)
@@ -308,14 +309,14 @@ def timm_task(
 def vit_pytorch_wrapper(config: Config, teacher: ViT, batch: Batch) -> Arm:
     """DistillWrapper: the student's distillation token learns from the teacher's logits."""
     device = batch.image.device
-    student = twin(subject.build_student(config, device), DistillableViT)
-    their_teacher = twin(teacher).requires_grad_(False).eval()
+    student = counterpart(subject.build_student(config, device), DistillableViT)
+    their_teacher = counterpart(teacher).requires_grad_(False).eval()
     wrapper = DistillWrapper(teacher=their_teacher, student=student, alpha=1 - config.alpha).to(device)
     own = [wrapper.distillation_token, *wrapper.distill_mlp.parameters()]
     return Arm(student, lambda: wrapper(batch.image, batch.label), own)
 
 
-def twin(ours: ViT, kind: type[nn.Module] = VitPytorch) -> nn.Module:
+def counterpart(ours: ViT, kind: type[nn.Module] = VitPytorch) -> nn.Module:
     """vit-pytorch's ViT with the same sizes, dropout and weights."""
     c = ours.config
     theirs = kind(

@@ -1,4 +1,4 @@
-"""The benchmarks of stacks run and count right, and the evidence stops in time, goes on and is told truly."""
+"""The benchmarks of stacks run and count right; the evidence stops in time, resumes and is reported truly."""
 
 import json
 import math
@@ -177,7 +177,7 @@ def test_the_grid_on_cuda_is_the_whole_one():
     assert math.prod(len(values.split(",")) for values in axes.values()) == 108
 
 
-def test_overrides_and_options_of_the_grid_are_told_apart():
+def test_overrides_and_options_of_the_grid_are_distinguished():
     plan, rest = grid.read_arguments(
         ["--quick", "--data", "/d", "alpha=0.5", "+trainer.x=1", "--rounds", "2"]
     )
@@ -251,7 +251,7 @@ def test_a_stage_is_done_only_for_the_very_command(tmp_path):
     assert not long.is_done(tmp_path)
 
 
-def test_a_stage_that_fails_is_passed_over_and_told_by_the_exit_code(tmp_path, monkeypatch):
+def test_a_stage_that_fails_is_skipped_and_reported_by_the_exit_code(tmp_path, monkeypatch):
     ran: list[str] = []
 
     def run_stage(stage, deadline):
@@ -298,7 +298,7 @@ def test_a_stage_is_stopped_when_its_time_is_up(tmp_path, monkeypatch, ignores):
     assert time.monotonic() - start < 30
 
 
-# The evidence: what is told.
+# The evidence: what is reported.
 
 
 def result(stage: str, arm: str, seed: int, last: float, chosen: float | None = None) -> Result:
@@ -386,7 +386,7 @@ def test_the_program_is_called_with_the_checkouts_own_package(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_evidence_stops_in_time_and_goes_on(tmp_path):
+def test_the_evidence_stops_in_time_and_resumes(tmp_path):
     arguments = ["--quick", "--outputs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     # The first call's end lies within the teachers' training, far from its beginning and its end.
     arguments += [
@@ -404,13 +404,13 @@ def test_the_evidence_stops_in_time_and_goes_on(tmp_path):
         "stopped"
     }
     driver = [sys.executable, "-m", "benchmarks.evidence", *arguments]
-    with subprocess.Popen(driver, env=environment(), stdout=subprocess.PIPE, text=True) as told:
-        for line in told.stdout:
+    with subprocess.Popen(driver, env=environment(), stdout=subprocess.PIPE, text=True) as driven:
+        for line in driven.stdout:
             if line.startswith("epoch"):
-                told.send_signal(signal.SIGTERM)
+                driven.send_signal(signal.SIGTERM)
                 break
-        rest = told.stdout.read()
-    assert told.returncode == evidence.TERMINATED
+        rest = driven.stdout.read()
+    assert driven.returncode == evidence.TERMINATED
     assert "4000/4000" not in rest
     logs = [path.read_text("utf-8") for path in tmp_path.glob("runs/teacher/**/run.log")]
     assert logs

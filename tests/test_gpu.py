@@ -222,7 +222,7 @@ def test_a_stack_of_several_temperatures_ends_as_its_students_alone(command, tmp
     assert students["stacked"] == pytest.approx(students["basic"], abs=1.5 / 359)
 
 
-def test_a_stack_that_a_gpu_has_saved_goes_on_on_the_cpu_and_back(tmp_path):
+def test_a_stack_that_a_gpu_has_saved_resumes_on_the_cpu_and_back(tmp_path):
     settings = ["-m", "hydra/launcher=stacked", "seed=0,1", "trainer.max_epochs=2", "method=none"]
     settings += ["+trainer.limit_train_batches=6", "optimizer.lr=0.00${seed}1", "checkpoint_minutes=0"]
     step = "vitkd.train.module:DistillModule.training_step"

@@ -115,8 +115,13 @@ def test_joblibs_workers_have_a_fair_share_of_the_cores(process, tmp_path, monke
 
 @pytest.mark.slow
 def test_a_preempted_slurm_job_queues_again_and_resumes(cluster, tmp_path):
-    told = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "loss=mse,kl", "trainer.max_epochs=100"]
-    line = [sys.executable, "-m", "vitkd.train", "-m", *TINY, *told]
+    given = [
+        "hydra/launcher=slurm",
+        "hydra.launcher.partition=gpu",
+        "loss=mse,kl",
+        "trainer.max_epochs=100",
+    ]
+    line = [sys.executable, "-m", "vitkd.train", "-m", *TINY, *given]
     with subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE) as sweep:
         while sweep.poll() is None and not (
             saved := [*tmp_path.glob("outputs/digits/*/checkpoints/last.ckpt")]

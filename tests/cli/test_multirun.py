@@ -31,7 +31,7 @@ STEP = "vitkd.train.module:DistillModule.training_step"
 STEPS_A_JOB = 4
 
 
-class Told(NamedTuple):
+class SweepResult(NamedTuple):
     """What a multirun said and left."""
 
     code: int
@@ -62,9 +62,9 @@ class Sweeps:
     def __init__(self, path: Path, command: Any) -> None:
         self.path, self.command = path, command
 
-    def run(self, *arguments: str) -> Told:
+    def run(self, *arguments: str) -> SweepResult:
         ended = self.command("train", "-m", *arguments, f"paths.outputs={self.path}")
-        return Told(*ended, records_of(self.path))
+        return SweepResult(*ended, records_of(self.path))
 
     def folder(self, name: str) -> Path:
         return self.path / "digits" / name
@@ -132,9 +132,9 @@ class Mixed(NamedTuple):
     """A sweep of good and bad jobs, run twice."""
 
     sweeps: Sweeps
-    first: Told
+    first: SweepResult
     before: dict[Path, tuple[int, bytes]]
-    again: Told
+    again: SweepResult
     after: dict[Path, tuple[int, bytes]]
 
 
@@ -176,14 +176,14 @@ class TestJobsThatFail:
         assert f"folders   {mixed.sweeps.path / 'digits'}" in mixed.first.out.replace("\n", "")
 
     def test_each_is_reported_in_one_line_at_once_and_below_the_table(self, mixed):
-        told = [line for line in mixed.first.err.splitlines() if line.startswith("error: ")]
+        lines = [line for line in mixed.first.err.splitlines() if line.startswith("error: ")]
 
-        assert told == [f"error: job {n} failed: {mixed.first.records[n]['error']}" for n in range(3)]
+        assert lines == [f"error: job {n} failed: {mixed.first.records[n]['error']}" for n in range(3)]
         assert "Traceback" not in mixed.first.err
-        for line in told:
+        for line in lines:
             assert line.removeprefix("error: ") in mixed.first.closing
-        assert "alpha=7.0: must lie in [0, 1]" in told[0]
-        assert "is not finite" in told[2]
+        assert "alpha=7.0: must lie in [0, 1]" in lines[0]
+        assert "is not finite" in lines[2]
 
     def test_run_again_where_the_good_one_is_skipped(self, mixed):
         assert mixed.again.code == 1
@@ -413,14 +413,14 @@ def test_a_sweep_that_was_killed_is_finished_by_the_same_command(strike, sweeps)
     done = contents(sweeps.folder("seed0"))
 
     ended = crashes.run(arguments, sweeps.path.parent)
-    told = Told(*ended, records_of(sweeps.path))
+    result = SweepResult(*ended, records_of(sweeps.path))
     whole = crashes.run([*arguments, "paths.outputs=whole"], sweeps.path.parent)
 
     assert (killed.code, ended.code, whole.code) == (-signal.SIGKILL, 0, 0), ended.err
     # A folder that was made and never used tells of nothing, and the run gets the next one.
-    names = [Path(job["folder"]).name.removesuffix("-2") for job in told.records]
+    names = [Path(job["folder"]).name.removesuffix("-2") for job in result.records]
     assert names == ["seed0", "seed1", "seed2"]
-    states = [told.records[n]["state"] for n in range(3)]
+    states = [result.records[n]["state"] for n in range(3)]
     assert states in (["done before", "done", "done"], ["done before", "done before", "done"])
     assert contents(sweeps.folder("seed0")) == done
     students = {name.removesuffix("-2"): student for name, student in weights(sweeps.path).items()}

@@ -190,7 +190,7 @@ CONTROL = {
 }
 
 
-def test_every_experiment_is_told_of():
+def test_every_experiment_is_listed():
     described = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
     assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 

@@ -37,7 +37,7 @@ def test_only_the_chosen_heads_count():
         ({"heads": []}, "heads none"),
     ],
 )
-def test_what_cannot_be_fused_is_told(arguments, message):
+def test_what_cannot_be_fused_is_reported(arguments, message):
     with pytest.raises(ConfigError, match=message):
         fuse(WEIGHTS, **arguments)
 
@@ -83,9 +83,9 @@ def test_the_panels_map_is_the_mean_heads_class_token_row():
     torch.testing.assert_close(ours, cls_attention(scores, 3))
 
 
-def test_wrong_grids_and_tokens_are_told():
+def test_wrong_grids_and_tokens_are_reported():
     with pytest.raises(ConfigError, match="8 tokens are not 1 and 2×3 patches"):
         token_map(MATRIX, (2, 3), prefix=1)
-    for readers, told in (([-1], "-1"), ([0, 8], "8"), ([], "none")):
-        with pytest.raises(ConfigError, match=f"tokens {told}: must be 0 to 7, at least one, patches from 2"):
+    for readers, bad in (([-1], "-1"), ([0, 8], "8"), ([], "none")):
+        with pytest.raises(ConfigError, match=f"tokens {bad}: must be 0 to 7, at least one, patches from 2"):
             token_map(MATRIX, (2, 3), prefix=2, readers=readers)

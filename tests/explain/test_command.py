@@ -133,9 +133,9 @@ class TestOneRun:
         found = arrays_of(explained)
 
         right = {name: found[f"{name}/predicted"] == found["labels"] for name in ("teacher", "student")}
-        told = zip(right["teacher"], right["student"], strict=True)
+        answers = zip(right["teacher"], right["student"], strict=True)
         names = {(1, 1): CELLS[0], (1, 0): CELLS[1], (0, 1): CELLS[2], (0, 0): CELLS[3]}
-        assert [names[each] for each in told] == found["cells"].tolist()
+        assert [names[each] for each in answers] == found["cells"].tolist()
         assert max(found["cells"].tolist().count(cell) for cell in CELLS) == 3
 
     def test_maps_are_those_of_the_images_at_their_positions(self, explained, run):
@@ -161,7 +161,7 @@ class TestOneRun:
             assert methods.keys() == {"attention", "relevance", "random"}
             assert methods["random"]["positive"]["predicted"]["gap"] == 0
 
-    def test_distilled_maps_are_told(self, explained, run):
+    def test_distilled_maps_are_reported(self, explained, run):
         rows = strict_json(explained / "fidelity.json")["rows"]
         (pair,) = json.loads((run / "pairs.json").read_text())
 

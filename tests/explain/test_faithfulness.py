@@ -206,7 +206,7 @@ def test_one_image_has_no_error_bar():
     assert scores["terms"]["positive"]["predicted"].gap_error is None
 
 
-def test_wrong_orders_steps_and_classes_are_told():
+def test_wrong_orders_steps_and_classes_are_reported():
     with pytest.raises(ConfigError, match="order=positiv: did you mean positive"):
         curve_of("positiv")
     with pytest.raises(ConfigError, match="steps=0: must be at least 1"):

@@ -165,7 +165,7 @@ def test_noise_is_the_same_at_every_call_and_for_every_batch_size(model, images)
     assert once.unique().numel() == once.numel()
 
 
-def test_unknown_names_and_classes_are_told(model, images):
+def test_unknown_names_and_classes_are_reported(model, images):
     with pytest.raises(ConfigError, match="method=rolout: did you mean rollout"):
         explain_by("rolout", model, images, TARGET)
     for method in CLASS_SPECIFIC - {*PACKAGES}:

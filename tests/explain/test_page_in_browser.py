@@ -263,7 +263,7 @@ def test_answers_are_marked_by_more_than_colour(show):
     assert [style(each, "color") for each in answers.all()] == ["rgb(26, 127, 55)", "rgb(198, 40, 40)"]
 
 
-def test_a_card_enlarges_and_the_keyboard_goes_on(show):
+def test_a_card_enlarges_and_the_keyboard_moves_on(show):
     page = page_of()
     tab = show(page)
     choose(tab, **{"class": "1"})

@@ -246,7 +246,7 @@ def test_timms_relatives_are_recorded_too(name, prefix):
         ("vit_small_patch16_18x2_224", {"img_size": 32, "depth": 2}, "2 attentions in one block"),
     ],
 )
-def test_a_model_without_maps_is_told_why(name, options, cause):
+def test_a_model_without_maps_is_reported_why(name, options, cause):
     model = timm.create_model(name, **options).eval()
     size = options.get("img_size", 32)
 
@@ -280,7 +280,7 @@ def test_weights_that_are_no_softmaxs_are_refused():
         record(model, images_for())
 
 
-def test_a_lost_patch_layout_is_told():
+def test_a_lost_patch_layout_is_reported():
     model = timm_vit()
     model.num_prefix_tokens = 2
 
@@ -288,7 +288,7 @@ def test_a_lost_patch_layout_is_told():
         record(model, images_for())
 
 
-def test_images_of_another_size_are_told_both_sizes(tiny):
+def test_images_of_another_size_are_reported_both_sizes(tiny):
     with pytest.raises(ConfigError, match="images of 24×16: the model takes 16×16"):
         record(timm_vit(), images_for(24, 16))
     with pytest.raises(ConfigError, match="images of 1×8×8: the model takes 3×8×8"):
@@ -316,7 +316,7 @@ def test_an_unknown_timm_name_is_answered_with_near_ones():
         timm_model("zzz")
 
 
-def test_weights_that_do_not_exist_are_told():
+def test_weights_that_do_not_exist_are_reported():
     with pytest.raises(ConfigError, match="cannot be built"):
         timm_model("vit_tiny_patch16_224.no_such_weights", pretrained=True)
 

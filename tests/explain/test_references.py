@@ -98,7 +98,7 @@ def test_a_linear_models_attributions_are_its_terms(images):
 
 
 @pytest.mark.parametrize("reference", [pytorch_grad_cam, integrated_gradients])
-def test_a_class_that_does_not_exist_is_told(model, images, reference):
+def test_a_class_that_does_not_exist_is_reported(model, images, reference):
     pytest.importorskip("pytorch_grad_cam" if reference is pytorch_grad_cam else "captum")
 
     with pytest.raises(ConfigError, match="class 5: the model has classes 0 to 4") as raised:

@@ -166,7 +166,7 @@ def test_the_last_blocks_gradient_is_the_class_tokens_alone(model, images):
     assert gradients[-2][:, :, 1:].abs().max() > 0
 
 
-def test_classes_and_graphs_that_do_not_exist_are_told(model, images):
+def test_classes_and_graphs_that_do_not_exist_are_reported(model, images):
     recording = record(model, images)
     for wrong in (5, -1):
         with pytest.raises(ConfigError, match=f"class {wrong}: the model has classes 0 to 4"):

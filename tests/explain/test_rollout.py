@@ -146,7 +146,7 @@ def test_each_blocks_gradient_is_its_own():
         ({"start_block": -1}, "start_block=-1"),
     ],
 )
-def test_options_out_of_range_are_told(options, message):
+def test_options_out_of_range_are_reported(options, message):
     weights = random_weights()
 
     with pytest.raises(ConfigError, match=message):

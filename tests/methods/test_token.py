@@ -85,7 +85,7 @@ def timms_name(name: str) -> str:
     return f"{outer.get(stem, stem)}{dot}{kind}" if dot else outer.get(name, name)
 
 
-def timms_twin(ours: ViT) -> VisionTransformerDistilled:
+def timm_counterpart(ours: ViT) -> VisionTransformerDistilled:
     c = ours.config
     theirs = VisionTransformerDistilled(
         img_size=c.image_size, patch_size=c.patch_size, in_chans=c.channels, num_classes=c.num_classes,
@@ -123,7 +123,7 @@ class TestOracle:
         student = deit(embed_dim=12, num_heads=3, head_dim=4, qkv_bias=True, patch_norm=False)
         teacher = tiny(depth=2).build().double()
         theirs = TokenDistillationTask(
-            timms_twin(student), Logits(teacher), nn.CrossEntropyLoss(label_smoothing=smoothing),
+            timm_counterpart(student), Logits(teacher), nn.CrossEntropyLoss(label_smoothing=smoothing),
             distill_type=targets, temperature=temperature, task_loss_weight=alpha, dtype=torch.float64,
             verbose=False,
         ).train()  # fmt: skip
@@ -150,7 +150,7 @@ class TestOracle:
 
         output = student(batch.image)
 
-        torch.testing.assert_close(output.logits, timms_twin(student).eval()(batch.image), **EXACT)
+        torch.testing.assert_close(output.logits, timm_counterpart(student).eval()(batch.image), **EXACT)
 
 
 class TestByHand:

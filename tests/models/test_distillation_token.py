@@ -23,7 +23,7 @@ def images() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8, dtype=torch.float64)
 
 
-def timm_twin(ours: ViT) -> VisionTransformerDistilled:
+def timm_counterpart(ours: ViT) -> VisionTransformerDistilled:
     c = ours.config
     theirs = VisionTransformerDistilled(
         img_size=c.image_size, patch_size=c.patch_size, in_chans=c.channels, num_classes=c.num_classes,
@@ -54,11 +54,11 @@ def timm_twin(ours: ViT) -> VisionTransformerDistilled:
 
 @torch.no_grad()
 def test_the_answer_equals_timms_in_eval_mode(model, images):
-    torch.testing.assert_close(model(images).logits, timm_twin(model)(images), **EXACT)
+    torch.testing.assert_close(model(images).logits, timm_counterpart(model)(images), **EXACT)
 
 
 def test_both_heads_and_all_gradients_equal_timms_in_distilled_training(model, images):
-    theirs = timm_twin(model).train()
+    theirs = timm_counterpart(model).train()
     theirs.set_distilled_training(True)
     weights = torch.randn(2, 4, 5, dtype=torch.float64)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vit_pytorch.vit_for_small_dataset import LSA
 from vit_pytorch.vit_for_small_dataset import ViT as VitPytorch
 
-from tests.models.test_spt import vit_pytorch_twin as tokenizer_twin
+from tests.models.test_spt import vit_pytorch_counterpart as tokenizer_counterpart
 from vitkd.models import Taps, ViT
 from vitkd.models.dropout import Dropout
 from vitkd.models.layers import Attention
@@ -37,7 +37,7 @@ def randomised(dropout: float = 0.0, qkv_bias: bool = False) -> LocalityAttentio
     return attention
 
 
-def vit_pytorch_twin(ours: LocalityAttention) -> LSA:
+def vit_pytorch_counterpart(ours: LocalityAttention) -> LSA:
     """Of an attention whose heads share one temperature."""
     (log_temperature,) = ours.log_temperature.detach().unique()
     theirs = LSA(ours.norm.normalized_shape[0], ours.num_heads, ours.head_dim).double()
@@ -58,7 +58,7 @@ def x() -> Tensor:
 def test_tokens_and_gradients_equal_vit_pytorchs(way, log_temperature, x):
     ours = randomised()
     nn.init.constant_(ours.log_temperature, log_temperature)
-    theirs = vit_pytorch_twin(ours)
+    theirs = vit_pytorch_counterpart(ours)
     weights = torch.randn(2, 6, DIM, dtype=torch.float64)
 
     our_tokens, their_tokens = way(ours, x), theirs(x)
@@ -96,13 +96,13 @@ def test_logits_equal_vit_pytorchs_vit_for_small_datasets(tiny):
     theirs = VitPytorch(
         image_size=12, patch_size=4, num_classes=5, dim=12, depth=3, heads=3, mlp_dim=16, dim_head=4
     ).double()
-    theirs.to_patch_embedding = tokenizer_twin(ours.tokenizer).to_patch_tokens
+    theirs.to_patch_embedding = tokenizer_counterpart(ours.tokenizer).to_patch_tokens
     theirs.pos_embedding.copy_(ours.positions)
     theirs.cls_token.copy_(ours.cls_token)
     theirs.mlp_head[0].load_state_dict(ours.norm.state_dict())
     theirs.mlp_head[1].load_state_dict(ours.head.state_dict())
     for layer, block in zip(theirs.transformer.layers, ours.blocks, strict=True):
-        layer[0] = vit_pytorch_twin(block.attention)
+        layer[0] = vit_pytorch_counterpart(block.attention)
         for i, own in enumerate((block.mlp.norm, block.mlp.expand, None, None, block.mlp.contract)):
             if own is not None:
                 layer[1].net[i].load_state_dict(own.state_dict())
@@ -150,10 +150,10 @@ def test_no_token_sees_itself_whatever_the_way(way, masks, monkeypatch):
     assert attention.dropout.has_own_masks(torch.zeros(1)) == (masks == "ours")
     x = torch.randn(1, 5, DIM, dtype=torch.float64)
 
-    told = torch.autograd.functional.jacobian(lambda x: way(attention, x), x)[0, :, :, 0].abs().amax((1, 3))
+    slope = torch.autograd.functional.jacobian(lambda x: way(attention, x), x)[0, :, :, 0].abs().amax((1, 3))
 
-    assert not told.diagonal().any()
-    assert told.count_nonzero() == 5 * 4 if masks == "none" else 5 < told.count_nonzero() <= 5 * 4
+    assert not slope.diagonal().any()
+    assert slope.count_nonzero() == 5 * 4 if masks == "none" else 5 < slope.count_nonzero() <= 5 * 4
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -241,7 +241,7 @@ def test_of_two_tokens_each_sees_the_other(way):
     inner = HEADS * HEAD_DIM
     values = attention.qkv(attention.norm(x))[..., 2 * inner :].flip(-2)
     torch.testing.assert_close(tokens, attention.out(values), **EXACT)
-    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert all(torch.isfinite(slope).all() for slope in gradients)
 
 
 @pytest.mark.parametrize("blocks", [(), (0, 1, 2)])

@@ -180,7 +180,7 @@ def test_a_file_holds_the_batch_statistics_too(changes, tmp_path):
         assert torch.equal(loaded(images).logits, model.eval()(images).logits)
 
 
-def test_networks_that_differ_in_their_statistics_alone_are_told_apart():
+def test_networks_that_differ_in_their_statistics_alone_are_distinguished():
     model = config().build()
     before = digest(model)
 
@@ -241,7 +241,7 @@ def test_a_trained_networks_file_needs_no_download(offline, tmp_path):
 
 @pytest.mark.parametrize("step", ["prepare", "build"])
 @pytest.mark.parametrize("content", ["nothing", "a page", "cut", "another network", "a part"])
-def test_another_file_in_the_weights_place_is_told_and_named(offline, imagenet, step, content):
+def test_another_file_in_the_weights_place_is_reported_and_named(offline, imagenet, step, content):
     offline.mkdir(parents=True)
     place = offline / Path(URL).name
     whole = io.BytesIO()

@@ -18,7 +18,7 @@ def randomised(channels: int, patch_size: int, dim: int = 7) -> ShiftedPatchToke
     return tokenizer
 
 
-def vit_pytorch_twin(ours: ShiftedPatchTokenization) -> SPT:
+def vit_pytorch_counterpart(ours: ShiftedPatchTokenization) -> SPT:
     """Its `to_patch_tokens` takes the image beside its shifts; its `forward` shifts by one pixel."""
     p = ours.patch_size
     channels = ours.projection.in_features // (5 * p**2)
@@ -80,7 +80,7 @@ def test_tokens_equal_vit_pytorchs_of_our_shifts(patch_size, channels):
     ours = randomised(channels, patch_size)
     images = torch.rand(4, channels, 2 * patch_size, 3 * patch_size, dtype=torch.float64)
 
-    theirs = vit_pytorch_twin(ours).to_patch_tokens(shifted_diagonally(images, patch_size // 2))
+    theirs = vit_pytorch_counterpart(ours).to_patch_tokens(shifted_diagonally(images, patch_size // 2))
 
     assert theirs.shape == (4, 6, 7)
     torch.testing.assert_close(ours(images), theirs, atol=1e-12, rtol=1e-12)
@@ -91,7 +91,7 @@ def test_shifts_are_not_vit_pytorchs_by_one_pixel_along_the_axes(patch_size):
     ours = randomised(3, patch_size)
     images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
 
-    assert (ours(images) - vit_pytorch_twin(ours)(images)).abs().max() > 0.1
+    assert (ours(images) - vit_pytorch_counterpart(ours)(images)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("patch_size", "reach"), [(2, 1), (3, 1), (4, 2), (5, 2)])

@@ -43,7 +43,7 @@ def convolution(ours: ViT) -> torch.Tensor:
     return ours.tokenizer.projection.weight.unflatten(1, (c.channels, c.patch_size, c.patch_size))
 
 
-def timm_twin(ours: ViT) -> nn.Module:
+def timm_counterpart(ours: ViT) -> nn.Module:
     c = ours.config
     theirs = timm.models.VisionTransformer(
         img_size=c.image_size, patch_size=c.patch_size, in_chans=c.channels, num_classes=c.num_classes,
@@ -70,7 +70,7 @@ def timm_twin(ours: ViT) -> nn.Module:
     return theirs.to(ours.head.weight.dtype).eval()
 
 
-def torchvision_twin(ours: ViT) -> nn.Module:
+def torchvision_counterpart(ours: ViT) -> nn.Module:
     c = ours.config
     theirs = torchvision.models.VisionTransformer(
         image_size=c.image_size, patch_size=c.patch_size, num_layers=c.depth, num_heads=c.num_heads,
@@ -98,7 +98,7 @@ def torchvision_twin(ours: ViT) -> nn.Module:
     return theirs.to(ours.head.weight.dtype).eval()
 
 
-def vit_pytorch_twin(ours: ViT) -> nn.Module:
+def vit_pytorch_counterpart(ours: ViT) -> nn.Module:
     c = ours.config
     theirs = VitPytorch(
         image_size=c.image_size, patch_size=c.patch_size, channels=c.channels, num_classes=c.num_classes,
@@ -142,7 +142,7 @@ def test_logits_equal_vit_pytorchs(tiny, dtype, shape):
     ours = randomised(tiny(**shape), dtype)
     images = torch.randn(4, ours.config.channels, ours.config.image_size, ours.config.image_size, dtype=dtype)
 
-    assert_equal(ours(images).logits, vit_pytorch_twin(ours)(images))
+    assert_equal(ours(images).logits, vit_pytorch_counterpart(ours)(images))
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_logits_equal_timms(tiny, dtype):
     ours = randomised(plain(tiny, mlp_dim=24), dtype)
     images = torch.randn(4, 3, 8, 8, dtype=dtype)
 
-    assert_equal(ours(images).logits, timm_twin(ours)(images))
+    assert_equal(ours(images).logits, timm_counterpart(ours)(images))
 
 
 @torch.no_grad()
@@ -158,13 +158,13 @@ def test_logits_equal_torchvisions(tiny, dtype):
     ours = randomised(plain(tiny), dtype)
     images = torch.randn(4, 3, 8, 8, dtype=dtype)
 
-    assert_equal(ours(images).logits, torchvision_twin(ours)(images))
+    assert_equal(ours(images).logits, torchvision_counterpart(ours)(images))
 
 
 @torch.no_grad()
 def test_attention_weights_of_every_block_equal_timms(tiny, dtype):
     ours = randomised(plain(tiny, mlp_dim=24), dtype)
-    theirs = timm_twin(ours)
+    theirs = timm_counterpart(ours)
     images = torch.randn(4, 3, 8, 8, dtype=dtype)
     seen = []
     for block in theirs.blocks:

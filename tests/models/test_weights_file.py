@@ -150,7 +150,7 @@ def test_a_bad_file_is_one_line_that_names_it(file, model, damage):
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
-def test_one_flipped_bit_in_the_weights_is_told(share, file):
+def test_one_flipped_bit_in_the_weights_is_reported(share, file):
     data = bytearray(file.read_bytes())
     data[int(share * len(data))] ^= 1
     file.write_bytes(data)

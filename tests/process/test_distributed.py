@@ -393,9 +393,9 @@ class TestKilled:
 
         assert crashes.end(process, folder).code == -signal.SIGKILL
         assert all_ended(folder, 15)
-        told = (folder / f"{process.pid}.err").read_text()
-        assert told.startswith(f"error (process 1): {LOST}")
-        assert told.count("\n") == 1
+        message = (folder / f"{process.pid}.err").read_text()
+        assert message.startswith(f"error (process 1): {LOST}")
+        assert message.count("\n") == 1
 
         ended = crashes.run(arguments, folder)
 
@@ -423,8 +423,8 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_both_before_the_step(whol
     first, second = group(arguments, folder, target=poisoned)
 
     assert (first.code, second.code) == (1, 1)
-    for told, ended in (("error: ", first), ("error (process 1): ", second)):
-        assert ended.err.startswith(f"{told}step 5 (epoch 2) is not finite: ")
+    for prefix, ended in (("error: ", first), ("error (process 1): ", second)):
+        assert ended.err.startswith(f"{prefix}step 5 (epoch 2) is not finite: ")
         assert ended.err.count("\n") == 1
     # Only the second knows which images did it.
     assert "class loss nan" in second.err
@@ -519,8 +519,8 @@ def test_two_hosts_of_which_one_dies(hosts, tmp_path):
         return [host.start(endpoint, arguments, tmp_path) for host in hosts]
 
     def codes(processes: list["subprocess.Popen[str]"]) -> list[int]:
-        told = [process.communicate(timeout=120) for process in processes]
-        print(*(text for out in told for text in out), sep="\n")
+        outputs = [process.communicate(timeout=120) for process in processes]
+        print(*(text for out in outputs for text in out), sep="\n")
         return [process.returncode for process in processes]
 
     assert codes(start("whole")) == [0, 0]

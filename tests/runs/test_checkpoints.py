@@ -62,7 +62,7 @@ def test_a_model_is_found_by_folder_and_by_either_file(model, checkpoint):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.ckpt", "nowhere.safetensors"])
-def test_an_absent_one_is_told(name, tmp_path):
+def test_an_absent_one_is_reported(name, tmp_path):
     with pytest.raises(ConfigError, match=f"{name}: there is no such file"):
         load_any(tmp_path / name)
 
@@ -82,7 +82,7 @@ def test_anything_else_is_no_checkpoint(content, checkpoint):
         read_checkpoint(checkpoint)
 
 
-def test_weights_of_another_shape_are_told(checkpoint, tiny):
+def test_weights_of_another_shape_are_reported(checkpoint, tiny):
     content = read_checkpoint(checkpoint)
     torch.save(content | {"model": describe(tiny(depth=1).build())}, checkpoint)
 
@@ -90,7 +90,7 @@ def test_weights_of_another_shape_are_told(checkpoint, tiny):
         load_from_checkpoint(checkpoint)
 
 
-def test_a_checkpoint_without_its_epoch_is_told(checkpoint):
+def test_a_checkpoint_without_its_epoch_is_reported(checkpoint):
     content = read_checkpoint(checkpoint)
     del content["epoch"]
     torch.save(content, checkpoint)
@@ -100,7 +100,7 @@ def test_a_checkpoint_without_its_epoch_is_told(checkpoint):
 
 
 @pytest.mark.parametrize("position", [0, 1, 30, -30, -1])
-def test_every_cut_is_told(position, checkpoint):
+def test_every_cut_is_reported(position, checkpoint):
     checkpoint.write_bytes(checkpoint.read_bytes()[:position])
 
     with pytest.raises(ConfigError, match=r"last\.ckpt"):
@@ -108,7 +108,7 @@ def test_every_cut_is_told(position, checkpoint):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_noise_is_told(seed, checkpoint):
+def test_noise_is_reported(seed, checkpoint):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(256, (500,), dtype=torch.uint8, generator=generator)
     checkpoint.write_bytes(noise.numpy().tobytes())
@@ -267,7 +267,7 @@ def test_one_that_was_damaged_while_the_run_went_on_is_not_kept(last):
     check_sums(last.parent)
 
 
-def test_where_both_are_damaged_training_starts_anew(last, warnings_of):
+def test_where_both_are_damaged_training_starts_over(last, warnings_of):
     for path in (last, previous(last)):
         path.write_bytes(b"")
 
@@ -486,17 +486,17 @@ def write_for_ever(path: Path, first: int, wrote: Any) -> None:
 def test_a_process_that_is_killed_while_it_writes_loses_nothing(tmp_path, warnings_of):
     path, epoch = tmp_path / "last.ckpt", 0
     for kill in range(8):
-        told, wrote = SERVER.Pipe(duplex=False)
+        reader, wrote = SERVER.Pipe(duplex=False)
         process = SERVER.Process(target=write_for_ever, args=(path, epoch + 1, wrote))
         process.start()
         wrote.close()
-        done = told.recv()
+        done = reader.recv()
         time.sleep(0.001 * kill)
         process.kill()
         process.join()
         with contextlib.suppress(EOFError):
             while True:
-                done = told.recv()
+                done = reader.recv()
 
         epoch = newest_epoch(path)
         assert epoch in (done, done + 1)

@@ -93,7 +93,7 @@ def test_status_follows_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "state", "told"),
+    ("error", "state", "reported"),
     [
         (RuntimeError("no luck"), "failed", "RuntimeError: no luck"),
         (KeyboardInterrupt(), "stopped", None),
@@ -102,14 +102,14 @@ def test_status_follows_the_run(tmp_path):
     ],
     ids=["error", "Ctrl-C", "Lightning's Ctrl-C"],
 )
-def test_status_tells_how_it_ended(error, state, told, tmp_path):
+def test_status_tells_how_it_ended(error, state, reported, tmp_path):
     folder = RunFolder.claim(tmp_path / "run")
 
     with pytest.raises(type(error)), folder.running({}):
         raise error
 
     assert state_of(folder)["state"] == state
-    assert state_of(folder).get("error") == told
+    assert state_of(folder).get("error") == reported
 
 
 def test_the_log_holds_the_runs_lines_and_no_other(tmp_path):
@@ -140,7 +140,7 @@ def test_metrics_come_back_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
-def test_what_is_no_run_folder_is_told(name, tmp_path):
+def test_what_is_no_run_folder_is_reported(name, tmp_path):
     (tmp_path / "empty").mkdir()
 
     with pytest.raises(ConfigError, match=f"{name}: not a run folder"):
@@ -186,8 +186,8 @@ def test_runs_of_another_configuration_are_passed_over(tmp_path, caplog, monkeyp
     assert latest(tmp_path / "run", alpha=0.9) == tmp_path / "run-2"
     assert not caplog.messages
     assert latest(tmp_path / "run", alpha=0.1) is None
-    (told,) = set(caplog.messages)
-    assert "run-2 has another alpha: starting a new run" in told
+    (message,) = set(caplog.messages)
+    assert "run-2 has another alpha: starting a new run" in message
 
 
 def test_a_folder_that_a_run_did_not_come_to_fill_is_passed_over(tmp_path):
@@ -262,7 +262,7 @@ def test_a_configuration_comes_back_from_disk_without_a_difference(tmp_path):
     assert first_difference(folder.read_config(), config) is None
 
 
-def run_until_told(path: Path, starter: Any) -> None:
+def run_until_asked_to_stop(path: Path, starter: Any) -> None:
     with RunFolder(path).running(CONFIG):
         starter.send("at work")
         with suppress(EOFError):
@@ -276,7 +276,7 @@ def elsewhere(tmp_path) -> Iterator[Callable[[], Any]]:
 
     def start() -> Any:
         ours, theirs = SERVER.Pipe()
-        process = SERVER.Process(target=run_until_told, args=(tmp_path / "run", theirs))
+        process = SERVER.Process(target=run_until_asked_to_stop, args=(tmp_path / "run", theirs))
         process.start()
         theirs.close()
         started.append((process, ours))
@@ -409,7 +409,7 @@ def test_another_error_of_the_disk_is_not_taken_for_a_full_one(tmp_path):
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit, RunError])
-def test_what_ended_a_run_is_told_even_where_its_state_cannot_be_written(end, tmp_path, monkeypatch):
+def test_what_ended_a_run_is_reported_even_where_its_state_cannot_be_written(end, tmp_path, monkeypatch):
     folder = RunFolder.claim(tmp_path / "run")
 
     def full(*_: object) -> None:

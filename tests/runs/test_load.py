@@ -83,7 +83,7 @@ class TestStudent:
         assert digest(last.student) == digest(load_from_checkpoint(run / "checkpoints" / "last.ckpt")[0])
         assert digest(last.student) != digest(best.student)
 
-    def test_of_a_run_that_goes_on_is_that_of_its_checkpoint(self, copy):
+    def test_of_a_unfinished_run_is_that_of_its_checkpoint(self, copy):
         run = copy / "digits" / "first"
         finished = load_run(run, "best")
         for name in ("student.safetensors", "metrics.json", "test_predictions.npz"):

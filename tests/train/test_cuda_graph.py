@@ -94,13 +94,13 @@ def fit(module: DistillModule, folder: Any, *callbacks: L.Callback, batches: Any
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}])
 def test_weights_and_curves_are_those_of_steps_taken_one_by_one(module, tmp_path, settings):
-    twin, played, curves, expected = deepcopy(module), Played(), Curves(), Curves()
+    eager, played, curves, expected = deepcopy(module), Played(), Curves(), Curves()
 
     by_replay = fit(module, tmp_path, played, curves, **settings)
-    one_by_one = fit(twin, tmp_path, expected, **settings)
+    one_by_one = fit(eager, tmp_path, expected, **settings)
 
     assert by_replay.global_step == one_by_one.global_step == 21
-    for mine, theirs in zip(module.model.parameters(), twin.model.parameters(), strict=True):
+    for mine, theirs in zip(module.model.parameters(), eager.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert [step for step, _ in curves.seen] == list(range(1, 22))
     for (_, mine), (_, theirs) in zip(curves.seen, expected.seen, strict=True):
@@ -110,8 +110,8 @@ def test_weights_and_curves_are_those_of_steps_taken_one_by_one(module, tmp_path
     assert (plain.replays, logged.replays) == (21 - 6 - WARM_UP, 6 - WARM_UP)
 
 
-def test_a_step_that_cannot_be_captured_is_taken_as_ever_and_the_reason_told(module, tmp_path, caplog):
-    twin, curves, expected = deepcopy(module), Curves(), Curves()
+def test_a_step_that_cannot_be_captured_is_taken_as_ever_and_the_reason_reported(module, tmp_path, caplog):
+    eager, curves, expected = deepcopy(module), Curves(), Curves()
 
     class Refused(L.Callback):
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -125,12 +125,12 @@ def test_a_step_that_cannot_be_captured_is_taken_as_ever_and_the_reason_told(mod
 
     with caplog.at_level("INFO", logger="vitkd"):
         fit(module, tmp_path, Refused(), curves)
-    fit(twin, tmp_path, expected)
+    fit(eager, tmp_path, expected)
 
-    assert all(map(torch.equal, module.model.parameters(), twin.model.parameters()))
+    assert all(map(torch.equal, module.model.parameters(), eager.model.parameters()))
     assert curves.seen == expected.seen
-    told = [line for line in caplog.messages if "no CUDA graph" in line]
-    assert told == [
+    reasons = [line for line in caplog.messages if "no CUDA graph" in line]
+    assert reasons == [
         "no CUDA graph: operation not permitted when stream is capturing; cuda_graph=off leaves it at that"
     ]
 
@@ -173,7 +173,7 @@ def test_everything_a_step_reads_or_leaves_keeps_its_place_in_memory(module, tmp
     assert all(place == settled[0] for place in settled)
 
 
-def test_a_batch_of_another_size_is_captured_anew(module, tmp_path):
+def test_a_batch_of_another_size_is_captured_again(module, tmp_path):
     played = Played()
 
     fit(module, tmp_path, played, batches=Batches(4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2), log_every_n_steps=50)
@@ -202,7 +202,7 @@ def test_what_a_graph_was_given_is_its_own():
         ({"detect_anomaly": True}, "detect_anomaly"),
     ],
 )
-def test_what_keeps_steps_from_being_replayed_is_told(settings, reason, monkeypatch):
+def test_what_keeps_steps_from_being_replayed_is_reported(settings, reason, monkeypatch):
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **settings)
     monkeypatch.setattr(torch, "is_anomaly_enabled", lambda: "detect_anomaly" in settings)
 

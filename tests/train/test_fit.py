@@ -295,7 +295,7 @@ def test_a_checkpoint_holds_the_student_alone_and_loads_without_code(student, te
 
 
 @without_validation
-def test_training_goes_on_from_a_checkpoint_without_teacher_weights(student, teacher, run, tmp_path):
+def test_training_resumes_from_a_checkpoint_without_teacher_weights(student, teacher, run, tmp_path):
     whole, train = Watch(), Batches(6, 6)
     first = deepcopy(student)
     trainer = run(distill(first, teacher, alpha=0.5), train, max_epochs=1)
@@ -324,10 +324,10 @@ def test_gradient_norms_equal_separate_backward_passes(tiny, teacher, run, tmp_p
     student, train, alpha = tiny().build(), Batches(6), 0.25
     expected = {}
     for term in ("class", "transfer"):
-        twin = deepcopy(student)
-        losses = distill(twin, deepcopy(teacher), alpha).losses(train.batches[0])
+        copy = deepcopy(student)
+        losses = distill(copy, deepcopy(teacher), alpha).losses(train.batches[0])
         (losses.class_loss if term == "class" else losses.transfer.loss).backward()
-        squares = [p.grad.square().sum().item() for p in twin.parameters() if p.grad is not None]
+        squares = [p.grad.square().sum().item() for p in copy.parameters() if p.grad is not None]
         expected[term] = sum(squares) ** 0.5
     curves = Curves(tmp_path)
 
@@ -472,12 +472,12 @@ def test_a_copy_has_a_teacher_of_its_own_that_knows_as_much(student, teacher):
     module = distill(student, teacher, alpha=0.5)
     (batch,) = Batches(6)
 
-    twin = deepcopy(module).eval()
+    copy = deepcopy(module).eval()
 
-    assert twin.teacher is not teacher
-    assert not any(p.requires_grad for p in twin.teacher.parameters())
-    assert torch.equal(twin.losses(batch).total, module.eval().losses(batch).total)
-    twin.double()
+    assert copy.teacher is not teacher
+    assert not any(p.requires_grad for p in copy.teacher.parameters())
+    assert torch.equal(copy.losses(batch).total, module.eval().losses(batch).total)
+    copy.double()
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
 
 

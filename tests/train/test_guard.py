@@ -117,7 +117,7 @@ def test_on_a_device_a_check_in_between_changes_nothing(on_device):
         on_device.guard.check(4, epoch=1)
 
 
-def test_after_it_was_told_training_may_start_again(on_device):
+def test_after_it_was_reported_training_may_start_again(on_device):
     """In a notebook: with the same module, a new optimiser and, say, a lower learning rate."""
     on_device.take(loss=math.nan)
     with pytest.raises(RunError):
@@ -307,8 +307,8 @@ def test_a_gradient_is_looked_at_before_it_is_clipped(module, fit):
     assert same(state_of(module.trainer.optimizers[0], [*module.model.parameters()]), watch.states[0])
 
 
-@pytest.mark.parametrize(("every", "told"), [(1, 5), (2, 6), (100, 6)])
-def test_on_a_device_it_is_told_with_the_next_figures(every, told, module, fit, monkeypatch):
+@pytest.mark.parametrize(("every", "stopped_at"), [(1, 5), (2, 6), (100, 6)])
+def test_on_a_device_it_is_reported_with_the_next_figures(every, stopped_at, module, fit, monkeypatch):
     """Epochs of 3 steps: step 5 is bad, and figures are due at `every` steps and at an epoch's end."""
     watch = Watch()
     spoil("class loss", math.nan, 5, module)
@@ -324,7 +324,7 @@ def test_on_a_device_it_is_told_with_the_next_figures(every, told, module, fit, 
     error = fit(module, Batches(4, 4, 4), callbacks=[watch], log_every_n_steps=every)
 
     assert str(error).startswith("step 5 (epoch 2) is not finite: class loss nan")
-    assert module.trainer.global_step == told
+    assert module.trainer.global_step == stopped_at
     after = state_of(module.trainer.optimizers[0], [*module.model.parameters()])
     assert same(after, watch.states[3])
     assert all(same(state, watch.states[3]) for state in watch.states[4:])
@@ -364,7 +364,7 @@ def test_overflow_under_16_mixed_is_left_to_its_scaler(module, fit, monkeypatch)
         assert bool(watched.pop()) is looks, precision
 
 
-def test_a_loss_that_is_not_finite_is_told_under_16_mixed_too(module, monkeypatch):
+def test_a_loss_that_is_not_finite_is_reported_under_16_mixed_too(module, monkeypatch):
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     module.trainer = trainer
     monkeypatch.setattr(type(trainer), "precision", "16-mixed")
@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_is_told_under_16_mixed_too(module, monkeypatc
 
 
 def test_a_copy_has_a_guard_of_its_own(module):
-    twin = deepcopy(module)
+    copy = deepcopy(module)
     module.guard.watch(losses(math.nan), torch.arange(2))
 
-    twin.guard.check(1, 1)
+    copy.guard.check(1, 1)

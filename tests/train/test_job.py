@@ -294,10 +294,10 @@ class TestTeacher:
             )
             for seed in range(2)
         ]
-        told = [run.communicate(timeout=300)[0] for run in runs]
+        outputs = [run.communicate(timeout=300)[0] for run in runs]
 
-        assert [run.returncode for run in runs] == [0, 0], told
-        assert sorted("training it first" in text for text in told) == [False, True]
+        assert [run.returncode for run in runs] == [0, 0], outputs
+        assert sorted("training it first" in text for text in outputs) == [False, True]
         assert len([p for p in (tmp_path / "outputs" / "teachers" / "digits").iterdir() if p.is_dir()]) == 1
         assert len([*(tmp_path / "outputs" / "digits").iterdir()]) == 2
 

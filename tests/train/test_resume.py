@@ -224,13 +224,13 @@ def test_sigterm_and_ctrl_c(where, nth, saved, number, code, name, variant, tmp_
     strike = Strike(where, nth, number)
     shutil.copytree(reference.teachers, tmp_path / "outputs" / "teachers")
 
-    told = crashes.run(reference.settings, tmp_path, strike)
+    result = crashes.run(reference.settings, tmp_path, strike)
     status = json.loads((run_of(tmp_path) / "status.json").read_text())
     resumed = crashes.run(reference.settings, tmp_path)
 
-    assert (told.code, status["state"]) == (code, "stopped")
-    assert f"saved at step {saved}" in told.out
-    assert len(told.err.splitlines()) == 1, "one line says what happened"
+    assert (result.code, status["state"]) == (code, "stopped")
+    assert f"saved at step {saved}" in result.out
+    assert len(result.err.splitlines()) == 1, "one line says what happened"
     assert f"after step {saved}" in resumed.out
     assert_nothing_happened(run_of(tmp_path), run_of(reference.folder))
 
@@ -269,8 +269,8 @@ def test_damaged_checkpoints_lose_nothing(files, damage, variant, tmp_path):
     resumed = crashes.run(reference.settings, tmp_path)
 
     assert resumed.code == 0
-    told = [line for line in resumed.out.splitlines() if line.startswith("warning")]
-    assert len(told) == (0 if damage == "absent" or "best.ckpt" in files else len(files))
+    lines = [line for line in resumed.out.splitlines() if line.startswith("warning")]
+    assert len(lines) == (0 if damage == "absent" or "best.ckpt" in files else len(files))
     after = {("last.ckpt",): "after step 10", ("best.ckpt",): "after step 20"}.get(tuple(files))
     assert ("resuming" in resumed.out) == (after is not None)
     assert after is None or after in resumed.out

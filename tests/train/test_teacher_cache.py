@@ -292,7 +292,7 @@ class TestRun:
         assert asked.images == TRAIN + VAL + PROBES
         assert not average._average_model.module.cached
 
-    def test_goes_on_from_a_checkpoint_that_holds_none_of_it(self, distill, digits, fit, tmp_path):
+    def test_resumes_from_a_checkpoint_that_holds_none_of_it(self, distill, digits, fit, tmp_path):
         resumed, file = Watch(), tmp_path / "last.ckpt"
         first = digits()
         fit(distill(), first, TeacherCaching(first, ENOUGH), max_epochs=2).save_checkpoint(file)
@@ -356,7 +356,7 @@ class TestLimit:
 
         assert watch.cached.keys() == kept
 
-    def test_what_is_kept_and_what_is_not_is_told(self, distill, digits, fit, caplog):
+    def test_what_is_kept_and_what_is_not_is_reported(self, distill, digits, fit, caplog):
         data = digits()
         gib = self.VAL_BYTES / 2**30
 

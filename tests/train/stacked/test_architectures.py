@@ -64,7 +64,7 @@ def test_losses_and_gradients_are_those_of_separate_runs(student, teacher, order
 
 
 @pytest.mark.parametrize("taught", [True, False])
-def test_each_students_heads_are_told_apart(taught, tiny):
+def test_each_students_heads_are_distinguished(taught, tiny):
     teacher = randomised(tiny(num_heads=2))
     modules: list[DistillModule] = []
     for _ in range(3):
@@ -111,9 +111,9 @@ def test_a_stack_leaves_what_the_jobs_leave_alone(taught, tmp_path, command):
     briefly = [each for each in BRIEFLY if not (taught and each == "teacher.depth=1")]
     jobs = ["seed=0,1", "name=run${seed}", *architecture, *taught, *briefly]
 
-    told = together.run(STACKED, *jobs)
-    assert told.states == ["done", "done"], told.err
-    assert "jobs 0-1 train as one stack\n" in told.out
+    result = together.run(STACKED, *jobs)
+    assert result.states == ["done", "done"], result.err
+    assert "jobs 0-1 train as one stack\n" in result.out
     shutil.copytree(together.path / "teachers", alone.path / "teachers")
     assert alone.run(*jobs).states == ["done", "done"]
 

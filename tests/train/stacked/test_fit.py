@@ -79,7 +79,7 @@ def spoil(module: StackedModule, bad: float, step: int, students: list[int]) -> 
 @pytest.mark.parametrize("step", [2, 6])
 # Finite, the last one: but its square is not, and Adam would never move those weights again.
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e20])
-def test_a_gradient_that_is_not_finite_is_told_of_and_is_one_students(bad, step, clip, stacked, tmp_path):
+def test_a_gradient_that_is_not_finite_is_reported_and_is_one_students(bad, step, clip, stacked, tmp_path):
     good, spoilt = stacked(), stacked()
     spoil(spoilt, bad, step, [1])
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.cli.test_multirun import Sweeps, Told, read, state_of
+from tests.cli.test_multirun import SweepResult, Sweeps, read, state_of
 from vitkd.cli.console import Job
 from vitkd.config import CONF_DIR
 from vitkd.config.schema import build
@@ -52,10 +52,10 @@ def sweeps(tmp_path, command) -> Sweeps:
 
 
 @pytest.fixture
-def plan(sweeps, monkeypatch) -> Callable[..., tuple[list[list[int]], list[int], Told]]:
+def plan(sweeps, monkeypatch) -> Callable[..., tuple[list[list[int]], list[int], SweepResult]]:
     """plan(*arguments) is the jobs of each stack, those that run alone, and what is said; none is trained."""
 
-    def make(*arguments: str) -> tuple[list[list[int]], list[int], Told]:
+    def make(*arguments: str) -> tuple[list[list[int]], list[int], SweepResult]:
         stacks: list[list[int]] = []
         alone: list[int] = []
 
@@ -67,9 +67,9 @@ def plan(sweeps, monkeypatch) -> Callable[..., tuple[list[list[int]], list[int],
 
         monkeypatch.setattr("vitkd.train.stacked.job.train_stack", train_stack)
         monkeypatch.setattr("vitkd.train.job.run_job", lambda _, job: alone.append(job.number))
-        told = sweeps.run(STACKED, *arguments)
-        assert told.code == 0, told.err
-        return stacks, alone, told
+        result = sweeps.run(STACKED, *arguments)
+        assert result.code == 0, result.err
+        return stacks, alone, result
 
     return make
 
@@ -201,13 +201,13 @@ class TestWhatTrainsTogether:
 
     def test_is_settled_by_the_command(self, plan):
         swept = ["student.depth=1,2", "alpha=0.5,0.50,0.7", "hydra.launcher.max_students=2"]
-        stacks, alone, told = plan(
+        stacks, alone, result = plan(
             "sweep=grid", "granularity=head", "loss=kl", "seed=0", *swept, "trainer=cpu"
         )
 
         # Of the same job twice, the second one finds it done.
         assert (stacks, alone) == ([[0, 4], [1, 5]], [2, 3])
-        assert "jobs 1, 5 cannot be stacked with jobs 0, 4: different student.depth\n" in told.out
+        assert "jobs 1, 5 cannot be stacked with jobs 0, 4: different student.depth\n" in result.out
 
     def test_is_no_single_job(self, plan):
         assert plan("seed=3", "trainer=cpu")[:2] == ([], [0])
@@ -274,19 +274,19 @@ class TestWhatRunsAlone:
             "teacher.trainer.limit_train_batches=1",
         ]
 
-        stacks, alone, told = plan("seed=0,1,2", "name=run${seed}", *briefly)
+        stacks, alone, result = plan("seed=0,1,2", "name=run${seed}", *briefly)
 
         assert (stacks, alone) == ([[1, 2]], [0])
-        assert "job 0 trains by itself: it resumes from a checkpoint of its own\n" in told.out
+        assert "job 0 trains by itself: it resumes from a checkpoint of its own\n" in result.out
 
 
 @pytest.mark.parametrize("most", ["0", "-1", "many", "2.5", "true"])
 def test_a_wrong_limit_is_one_line(most, sweeps):
-    told = sweeps.command("train", "-m", STACKED, "seed=0,1", f"hydra.launcher.max_students={most}", *ALONE)
+    result = sweeps.command("train", "-m", STACKED, "seed=0,1", f"hydra.launcher.max_students={most}", *ALONE)
 
-    assert told.code == 2
+    assert result.code == 2
     most = most.capitalize() if most == "true" else most
-    assert told.err == (
+    assert result.err == (
         f"error: hydra.launcher.max_students={most}: must be a whole number of at least 1, or null\n"
     )
 
@@ -308,10 +308,10 @@ def test_what_cannot_learn_from_its_teacher_is_reported_once(sweeps):
     assert ended.code == 1
     assert ended.states == ["failed"] * 3 + ["done", "done", "failed"]
     assert "jobs 3-4 train as one stack\n" in ended.out
-    told = ended.err.splitlines()
-    assert [line.split(":")[1] for line in told] == [f" job {n} failed" for n in (0, 1, 2, 5)]
-    assert "alpha=7.0" in told[0]
-    assert "granularity.heads" in told[3]
+    lines = ended.err.splitlines()
+    assert [line.split(":")[1] for line in lines] == [f" job {n} failed" for n in (0, 1, 2, 5)]
+    assert "alpha=7.0" in lines[0]
+    assert "granularity.heads" in lines[3]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import crashes
-from tests.cli.test_multirun import Told, contents, read, records_of
+from tests.cli.test_multirun import SweepResult, contents, read, records_of
 from tests.crashes import Ended, Strike
 from tests.train.test_resume import curves_of, rows_of, same
 from vitkd.runs.checkpoints import newest_good
@@ -58,8 +58,8 @@ def run_of(folder: Path, name: str) -> Path:
     return folder / "outputs" / "digits" / name
 
 
-def told(ended: Ended, folder: Path) -> Told:
-    return Told(*ended, records_of(folder / "outputs"))
+def result_of(ended: Ended, folder: Path) -> SweepResult:
+    return SweepResult(*ended, records_of(folder / "outputs"))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_killed_and_resumed(kill, start, reference, tmp_path):
 
 
 def test_sigterm(start, reference, tmp_path):
-    stopped = told(start(Strike(STEP, 9, signal.SIGTERM), "checkpoint_minutes=10"), tmp_path)
+    stopped = result_of(start(Strike(STEP, 9, signal.SIGTERM), "checkpoint_minutes=10"), tmp_path)
 
     assert (stopped.code, stopped.states) == (143, ["stopped"] * 4)
     assert "saved at step 9" in stopped.out

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.cli.test_multirun import Sweeps, Told, contents, read
+from tests.cli.test_multirun import SweepResult, Sweeps, contents, read
 from tests.train.test_resume import curves_of, rows_of
 from vitkd.models import load_model
 from vitkd.runs.checkpoints import load_from_checkpoint, read_checkpoint
@@ -43,7 +43,7 @@ class Both(NamedTuple):
 
     together: Sweeps
     alone: Sweeps
-    told: Told
+    result: SweepResult
 
     def folders(self, name: str) -> tuple[Path, Path]:
         return self.together.folder(name), self.alone.folder(name)
@@ -52,11 +52,11 @@ class Both(NamedTuple):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, command) -> Both:
     together, alone = (Sweeps(tmp_path_factory.mktemp(name) / "outputs", command) for name in ("many", "one"))
-    told = together.run(*JOBS, *BRIEFLY, "hydra/launcher=stacked")
-    assert told.code == 0, told.err
+    result = together.run(*JOBS, *BRIEFLY, "hydra/launcher=stacked")
+    assert result.code == 0, result.err
     shutil.copytree(together.path / "teachers", alone.path / "teachers")
     assert alone.run(*JOBS, *BRIEFLY).code == 0
-    return Both(together, alone, told)
+    return Both(together, alone, result)
 
 
 def files_of(run: Path) -> list[str]:
@@ -72,11 +72,11 @@ def close(mine: object, theirs: object) -> bool:
 
 
 def test_says_what_trains_together(both):
-    assert "jobs 2-3 cannot be stacked with jobs 0-1: different method" in both.told.out
-    assert "jobs 0-1 train as one stack\n" in both.told.out
-    assert "jobs 2-3 train as one stack\n" in both.told.out
-    assert both.told.states == ["done"] * 4
-    assert both.told.err == ""
+    assert "jobs 2-3 cannot be stacked with jobs 0-1: different method" in both.result.out
+    assert "jobs 0-1 train as one stack\n" in both.result.out
+    assert "jobs 2-3 train as one stack\n" in both.result.out
+    assert both.result.states == ["done"] * 4
+    assert both.result.err == ""
 
 
 def test_nothing_lies_beside_the_runs(both):
@@ -151,8 +151,8 @@ class TestARun:
     def test_its_log_has_the_epochs_of_its_own(self, name, both):
         def lines(run: Path) -> list[str]:
             """Without the time of day, the images a second and what is said of the stack."""
-            told = [line for line in (run / "run.log").read_text().splitlines() if "/2  " in line]
-            return [line[20:].rpartition("  ")[0] for line in told if "median" not in line]
+            lines = [line for line in (run / "run.log").read_text().splitlines() if "/2  " in line]
+            return [line[20:].rpartition("  ")[0] for line in lines if "median" not in line]
 
         mine, theirs = (lines(run) for run in both.folders(name))
         assert mine == theirs
@@ -177,9 +177,9 @@ def test_done_jobs_are_skipped(both):
 
 @pytest.mark.slow
 def test_rerun_all_runs_them_again(both):
-    anew = both.together.run(*JOBS, *BRIEFLY, "hydra/launcher=stacked", "sweep.rerun=all")
+    again = both.together.run(*JOBS, *BRIEFLY, "hydra/launcher=stacked", "sweep.rerun=all")
 
-    assert (anew.code, anew.states) == (0, ["done"] * 4)
+    assert (again.code, again.states) == (0, ["done"] * 4)
     for name in NAMES:
         runs = [both.together.folder(folder) for folder in (name, f"{name}-2")]
         first, second = (load_file(run / "student.safetensors") for run in runs)
