@@ -4,7 +4,7 @@ Shapes: L blocks, A heads.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
@@ -18,7 +18,6 @@ from vitkd.explain.gallery.explanation import Explanation, OfMethods
 from vitkd.explain.measures.fidelity import FidelityRow
 from vitkd.explain.measures.survey import FidelityResult, TokenAlignment
 
-FIGURE_1 = "figure_1"
 IN_ORDER = {"positive": "most relevant first", "negative": "least relevant first"}
 
 
@@ -41,33 +40,24 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Value]]
 
 
-class Plot(NamedTuple):
-    """A picture below the gallery."""
-
-    title: str
-    caption: str
-    picture: bytes
-    """PNG"""
-
-
 @dataclass(frozen=True, eq=False)
 class GalleryPage(Explanation):
     """An explanation with all that the page shows below its gallery."""
 
     tables: Sequence[Table] = ()
-    plots: Sequence[Plot] = ()
+    figure_1: bytes | None = None
+    """PNG"""
     heat_maps: Sequence[HeatMap] = ()
     curves: Sequence[Curves] = ()
 
 
-def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryPage:
-    """The page; of the `pictures` (name → PNG) it shows Figure 1."""
+def page_of(explanation: Explanation, figure_1: bytes | None) -> GalleryPage:
+    """The page, with the PNG of Figure 1 if there is one."""
     notes = [*explanation.notes, *_over_represented(explanation), *_correlations(explanation)]
-    title, source = "Where teacher and student look", explanation.source
     return GalleryPage(
         **vars(explanation) | {"notes": notes},
         tables=_tables(explanation),
-        plots=[Plot(title, source, pictures[FIGURE_1])] if FIGURE_1 in pictures else [],
+        figure_1=figure_1,
         heat_maps=[heat_map(student, result) for student, result in explanation.fidelity.items()],
         curves=[removal_curves(explanation)] if explanation.faithfulness else [],
     )

@@ -20,8 +20,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from vitkd.explain.gallery.pixels import upsample
-
 COLOURS = matplotlib.colormaps["viridis"]
 OPACITY = 0.75
 """of a map over its image, which is paled to half its contrast: the colour bar is read off the map"""
@@ -151,6 +149,18 @@ def png(figure: Figure) -> bytes:
     file = BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
+
+
+def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The pixels in 0..1 of normalised images [B, C, H, W]; `mean` and `std` hold one value a channel."""
+    shift, scale = (images.new_tensor(each)[:, None, None] for each in (mean, std))
+    return (images * scale + shift).clamp(0, 1)
+
+
+def upsample(maps: Tensor, size: int) -> Tensor:
+    """Maps [B, g, g] interpolated bilinearly to [B, size, size] pixels."""
+    resized = interpolate(maps.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=False)
+    return resized.squeeze(1)
 
 
 def _check(group: Rows, columns: int) -> None:

@@ -29,7 +29,7 @@ def files_of(explanation: Explanation) -> dict[str, bytes]:
     files["metrics.json"] = as_json(metrics_of(explanation))
     if explanation.fidelity:
         files["fidelity.json"] = as_json(fidelity_of(explanation))
-    files["index.html"] = render(page_of(explanation, pictures)).encode()
+    files["index.html"] = render(page_of(explanation, pictures.get("figure_1"))).encode()
     return files
 
 
