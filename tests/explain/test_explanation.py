@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from vitkd.explain.gallery import report_figures
 from vitkd.explain.gallery.cells import (
     BOTH_RIGHT,
     BOTH_WRONG,
@@ -23,9 +22,18 @@ from vitkd.explain.gallery.cells import (
 )
 from vitkd.explain.gallery.contents import heat_map, page_of, removal_curves
 from vitkd.explain.gallery.explanation import Explanation
-from vitkd.explain.gallery.files import FILES, as_json, fidelity_of, files_of, metrics_of
+from vitkd.explain.gallery.files import (
+    FILES,
+    as_json,
+    fidelity_of,
+    figure_of_cells,
+    figures_of,
+    files_of,
+    first_figure,
+    metrics_of,
+    on_one_grid,
+)
 from vitkd.explain.gallery.render import render
-from vitkd.explain.gallery.report_figures import figure_of_cells, figures_of, first_figure, on_one_grid
 from vitkd.explain.maps.subjects import subject_of, with_regions
 from vitkd.explain.measures.correctness import correctness_correlation
 from vitkd.explain.measures.faithfulness import faithfulness
@@ -119,7 +127,7 @@ def files(whole) -> dict[str, bytes]:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes long."""
-    monkeypatch.setattr(report_figures, "figure_rows", lambda *_, **__: Figure())
+    monkeypatch.setattr("vitkd.explain.gallery.files.figure_rows", lambda *_, **__: Figure())
 
 
 def strict(content: bytes):

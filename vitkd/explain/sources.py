@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +29,6 @@ log = logging.getLogger("vitkd")
 SAME_IMAGES = ("source", "root", "image_size", "channels", "mean", "std", "num_classes", "split_seed")
 
 
-class Format(NamedTuple):
-    """The images that a model takes."""
-
-    size: int
-    """pixels a side"""
-    channels: int
-    mean: Sequence[float]
-    std: Sequence[float]
-
-
 @dataclass(frozen=True, eq=False)
 class Sources:
     """What is explained."""
@@ -58,11 +47,11 @@ class Sources:
         return next(iter(self.runs.values()))
 
     @property
-    def format(self) -> Format:
-        """The images that the models take, as far as that is known."""
+    def format(self) -> tuple[int, int, Sequence[float], Sequence[float]]:
+        """Pixels a side, channels, mean and std of the models' images, as far as that is known."""
         if self.runs:
             data = self.first.config.dataset
-            return Format(data.image_size, data.channels, data.mean, data.std)
+            return data.image_size, data.channels, data.mean, data.std
         (model,) = self.models.values()
         stated = getattr(model, "pretrained_cfg", {})
         channels, _, size = stated.get("input_size", (3, 224, 224))
@@ -70,7 +59,7 @@ class Sources:
             log.warning("warning: the model does not say how images are normalised; 0.5 ± 0.5 is assumed")
             channels, size = model.config.channels, model.config.image_size
         half = [0.5] * channels
-        return Format(size, channels, stated.get("mean", half), stated.get("std", half))
+        return size, channels, stated.get("mean", half), stated.get("std", half)
 
     @property
     def title(self) -> str:

@@ -20,7 +20,6 @@ from vitkd.explain.measures.survey import FidelityResult, TokenAlignment
 
 IN_ORDER = {"positive": "most relevant first", "negative": "least relevant first"}
 
-
 Value = str | float | int | None
 
 WITH_BASELINES = {
@@ -53,10 +52,14 @@ class GalleryPage(Explanation):
 
 def page_of(explanation: Explanation, figure_1: bytes | None) -> GalleryPage:
     """The page, with the PNG of Figure 1 if there is one."""
-    notes = [*explanation.notes, *_over_represented(explanation), *_correlations(explanation)]
     return GalleryPage(
-        **vars(explanation) | {"notes": notes},
-        tables=_tables(explanation),
+        **vars(explanation) | {"notes": [*explanation.notes, *_findings(explanation)]},
+        tables=[
+            *(_fidelity_table(student, result) for student, result in explanation.fidelity.items()),
+            *([_reach_table(explanation)] if explanation.reach else []),
+            *(_faithfulness_table(model, methods) for model, methods in explanation.faithfulness.items()),
+            *([_correctness_table(explanation)] if explanation.correlations else []),
+        ],
         figure_1=figure_1,
         heat_maps=[heat_map(student, result) for student, result in explanation.fidelity.items()],
         curves=[removal_curves(explanation)] if explanation.faithfulness else [],
@@ -102,19 +105,13 @@ def removal_curves(explanation: Explanation) -> Curves:
     )
 
 
-def _over_represented(explanation: Explanation) -> list[str]:
-    """The classes that stand out where someone is wrong."""
+def _findings(explanation: Explanation) -> list[str]:
+    """The classes that stand out where someone is wrong, and whether fidelity goes with being right."""
     notes = []
     for cell, classes in explanation.over_represented.items():
         if classes and cell != BOTH_RIGHT:
             named = ", ".join(f"{c.label} ({c.count}, expected {c.expected:.1f})" for c in classes[:5])
             notes.append(f"Over-represented where {IN_WORDS[cell]}: {named}.")
-    return notes
-
-
-def _correlations(explanation: Explanation) -> list[str]:
-    """Whether fidelity goes with being right."""
-    notes = []
     for student, correlations in explanation.correlations.items():
         # Among the images that the teacher has right less of it is due to easy images.
         which, c = [*correlations.items()][-1]
@@ -125,16 +122,6 @@ def _correlations(explanation: Explanation) -> list[str]:
                 f"r = {c.r:.2f} [{low:.2f}, {high:.2f}], among {which} ({c.n:,})."
             )
     return notes
-
-
-def _tables(explanation: Explanation) -> list[Table]:
-    """Those that there are metrics for."""
-    return [
-        *(_fidelity_table(student, result) for student, result in explanation.fidelity.items()),
-        *([_reach_table(explanation)] if explanation.reach else []),
-        *(_faithfulness_table(model, methods) for model, methods in explanation.faithfulness.items()),
-        *([_correctness_table(explanation)] if explanation.correlations else []),
-    ]
 
 
 def _fidelity_table(student: str, result: FidelityResult) -> Table:
