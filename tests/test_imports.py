@@ -13,7 +13,7 @@ PACKAGE = Path(vitkd.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "conf" not in path.relative_to(PACKAGE).parts)
 # Each room may import from those before it: science first, then what a run is, then the commands.
 FLOORS = (
-    *("errors", "statistics", "process"),
+    *("errors", "statistics", "colours", "process"),
     *("models", "data", "optim", "methods"),
     *("config", "runs", "cli"),
     *("evaluate", "explain", "train", "report"),

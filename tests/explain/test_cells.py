@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vitkd.errors import ConfigError
-from vitkd.explain.gallery.cells import CELLS, cells, choose, class_index, over_represented
+from vitkd.explain.gallery.cells import CELLS, cells, choose, over_represented
 from vitkd.explain.job import choose_images
 
 NAMES = ("cat", "dog", "horse", "ship")
@@ -113,7 +113,7 @@ class TestChoice:
         with pytest.raises(ConfigError, match=r"class hose: the data set has none .* did you mean horse"):
             chosen_of(by_hand(), of_class="hose")
         with pytest.raises(ConfigError, match=r"class zzz: .* there are cat, dog, horse, ship"):
-            class_index("zzz", NAMES)
+            chosen_of(by_hand(), of_class="zzz")
 
     def test_an_empty_cell_says_so(self):
         chosen, notes = chosen_of(answers(teacher_errors=0.5, student_errors=0))

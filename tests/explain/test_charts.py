@@ -23,7 +23,7 @@ def luminance(colour):
 
 
 def shown(**charts_given):
-    return render(page_of(**{"plots": (), "heat_maps": (), "curves": (), "tables": ()} | charts_given))
+    return render(page_of(**{"figure_1": None, "heat_maps": (), "curves": (), "tables": ()} | charts_given))
 
 
 STUDENT = np.array([[0.1, 0.2], [0.3, math.nan]])

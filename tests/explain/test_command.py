@@ -17,7 +17,6 @@ from PIL import Image
 
 from vitkd.config import CONF_DIR, parse
 from vitkd.data import ImageDataModule
-from vitkd.explain.gallery import report_figures
 from vitkd.explain.gallery.cells import BOTH_RIGHT, CELLS, STUDENT_WRONG
 from vitkd.explain.job import in_random_order
 from vitkd.explain.maps.methods import METHODS
@@ -87,7 +86,7 @@ def a_photo(path: Path) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes longer than all else; test_explanation has it."""
-    monkeypatch.setattr(report_figures, "figure_rows", lambda *_, **__: Figure())
+    monkeypatch.setattr("vitkd.explain.gallery.files.figure_rows", lambda *_, **__: Figure())
 
 
 def names_in(folder: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """The files of an explanation: which there are, that they are plain, and that they hold what was found."""
 
 import json
+from base64 import b64encode
 from dataclasses import replace
 from io import BytesIO
 
@@ -11,7 +12,6 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from vitkd.explain.gallery import report_figures
 from vitkd.explain.gallery.cells import (
     BOTH_RIGHT,
     BOTH_WRONG,
@@ -22,9 +22,18 @@ from vitkd.explain.gallery.cells import (
 )
 from vitkd.explain.gallery.contents import heat_map, page_of, removal_curves
 from vitkd.explain.gallery.explanation import Explanation
-from vitkd.explain.gallery.files import FILES, as_json, fidelity_of, files_of, metrics_of
+from vitkd.explain.gallery.files import (
+    FILES,
+    as_json,
+    fidelity_of,
+    figure_of_cells,
+    figures_of,
+    files_of,
+    first_figure,
+    metrics_of,
+    on_one_grid,
+)
 from vitkd.explain.gallery.render import render
-from vitkd.explain.gallery.report_figures import figure_of_cells, figures_of, first_figure, on_one_grid
 from vitkd.explain.maps.subjects import subject_of, with_regions
 from vitkd.explain.measures.correctness import correctness_correlation
 from vitkd.explain.measures.faithfulness import faithfulness
@@ -118,7 +127,7 @@ def files(whole) -> dict[str, bytes]:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leaves out the drawing, which takes long."""
-    monkeypatch.setattr(report_figures, "figure_rows", lambda *_, **__: Figure())
+    monkeypatch.setattr("vitkd.explain.gallery.files.figure_rows", lambda *_, **__: Figure())
 
 
 def strict(content: bytes):
@@ -140,7 +149,7 @@ def arrays_of(content: bytes):
 
 
 def tables_by_title(explanation):
-    return {table.title: table for table in page_of(explanation, {}).tables}
+    return {table.title: table for table in page_of(explanation, None).tables}
 
 
 class TestFiles:
@@ -297,7 +306,7 @@ class TestMetrics:
         assert all(each == undefined for each in found["cka"].values())
         # Of the distilled first and last rows the last alone has one.
         assert found["summary"]["spearman_distilled"] == pytest.approx(rows[2].metrics["spearman"])
-        assert "–" in render(page_of(explanation, {}))
+        assert "–" in render(page_of(explanation, None))
 
     @pytest.mark.parametrize("measure", ["js", "kl", "spearman", "top_k_iou", "cls_overlap"])
     @pytest.mark.parametrize("part", ["metrics", "alone", "permuted"])
@@ -439,16 +448,18 @@ class TestPage:
 
     @pytest.mark.parametrize("left_out", ["fidelity", "faithfulness"])
     def test_what_was_not_measured_has_no_chart(self, left_out, whole):
-        page = page_of(replace(whole, **{left_out: {}}), {})
+        page = page_of(replace(whole, **{left_out: {}}), None)
 
         assert bool(page.heat_maps) == (left_out != "fidelity")
         assert bool(page.curves) == (left_out != "faithfulness")
 
     def test_shows_figure_1_where_there_is_one(self, files, whole):
-        (plot,) = page_of(whole, {"figure_1": files["figure_1.png"], "gallery": b""}).plots
+        html = files["index.html"].decode()
+        shown = [name for name in WITH_TEACHER if b64encode(files[name]).decode() in html]
 
-        assert plot.picture == files["figure_1.png"]
-        assert page_of(whole, {}).plots == []
+        assert shown == ["figure_1.png"]
+        assert "Where teacher and student look" in html
+        assert "Where teacher and student look" not in render(page_of(whole, None))
 
     @pytest.mark.parametrize("channels", [1, 3])
     def test_of_pictures_whose_class_nobody_knows(self, channels, tiny, undrawn):
@@ -458,6 +469,6 @@ class TestPage:
         assert "http://" not in html.replace("http://www.w3.org", "")
 
     def test_of_images_in_one_cell(self, whole):
-        html = render(page_of(replace(whole, cells=[STUDENT_WRONG] * 6), {}))
+        html = render(page_of(replace(whole, cells=[STUDENT_WRONG] * 6), None))
 
         assert "student wrong" in html.lower()

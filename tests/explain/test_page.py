@@ -13,7 +13,7 @@ from PIL import Image
 
 from vitkd.explain.gallery.cells import CELLS
 from vitkd.explain.gallery.charts import Curves, HeatMap
-from vitkd.explain.gallery.contents import GalleryPage, Plot, Table
+from vitkd.explain.gallery.contents import GalleryPage, Table
 from vitkd.explain.gallery.render import encode, number, region_colours, render
 from vitkd.explain.maps.subjects import Subject
 
@@ -65,7 +65,7 @@ def page_of(count=8, size=16, seed=0, **changed):
         counts={"both right": 1200, "student wrong": 30, "teacher wrong": 7, "both wrong": 5},
         notes=["Over-represented: seal."],
         tables=[Table("Fidelity", "of maps", ["block", "KL [nats]"], [["0, 1", 0.123456], ["0, 2", None]])],
-        plots=[Plot("Curves", "of removal", png_of(4, 4))],
+        figure_1=png_of(4, 4),
         heat_maps=[
             HeatMap(
                 "Heat",
@@ -174,7 +174,7 @@ def test_what_the_report_shows_takes_less_than_three_megabytes():
         )
         for subject, each in zip(page.subjects, maps, strict=True)
     ]
-    assert len(render(replace(page, subjects=subjects, plots=())).encode()) < 3e6
+    assert len(render(replace(page, subjects=subjects, figure_1=None)).encode()) < 3e6
 
 
 def test_the_page_is_the_same_each_time_and_names_no_other_place():
@@ -245,7 +245,7 @@ def test_tables_and_pictures_stand_below():
     ]
     assert 'src="data:image/png;base64,' in html
     assert '<a href="#figures">' in html
-    bare = render(page_of(tables=(), plots=(), heat_maps=(), curves=()))
+    bare = render(page_of(tables=(), figure_1=None, heat_maps=(), curves=()))
     assert 'id="tables"' not in bare
     assert 'id="figures"' not in bare
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.explain.test_page import page_of, png_of, with_a_teacher_without_maps, without_teacher
 from vitkd.explain import upsample
-from vitkd.explain.gallery.contents import Plot, Table
+from vitkd.explain.gallery.contents import Table
 from vitkd.explain.gallery.render import region_colours, render
 
 playwright = pytest.importorskip(
@@ -477,7 +477,7 @@ def test_nothing_is_wider_than_the_window(show, width, scheme):
     page = page_of(
         class_names=[long, "seal", "bed"],
         tables=[Table(long, long, columns, [[0.5] * 20])],
-        plots=[Plot("Wide", "", png_of(3000, 100))],
+        figure_1=png_of(3000, 100),
         source=long,
     )
     third = replace(page.subjects[1], name=f"student {long}")

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from vitkd.cli.command import run_command
 from vitkd.cli.console import Job, start_logging
@@ -28,19 +28,12 @@ def main() -> None:
 def explain_job(composed: DictConfig, job: Job) -> None:
     """Load the models, explain them, and write figures, arrays, metrics and the page into one folder."""
     start_logging()
-    settings = settings_of(composed)
+    settings = instantiate("", Settings, composed)
     with open_sources(settings, device_of(settings.accelerator)) as sources:
         explain = explain_test_split if settings.image is None else explain_pictures
         explanation = explain(settings, sources)
     job.folder = str(settings.folder)
     write(files_of(explanation), settings.folder)
-
-
-def settings_of(composed: DictConfig) -> Settings:
-    """The checked settings; ConfigError for a wrong one."""
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    return instantiate("", Settings, {str(key): value for key, value in plain.items()})
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> None:

@@ -4,26 +4,19 @@ Shapes: N images, C channels, H × W pixels.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
 
-from vitkd.data import ImageDataModule
+from vitkd.data import ImageDataModule, Loader
 from vitkd.data.order import EpochOrder
-from vitkd.errors import ConfigError
-from vitkd.explain.gallery.cells import (
-    BOTH_RIGHT,
-    IN_WORDS,
-    Indices,
-    cells,
-    choose,
-    class_index,
-    over_represented,
-)
+from vitkd.errors import ConfigError, suggest
+from vitkd.explain.gallery.cells import BOTH_RIGHT, IN_WORDS, Indices, cells, choose, over_represented
 from vitkd.explain.gallery.explanation import Explanation, OfMethods
-from vitkd.explain.gallery.pixels import Format, denormalise, format_of, normalise, read_picture
+from vitkd.explain.gallery.figures import denormalise
 from vitkd.explain.maps.methods import CLASS_SPECIFIC
 from vitkd.explain.maps.recording import has_maps
 from vitkd.explain.maps.subjects import TEACHER, Subject, maps_of, subject_of, with_regions, without_maps
@@ -31,7 +24,7 @@ from vitkd.explain.measures.correctness import Correlation, correctness_correlat
 from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.measures.survey import Survey, survey
 from vitkd.explain.settings import Settings
-from vitkd.explain.sources import Sources, comparisons
+from vitkd.explain.sources import Sources, comparisons, read_picture
 from vitkd.runs.load import Run
 
 log = logging.getLogger("vitkd")
@@ -40,9 +33,10 @@ log = logging.getLogger("vitkd")
 def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
     """Where the models look in the pictures of `settings.image`."""
     paths = settings.pictures
-    size, channels, mean, std = _format(sources)
+    size, channels, mean, std = sources.format
     pixels = torch.stack([read_picture(path, size, channels) for path in paths])
-    subjects = _look(settings, sources, normalise(pixels, mean, std).to(sources.device))
+    subjects = _look(settings, sources, normalize(pixels, mean, std).to(sources.device))
+    numbered = [f"class {i}" for i in range(1 + max(max(each.predicted) for each in subjects))]
     return Explanation(
         title=sources.title,
         source=", ".join(path.name for path in paths[:3]) + (" …" if len(paths) > 3 else ""),
@@ -50,7 +44,7 @@ def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
         labels=[-1] * len(paths),
         cells=[""] * len(paths),
         numbers=[*range(len(paths))],
-        class_names=_class_names(sources, subjects),
+        class_names=numbered if sources.data is None else sources.data.class_names,
         subjects=subjects,
         notes=[*sources.notes(), *_note_on_weights(settings), *_note_on_patches(subjects)],
     )
@@ -110,37 +104,41 @@ def choose_images(
     of_cells: Mapping[str, Indices], labels: Indices, class_names: list[str], settings: Settings
 ) -> tuple[list[tuple[int, str]], list[str]]:
     """Positions of images to show, each with its cell; and notes on cells that have none."""
-    chosen, notes, whose = [], [], ""
-    if settings.of_class is not None:
-        wanted = labels == class_index(settings.of_class, class_names)
+    chosen, notes, whose, label = [], [], "", settings.of_class
+    if label is not None:
+        if label not in class_names:
+            hint = suggest(label, class_names)
+            raise ConfigError(f"class {label}: the data set has none of that name; {hint}")
+        wanted = labels == class_names.index(label)
         of_cells = {name: indices[wanted[indices]] for name, indices in of_cells.items()}
-        whose = f" of class {settings.of_class}"
+        whose = f" of class {label}"
     for name, indices in of_cells.items():
         chosen += [(int(position), name) for position in choose(indices, settings.images, settings.seed)]
         if not len(indices):
             # No error: a good student leaves cells empty.
             notes.append(f"There is no image{whose} among {len(labels):,} where {IN_WORDS[name]}.")
     if not chosen:
-        raise ConfigError(f"of_class={settings.of_class}: no image of that class is in the test split")
+        raise ConfigError(f"of_class={label}: no image of that class is in the test split")
     return chosen, notes
 
 
-def in_random_order(
-    data: ImageDataModule, seed: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def in_random_order(data: ImageDataModule, seed: int, device: torch.device) -> Loader:
     """The test split's images, labels and positions in batches; a folder's files are sorted by class."""
     loader = data.loader("test", device, rank=0, world_size=1)
-    order = loader.sampler
-    permutation = torch.from_numpy(np.random.default_rng(seed).permutation(len(order.index)))
-    loader.sampler = EpochOrder(order.index[permutation.to(order.index.device)], order.batch_size)
-    return ((batch.image, batch.label, batch.index) for batch in loader)
+    permutation = torch.from_numpy(np.random.default_rng(seed).permutation(len(loader.sampler.index)))
+    return _reordered(loader, permutation)
 
 
 def _images(data: ImageDataModule, numbers: Tensor, device: torch.device) -> Tensor:
     """The normalised test images [N, C, H, W] at these positions of their split, in this order."""
-    loader = data.loader("test", device, rank=0, world_size=1)
-    loader.sampler = EpochOrder(numbers.to(loader.sampler.index.device), loader.sampler.batch_size)
+    loader = _reordered(data.loader("test", device, rank=0, world_size=1), numbers)
     return torch.cat([batch.image for batch in loader])
+
+
+def _reordered(loader: Loader, positions: Tensor) -> Loader:
+    """The loader, yielding the test images at these positions in this order."""
+    loader.sampler = EpochOrder(positions.to(loader.sampler.index.device), loader.sampler.batch_size)
+    return loader
 
 
 def _correlations(seen: Survey, student: str) -> dict[str, Correlation]:
@@ -170,7 +168,7 @@ def _faithfulness(
         predicted = seen.predicted[name][drawn].to(sources.device)
         maps = {method: _maps_of(method, model, images, predicted, labels) for method in settings.methods}
         found[name] = faithfulness(
-            model, pixels, lambda x: normalise(x, mean, std), maps, predicted, labels, seed=settings.seed
+            model, pixels, lambda x: normalize(x, mean, std), maps, predicted, labels, seed=settings.seed
         )
     return found
 
@@ -219,21 +217,6 @@ def _note_on_patches(subjects: list[Subject]) -> list[str]:
     left_out = " and ".join(each.name for each in subjects if each.maps and each.patches is None)
     text = f"What single patches of {left_out} attend to is left out to keep the page small; lower images."
     return [text] if left_out else []
-
-
-def _format(sources: Sources) -> Format:
-    """The images that the models take."""
-    if not sources.runs:
-        return format_of(next(iter(sources.models.values())))
-    data = sources.first.config.dataset
-    return Format(data.image_size, data.channels, data.mean, data.std)
-
-
-def _class_names(sources: Sources, subjects: list[Subject]) -> list[str]:
-    """Those of the data set; numbers where there is none."""
-    if sources.data is not None:
-        return sources.data.class_names
-    return [f"class {number}" for number in range(1 + max(max(each.predicted) for each in subjects))]
 
 
 def _note_on_weights(settings: Settings) -> list[str]:

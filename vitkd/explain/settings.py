@@ -1,12 +1,11 @@
 """The settings of `python -m vitkd.explain`."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitkd.data.folders import IMAGE_SUFFIXES
-from vitkd.errors import ConfigError, suggest
+from vitkd.errors import ConfigError, check_choice, suggest
 from vitkd.explain.maps.methods import METHODS
 
 
@@ -38,8 +37,7 @@ class Settings:
             raise ConfigError(f"model={self.model}: has no test split; name pictures by image=PATH")
         if not 1 <= len(self.runs) <= 2 and self.run is not None:
             raise ConfigError(f"run={self.run}: name one run, or two to compare as run=[A,B]")
-        if self.epoch not in ("best", "last"):
-            raise ConfigError(f"epoch={self.epoch}: choose best or last")
+        check_choice(self, "epoch", ("best", "last"))
         for name, least in (("images", 1), ("faithfulness_images", 0), ("regions", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least {least}")
@@ -51,7 +49,7 @@ class Settings:
 
     @property
     def runs(self) -> list[Path]:
-        return [Path(str(each)) for each in _listed(self.run)]
+        return _paths(self.run)
 
     @property
     def folder(self) -> Path:
@@ -61,8 +59,16 @@ class Settings:
 
     @property
     def pictures(self) -> list[Path]:
-        """The files that `image` names."""
-        pictures = [file for each in _listed(self.image) for file in _pictures_in(Path(str(each)))]
+        """The files that `image` names, and the pictures in its folders."""
+        pictures: list[Path] = []
+        for place in _paths(self.image):
+            if not place.exists():
+                raise ConfigError(f"image={place}: there is no such file or folder")
+            files = sorted(place.iterdir()) if place.is_dir() else []
+            found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+            if place.is_dir() and not found:
+                raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            pictures += found or [place]
         if not pictures:
             raise ConfigError(
                 f"image={self.image}: names no picture; give a file, a folder or a list of them"
@@ -70,19 +76,7 @@ class Settings:
         return pictures
 
 
-def _pictures_in(place: Path) -> list[Path]:
-    """The file itself, or the pictures in a folder."""
-    if not place.exists():
-        raise ConfigError(f"image={place}: there is no such file or folder")
-    if not place.is_dir():
-        return [place]
-    pictures = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not pictures:
-        raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return pictures
-
-
-def _listed(value: Any) -> Iterator[Any]:
-    if value is None:
-        return iter(())
-    return iter(value) if isinstance(value, list | tuple) else iter((value,))
+def _paths(value: Any) -> list[Path]:
+    """Those that a setting names: none, one or a list."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [Path(str(each)) for each in values]

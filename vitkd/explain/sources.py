@@ -6,8 +6,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image, ImageOps
+from torch import Tensor, nn
 
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
@@ -43,6 +45,21 @@ class Sources:
     def first(self) -> Run:
         """The first run."""
         return next(iter(self.runs.values()))
+
+    @property
+    def format(self) -> tuple[int, int, Sequence[float], Sequence[float]]:
+        """Pixels a side, channels, mean and std of the models' images, as far as that is known."""
+        if self.runs:
+            data = self.first.config.dataset
+            return data.image_size, data.channels, data.mean, data.std
+        (model,) = self.models.values()
+        stated = getattr(model, "pretrained_cfg", {})
+        channels, _, size = stated.get("input_size", (3, 224, 224))
+        if isinstance(model, Model):
+            log.warning("warning: the model does not say how images are normalised; 0.5 ± 0.5 is assumed")
+            channels, size = model.config.channels, model.config.image_size
+        half = [0.5] * channels
+        return size, channels, stated.get("mean", half), stated.get("std", half)
 
     @property
     def title(self) -> str:
@@ -90,6 +107,18 @@ def _single_model(name: str, pretrained: bool, device: torch.device) -> dict[str
     if Path(name, "config.yaml").is_file():
         raise ConfigError(f"model={name}: is a run, which says how its images are made; write run={name}")
     return {"student": load_any(Path(name)).to(device).eval()}
+
+
+def read_picture(path: Path, size: int, channels: int) -> Tensor:
+    """A picture's middle square as [C, size, size] in 0..1; ConfigError if it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            turned = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"image={path}: cannot be read as a picture ({type(error).__name__})") from error
+    fitted = ImageOps.fit(turned, (size, size), Image.Resampling.BILINEAR)
+    array = np.asarray(fitted, np.float32) / 255
+    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
 
 
 def _load_runs(settings: Settings) -> list[Run]:

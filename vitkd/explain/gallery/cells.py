@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from vitkd.errors import ConfigError, suggest
 from vitkd.statistics import holm
 
 BOTH_RIGHT = "both right"
@@ -100,10 +99,3 @@ def over_represented(
         )
         for i in chosen[np.argsort(p[chosen], kind="stable")]
     ]
-
-
-def class_index(name: str, class_names: Sequence[str]) -> int:
-    """Where a class stands among the names; ConfigError with near ones where it is not among them."""
-    if name not in class_names:
-        raise ConfigError(f"class {name}: the data set has none of that name; {suggest(name, class_names)}")
-    return [*class_names].index(name)

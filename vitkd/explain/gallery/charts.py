@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from matplotlib.colors import to_hex
 from numpy.typing import NDArray
 
+from vitkd.colours import readable_on
 from vitkd.explain.gallery.figures import COLOURS
 from vitkd.explain.measures.faithfulness import RANDOM
 
@@ -22,11 +24,6 @@ WIDTH, HEIGHT = 300, 190
 LEFT, RIGHT, TOP, BOTTOM = 40, 284, 8, 150
 """the edges of the area that curves are drawn in"""
 STEPS = [base * 10**power for power in range(-4, 1) for base in (1, 2, 5)]
-
-
-def css(colour: Sequence[float]) -> str:
-    """A colour, RGB in 0..1, for a style sheet."""
-    return "#" + "".join(f"{round(255 * each):02x}" for each in colour[:3])
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +50,8 @@ class HeatMap:
         if not math.isfinite(value):
             return ""
         low, high = self.limits
-        colour = COLOURS((value - low) / (high - low or 1))[:3]
-        return f"background: {css(colour)}; color: {'#000000' if _luminance(colour) > 0.18 else '#ffffff'}"
+        colour = COLOURS((value - low) / (high - low or 1))
+        return f"background: {to_hex(colour)}; color: {to_hex(readable_on(colour))}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +91,3 @@ class Curves:
     def points(self, fractions: Sequence[float], values: Sequence[float]) -> str:
         """A curve as an SVG polyline takes it."""
         return " ".join(f"{self.x(x)},{self.y(y)}" for x, y in zip(fractions, values, strict=True))
-
-
-def _luminance(colour: Sequence[float]) -> float:
-    """The relative luminance of RGB in 0..1; black text has the higher contrast above 0.18 (WCAG 2)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -4,7 +4,7 @@ Shapes: L blocks, A heads.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
@@ -18,9 +18,7 @@ from vitkd.explain.gallery.explanation import Explanation, OfMethods
 from vitkd.explain.measures.fidelity import FidelityRow
 from vitkd.explain.measures.survey import FidelityResult, TokenAlignment
 
-FIGURE_1 = "figure_1"
 IN_ORDER = {"positive": "most relevant first", "negative": "least relevant first"}
-
 
 Value = str | float | int | None
 
@@ -41,33 +39,28 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[Value]]
 
 
-class Plot(NamedTuple):
-    """A picture below the gallery."""
-
-    title: str
-    caption: str
-    picture: bytes
-    """PNG"""
-
-
 @dataclass(frozen=True, eq=False)
 class GalleryPage(Explanation):
     """An explanation with all that the page shows below its gallery."""
 
     tables: Sequence[Table] = ()
-    plots: Sequence[Plot] = ()
+    figure_1: bytes | None = None
+    """PNG"""
     heat_maps: Sequence[HeatMap] = ()
     curves: Sequence[Curves] = ()
 
 
-def page_of(explanation: Explanation, pictures: Mapping[str, bytes]) -> GalleryPage:
-    """The page; of the `pictures` (name → PNG) it shows Figure 1."""
-    notes = [*explanation.notes, *_over_represented(explanation), *_correlations(explanation)]
-    title, source = "Where teacher and student look", explanation.source
+def page_of(explanation: Explanation, figure_1: bytes | None) -> GalleryPage:
+    """The page, with the PNG of Figure 1 if there is one."""
     return GalleryPage(
-        **vars(explanation) | {"notes": notes},
-        tables=_tables(explanation),
-        plots=[Plot(title, source, pictures[FIGURE_1])] if FIGURE_1 in pictures else [],
+        **vars(explanation) | {"notes": [*explanation.notes, *_findings(explanation)]},
+        tables=[
+            *(_fidelity_table(student, result) for student, result in explanation.fidelity.items()),
+            *([_reach_table(explanation)] if explanation.reach else []),
+            *(_faithfulness_table(model, methods) for model, methods in explanation.faithfulness.items()),
+            *([_correctness_table(explanation)] if explanation.correlations else []),
+        ],
+        figure_1=figure_1,
         heat_maps=[heat_map(student, result) for student, result in explanation.fidelity.items()],
         curves=[removal_curves(explanation)] if explanation.faithfulness else [],
     )
@@ -112,19 +105,13 @@ def removal_curves(explanation: Explanation) -> Curves:
     )
 
 
-def _over_represented(explanation: Explanation) -> list[str]:
-    """The classes that stand out where someone is wrong."""
+def _findings(explanation: Explanation) -> list[str]:
+    """The classes that stand out where someone is wrong, and whether fidelity goes with being right."""
     notes = []
     for cell, classes in explanation.over_represented.items():
         if classes and cell != BOTH_RIGHT:
             named = ", ".join(f"{c.label} ({c.count}, expected {c.expected:.1f})" for c in classes[:5])
             notes.append(f"Over-represented where {IN_WORDS[cell]}: {named}.")
-    return notes
-
-
-def _correlations(explanation: Explanation) -> list[str]:
-    """Whether fidelity goes with being right."""
-    notes = []
     for student, correlations in explanation.correlations.items():
         # Among the images that the teacher has right less of it is due to easy images.
         which, c = [*correlations.items()][-1]
@@ -135,16 +122,6 @@ def _correlations(explanation: Explanation) -> list[str]:
                 f"r = {c.r:.2f} [{low:.2f}, {high:.2f}], among {which} ({c.n:,})."
             )
     return notes
-
-
-def _tables(explanation: Explanation) -> list[Table]:
-    """Those that there are metrics for."""
-    return [
-        *(_fidelity_table(student, result) for student, result in explanation.fidelity.items()),
-        *([_reach_table(explanation)] if explanation.reach else []),
-        *(_faithfulness_table(model, methods) for model, methods in explanation.faithfulness.items()),
-        *([_correctness_table(explanation)] if explanation.correlations else []),
-    ]
 
 
 def _fidelity_table(student: str, result: FidelityResult) -> Table:

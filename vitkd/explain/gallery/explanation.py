@@ -97,10 +97,11 @@ def _of_images(explanation: Explanation) -> dict[str, Sized]:
         name: getattr(explanation, name) for name in ("labels", "cells", "numbers")
     }
     for subject in explanation.subjects:
-        patches = {} if subject.patches is None else {"patches": subject.patches}
-        of_images[f"{subject.name}'s predictions"] = subject.predicted
-        of_images[f"{subject.name}'s confidences"] = subject.confidence
-        of_images |= {f"{subject.name}'s {name}": maps for name, maps in {**subject.maps, **patches}.items()}
+        own: dict[str, Sized] = {"predictions": subject.predicted, "confidences": subject.confidence}
+        own |= subject.maps
+        if subject.patches is not None:
+            own["patches"] = subject.patches
+        of_images |= {f"{subject.name}'s {name}": values for name, values in own.items()}
     return of_images
 
 

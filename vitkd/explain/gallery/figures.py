@@ -5,7 +5,7 @@ Shapes: B images, C channels (1 grey, 3 RGB), H × W pixels, h × w patches.
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from textwrap import wrap
 from typing import Any, NamedTuple
 
@@ -19,8 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import interpolate
-
-from vitkd.explain.gallery.pixels import upsample
 
 COLOURS = matplotlib.colormaps["viridis"]
 OPACITY = 0.75
@@ -129,13 +127,17 @@ def figure_rows(
         raise ValueError("a figure takes at least one image")
     lines = [groups[i : i + across] for i in range(0, len(groups), across)]
     width = len(columns) * (CELL + GAP) - GAP
-    tops, bottom = _tops(lines)
+    *tops, end = accumulate(map(_height, lines), initial=MARGIN)
+    bottom = end - GAP
     inner = across * (width + SPACE) - SPACE
     figure_width = MARGIN + inner + GAP + BAR + BAR_TEXT + MARGIN
     text = wrap(caption, max(int((figure_width - 2 * MARGIN) / CHARACTER), 1))
     figure = Figure((figure_width, bottom + len(text) * LINE + MARGIN), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    scale = _scale([maps for group in filled for maps in group.maps])
+    maps = [each for group in filled for each in group.maps]
+    # From zero, or the lowest value where that is negative.
+    low = min(0.0, *(float(each.min()) for each in maps), 0.0)
+    scale = Normalize(low, max(float(each.max()) for each in maps))
     for line, top in zip(lines, tops, strict=True):
         for place, group in enumerate(line):
             _draw_group(figure, group, columns, MARGIN + place * (width + SPACE), top, scale)
@@ -153,6 +155,18 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The pixels in 0..1 of normalised images [B, C, H, W]; `mean` and `std` hold one value a channel."""
+    shift, scale = (images.new_tensor(each)[:, None, None] for each in (mean, std))
+    return (images * scale + shift).clamp(0, 1)
+
+
+def upsample(maps: Tensor, size: int) -> Tensor:
+    """Maps [B, g, g] interpolated bilinearly to [B, size, size] pixels."""
+    resized = interpolate(maps.unsqueeze(1), size=(size, size), mode="bilinear", align_corners=False)
+    return resized.squeeze(1)
+
+
 def _check(group: Rows, columns: int) -> None:
     if len(group.maps) != columns and len(group.images):
         raise ValueError(f"{len(group.maps)} maps an image for {columns} columns")
@@ -162,14 +176,10 @@ def _check(group: Rows, columns: int) -> None:
         raise ValueError(f"a figure takes equally many images, maps and texts: {sorted(counts)}")
 
 
-def _tops(lines: Sequence[Sequence[Rows]]) -> tuple[list[float], float]:
-    """Where each line of groups begins, and where the last ends, in inches."""
-    tops, top = [], MARGIN
-    for line in lines:
-        tops.append(top)
-        rows = max(1, *(len(group.images) for group in line)) if line else 1
-        top += _heading_height(line) + rows * (TEXT + CELL) + 2 * GAP
-    return tops, top - GAP
+def _height(line: Sequence[Rows]) -> float:
+    """What groups side by side take, in inches; one without images takes a row."""
+    rows = max([1, *(len(group.images) for group in line)])
+    return _heading_height(line) + rows * (TEXT + CELL) + 2 * GAP
 
 
 def _heading_height(line: Sequence[Rows]) -> float:
@@ -203,12 +213,6 @@ def _draw_row(figure: Figure, group: Rows, row: int, left: float, top: float, sc
         percent = "" if confidences is None else f" {100 * confidences[row]:.0f} %"
         place = left + column * (CELL + GAP)
         _draw_image(figure, place, top, _overlay(image, maps[row], scale), text and text + percent, colour)
-
-
-def _scale(maps: Sequence[Tensor]) -> Normalize:
-    """From zero, or the lowest value where that is negative, to the highest."""
-    low = min(0.0, *(float(each.min()) for each in maps), 0.0)
-    return Normalize(low, max(float(each.max()) for each in maps))
 
 
 def _draw_bar(figure: Figure, left: float, top: float, height: float, scale: Normalize, unit: str) -> None:

@@ -9,15 +9,16 @@ Shapes: N images shown, H × W pixels, L blocks, A heads, h × w patches.
 
 import math
 from base64 import b64encode
-from collections.abc import Sequence
-from importlib.resources import files
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.colors import to_hex
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -51,31 +52,35 @@ OTHER_UNIT = "relevance, arbitrary units"
 def render(page: GalleryPage) -> str:
     """The page; the same arguments give the same page."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("vitkd.explain.gallery", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = number
     plain = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
     environment.policies["json.dumps_kwargs"] = plain
-    template = environment.from_string(
-        files("vitkd.explain.gallery").joinpath("page.html").read_text("utf-8")
-    )
     height, width = page.pixels.shape[2:]
+    methods = [method for subject in page.subjects for method in subject.maps]
+    in_order = sorted(methods, key=REGIONS.__eq__)  # regions last
+    titles = {method: TITLES.get(method, method.replace("_", " ")) for method in in_order}
     grids = [subject.patches.shape[-2:] for subject in page.subjects if subject.patches is not None]
-    return template.render(
+    return environment.get_template("page.html").render(
         page=page,
         # [teacher right, wrong][student right, wrong]
         grid=(CELLS[:2], CELLS[2:]) if any(page.cells) else (),
         shown={cell: page.cells.count(cell) for cell in page.cells} if any(page.cells) else {},
         total=sum(page.counts.values()),
-        titles=_titles(page),
+        titles=titles,
         classes=sorted({*page.labels} - {-1}, key=lambda label: page.class_names[label]),
-        plots=[(plot, _data_url("image/png", plot.picture)) for plot in page.plots],
+        figure_1=page.figure_1 and _data_url("image/png", page.figure_1),
         aspect=f"{width} / {height}",
         patches=max(grids, key=math.prod, default=None),
         charts=charts,
         readers=common_name(page.readers),
-        gradient=", ".join(charts.css(COLOURS(level)) for level in np.linspace(0, 1, 17)),
-        data=_data(page),
+        gradient=", ".join(to_hex(COLOURS(level)) for level in np.linspace(0, 1, 17)),
+        data=_data(page, titles),
     )
 
 
@@ -107,10 +112,9 @@ def image_url(pixels: Tensor) -> str:
     return _data_url(f"image/{encoding}", file.getvalue())
 
 
-def region_colours(count: int) -> list[tuple[float, float, float]]:
-    """A colour for each of `count` ordered regions, in 0..1: blue for the least active, red for the most."""
-    places = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
-    return [(float(r), float(g), float(b)) for r, g, b, _ in REGION_COLOURS(places)]
+def region_colours(count: int) -> NDArray[np.float64]:
+    """Colours [count, 3] in 0..1 of ordered regions: blue for the least active, red for the most."""
+    return REGION_COLOURS(np.linspace(0, 1, count) if count > 1 else np.array([0.5]))[:, :3]
 
 
 def number(value: str | float | int | None) -> str:
@@ -122,14 +126,7 @@ def number(value: str | float | int | None) -> str:
     return f"{value:,}" if isinstance(value, int | np.integer) else value
 
 
-def _titles(page: GalleryPage) -> dict[str, str]:
-    """Method → how it is called on the page, in the order in which subjects name them; regions last."""
-    methods = [method for subject in page.subjects for method in subject.maps]
-    ordered = sorted(methods, key=REGIONS.__eq__)
-    return {method: TITLES.get(method, method.replace("_", " ")) for method in ordered}
-
-
-def _data(page: GalleryPage) -> dict[str, Any]:
+def _data(page: GalleryPage, titles: Mapping[str, str]) -> dict[str, Any]:
     """What the page's script reads."""
     regions = [subject.maps[REGIONS] for subject in page.subjects if REGIONS in subject.maps]
     count = 1 + max((int(each.max()) for each in regions), default=0)
@@ -137,7 +134,6 @@ def _data(page: GalleryPage) -> dict[str, Any]:
         ATTENTION: attention_unit(page.readers).replace("\n", " "),
         REGIONS: "regions by the attention they receive",
     }
-    titles = _titles(page)
     return {
         "images": [image_url(pixels) for pixels in page.pixels],
         "isSharp": max(page.pixels.shape[2:]) <= SHARP_PIXELS,
@@ -149,8 +145,8 @@ def _data(page: GalleryPage) -> dict[str, Any]:
         "units": {method: units.get(method, OTHER_UNIT) for method in titles},
         "titles": titles,
         "subjects": [_subject(subject) for subject in page.subjects],
-        "colours": [_bytes(COLOURS(level)[:3]) for level in np.linspace(0, 1, 256)],
-        "regionColours": [_bytes(colour) for colour in region_colours(count)],
+        "colours": _bytes(COLOURS(np.linspace(0, 1, 256))[:, :3]),
+        "regionColours": _bytes(region_colours(count)),
     }
 
 
@@ -170,5 +166,5 @@ def _data_url(media_type: str, content: bytes) -> str:
     return f"data:{media_type};base64,{b64encode(content).decode('ascii')}"
 
 
-def _bytes(colour: Sequence[float]) -> list[int]:
-    return [round(255 * each) for each in colour]
+def _bytes(colours: NDArray[np.float64]) -> list[list[int]]:
+    return np.rint(255 * colours).astype(int).tolist()

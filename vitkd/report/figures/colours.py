@@ -1,6 +1,5 @@
 """Colours and markers of plots: placeholders, which CSS variables replace for light and dark mode."""
 
-from collections.abc import Iterable
 from typing import Any
 
 # Placeholders that no plot contains by chance.
@@ -28,9 +27,3 @@ def ramp(index: int, total: int) -> str:
 def series(index: int) -> dict[str, Any]:
     """Colour and marker of one of several unordered lines."""
     return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
-
-
-def readable_on(colour: Iterable[float]) -> str:
-    """Black or white, whichever has more contrast (relative luminance, WCAG)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in [*colour][:3]]
-    return "black" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 else "white"

@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vitkd.colours import readable_on
 from vitkd.report.comparison import Comparison, Row
-from vitkd.report.figures.colours import BAD, GOOD, INK, QUIET, readable_on
+from vitkd.report.figures.colours import BAD, GOOD, INK, QUIET
 from vitkd.report.figures.drawing import WIDTH, PlotGroup, limits, new_axes, render, wrapped
 from vitkd.report.figures.lines import ALPHA_LABEL
 from vitkd.report.formatting import signed
