@@ -145,6 +145,8 @@ def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, 
     Raises:
         ConfigError: k is below 1, or N patches do not fill the grid.
     """
+    from sklearn.cluster import KMeans  # takes a while to import
+
     if clusters < 1:
         raise ConfigError(f"clusters={clusters}: must be at least 1")
     side = math.isqrt(features.shape[1])
@@ -153,20 +155,10 @@ def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, 
         raise ConfigError(f"{features.shape[1]} patches do not fill {rows}×{columns}: give their grid")
     points = features.detach().flatten(0, 1).cpu().double().numpy()
     points = np.round(points / (np.abs(points).max() or 1), DECIMALS)
-    labels, centres = _cluster(points, clusters, seed)
-    rank = centres.mean(1).argsort(kind="stable").argsort()
-    return torch.from_numpy(rank[labels]).view(len(features), rows, columns).to(features.device)
-
-
-def _cluster(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [B·N] and centres [k, F], k at most the number of distinct points."""
-    from sklearn.cluster import KMeans  # takes a while to import
-
-    # A few points are quickly compared, and hardly ever have fewer distinct ones than clusters.
-    few = np.unique(points[: 100 * clusters], axis=0)
-    distinct = len(few) if len(few) >= clusters else len(np.unique(points, axis=0))
+    distinct = len(np.unique(points, axis=0))
     means = KMeans(min(clusters, distinct), n_init=RESTARTS, random_state=seed).fit(points)
-    return means.labels_, means.cluster_centers_
+    rank = means.cluster_centers_.mean(1).argsort(kind="stable").argsort()
+    return torch.from_numpy(rank[means.labels_]).view(len(features), rows, columns).to(features.device)
 
 
 def check_grid(matrix: Tensor, grid: tuple[int, int], prefix: int) -> None:

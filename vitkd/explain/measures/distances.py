@@ -73,9 +73,12 @@ def read(weights: Tensor, prefix: int = 1, k: int | None = None, readers: Sequen
     """A `Reading` of attention weights [B, ...M, T, T]; the arguments are those of `compare`."""
     p = at_least_float32(weights)
     row = rows_read(p, readers)[..., prefix:].contiguous()
+    patches = row.shape[-1]
+    k = max(patches // 4, 1) if k is None else k
+    if not 1 <= k <= patches:
+        raise ConfigError(f"k={k}: there are {patches} patches, so choose 1 to {patches}")
     descending, order = row.sort(stable=True, dim=-1, descending=True)
-    top = torch.zeros_like(row, dtype=torch.bool)
-    top.scatter_(-1, order[..., : _top_count(k, row.shape[-1])], True)
+    top = torch.zeros_like(row, dtype=torch.bool).scatter(-1, order[..., :k], True)
     ranks = _unit_ranks(row, descending.flip(-1))
     return Reading(p, _log(p), row / row.sum(-1, keepdim=True), ranks, top)
 
@@ -218,14 +221,6 @@ class CKASums:
         mean = self._origins[name] + sums / count
         size = (count * mean.square().sum()).item()
         return self._scatter(name, name).trace().item() <= (100 * torch.finfo(mean.dtype).eps) ** 2 * size
-
-
-def _top_count(k: int | None, patches: int) -> int:
-    if k is None:
-        return max(patches // 4, 1)
-    if not 1 <= k <= patches:
-        raise ConfigError(f"k={k}: there are {patches} patches, so choose 1 to {patches}")
-    return k
 
 
 def _log(p: Tensor) -> Tensor:
