@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitkd.explain.measures.cka import CKASums, linear_cka
+from vitkd.explain.measures.distances import CKASums, linear_cka
 
 
 def literal_cka(x, y):

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
 from vitkd.errors import ConfigError
-from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness, perturbation_curve
+from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness, perturbation_curves
 
 
 class Additive(nn.Module):
@@ -34,6 +34,11 @@ NORMALISE = partial(normalize, mean=[0.5], std=[0.5])
 
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
+
+
+def perturbation_curve(*arguments, **options):
+    (curve,) = perturbation_curves(*arguments, **options)
+    return curve
 
 
 def curve_of(order, maps=WEIGHT, model=MODEL, pixels=WHITE, normalise=lambda pixels: pixels, **options):

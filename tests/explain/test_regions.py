@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.regions import attention_features, region_map
+from vitkd.explain.maps.attention import attention_features, region_map
 
 
 def maps(*shape, tokens):

@@ -6,11 +6,10 @@ import timm
 import torch
 
 from vitkd.explain.maps import subjects
-from vitkd.explain.maps.methods import METHODS, explain_by
+from vitkd.explain.maps.attention import attention_features, region_map
+from vitkd.explain.maps.methods import METHODS, class_rows, explain_by
 from vitkd.explain.maps.recording import record
-from vitkd.explain.maps.regions import attention_features, region_map
 from vitkd.explain.maps.subjects import (
-    class_rows,
     head_mean,
     subject_of,
     with_regions,
@@ -199,7 +198,7 @@ def test_where_the_classifier_averages_patches_so_do_the_rows():
     with torch.no_grad():
         recording = record(model, images)
 
-    rows = class_rows(recording)
+    rows = class_rows(torch.stack(recording.weights, 1), recording)
     assert [*recording.readers] == [*range(prefix, prefix + 9)]
     assert rows.shape == (2, 2, 3, 3, 3)
     for block, weights in enumerate(recording.weights):

@@ -1,12 +1,13 @@
-"""Raw attention: heads fused into one matrix, and a token's row of it as a map over the image.
+"""Raw attention: heads fused into one matrix, its rows as maps over the image, regions of like attention.
 
-Shapes: B images, H heads, T tokens (prefix + h·w), h × w patches.
+Shapes: B images, H heads, T tokens (prefix + h·w), N = h·w patches, L blocks, F features of a patch.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,11 @@ FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda weights: weights.amax(1),
     "min": lambda weights: weights.amin(1),
 }
+
+RESTARTS = 10
+"""k-means runs, of which the best counts"""
+DECIMALS = 5
+"""Activities are distinguished to a hundred-thousandth of the highest: below that is float32's rounding."""
 
 
 def fuse(weights: Tensor, how: Fusion = "mean", heads: Sequence[int] | None = None) -> Tensor:
@@ -59,10 +65,8 @@ def token_map(
     Raises:
         ConfigError: T is not prefix + h·w, or there is no such token.
     """
-    tokens, (rows, columns) = matrix.shape[-1], grid
-    if tokens != prefix + rows * columns:
-        raise ConfigError(f"{tokens} tokens are not {prefix} and {rows}×{columns} patches: give their grid")
-    _check_among("tokens", readers, tokens, f"at least one, patches from {prefix} on")
+    check_grid(matrix, grid, prefix)
+    _check_among("tokens", readers, matrix.shape[-1], f"at least one, patches from {prefix} on")
     to_patches = rows_read(matrix, readers)[..., prefix:]
     return (scaled(to_patches) if normalise else to_patches).unflatten(-1, grid)
 
@@ -95,6 +99,73 @@ def cls_attention(
     if allowed is not None:
         rows = rows.masked_fill(~allowed[:prefix], -math.inf)
     return token_map(rows.softmax(-1).mean(-3), (grid, grid), prefix, range(prefix), normalise=True)
+
+
+def attention_features(
+    weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1, readers: Sequence[int] = (0,)
+) -> Tensor:
+    """The attention that each patch receives in each block, [B, N, 2·L].
+
+    Features 0 … L−1 are the attention received from all tokens, the mean over queries and heads; L … 2·L−1
+    that of the tokens that the classifier reads, the mean over these and heads. Each is a share of what all
+    patches receive, times N: 1 is the even share in any image, so that many images can be clustered together.
+
+    Args:
+        weights: per block [B, H, T, T].
+        grid: (h, w).
+        prefix: tokens before the patches.
+        readers: the tokens that the classifier reads, as `Recording.readers` has them.
+
+    Raises:
+        ConfigError: T is not prefix + h·w.
+    """
+    fused, every_token = [fuse(each) for each in weights], range(weights[0].shape[-1])
+    maps = [token_map(each, grid, prefix, who) for who in (every_token, readers) for each in fused]
+    features = torch.stack(maps, -1).flatten(1, 2)
+    return features.shape[1] * scaled(features, dim=1)
+
+
+def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
+    """Labels [B, h, w] from 0, the region that receives least attention, to clusters − 1, the most.
+
+    k-means (Lloyd 1982, from k-means++) over the patches of all images at once, so that a label means the
+    same in each of them. Regions are ordered by the mean of their centre's features. Where patches have fewer
+    distinct features than `clusters`, there are as many regions as distinct features: one under uniform
+    attention.
+
+    Args:
+        features: [B, N, F] as `attention_features` gives them: all in one unit, more being more active.
+        clusters: k.
+        seed: of k-means.
+        grid: (h, w); None where patches lie in a square.
+
+    Returns:
+        int64 on the features' device.
+
+    Raises:
+        ConfigError: k is below 1, or N patches do not fill the grid.
+    """
+    from sklearn.cluster import KMeans  # takes a while to import
+
+    if clusters < 1:
+        raise ConfigError(f"clusters={clusters}: must be at least 1")
+    side = math.isqrt(features.shape[1])
+    rows, columns = (side, side) if grid is None else grid
+    if rows * columns != features.shape[1]:
+        raise ConfigError(f"{features.shape[1]} patches do not fill {rows}×{columns}: give their grid")
+    points = features.detach().flatten(0, 1).cpu().double().numpy()
+    points = np.round(points / (np.abs(points).max() or 1), DECIMALS)
+    distinct = len(np.unique(points, axis=0))
+    means = KMeans(min(clusters, distinct), n_init=RESTARTS, random_state=seed).fit(points)
+    rank = means.cluster_centers_.mean(1).argsort(kind="stable").argsort()
+    return torch.from_numpy(rank[means.labels_]).view(len(features), rows, columns).to(features.device)
+
+
+def check_grid(matrix: Tensor, grid: tuple[int, int], prefix: int) -> None:
+    """Raise ConfigError unless the tokens of matrices [..., T, T] are `prefix` and `grid` patches."""
+    tokens, (rows, columns) = matrix.shape[-1], grid
+    if tokens != prefix + rows * columns:
+        raise ConfigError(f"{tokens} tokens are not {prefix} and {rows}×{columns} patches: give their grid")
 
 
 def rows_read(matrix: Tensor, readers: Sequence[int]) -> Tensor:

@@ -62,7 +62,17 @@ def rollout(
     Raises:
         ConfigError: a share outside [0, 1), or no such block or fusion.
     """
-    return _flow([fuse(each, fusion) for each in weights], discard, start_block, keep)
+    if not 0 <= discard < 1:
+        raise ConfigError(f"discard={discard}: must lie in [0, 1)")
+    if not 0 <= start_block < len(weights):
+        raise ConfigError(f"start_block={start_block}: must be 0 to {len(weights) - 1}")
+    fused = [fuse(each, fusion) for each in weights[start_block:]]
+    identity = torch.eye(fused[0].shape[-1], dtype=fused[0].dtype, device=fused[0].device)
+    flow = identity.expand_as(fused[0])
+    for each in fused:
+        with_residual = _discard_lowest(each, discard, keep) + identity
+        flow = with_residual / with_residual.sum(-1, keepdim=True) @ flow
+    return flow
 
 
 def gradient_rollout(
@@ -80,8 +90,8 @@ def gradient_rollout(
         gradients: the class's logit by `weights`, as `attention_gradients` gives it.
         discard, start_block, keep: as for `rollout`.
     """
-    fused = [weighted_by_gradient(a, g) for a, g in zip(weights, gradients, strict=True)]
-    return _flow(fused, discard, start_block, keep)
+    fused = [weighted_by_gradient(a, g)[:, None] for a, g in zip(weights, gradients, strict=True)]
+    return rollout(fused, discard=discard, start_block=start_block, keep=keep)
 
 
 def weighted_by_gradient(weights: Tensor, gradient: Tensor) -> Tensor:
@@ -112,20 +122,6 @@ def attention_grad_cam(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -
     """
     a, gradient = at_least_float32(weights[-1]), at_least_float32(gradients[-1])
     return (gradient.mean((-2, -1), keepdim=True) * a).mean(1).clamp_min(0)
-
-
-def _flow(fused: Sequence[Tensor], discard: float, start_block: int, keep: Sequence[int]) -> Tensor:
-    """Â_L ⋯ Â_start, each half Ā and half the residual connection."""
-    if not 0 <= discard < 1:
-        raise ConfigError(f"discard={discard}: must lie in [0, 1)")
-    if not 0 <= start_block < len(fused):
-        raise ConfigError(f"start_block={start_block}: must be 0 to {len(fused) - 1}")
-    identity = torch.eye(fused[0].shape[-1], dtype=fused[0].dtype, device=fused[0].device)
-    flow = identity.expand_as(fused[0])
-    for each in fused[start_block:]:
-        with_residual = _discard_lowest(each, discard, keep) + identity
-        flow = with_residual / with_residual.sum(-1, keepdim=True) @ flow
-    return flow
 
 
 def _discard_lowest(fused: Tensor, share: float, keep: Sequence[int]) -> Tensor:

@@ -24,6 +24,7 @@ from vitkd.explain.maps.flow import (
     rollout,
 )
 from vitkd.explain.maps.recording import Recording, evaluating, from_extra, layout, logits_of, record
+from vitkd.models.output import at_least_float32
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, normalised images [B, C, H, W], classes [B]) → float32 maps [B, h, w], higher = more relevant."""
@@ -48,7 +49,7 @@ def _of_attention(combine: Callable[[Sequence[Tensor]], Tensor]) -> Method:
     @torch.no_grad()
     def explain(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         recording = record(model, images)
-        return _read(combine(recording.weights), recording)
+        return class_rows(combine(recording.weights), recording)
 
     return explain
 
@@ -61,14 +62,15 @@ def _of_gradients(combine: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor
             recording = record(model, images.detach().clone())
             gradients = attention_gradients(recording, target)
         with torch.no_grad():
-            return _read(combine(recording.weights, gradients), recording)
+            return class_rows(combine(recording.weights, gradients), recording)
 
     return explain
 
 
-def _read(matrix: Tensor, recording: Recording) -> Tensor:
-    """What the classifier reads from the patches: the mean row of the tokens that it reads."""
-    return token_map(matrix, recording.grid, recording.prefix, recording.readers).float()
+def class_rows(matrix: Tensor, recording: Recording) -> Tensor:
+    """The mean row of the tokens that the classifier reads, of [..., T, T]: float32 maps [..., h, w]."""
+    wide = at_least_float32(matrix)
+    return token_map(wide, recording.grid, recording.prefix, recording.readers).float()
 
 
 def _integrated_gradients(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
@@ -160,13 +162,12 @@ def _last_norm(model: nn.Module) -> nn.Module:
 @contextmanager
 def _explaining(model: nn.Module, images: Tensor, target: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
     """A model that returns logits, and images that need gradients; the parameters' gradients are restored."""
-    parameters = [*model.parameters()]
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
             yield _Logits(model, target), images.detach().clone().requires_grad_()
     finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient in gradients:
             parameter.grad = gradient
 
 

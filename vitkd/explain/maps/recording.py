@@ -4,7 +4,7 @@ Shapes: B images, C channels, H heads, T tokens (prefix + h·w), h × w patches,
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
@@ -71,16 +71,22 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     return getattr(output, "logits", output)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """In eval mode; afterwards every module is back in its own mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    return _switched_off(model.modules(), "training")
+
+
+@contextmanager
+def _switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
+    """With the attribute `switch` False in all modules where it was true."""
+    switched = [module for module in modules if getattr(module, switch, False)]
+    for module in switched:
+        setattr(module, switch, False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in switched:
+            setattr(module, switch, True)
 
 
 def has_maps(model: nn.Module) -> bool:
@@ -97,7 +103,19 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
         c = model.config
         _check_size(images.shape[-3:], (c.channels, c.image_size, c.image_size))
         return own_layout(model)
-    return _layout_of_timm(model, images)
+    _blocks(model)
+    embed: Any = model.patch_embed
+    if getattr(embed, "strict_img_size", False) and embed.img_size is not None:
+        _check_size(images.shape[-2:], embed.img_size)
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if prefix is None:
+        raise _no_maps(model, "does not say how many tokens precede its patches (num_prefix_tokens)")
+    if hasattr(embed, "dynamic_feat_size"):
+        grid = embed.dynamic_feat_size(images.shape[-2:])
+    elif (grid := getattr(embed, "grid_size", None)) is None:
+        raise _no_maps(model, "does not say how its patches are laid out (patch_embed.grid_size)")
+    rows, columns = grid
+    return Layout(prefix, (rows, columns), _readers(model, prefix, rows * columns))
 
 
 def own_layout(model: Model) -> Layout:
@@ -153,23 +171,6 @@ def _check_size(given: Sequence[int], taken: Sequence[int]) -> None:
         raise ConfigError(f"images of {shown}: the model takes {allowed}; resize them first")
 
 
-def _layout_of_timm(model: nn.Module, images: Tensor) -> Layout:
-    """`layout` of something like timm's VisionTransformer."""
-    _blocks(model)
-    embed: Any = model.patch_embed
-    if getattr(embed, "strict_img_size", False) and embed.img_size is not None:
-        _check_size(images.shape[-2:], embed.img_size)
-    prefix = getattr(model, "num_prefix_tokens", None)
-    if prefix is None:
-        raise _no_maps(model, "does not say how many tokens precede its patches (num_prefix_tokens)")
-    if hasattr(embed, "dynamic_feat_size"):
-        grid = embed.dynamic_feat_size(images.shape[-2:])
-    elif (grid := getattr(embed, "grid_size", None)) is None:
-        raise _no_maps(model, "does not say how its patches are laid out (patch_embed.grid_size)")
-    rows, columns = grid
-    return Layout(prefix, (rows, columns), _readers(model, prefix, rows * columns))
-
-
 def _trace_by_hooks(model: nn.Module, images: Tensor, place: Layout) -> Trace:
     """What passes through the blocks of something like timm's VisionTransformer.
 
@@ -222,19 +223,6 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
 def _keep(seen: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
     """A forward hook that adds its module's output to `seen`."""
     return lambda _module, _inputs, output: seen.append(output)
-
-
-@contextmanager
-def _switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
-    """With the attribute `switch` False in all modules where it was true."""
-    switched = [module for module in modules if getattr(module, switch, False)]
-    for module in switched:
-        setattr(module, switch, False)
-    try:
-        yield
-    finally:
-        for module in switched:
-            setattr(module, switch, True)
 
 
 def _unusable(block: nn.Module, seen: Sequence[Tensor], images: int, place: Layout) -> str | None:

@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitkd.explain.maps.attention import scaled, token_map
-from vitkd.explain.maps.methods import explain_by
+from vitkd.explain.maps.attention import attention_features, region_map, scaled
+from vitkd.explain.maps.methods import class_rows, explain_by
 from vitkd.explain.maps.recording import Recording, logits_of, record, who_reads
-from vitkd.explain.maps.regions import attention_features, region_map
 
 TEACHER = "teacher"
 """the name of that subject; all others are students"""
@@ -69,7 +68,7 @@ def subject_of(
     for part in images.split(BATCH_SIZE):
         with torch.no_grad():
             recording = record(model, part)
-            rows.append(class_rows(recording).cpu())
+            rows.append(class_rows(torch.stack(recording.weights, 1), recording).cpu())
             if (of_patches := patch_rows(recording, len(images))) is not None:
                 patches.append(of_patches.cpu())
             place = recording.grid, recording.prefix, recording.readers
@@ -115,12 +114,6 @@ def maps_of(method: str, model: nn.Module, images: Tensor, target: Tensor) -> Te
     size = max(len(images), 1) if method == "random" else BATCH_SIZE
     parts = zip(images.split(size), target.split(size), strict=True)
     return torch.cat([explain_by(method, model, part, classes) for part, classes in parts])
-
-
-def class_rows(recording: Recording) -> Tensor:
-    """What the classifier reads from each patch, [N, L, A, h, w]: the mean row of the tokens it reads."""
-    weights = torch.stack(recording.weights, 1).float()
-    return token_map(weights, recording.grid, recording.prefix, recording.readers)
 
 
 def patch_rows(recording: Recording, images: int) -> Tensor | None:

@@ -1,20 +1,22 @@
-"""How alike two attention maps are, and how far apart the places are that one attends to.
+"""How alike two attention maps or two models' features are, and how far apart the places one attends to.
 
 All maps are attention weights after the softmax. Where a metric is undefined (the rank correlation of a row
 of equal weights, for one) it is NaN.
 
-Shapes: B images, H heads, M maps (any number of axes), T tokens (prefix + h·w), N = h·w patches, L blocks.
+Shapes: B images, H heads, M maps (any number of axes), T tokens (prefix + h·w), N = h·w patches, L blocks;
+of features, N examples (images times tokens), D and D' features.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.attention import rows_read
+from vitkd.explain.maps.attention import check_grid, rows_read
 from vitkd.models.output import at_least_float32
 
 COMPARISONS = ("kl", "js", "spearman", "top_k_iou", "cls_overlap")
@@ -71,9 +73,12 @@ def read(weights: Tensor, prefix: int = 1, k: int | None = None, readers: Sequen
     """A `Reading` of attention weights [B, ...M, T, T]; the arguments are those of `compare`."""
     p = at_least_float32(weights)
     row = rows_read(p, readers)[..., prefix:].contiguous()
+    patches = row.shape[-1]
+    k = max(patches // 4, 1) if k is None else k
+    if not 1 <= k <= patches:
+        raise ConfigError(f"k={k}: there are {patches} patches, so choose 1 to {patches}")
     descending, order = row.sort(stable=True, dim=-1, descending=True)
-    top = torch.zeros_like(row, dtype=torch.bool)
-    top.scatter_(-1, order[..., : _top_count(k, row.shape[-1])], True)
+    top = torch.zeros_like(row, dtype=torch.bool).scatter(-1, order[..., :k], True)
     ranks = _unit_ranks(row, descending.flip(-1))
     return Reading(p, _log(p), row / row.sum(-1, keepdim=True), ranks, top)
 
@@ -115,10 +120,9 @@ def mean_distance(
         prefix: tokens before the patches, which are left out as queries and as keys.
 
     Raises:
-        ValueError: T is not prefix + h·w.
+        ConfigError: T is not prefix + h·w.
     """
-    if weights.shape[-1] != prefix + grid[0] * grid[1]:
-        raise ValueError(f"{weights.shape[-1]} tokens are not {prefix} and {grid[0]}×{grid[1]} patches")
+    check_grid(weights, grid, prefix)
     patches = at_least_float32(weights)[..., prefix:, prefix:]
     distances = patch_distances(grid, patch_size).to(patches)
     return ((patches * distances).sum(-1) / patches.sum(-1)).nanmean(-1)
@@ -154,12 +158,69 @@ def locality(weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1) 
     return torch.stack(distances, 1) / uniform_distance(grid)
 
 
-def _top_count(k: int | None, patches: int) -> int:
-    if k is None:
-        return max(patches // 4, 1)
-    if not 1 <= k <= patches:
-        raise ConfigError(f"k={k}: there are {patches} patches, so choose 1 to {patches}")
-    return k
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of features [N, D] and [N, D'] of the same N examples, 0 to 1.
+
+    ‖YᵀX‖² / (‖XᵀX‖·‖YᵀY‖) in Frobenius norms, the features centred (Kornblith et al. 2019): unmoved by
+    rotation and isotropic scaling of either. NaN if the features of either are constant.
+    """
+    sums = CKASums([("x", "y")])
+    sums.add({"x": x, "y": y})
+    return sums.value("x", "y")
+
+
+class CKASums:
+    """`linear_cka` of named features over batches: only D × D' matrices are kept, however many examples.
+
+    Args:
+        pairs: the names that are compared with each other.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Hashable, Hashable]]) -> None:
+        self._names = [*dict.fromkeys(name for pair in pairs for name in pair)]
+        self._pairs = [*dict.fromkeys([*pairs, *((name, name) for name in self._names)])]
+        self._origins: dict[Hashable, Tensor] = {}
+        """[D]: the first batch's mean, which is subtracted so that nothing cancels in Σxyᵀ − n·x̄ȳᵀ"""
+        self._products: dict[tuple[Hashable, Hashable], Tensor] = {}
+        """[D + 1, D' + 1]: Σxyᵀ of features with a 1 after them, so that Σx, Σy and n are in it"""
+
+    def add(self, features: Mapping[Any, Tensor]) -> None:
+        """Add features [..., D] of the same examples under their names, for instance tokens [B, T, D].
+
+        Raises ValueError if the examples cannot be the same.
+        """
+        first = features[self._names[0]]
+        for name in self._names:
+            if features[name].shape[:-1] != first.shape[:-1]:
+                shapes = f"{[*first.shape]} and {[*features[name].shape]}"
+                raise ValueError(f"features {shapes} are not of the same examples")
+        # float64, which MPS has not.
+        dtype = torch.float32 if first.device.type == "mps" else torch.float64
+        flat = {name: features[name].detach().to(dtype).flatten(0, -2) for name in self._names}
+        self._origins = self._origins or {name: each.mean(0) for name, each in flat.items()}
+        flat = {name: pad(each - self._origins[name], (0, 1), value=1.0) for name, each in flat.items()}
+        for x, y in self._pairs:
+            self._products[x, y] = self._products.get((x, y), 0) + flat[x].mT @ flat[y]
+
+    def value(self, x: Hashable, y: Hashable) -> float:
+        """The alignment of everything added; NaN before anything was, or if one is constant."""
+        if not self._products or self._is_constant(x) or self._is_constant(y):
+            return math.nan
+        pairs = ((x, y), (x, x), (y, y))
+        xy, xx, yy = (torch.linalg.matrix_norm(self._scatter(*pair)).item() for pair in pairs)
+        return min(xy**2 / (xx * yy), 1.0)
+
+    def _scatter(self, x: Hashable, y: Hashable) -> Tensor:
+        """[D, D']: Σ (x − x̄)(y − ȳ)ᵀ."""
+        product = self._products[x, y]
+        return product[:-1, :-1] - torch.outer(product[:-1, -1], product[-1, :-1]) / product[-1, -1]
+
+    def _is_constant(self, name: Hashable) -> bool:
+        """Whether nothing but the rounding of the mean is left of these features."""
+        sums, count = self._products[name, name][-1, :-1], self._products[name, name][-1, -1]
+        mean = self._origins[name] + sums / count
+        size = (count * mean.square().sum()).item()
+        return self._scatter(name, name).trace().item() <= (100 * torch.finfo(mean.dtype).eps) ** 2 * size
 
 
 def _log(p: Tensor) -> Tensor:

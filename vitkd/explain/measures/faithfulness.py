@@ -61,17 +61,16 @@ class Faithfulness(NamedTuple):
 
 
 @torch.no_grad()
-def perturbation_curve(
+def perturbation_curves(
     model: nn.Module,
     pixels: Tensor,
     normalise: Callable[[Tensor], Tensor],
     maps: Tensor,
-    target: Tensor,
-    *,
+    *targets: Tensor,
     order: Order,
     steps: int = 10,
     batch_size: int = 256,
-) -> Curve:
+) -> list[Curve]:
     """Remove what `maps` call most relevant first ("positive") or least ("negative") (Chefer et al. 2021).
 
     What is removed becomes black before normalisation. Equal values go in a random order, the same for all.
@@ -80,15 +79,28 @@ def perturbation_curve(
         pixels: [B, C, H, W] in 0..1.
         normalise: makes of pixels what the model takes.
         maps: [B, h, w], each cell standing for its part of the image.
-        target: [B] classes whose probability is followed.
+        targets: [B] classes whose probability is followed, one curve each.
         steps: points after the first, at most one a cell.
         batch_size: images in one forward pass.
 
     Raises:
         ConfigError: no such order or class, or no step.
     """
-    fractions, logits = _while_removing(model, pixels, normalise, maps, order, steps, batch_size)
-    return _follow(fractions, logits, target.to(logits.device))
+    if order not in ORDERS:
+        raise ConfigError(f"order={order}: {suggest(order, ORDERS)}")
+    if steps < 1:
+        raise ConfigError(f"steps={steps}: must be at least 1")
+    assert len(maps) == len(pixels), f"{len(maps)} maps for {len(pixels)} images"
+    ranks = _ranks(maps.to(pixels.device), order)
+    cells = maps[0].numel()
+    counts = sorted({round(step / steps * cells) for step in range(steps + 1)})
+    of_parts = []
+    for images, their_ranks in zip(pixels.split(batch_size), ranks.split(batch_size), strict=True):
+        kept = (_without(images, their_ranks, count) for count in counts)
+        of_parts.append(torch.stack([logits_of(model, normalise(each)) for each in kept], 1))
+    logits = at_least_float32(torch.cat(of_parts))
+    fractions = torch.tensor(counts, dtype=logits.dtype, device=logits.device) / cells
+    return [_follow(fractions, logits, target.to(logits.device)) for target in targets]
 
 
 @torch.no_grad()
@@ -107,28 +119,26 @@ def faithfulness(
     """Every method's curves, beside those of a random order: [method][order]["predicted" or "target"].
 
     Args:
-        pixels, normalise, steps, batch_size: as for `perturbation_curve`.
+        pixels, normalise, steps, batch_size: as for `perturbation_curves`.
         maps_by_method: maps [B, h, w], or those of either class; "random" is drawn here if it is not given.
         predicted: [B] the classes that the model predicts.
         labels: [B] the true classes.
         seed: of the random order.
     """
     if RANDOM not in maps_by_method:
-        drawn_like = next(iter(maps_by_method.values()))
-        shape = (drawn_like if isinstance(drawn_like, Tensor) else drawn_like.target).shape
+        first = next(iter(maps_by_method.values()))
+        shape = (first if isinstance(first, Tensor) else first.target).shape
         drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
         maps_by_method = {**maps_by_method, RANDOM: drawn}
-    classes = {"predicted": predicted.to(pixels.device), "target": labels.to(pixels.device)}
-
-    remove = partial(_while_removing, model, pixels, normalise, steps=steps, batch_size=batch_size)
+    follow = partial(perturbation_curves, model, pixels, normalise, steps=steps, batch_size=batch_size)
 
     def curves(maps: Tensor | MapsOfClasses, order: Order) -> dict[str, Curve]:
         """Of both classes; where one map serves both, one series of forward passes does too."""
         if isinstance(maps, Tensor):
-            series = [remove(maps, order)] * 2
+            both = follow(maps, predicted, labels, order=order)
         else:
-            series = [remove(each, order) for each in maps]
-        return {of: _follow(*series[i], target) for i, (of, target) in enumerate(classes.items())}
+            both = follow(maps.predicted, predicted, order=order) + follow(maps.target, labels, order=order)
+        return dict(zip(("predicted", "target"), both, strict=True))
 
     random = {order: curves(maps_by_method[RANDOM], order) for order in ORDERS}
     found: dict[str, dict[str, dict[str, Faithfulness]]] = {}
@@ -139,32 +149,6 @@ def faithfulness(
             summaries = {of: _summary(each, at_random[of], order) for of, each in of_method.items()}
             found[method][order] = summaries
     return found
-
-
-def _while_removing(
-    model: nn.Module,
-    pixels: Tensor,
-    normalise: Callable[[Tensor], Tensor],
-    maps: Tensor,
-    order: Order,
-    steps: int,
-    batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Fractions [n] removed and the logits [B, n, K] at each."""
-    if order not in ORDERS:
-        raise ConfigError(f"order={order}: {suggest(order, ORDERS)}")
-    if steps < 1:
-        raise ConfigError(f"steps={steps}: must be at least 1")
-    assert len(maps) == len(pixels), f"{len(maps)} maps for {len(pixels)} images"
-    ranks = _ranks(maps.to(pixels.device), order)
-    cells = maps[0].numel()
-    counts = sorted({round(step / steps * cells) for step in range(steps + 1)})
-    logits = []
-    for images, their_ranks in zip(pixels.split(batch_size), ranks.split(batch_size), strict=True):
-        kept = (_without(images, their_ranks, count) for count in counts)
-        logits.append(torch.stack([logits_of(model, normalise(each)) for each in kept], 1))
-    of_each = at_least_float32(torch.cat(logits))
-    return torch.tensor(counts, dtype=of_each.dtype, device=of_each.device) / cells, of_each
 
 
 def _ranks(maps: Tensor, order: Order) -> Tensor:

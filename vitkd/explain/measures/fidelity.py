@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations
+from itertools import combinations, groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -113,31 +114,28 @@ class FidelitySums:
             ConfigError: a pair names a block or head that does not exist.
             ValueError: student and teacher have different tokens, or not those of the grid.
         """
-        metrics: dict[int, Metrics] = {}
-        for (student_block, teacher_block), indices in self._by_blocks().items():
+        metrics: list[Metrics] = []
+        # Neighbouring pairs of the same blocks share readings of their maps.
+        for (student_block, teacher_block), pairs in groupby(self.pairs, itemgetter(0, 2)):
             student_maps = self._maps("student", student, student_block)
             teacher_maps = self._maps("teacher", teacher, teacher_block)
             without = None if alone is None else self._maps("student alone", alone, student_block)
             heads = teacher[teacher_block].shape[1]
-            for index in indices:
-                metrics[index] = self._metrics(self.pairs[index], heads, student_maps, teacher_maps, without)
-        return self._accumulate([metrics[index] for index in range(len(self.pairs))])
+            metrics += [self._metrics(pair, heads, student_maps, teacher_maps, without) for pair in pairs]
+        return self._accumulate(metrics)
 
     def table(self) -> list[FidelityRow]:
         """One row a pair, averaged over the images added; one where a metric is undefined is left out."""
         assert self._images, "add a batch first"
         return [self._row(index, pair) for index, pair in enumerate(self.pairs)]
 
-    def _by_blocks(self) -> dict[tuple[int, int], list[int]]:
-        """The indices of the pairs of each student and teacher block, which share readings of their maps."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index, pair in enumerate(self.pairs):
-            groups.setdefault((pair.student_block, pair.teacher_block), []).append(index)
-        return groups
-
     def _maps(self, whose: str, weights: Weights, block: int) -> Maps:
         """heads → the reading of their mean map in one block, read when first asked for."""
-        maps = _block(whose, weights, block)
+        if not isinstance(weights, Mapping):
+            _check_exists("block", block, len(weights), f"the {whose}")
+        elif block not in weights:
+            raise ConfigError(f"block {block}: of the {whose} there are {', '.join(map(str, weights))}")
+        maps = weights[block]
 
         @cache
         def reading(heads: tuple[int, ...]) -> Reading:
@@ -226,13 +224,3 @@ def _mean_comparisons(student: Reading, others: Sequence[Reading]) -> dict[str, 
 def _check_exists(what: str, number: int, count: int, owner: str) -> None:
     if not 0 <= number < count:
         raise ConfigError(f"{what} {number}: {owner} has {count}, so choose 0 to {count - 1}")
-
-
-def _block(whose: str, weights: Weights, block: int) -> Tensor:
-    """[B, H, T, T] of a block; ConfigError where it does not exist or was not recorded."""
-    if isinstance(weights, Mapping):
-        if block not in weights:
-            raise ConfigError(f"block {block}: of the {whose} there are {', '.join(map(str, weights))}")
-    else:
-        _check_exists("block", block, len(weights), f"the {whose}")
-    return weights[block]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from vitkd.explain.maps.attention import scaled
 from vitkd.explain.maps.recording import Recording, has_maps, logits_of, record
-from vitkd.explain.measures.cka import CKASums
-from vitkd.explain.measures.distances import locality
+from vitkd.explain.measures.distances import CKASums, locality
 from vitkd.explain.measures.fidelity import FidelityRow, FidelitySums, MapPair
 from vitkd.methods.maps.alignment import resized_weights, token_interpolation, without_tokens
 
@@ -118,70 +117,54 @@ def survey(
 
 
 class _FidelitySums:
-    """The fidelity of one student to its teacher, over batches."""
+    """The fidelity of one student to its teacher, by attention maps and by tokens, over batches."""
 
     def __init__(self, comparison: Comparison, recording: Recording) -> None:
         self.comparison = comparison
-        self.fidelity = FidelitySums(
+        self.maps = FidelitySums(
             comparison.pairs,
             grid=recording.grid,
             patch_size=comparison.patch_size,
             prefix=recording.prefix,
             readers=recording.readers,
         )
-        self.cka = _TokenSums(comparison)
         self.divergence: list[Tensor] = []
+        self.blocks = [*dict.fromkeys((pair.student_block, pair.teacher_block) for pair in comparison.pairs)]
+        students = ["student", *(["alone"] if comparison.alone else [])]
+        pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in students]
+        self.tokens = CKASums([*pairs, *((("student", s), ("other images", t)) for s, t in self.blocks)])
+        self.before: dict[int, Tensor] = {}
+        """teacher block → its tokens [1, T, D] of the last image so far"""
 
-    def add(self, student: Recording, teacher: Recording, alone: Recording | None = None) -> None:
-        metrics = self.fidelity.add(student.weights, teacher.weights, alone and alone.weights)
+    def add(self, *recordings: Recording) -> None:
+        """Add a batch: the student, the teacher and, if it is compared, the student alone."""
+        metrics = self.maps.add(*(recording.weights for recording in recordings))
         counted = torch.tensor(self.comparison.distilled)
         counted = counted if counted.any() else ~counted
         self.divergence.append(metrics["js"][:, counted].mean(1))
-        self.cka.add(student, teacher, alone)
-
-    def result(self) -> FidelityResult:
-        distilled, divergence = self.comparison.distilled, torch.cat(self.divergence)
-        return FidelityResult(self.fidelity.table(), distilled, divergence, self.cka.values())
-
-
-class _TokenSums:
-    """The alignment of one student's tokens with its teacher's, over batches."""
-
-    def __init__(self, comparison: Comparison) -> None:
-        self.blocks = [*dict.fromkeys((pair.student_block, pair.teacher_block) for pair in comparison.pairs)]
-        self.has_alone = comparison.alone is not None
-        self.images = 0
-        self.before: dict[int, Tensor] = {}
-        """teacher block → its tokens [1, T, D] of the last image so far"""
-        students = ["student", *(["alone"] if self.has_alone else [])]
-        pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in students]
-        self.sums = CKASums([*pairs, *((("student", s), ("other images", t)) for s, t in self.blocks)])
-
-    def add(self, student: Recording, teacher: Recording, alone: Recording | None) -> None:
-        self.images += len(student.tokens[0])
-        recordings = {"student": student, "teacher": teacher} | ({} if alone is None else {"alone": alone})
         features = {
             (who, block): tokens
-            for who, recording in recordings.items()
+            for who, recording in zip(("student", "teacher", "alone"), recordings, strict=False)
             for block, tokens in enumerate(recording.tokens)
         }
         for block in {block for _, block in self.blocks}:
-            theirs = teacher.tokens[block]
+            theirs = features["teacher", block]
             features["other images", block] = torch.cat([self.before.get(block, theirs[-1:]), theirs[:-1]])
             self.before[block] = theirs[-1:]
-        for start in range(0, len(student.tokens[0]), CHUNK):
-            self.sums.add({name: each[start : start + CHUNK] for name, each in features.items()})
+        for start in range(0, len(recordings[0].logits), CHUNK):
+            self.tokens.add({name: each[start : start + CHUNK] for name, each in features.items()})
 
-    def values(self) -> dict[tuple[int, int], TokenAlignment]:
-        value = self.sums.value
-        return {
+    def result(self) -> FidelityResult:
+        divergence, value = torch.cat(self.divergence), self.tokens.value
+        cka = {
             (s, t): TokenAlignment(
                 value(("student", s), ("teacher", t)),
-                value(("alone", s), ("teacher", t)) if self.has_alone else None,
-                value(("student", s), ("other images", t)) if self.images > 1 else math.nan,
+                value(("alone", s), ("teacher", t)) if self.comparison.alone else None,
+                value(("student", s), ("other images", t)) if len(divergence) > 1 else math.nan,
             )
             for s, t in self.blocks
         }
+        return FidelityResult(self.maps.table(), self.comparison.distilled, divergence, cka)
 
 
 def comparable(*recordings: Recording) -> list[Recording]:
@@ -196,9 +179,13 @@ def comparable(*recordings: Recording) -> list[Recording]:
     has_one_grid = all(recording.grid == grid for recording in recordings)
     prefix = min(recording.prefix for recording in recordings) if has_one_grid else 1
     reduced = [_on_grid(_with_prefix(recording, prefix), grid) for recording in recordings]
-    if len({recording.sees_itself for recording in reduced}) > 1:
-        return [_without_itself(recording) for recording in reduced]
-    return reduced
+    if len({recording.sees_itself for recording in reduced}) == 1:
+        return reduced
+    own = torch.eye(reduced[0].weights[0].shape[-1], dtype=torch.bool, device=reduced[0].logits.device)
+    return [
+        recording._replace(weights=tuple(scaled(each.masked_fill(own, 0)) for each in recording.weights))
+        for recording in reduced
+    ]
 
 
 def _with_prefix(recording: Recording, kept: int) -> Recording:
@@ -206,12 +193,13 @@ def _with_prefix(recording: Recording, kept: int) -> Recording:
     prefix = recording.prefix
     if kept == prefix:
         return recording
+    moved = [r if r < kept else r - prefix + kept for r in recording.readers if r < kept or r >= prefix]
     weights = (without_tokens(each, kept, prefix, (-1, -2)) for each in recording.weights)
     return recording._replace(
         weights=tuple(map(scaled, weights)),
         tokens=tuple(without_tokens(each, kept, prefix) for each in recording.tokens),
         prefix=kept,
-        readers=_kept_readers(recording.readers, prefix, kept),
+        readers=moved,
     )
 
 
@@ -225,14 +213,3 @@ def _on_grid(recording: Recording, grid: tuple[int, int]) -> Recording:
         tokens=tuple(matrix @ each for each in recording.tokens),
         grid=grid,
     )
-
-
-def _without_itself(recording: Recording) -> Recording:
-    """A recording without what tokens give to themselves."""
-    own = torch.eye(recording.weights[0].shape[-1], dtype=torch.bool, device=recording.weights[0].device)
-    return recording._replace(weights=tuple(scaled(w.masked_fill(own, 0)) for w in recording.weights))
-
-
-def _kept_readers(readers: Sequence[int], prefix: int, kept: int) -> list[int]:
-    """The positions of the `readers` that are left, without the tokens from `kept` to `prefix`."""
-    return [r if r < kept else r - prefix + kept for r in readers if r < kept or r >= prefix]
