@@ -23,7 +23,6 @@ from vitkd.errors import ConfigError, one_line
 from vitkd.evaluate.measure import measure_both
 from vitkd.models import load_model
 from vitkd.process.isolation import set_matmul_precision
-from vitkd.runs import results
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 
@@ -49,10 +48,11 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     set_matmul_precision(config.matmul_precision)
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
-    teacher = results.read_teacher_predictions(folder)
+    teacher = folder.read_teacher_predictions()
     device = device_of(composed.accelerator)
     with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
-        test, _ = measure_both(last, best, data.loader("test", device), device, teacher)
+        known = None if teacher is None else torch.from_numpy(teacher)
+        test, _ = measure_both(last, best, data.loader("test", device), device, known)
     if not print_comparison(reported, test):
         sys.exit(1)
 
