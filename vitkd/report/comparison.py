@@ -9,7 +9,7 @@ from vitkd.report.experiments import Experiment
 from vitkd.report.formatting import count
 from vitkd.report.parsing import Settings
 from vitkd.report.settings import arm_settings, format_settings, group_of
-from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std, summarise
+from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std
 from vitkd.report.verdicts import MIN_SEEDS, Outcome, Spread, Verdict, judge, seeds_to_detect
 from vitkd.statistics import holm
 
@@ -100,14 +100,14 @@ def compare(experiment: Experiment) -> Comparison:
     rows = [
         Row(
             arm=arm,
-            last=summary_of(arm, "acc_last"),
-            best=summary_of(arm, "acc_best"),
+            last=arm.summary("acc_last"),
+            best=arm.summary("acc_best"),
             gain=gains[i],
             gain_best=gains_best[i],
             p_holm=corrected[i],
             p_holm_best=corrected_best[i],
-            agreement=summary_of(arm, "agreement"),
-            wall_seconds=summary_of(arm, "wall_seconds"),
+            agreement=arm.summary("agreement"),
+            wall_seconds=arm.summary("wall_seconds"),
             spread=spreads[i],
             needed=seeds_to_detect(gains[i], spreads[i]),
             verdict=BASELINE if arm.is_baseline else judge(gains[i], corrected[i], spreads[i]),
@@ -115,11 +115,6 @@ def compare(experiment: Experiment) -> Comparison:
         for i, arm in enumerate(arms)
     ]
     return Comparison(experiment, rows, contrasts_of(experiment))
-
-
-def summary_of(arm: Arm, metric: str) -> Summary:
-    """A metric of the arm over its seeds."""
-    return summarise([*arm.metric(metric).values()])
 
 
 def contrasts_of(experiment: Experiment) -> list[Contrast]:
@@ -146,7 +141,7 @@ def gain_over(baseline: Arm | None, arm: Arm, metric: str) -> Gain | None:
 def spreads_of(baseline: Arm | None, gains: Sequence[Gain | None]) -> list[Spread | None]:
     """The spread of each arm's differences; with too few seeds that of other arms or of the baseline."""
     pooled = pooled_std([gain.difference for gain in gains if gain and gain.difference.n >= MIN_SEEDS])
-    alone = summary_of(baseline, "acc_last").std if baseline else None
+    alone = baseline.summary("acc_last").std if baseline else None
     borrowed: Spread | None = None
     if pooled:
         borrowed = Spread(pooled, "other arms")

@@ -4,13 +4,14 @@ import re
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.colors import to_hex
 
 from vitkd.report import notes, tables
 from vitkd.report.comparison import Comparison
 from vitkd.report.figures import plot_groups
-from vitkd.report.figures.colours import RAMP
+from vitkd.report.figures.plots import RAMP
 from vitkd.report.runs import Run
 from vitkd.report.settings import format_settings
 
@@ -45,9 +46,7 @@ def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Seque
 
 def ramp_colours(low: float, high: float) -> list[str]:
     """The colours of ordered lines, evenly spaced on a part of viridis."""
-    colours = matplotlib.colormaps["viridis"]
-    steps = len(RAMP) - 1
-    return [to_hex(colours(low + (high - low) * place / steps)) for place in range(len(RAMP))]
+    return [to_hex(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(low, high, len(RAMP)))]
 
 
 def literal(text: str) -> str:

@@ -22,8 +22,6 @@ Settings: TypeAlias = dict[str, Value]
 FACTORS = {"val/acc": 100.0, "val/transfer_loss": 1.0, "train/gradient_ratio": 1.0}
 """The column of metrics.csv for each field of `Curves` → the factor to the field's unit."""
 
-REQUIRED_GROUPS = ("dataset", "student", "method", "trainer")
-
 MAX_SETTINGS = 2_000
 """Real configurations have a hundred; YAML aliases can expand to more than fits into memory."""
 
@@ -47,7 +45,8 @@ class Curves(NamedTuple):
 
 def is_of_a_run(config: Mapping[str, Any]) -> bool:
     """Whether it is the resolved configuration of a run, and safe to flatten."""
-    has_groups = all(isinstance(config.get(group), dict) for group in REQUIRED_GROUPS)
+    groups = ("dataset", "student", "method", "trainer")
+    has_groups = all(isinstance(config.get(group), dict) for group in groups)
     has_numbers = type(config.get("seed")) is int and number(config.get("alpha")) is not None
     return has_groups and has_numbers and is_bounded(config)
 
@@ -66,10 +65,10 @@ def is_bounded(config: Mapping[Any, Any]) -> bool:
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
     """Nested settings as dotted names → values, lists as JSON."""
-    settings = {name: value for name, value in flatten(config) if value != {}}
     return {
         name: value if isinstance(value, Value) else json.dumps(value, default=str)
-        for name, value in settings.items()
+        for name, value in flatten(config)
+        if value != {}
     }
 
 

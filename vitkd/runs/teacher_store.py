@@ -81,7 +81,10 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
         else:
             new = what_is_new(settings, stored_settings(store.parent))
             log.info("no teacher yet%s: training it first, once; later runs reuse it", new)
-            folder = RunFolder(agree(lambda: attempt(store, settings)))
+            unfinished = store.with_name(f"{store.name}.unfinished")
+            folder = RunFolder(
+                agree(lambda: (RunFolder.latest(unfinished, settings) or RunFolder.claim(unfinished)).path)
+            )
             train(folder)
             agree(lambda: folder.path.rename(store))
         agree(lambda: remove_attempts(store))
@@ -124,12 +127,6 @@ def shown_value(value: Any) -> str:
     if isinstance(value, str):
         return value.rpartition(".")[2] if value.startswith("vitkd.") else value
     return f"{value:g}" if type(value) is float else json.dumps(value)
-
-
-def attempt(store: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder to train in: that of an interrupted attempt, else a new one."""
-    unfinished = store.with_name(f"{store.name}.unfinished")
-    return (RunFolder.latest(unfinished, settings) or RunFolder.claim(unfinished)).path
 
 
 def remove_attempts(store: Path) -> None:

@@ -3,10 +3,10 @@
 import matplotlib
 
 from vitkd.report.comparison import Comparison
-from vitkd.report.figures.drawing import STYLE, PlotGroup
 from vitkd.report.figures.fidelity import fidelity
 from vitkd.report.figures.gains import gains, heat_map
 from vitkd.report.figures.lines import accuracy_over_alpha, gradient_ratios, learning_curves
+from vitkd.report.figures.plots import STYLE, PlotGroup
 
 
 def plot_groups(comparison: Comparison) -> list[PlotGroup]:

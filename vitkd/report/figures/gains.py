@@ -1,6 +1,6 @@
 """The gains of all arms: with intervals, and as a heat map over alpha."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitkd.report.comparison import Comparison, Row
-from vitkd.report.figures.colours import BAD, GOOD, INK, QUIET, readable_on
-from vitkd.report.figures.drawing import WIDTH, PlotGroup, limits, new_axes, render, wrapped
 from vitkd.report.figures.lines import ALPHA_LABEL
+from vitkd.report.figures.plots import BAD, GOOD, INK, QUIET, PlotGroup, limits, new_axes, render, wrapped
 from vitkd.report.formatting import signed
 from vitkd.report.verdicts import SIGNIFICANT, Outcome
 
@@ -38,7 +37,7 @@ def draw_gains(figure: Figure, rows: Sequence[Row]) -> None:
     """A circle and a bar for each row."""
     labels = [wrapped(row.arm.label) for row in rows]
     lines = len(labels) + sum(label.count("\n") for label in labels)
-    figure.set_size_inches(WIDTH, 0.75 + 0.12 * (len(rows) + lines))
+    figure.set_figheight(0.75 + 0.12 * (len(rows) + lines))
     axes = new_axes(figure, "gain, percentage points", "")
     axes.grid(visible=False, axis="y")
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -83,7 +82,7 @@ def draw_cells(figure: Figure, cells: Mapping[tuple[str, float], tuple[float, Ro
     labels, alphas = list(dict.fromkeys(label for label, _ in cells)), sorted({alpha for _, alpha in cells})
     largest = max(0.01, *(abs(gain) for gain, _ in cells.values()))
     values = np.full((len(labels), len(alphas)), np.nan)
-    figure.set_size_inches(WIDTH, 1.15 + 0.36 * len(labels))
+    figure.set_figheight(1.15 + 0.36 * len(labels))
     axes = new_axes(figure, ALPHA_LABEL, "")
     axes.grid(visible=False)
     for (label, alpha), (gain, row) in cells.items():
@@ -106,3 +105,9 @@ def write_gain(axes: Axes, x: float, y: float, gain: float, row: Row, colour: st
         text += "\n1 seed"
     weight = "bold" if is_significant else "normal"
     axes.text(x, y, text, ha="center", va="center", size=8, weight=weight, color=colour)
+
+
+def readable_on(colour: Iterable[float]) -> str:
+    """Black or white, whichever has more contrast (relative luminance, WCAG)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in [*colour][:3]]
+    return "black" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18 else "white"
