@@ -13,8 +13,6 @@ from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std
 from vitkd.report.verdicts import MIN_SEEDS, Outcome, Spread, Verdict, judge, seeds_to_detect
 from vitkd.statistics import holm
 
-BASELINE = Verdict(Outcome.BASELINE, "baseline")
-
 UNCONTROLLED: Settings = {"method.control": None, "teacher.trained": True}
 """Settings with which attention is distilled from the teacher's own maps, and their defaults."""
 
@@ -78,14 +76,14 @@ class Comparison:
             has_token = self.experiment.settings.get("student.distillation_token")
             settings = "method=none student.distillation_token=true," if has_token else "method=none"
             return f"No run of the student alone ({settings} or alpha=1): gains cannot be computed."
-        counts = {
-            "harmful": outcomes.count(Outcome.HURTS),
-            "without evidence": outcomes.count(Outcome.NO_EVIDENCE),
-            "with too few seeds": outcomes.count(Outcome.TOO_FEW),
-            "without a shared seed": outcomes.count(Outcome.NOT_COMPARABLE),
+        words = {
+            Outcome.HURTS: "harmful",
+            Outcome.NO_EVIDENCE: "without evidence",
+            Outcome.TOO_FEW: "with too few seeds",
+            Outcome.NOT_COMPARABLE: "without a shared seed",
         }
         parts = [count(outcomes.count(Outcome.REAL), "real gain")]
-        parts += [f"{number} {what}" for what, number in counts.items() if number]
+        parts += [f"{outcomes.count(outcome)} {words[outcome]}" for outcome in words if outcome in outcomes]
         return f"{count(len(outcomes), 'arm')} against the student alone: {', '.join(parts)}."
 
 
@@ -97,6 +95,7 @@ def compare(experiment: Experiment) -> Comparison:
     corrected = holm([gain and gain.p for gain in gains])
     corrected_best = holm([gain and gain.p for gain in gains_best])
     spreads = spreads_of(baseline, gains)
+    itself = Verdict(Outcome.BASELINE, "baseline")
     rows = [
         Row(
             arm=arm,
@@ -110,7 +109,7 @@ def compare(experiment: Experiment) -> Comparison:
             wall_seconds=arm.summary("wall_seconds"),
             spread=spreads[i],
             needed=seeds_to_detect(gains[i], spreads[i]),
-            verdict=BASELINE if arm.is_baseline else judge(gains[i], corrected[i], spreads[i]),
+            verdict=itself if arm.is_baseline else judge(gains[i], corrected[i], spreads[i]),
         )
         for i, arm in enumerate(arms)
     ]

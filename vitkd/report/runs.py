@@ -21,7 +21,6 @@ from vitkd.runs.folder import RunFolder, version_problem
 FOLDERS_WITHOUT_RUNS = {"checkpoints", "stacks", "sweeps", "report", "explain"}
 STORED_TEACHER = re.compile(r".*/teachers/[^/]+/[0-9a-f]{12}(\.unfinished(-\d+)?)?")
 """<outputs>/teachers/<data set>/<fingerprint>"""
-JOB_RECORD = "job-*.json"
 
 METRICS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "acc_last": ("test/acc_last", parsing.percent),
@@ -126,14 +125,13 @@ def run_folders(top: Path) -> Iterator[Path]:
             yield path
         if "status.json" in files or "metrics.json" in files:
             subfolders.clear()
-        kept = [name for name in subfolders if name not in FOLDERS_WITHOUT_RUNS and name[0] != "."]
-        subfolders[:] = sorted(kept)
+        subfolders[:] = sorted(s for s in subfolders if s not in FOLDERS_WITHOUT_RUNS and s[0] != ".")
         yield from recorded_folders(path)
 
 
 def recorded_folders(sweep: Path) -> Iterator[Path]:
     """The run folders of the jobs of a sweep, whose folder is <outputs>/sweeps/<time>."""
-    for record in sorted(sweep.glob(JOB_RECORD)):
+    for record in sorted(sweep.glob("job-*.json")):
         folder = read_mapping(record).get("folder")
         if not isinstance(folder, str):
             continue

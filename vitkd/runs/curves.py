@@ -121,23 +121,18 @@ class TensorBoardCurves(TensorBoardLogger):
     def conclude(
         self, settings: Mapping[str, Any], ignored: Collection[str], metrics: Mapping[str, float]
     ) -> None:
-        """Put the finished run on the HParams page."""
-        self.log_hyperparams(hyperparameters(settings, ignored), dict(metrics))
+        """Put the finished run on the HParams page, without the settings that had no effect.
+
+        TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
+        """
+        shown: dict[str, Any] = {"dataset": settings["dataset"]["name"]}
+        for name, value in flatten(settings):
+            group = name.partition(".")[0]
+            if not {name, group} & HYPERPARAMETERS or {name, group} & {*ignored}:
+                continue
+            if name == f"{group}._target_":
+                shown[group] = value.rpartition(".")[2]
+            else:
+                shown[name] = value if isinstance(value, int | float | str) else str(value)
+        self.log_hyperparams(shown, dict(metrics))
         self.finalize("success")
-
-
-def hyperparameters(settings: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """The settings on TensorBoard's HParams page, without those that had no effect.
-
-    TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
-    """
-    shown: dict[str, Any] = {"dataset": settings["dataset"]["name"]}
-    for name, value in flatten(settings):
-        group = name.partition(".")[0]
-        if not {name, group} & HYPERPARAMETERS or {name, group} & {*ignored}:
-            continue
-        if name == f"{group}._target_":
-            shown[group] = value.rpartition(".")[2]
-        else:
-            shown[name] = value if isinstance(value, int | float | str) else str(value)
-    return shown

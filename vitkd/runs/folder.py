@@ -201,14 +201,13 @@ class RunFolder:
         return {key: value for key, value in config.items() if key != VERSION}
 
     def _read_config(self) -> dict[str, Any]:
+        problem = f"{self.config}: cannot be read as a run's configuration"
         try:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise ConfigError(f"{self.config}: cannot be read as a run's configuration") from error
+            raise ConfigError(problem) from error
         if not isinstance(config, dict) or not isinstance(config.get("paths"), dict):
-            raise ConfigError(
-                f"{self.config}: cannot be read as a run's configuration, it is cut or not vitkd's"
-            )
+            raise ConfigError(f"{problem}, it is cut or not vitkd's")
         return config
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -260,12 +259,8 @@ class RunFolder:
             raise ConfigError(f"{self.predictions}: cannot be read; has the run finished?") from error
 
     def _set_status(self, state: str, **more: str) -> None:
-        status = {
-            "state": state,
-            "pid": os.getpid(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            **more,
-        }
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        status = {"state": state, "pid": os.getpid(), "time": time, **more}
         write_atomically(self.status, json.dumps(status, indent=2) + "\n")
 
 

@@ -53,11 +53,7 @@ def load_run(
             teacher is missing or of other data.
     """
     folder = RunFolder.existing(path)
-    plain = folder.read_config()
-    plain["paths"]["data"] = data or plain["paths"]["data"]
-    if root is not None:
-        plain["dataset"]["root"] = root
-    config = parse(OmegaConf.create(plain))
+    config = config_of(folder, data, root)
     if epoch == "best" and folder.student.is_file():
         student = load_any(folder.student)
     else:
@@ -67,6 +63,15 @@ def load_run(
         student, _ = load_from_checkpoint(checkpoint)
     pairs = folder.read_pairs() if config.weighting.distils(config.alpha) else []
     return Run(path, config, student, find_teacher(path, config, teacher), pairs, epoch)
+
+
+def config_of(folder: RunFolder, data: str | None, root: str | None) -> Config:
+    """A run's configuration, with `paths.data` and `dataset.root` if they have changed since training."""
+    settings = folder.read_config()
+    settings["paths"]["data"] = data or settings["paths"]["data"]
+    if root is not None:
+        settings["dataset"]["root"] = root
+    return parse(OmegaConf.create(settings))
 
 
 def find_teacher(path: Path, config: Config, given: str | None) -> Model | None:

@@ -23,7 +23,6 @@ from vitkd.runs.folder import RunFolder
 
 log = logging.getLogger("vitkd")
 
-TARGET = "._target_"
 MOST_NAMED = 3
 """Settings that the line about a new teacher names; more follow as a number."""
 
@@ -115,7 +114,7 @@ def what_is_new(settings: Mapping[str, Any], stored: Iterable[Mapping[str, Any]]
     # Where its class differs, settings that only the other has follow from that.
     names = [n for n in names if n in wanted] or names
     shown = [
-        f"{name_in_job(n.removesuffix(TARGET))}={shown_value(wanted.get(n))}" for n in names[:MOST_NAMED]
+        f"{name_in_job(n.removesuffix('._target_'))}={shown_value(wanted.get(n))}" for n in names[:MOST_NAMED]
     ]
     before = [shown_value(nearest.get(n)) for n in names[:MOST_NAMED]]
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""

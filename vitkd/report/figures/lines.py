@@ -158,9 +158,8 @@ def learning_curves(comparison: Comparison) -> PlotGroup:
     """One plot for each transfer loss, one line for each alpha, and the student alone."""
     experiment = comparison.experiment
     plots = []
-    for label, arms in group_by(
-        experiment.arms or experiment.rows, lambda arm: arm.label_without_alpha
-    ).items():
+    by_label = group_by(experiment.arms or experiment.rows, lambda arm: arm.label_without_alpha)
+    for label, arms in by_label.items():
         bands = [(arm, over_seeds) for arm in arms if (over_seeds := band_of(arm))]
         if not bands:
             continue
