@@ -21,10 +21,10 @@ from vitkd import __version__
 from vitkd.report.__main__ import main
 from vitkd.report.comparison import compare
 from vitkd.report.experiments import find_experiments
-from vitkd.report.figures import plot_groups
-from vitkd.report.figures.colours import VARIABLES
 from vitkd.report.figures.fidelity import distances_of
 from vitkd.report.figures.lines import spaced
+from vitkd.report.figures.plots import VARIABLES
+from vitkd.report.pages import plot_groups
 from vitkd.report.runs import Fidelity, Run, find_runs
 from vitkd.report.statistics import BOOTSTRAP_COVERAGE
 

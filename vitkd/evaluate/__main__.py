@@ -13,19 +13,18 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from vitkd.cli.command import run_command
 from vitkd.cli.console import Job, print_comparison, start_logging
-from vitkd.config import parse
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.evaluate.measure import measure_both
 from vitkd.models import load_model
 from vitkd.process.isolation import set_matmul_precision
-from vitkd.runs import results
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.load import config_of
 
 if COLLECTS:
     gc.enable()
@@ -41,18 +40,15 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     start_logging()
     folder = RunFolder.existing(Path(str(composed.run)))
     reported = folder.read_metrics()
-    settings = folder.read_config()
-    settings["paths"]["data"] = composed.paths.data or settings["paths"]["data"]
-    if composed.root is not None:
-        settings["dataset"]["root"] = composed.root
-    config = parse(OmegaConf.create(settings))
+    config = config_of(folder, composed.paths.data, composed.root)
     set_matmul_precision(config.matmul_precision)
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
-    teacher = results.read_teacher_predictions(folder)
+    teacher = folder.read_teacher_predictions()
     device = device_of(composed.accelerator)
     with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
-        test, _ = measure_both(last, best, data.loader("test", device), device, teacher)
+        known = None if teacher is None else torch.from_numpy(teacher)
+        test, _ = measure_both(last, best, data.loader("test", device), device, known)
     if not print_comparison(reported, test):
         sys.exit(1)
 

@@ -1,7 +1,7 @@
 """Compare finished runs over seeds: `python -m vitkd.report outputs`."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -61,16 +61,6 @@ def report(folders: Sequence[Path], out: Path) -> None:
         "report.json": json_text(comparisons, runs, remarks),
         **pages(comparisons, runs, remarks),
     }
-    write_files(out, contents)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH_WITHOUT_TERMINAL
-    print_report(console, comparisons, teachers, remarks)
-    console.print(Text(f"\nreport    {out / 'report.html'}, and report.md, .csv and .json"), soft_wrap=True)
-
-
-def write_files(out: Path, contents: Mapping[str, str]) -> None:
-    """Write name → content into the folder; ConfigError if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -79,6 +69,11 @@ def write_files(out: Path, contents: Mapping[str, str]) -> None:
         raise ConfigError(
             f"--out {out}: cannot be written to ({error.strerror}); name a writable folder"
         ) from error
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_WITHOUT_TERMINAL
+    print_report(console, comparisons, teachers, remarks)
+    console.print(Text(f"\nreport    {out / 'report.html'}, and report.md, .csv and .json"), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from vitkd.report.parsing import Settings, Value
 from vitkd.report.runs import Run
 from vitkd.report.settings import CONSTANT, WEIGHTING, arm_settings, format_settings, group_by
+from vitkd.report.statistics import Summary, summarise
 
 ALONE = "student alone"
 
@@ -83,6 +84,10 @@ class Arm:
         """Seed → the metric of that name, of the runs that have it."""
         values = {seed: getattr(run, name) for seed, run in self.runs.items()}
         return {seed: float(value) for seed, value in values.items() if value is not None}
+
+    def summary(self, name: str) -> Summary:
+        """That metric over seeds."""
+        return summarise([*self.metric(name).values()])
 
 
 def arms_of(runs: Iterable[Run]) -> list[Arm]:

@@ -9,11 +9,9 @@ from vitkd.report.experiments import Experiment
 from vitkd.report.formatting import count
 from vitkd.report.parsing import Settings
 from vitkd.report.settings import arm_settings, format_settings, group_of
-from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std, summarise
+from vitkd.report.statistics import Gain, Summary, paired_gain, pooled_std
 from vitkd.report.verdicts import MIN_SEEDS, Outcome, Spread, Verdict, judge, seeds_to_detect
 from vitkd.statistics import holm
-
-BASELINE = Verdict(Outcome.BASELINE, "baseline")
 
 UNCONTROLLED: Settings = {"method.control": None, "teacher.trained": True}
 """Settings with which attention is distilled from the teacher's own maps, and their defaults."""
@@ -78,14 +76,14 @@ class Comparison:
             has_token = self.experiment.settings.get("student.distillation_token")
             settings = "method=none student.distillation_token=true," if has_token else "method=none"
             return f"No run of the student alone ({settings} or alpha=1): gains cannot be computed."
-        counts = {
-            "harmful": outcomes.count(Outcome.HURTS),
-            "without evidence": outcomes.count(Outcome.NO_EVIDENCE),
-            "with too few seeds": outcomes.count(Outcome.TOO_FEW),
-            "without a shared seed": outcomes.count(Outcome.NOT_COMPARABLE),
+        words = {
+            Outcome.HURTS: "harmful",
+            Outcome.NO_EVIDENCE: "without evidence",
+            Outcome.TOO_FEW: "with too few seeds",
+            Outcome.NOT_COMPARABLE: "without a shared seed",
         }
         parts = [count(outcomes.count(Outcome.REAL), "real gain")]
-        parts += [f"{number} {what}" for what, number in counts.items() if number]
+        parts += [f"{outcomes.count(outcome)} {words[outcome]}" for outcome in words if outcome in outcomes]
         return f"{count(len(outcomes), 'arm')} against the student alone: {', '.join(parts)}."
 
 
@@ -97,29 +95,25 @@ def compare(experiment: Experiment) -> Comparison:
     corrected = holm([gain and gain.p for gain in gains])
     corrected_best = holm([gain and gain.p for gain in gains_best])
     spreads = spreads_of(baseline, gains)
+    itself = Verdict(Outcome.BASELINE, "baseline")
     rows = [
         Row(
             arm=arm,
-            last=summary_of(arm, "acc_last"),
-            best=summary_of(arm, "acc_best"),
+            last=arm.summary("acc_last"),
+            best=arm.summary("acc_best"),
             gain=gains[i],
             gain_best=gains_best[i],
             p_holm=corrected[i],
             p_holm_best=corrected_best[i],
-            agreement=summary_of(arm, "agreement"),
-            wall_seconds=summary_of(arm, "wall_seconds"),
+            agreement=arm.summary("agreement"),
+            wall_seconds=arm.summary("wall_seconds"),
             spread=spreads[i],
             needed=seeds_to_detect(gains[i], spreads[i]),
-            verdict=BASELINE if arm.is_baseline else judge(gains[i], corrected[i], spreads[i]),
+            verdict=itself if arm.is_baseline else judge(gains[i], corrected[i], spreads[i]),
         )
         for i, arm in enumerate(arms)
     ]
     return Comparison(experiment, rows, contrasts_of(experiment))
-
-
-def summary_of(arm: Arm, metric: str) -> Summary:
-    """A metric of the arm over its seeds."""
-    return summarise([*arm.metric(metric).values()])
 
 
 def contrasts_of(experiment: Experiment) -> list[Contrast]:
@@ -146,7 +140,7 @@ def gain_over(baseline: Arm | None, arm: Arm, metric: str) -> Gain | None:
 def spreads_of(baseline: Arm | None, gains: Sequence[Gain | None]) -> list[Spread | None]:
     """The spread of each arm's differences; with too few seeds that of other arms or of the baseline."""
     pooled = pooled_std([gain.difference for gain in gains if gain and gain.difference.n >= MIN_SEEDS])
-    alone = summary_of(baseline, "acc_last").std if baseline else None
+    alone = baseline.summary("acc_last").std if baseline else None
     borrowed: Spread | None = None
     if pooled:
         borrowed = Spread(pooled, "other arms")

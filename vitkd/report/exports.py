@@ -93,13 +93,10 @@ def arm_facts(comparison: Comparison, row: Row) -> dict[str, Any]:
 
 def flat(name: str, unit: str, summary: Summary | None) -> dict[str, float | None]:
     """A summary as columns."""
-    interval = summary.interval if summary else None
-    return {
-        f"{name}_mean_{unit}": summary.mean if summary else None,
-        f"{name}_std_{unit}": summary.std if summary else None,
-        f"{name}_low_{unit}": interval.low if interval else None,
-        f"{name}_high_{unit}": interval.high if interval else None,
-    }
+    _, mean, std, interval = summary or (0, None, None, None)
+    low, high = interval or (None, None)
+    columns = {"mean": mean, "std": std, "low": low, "high": high}
+    return {f"{name}_{column}_{unit}": value for column, value in columns.items()}
 
 
 def contrast_facts(contrast: Contrast) -> dict[str, Any]:

@@ -4,13 +4,16 @@ import re
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.colors import to_hex
 
 from vitkd.report import notes, tables
 from vitkd.report.comparison import Comparison
-from vitkd.report.figures import plot_groups
-from vitkd.report.figures.colours import RAMP
+from vitkd.report.figures.fidelity import fidelity
+from vitkd.report.figures.gains import gains, heat_map
+from vitkd.report.figures.lines import accuracy_over_alpha, gradient_ratios, learning_curves
+from vitkd.report.figures.plots import RAMP, STYLE, PlotGroup
 from vitkd.report.runs import Run
 from vitkd.report.settings import format_settings
 
@@ -28,6 +31,8 @@ def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Seque
         lstrip_blocks=True,
     )
     environment.filters["literal"] = literal
+    tools = {"notes": notes, "tables": tables, "plot_groups": plot_groups, "format_settings": format_settings}
+    environment.globals.update(tools)
     content = {
         "comparisons": comparisons,
         "teachers": notes.teacher_lines(runs),
@@ -36,18 +41,25 @@ def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Seque
         "light": ramp_colours(*ON_LIGHT),
         "dark": ramp_colours(*ON_DARK),
     }
-    tools = {"notes": notes, "tables": tables, "plot_groups": plot_groups, "format_settings": format_settings}
-    rendered = {
-        kind: environment.get_template(f"page.{kind}").render(content | tools) for kind in ("html", "md")
-    }
-    return {f"report.{kind}": f"{text.rstrip()}\n" for kind, text in rendered.items()}
+    texts = {kind: environment.get_template(f"page.{kind}").render(content) for kind in ("html", "md")}
+    return {f"report.{kind}": f"{text.rstrip()}\n" for kind, text in texts.items()}
+
+
+def plot_groups(comparison: Comparison) -> list[PlotGroup]:
+    """All plots for which the runs of an experiment have data."""
+    makers = [gains, heat_map, accuracy_over_alpha, learning_curves, gradient_ratios, fidelity]
+    if len(comparison.rows) == 1:
+        makers = [learning_curves]
+    with matplotlib.rc_context(STYLE):
+        groups = [make(comparison) for make in makers]
+    runs = sum(len(arm.runs) for arm in comparison.experiment.rows)
+    source = f"From {runs} runs: {comparison.experiment.title}."
+    return [group._replace(caption=f"{group.caption} {source}") for group in groups if group.plots]
 
 
 def ramp_colours(low: float, high: float) -> list[str]:
     """The colours of ordered lines, evenly spaced on a part of viridis."""
-    colours = matplotlib.colormaps["viridis"]
-    steps = len(RAMP) - 1
-    return [to_hex(colours(low + (high - low) * place / steps)) for place in range(len(RAMP))]
+    return [to_hex(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(low, high, len(RAMP)))]
 
 
 def literal(text: str) -> str:

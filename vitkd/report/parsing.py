@@ -1,10 +1,9 @@
 """Values read from a run's files and checked: a file may be cut, malicious or another program's."""
 
 import csv
-import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -14,6 +13,7 @@ import yaml
 
 from vitkd.config.roles import flatten
 from vitkd.report.formatting import shortened
+from vitkd.runs.files import read_rows
 
 Value: TypeAlias = str | int | float | bool | None
 Settings: TypeAlias = dict[str, Value]
@@ -22,13 +22,10 @@ Settings: TypeAlias = dict[str, Value]
 FACTORS = {"val/acc": 100.0, "val/transfer_loss": 1.0, "train/gradient_ratio": 1.0}
 """The column of metrics.csv for each field of `Curves` → the factor to the field's unit."""
 
-REQUIRED_GROUPS = ("dataset", "student", "method", "trainer")
-
 MAX_SETTINGS = 2_000
 """Real configurations have a hundred; YAML aliases can expand to more than fits into memory."""
 
 MAX_DEPTH = 50
-MAX_BYTES = 4 << 20
 MAX_LINE = 200
 """Characters."""
 
@@ -46,18 +43,10 @@ class Curves(NamedTuple):
     """gradient norm of the weighted transfer loss over that of the weighted class loss"""
 
 
-def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
-    """What `parse` makes of a file; an empty mapping if it is absent, too large, cut or something else."""
-    try:
-        content = parse(path.read_text(encoding="utf-8")) if path.stat().st_size <= MAX_BYTES else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def is_of_a_run(config: Mapping[str, Any]) -> bool:
     """Whether it is the resolved configuration of a run, and safe to flatten."""
-    has_groups = all(isinstance(config.get(group), dict) for group in REQUIRED_GROUPS)
+    groups = ("dataset", "student", "method", "trainer")
+    has_groups = all(isinstance(config.get(group), dict) for group in groups)
     has_numbers = type(config.get("seed")) is int and number(config.get("alpha")) is not None
     return has_groups and has_numbers and is_bounded(config)
 
@@ -76,10 +65,10 @@ def is_bounded(config: Mapping[Any, Any]) -> bool:
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
     """Nested settings as dotted names → values, lists as JSON."""
-    settings = {name: value for name, value in flatten(config) if value != {}}
     return {
         name: value if isinstance(value, Value) else json.dumps(value, default=str)
-        for name, value in settings.items()
+        for name, value in flatten(config)
+        if value != {}
     }
 
 
@@ -108,10 +97,7 @@ def one_line(value: Any) -> str:
 def read_curves(path: Path) -> Curves:
     """The curves in the file `path`: empty if it is absent or damaged, the complete lines if it is cut."""
     try:
-        content = path.read_bytes()
-        # What follows the last line break was being written when the process died.
-        complete = content[: content.rfind(b"\n") + 1].decode()
-        rows = [*csv.DictReader(io.StringIO(complete, newline=""))]
+        rows = read_rows(path)
         return Curves(*(curve(rows, column, factor) for column, factor in FACTORS.items()))
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         return Curves({}, {}, {})

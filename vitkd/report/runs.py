@@ -1,30 +1,26 @@
 """Finds and reads run folders: settings, state and metrics.
 
-Reads config.yaml, status.json and metrics.json without importing PyTorch, a few milliseconds a run, so that a
-report on hundreds of runs takes seconds.
+PyTorch is not imported and a run takes a few milliseconds, so a report on hundreds of runs takes seconds.
 """
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from vitkd.errors import ConfigError
 from vitkd.report import parsing
 from vitkd.report.parsing import Curves, Settings, number
 from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
-from vitkd.runs.version import version_problem
+from vitkd.runs.files import read_mapping
+from vitkd.runs.folder import RunFolder, version_problem
 
 FOLDERS_WITHOUT_RUNS = {"checkpoints", "stacks", "sweeps", "report", "explain"}
-STATES = ("done", "running", "stopped", "failed")
 STORED_TEACHER = re.compile(r".*/teachers/[^/]+/[0-9a-f]{12}(\.unfinished(-\d+)?)?")
 """<outputs>/teachers/<data set>/<fingerprint>"""
-JOB_RECORD = "job-*.json"
 
 METRICS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "acc_last": ("test/acc_last", parsing.percent),
@@ -129,15 +125,14 @@ def run_folders(top: Path) -> Iterator[Path]:
             yield path
         if "status.json" in files or "metrics.json" in files:
             subfolders.clear()
-        kept = [name for name in subfolders if name not in FOLDERS_WITHOUT_RUNS and name[0] != "."]
-        subfolders[:] = sorted(kept)
+        subfolders[:] = sorted(s for s in subfolders if s not in FOLDERS_WITHOUT_RUNS and s[0] != ".")
         yield from recorded_folders(path)
 
 
 def recorded_folders(sweep: Path) -> Iterator[Path]:
     """The run folders of the jobs of a sweep, whose folder is <outputs>/sweeps/<time>."""
-    for record in sorted(sweep.glob(JOB_RECORD)):
-        folder = parsing.read_mapping(record).get("folder")
+    for record in sorted(sweep.glob("job-*.json")):
+        folder = read_mapping(record).get("folder")
         if not isinstance(folder, str):
             continue
         # Relative to where the sweep was started: the working directory, or the parent of its outputs.
@@ -149,18 +144,19 @@ def recorded_folders(sweep: Path) -> Iterator[Path]:
 
 def read_run(path: Path) -> Run:
     """The run in the folder `path`, in whatever state; `problem` says what cannot be read."""
-    config = parsing.read_mapping(path / "config.yaml", parsing.parse_yaml)
+    folder = RunFolder(path)
+    config = read_mapping(folder.config, parsing.parse_yaml)
     problem = "" if parsing.is_of_a_run(config) else "config.yaml is cut or not a run's"
-    if not any((path / name).is_file() for name in ("status.json", "metrics.json")):
+    if not (folder.status.is_file() or folder.metrics.is_file()):
         return Run(path, "foreign", problem or "no status.json")
     other_version = version_problem(config)
     if other_version and (not problem or "version" in config):
         return Run(path, "incompatible", other_version)
     if problem:
         return Run(path, "damaged", problem)
-    settings, status = parsing.settings_of(config), parsing.read_mapping(path / "status.json")
-    state = state_of(path, status)
-    metrics = parsing.read_mapping(path / "metrics.json") if state == "done" else {}
+    settings, state = parsing.settings_of(config), folder.state
+    status = read_mapping(folder.status)
+    metrics = read_mapping(folder.metrics) if state == "done" else {}
     run = Run(
         path,
         state,
@@ -183,30 +179,9 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def state_of(path: Path, status: Mapping[str, Any]) -> str:
-    """As in vitkd.runs.folder: `running` only while a process holds the folder's lock."""
-    written = status.get("state")
-    if written in STATES and written != "running":
-        return str(written)
-    return "running" if is_locked(path / ".lock") else "stopped"
-
-
-def is_locked(lock: Path) -> bool:
-    """Whether a process holds the lock; the check takes it for an instant, which runs allow for."""
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:
-        return False  # no permission to lock it, and a process running there would hold it already
-
-
 def read_fidelity(path: Path) -> Fidelity | None:
     """The fidelity in the file `path`; None without the file, or if it names no epoch."""
-    content = parsing.read_mapping(path)
+    content = read_mapping(path)
     summary, epoch = content.get("summary"), content.get("epoch")
     divergence = number(summary.get("js_distilled")) if isinstance(summary, dict) else None
     return None if divergence is None or epoch not in ("best", "last") else Fidelity(divergence, epoch)

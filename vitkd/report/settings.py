@@ -69,6 +69,4 @@ def format_value(value: Value) -> str:
         return value.rpartition(".")[2].removesuffix("Config")
     if isinstance(value, float):
         return f"{value:g}"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value)

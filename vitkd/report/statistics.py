@@ -91,10 +91,8 @@ def standard_deviation(values: Sequence[float]) -> float:
 def paired_gain(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Gain:
     """The gain of `arm` over `baseline`, both seed → value, over their shared seeds."""
     seeds = tuple(sorted(arm.keys() & baseline.keys()))
-    differences = tuple(arm[seed] - baseline[seed] for seed in seeds)
-    return Gain(
-        seeds, differences, summarise(differences), p_value(differences), bootstrap_interval(differences)
-    )
+    gaps = tuple(arm[seed] - baseline[seed] for seed in seeds)
+    return Gain(seeds, gaps, summarise(gaps), p_value(gaps), bootstrap_interval(gaps))
 
 
 def p_value(differences: Sequence[float]) -> float | None:

@@ -9,7 +9,6 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,10 @@ SUMS = "SHA256SUMS"
 class DurableCheckpointIO(CheckpointIO):
     """How Lightning's Trainer writes and reads checkpoints here."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *_: Any, **__: Any) -> None:
         write_checkpoint(Path(path), checkpoint)
 
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable[..., Any] | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -70,7 +62,9 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         kept = old if path.name not in listed or old in listed.values() else None
         if kept:
             sums[previous(path).name] = kept
-        _write_sums(path.parent, {**sums, path.name: hashlib.sha256(data).hexdigest()})
+        sums[path.name] = hashlib.sha256(data).hexdigest()
+        lines = (f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        write_atomically(path.with_name(SUMS), "".join(lines))
         if kept:
             path.replace(previous(path))
         temporary.replace(path)
@@ -168,7 +162,3 @@ def _read_sums(folder: Path) -> dict[str, str]:
         return {}
     lines = (line.split(maxsplit=1) for line in sums.read_text(errors="replace").splitlines())
     return {line[1].strip(): line[0] for line in lines if len(line) == 2}
-
-
-def _write_sums(folder: Path, sums: dict[str, str]) -> None:
-    write_atomically(folder / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))

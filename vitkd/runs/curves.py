@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from vitkd.config.roles import HYPERPARAMETERS, flatten
-from vitkd.runs.files import force_to_disk, write_atomically
+from vitkd.runs.files import force_to_disk, read_rows, write_atomically
 
 CHARTS = {
     "losses": {
@@ -45,7 +45,9 @@ class MetricsFile(Logger):
         self._columns: list[str] = ["step"]
         self._row: dict[str, Any] = {}
         self._row_begins = 0
-        self._resume(start)
+        rows = [row for row in read_rows(path) if int(row["step"]) <= start] if path.exists() else []
+        self._columns += [name for row in rows[:1] for name in row if name != "step"]
+        self._rewrite(rows)
 
     @property
     def name(self) -> str:
@@ -59,7 +61,9 @@ class MetricsFile(Logger):
         """Write the step's row, or add to it if it is the last one."""
         assert step is not None, "a row has a step"
         if new := [name for name in metrics if name not in self._columns]:
-            self._widen(new)
+            rows = read_rows(self.path)
+            self._columns += new
+            self._rewrite(rows)
         with self.path.open("r+", newline="", encoding="utf-8") as file:
             if self._row.get("step") == step:
                 file.seek(self._row_begins)
@@ -76,22 +80,6 @@ class MetricsFile(Logger):
         """Force the rows to disk."""
         with self.path.open("r+b") as file:
             force_to_disk(file)
-
-    def _resume(self, start: int) -> None:
-        rows = [row for row in self._read() if int(row["step"]) <= start] if self.path.exists() else []
-        self._columns += [name for row in rows[:1] for name in row if name != "step"]
-        self._rewrite(rows)
-
-    def _widen(self, names: list[str]) -> None:
-        rows = self._read()
-        self._columns += names
-        self._rewrite(rows)
-
-    def _read(self) -> list[dict[str, Any]]:
-        written = self.path.read_bytes()
-        # What follows the last line break was being written when the process died.
-        complete = written[: written.rfind(b"\n") + 1].decode()
-        return [*csv.DictReader(io.StringIO(complete, newline=""))]
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")
@@ -133,23 +121,18 @@ class TensorBoardCurves(TensorBoardLogger):
     def conclude(
         self, settings: Mapping[str, Any], ignored: Collection[str], metrics: Mapping[str, float]
     ) -> None:
-        """Put the finished run on the HParams page."""
-        self.log_hyperparams(hyperparameters(settings, ignored), dict(metrics))
+        """Put the finished run on the HParams page, without the settings that had no effect.
+
+        TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
+        """
+        shown: dict[str, Any] = {"dataset": settings["dataset"]["name"]}
+        for name, value in flatten(settings):
+            group = name.partition(".")[0]
+            if not {name, group} & HYPERPARAMETERS or {name, group} & {*ignored}:
+                continue
+            if name == f"{group}._target_":
+                shown[group] = value.rpartition(".")[2]
+            else:
+                shown[name] = value if isinstance(value, int | float | str) else str(value)
+        self.log_hyperparams(shown, dict(metrics))
         self.finalize("success")
-
-
-def hyperparameters(settings: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:
-    """The settings on TensorBoard's HParams page, without those that had no effect.
-
-    TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
-    """
-    shown: dict[str, Any] = {"dataset": settings["dataset"]["name"]}
-    for name, value in flatten(settings):
-        group = name.partition(".")[0]
-        if not {name, group} & HYPERPARAMETERS or {name, group} & {*ignored}:
-            continue
-        if name == f"{group}._target_":
-            shown[group] = value.rpartition(".")[2]
-        else:
-            shown[name] = value if isinstance(value, int | float | str) else str(value)
-    return shown

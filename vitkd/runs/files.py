@@ -1,11 +1,36 @@
-"""Writing files so that a reader always sees either the old one or the complete new one."""
+"""Files that are complete or not there: writing them so, and reading those that are not."""
 
+import csv
 import errno
+import io
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MAX_BYTES = 4 << 20
+"""Of a file that is read as a mapping."""
+
+
+def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """What `parse` makes of a file; an empty mapping if it is absent, too large, cut or something else."""
+    try:
+        content = parse(path.read_text(encoding="utf-8")) if path.stat().st_size <= MAX_BYTES else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a CSV file: column → text."""
+    content = path.read_bytes()
+    # What follows the last line break was being written when the process died.
+    complete = content[: content.rfind(b"\n") + 1].decode()
+    return [*csv.DictReader(io.StringIO(complete, newline=""))]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -1,26 +1,41 @@
-"""A run's folder on disk: its files, its state, and a lock so that one process at a time works in it."""
+"""A run's folder on disk: its files, its state, and a lock so that one process at a time works in it.
+
+PyTorch is imported only to write: the report reads folders without it.
+"""
 
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import yaml
 from filelock import FileLock, Timeout
 
+import vitkd
 from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
-from vitkd.process.distributed import is_first
-from vitkd.runs.files import NO_ROOM, write_atomically
-from vitkd.runs.version import KEY, stamped, version_problem
+from vitkd.runs.files import NO_ROOM, read_mapping, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitkd.methods.maps.granularity import BlockPair
 
 log = logging.getLogger("vitkd")
+
+VERSION = "version"
+"""The entry of `config.yaml` that says which version of vitkd made the folder: no other reads it."""
+STATES = ("done", "running", "stopped", "failed")
+PAIR = {"student_block", "teacher_block", "student_heads", "teacher_heads"}
 
 # A process that only tests whether the lock is free holds it for no longer than this.
 LOCK_TEST_SECONDS = 1
@@ -108,21 +123,21 @@ class RunFolder:
         return "stopped" if (written := self._written_state()) == "running" else written
 
     def _written_state(self) -> str:
-        try:
-            return str(json.loads(self.status.read_text(encoding="utf-8"))["state"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return "running"
+        written = read_mapping(self.status).get("state")
+        return written if written in STATES else "running"
 
     @property
     def is_locked(self) -> bool:
-        """Whether a process, perhaps this one, is at work in this folder."""
-        if self._lock.is_locked:
-            return True
+        """Whether a process, perhaps this one, is at work here; asking locks it for an instant."""
+        if not Path(self._lock.lock_file).exists():
+            return False
         try:
             with FileLock(self._lock.lock_file, timeout=0):
                 return False
         except Timeout:
             return True
+        except OSError:
+            return False  # no permission to lock it, and a process running there would hold it already
 
     @contextmanager
     def running(self, config: Mapping[str, Any]) -> Iterator[Self]:
@@ -131,6 +146,8 @@ class RunFolder:
         Of a run's processes only the first writes. Raises ConfigError if another run is at work here,
         RunError if the disk takes no more.
         """
+        from vitkd.process.distributed import is_first  # imports PyTorch
+
         if not is_first():
             yield self
             return
@@ -151,7 +168,8 @@ class RunFolder:
     def _recorded(self, config: Mapping[str, Any]) -> Iterator[None]:
         for partial in self.path.glob(".*.tmp"):
             partial.unlink()  # of an attempt that was killed while it wrote
-        write_atomically(self.config, yaml.safe_dump(stamped(config), sort_keys=False, allow_unicode=True))
+        stamped = {VERSION: vitkd.__version__, **config}
+        write_atomically(self.config, yaml.safe_dump(stamped, sort_keys=False, allow_unicode=True))
         handler = LogFile(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
@@ -180,17 +198,16 @@ class RunFolder:
         config = self._read_config()
         if problem := version_problem(config):
             raise ConfigError(f"run={self.path}: {problem}")
-        return {key: value for key, value in config.items() if key != KEY}
+        return {key: value for key, value in config.items() if key != VERSION}
 
     def _read_config(self) -> dict[str, Any]:
+        problem = f"{self.config}: cannot be read as a run's configuration"
         try:
             config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise ConfigError(f"{self.config}: cannot be read as a run's configuration") from error
+            raise ConfigError(problem) from error
         if not isinstance(config, dict) or not isinstance(config.get("paths"), dict):
-            raise ConfigError(
-                f"{self.config}: cannot be read as a run's configuration, it is cut or not vitkd's"
-            )
+            raise ConfigError(f"{problem}, it is cut or not vitkd's")
         return config
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -209,13 +226,41 @@ class RunFolder:
             raise ConfigError(f"{self.metrics}: cannot be read as a run's metrics, it is not vitkd's")
         return metrics
 
+    def write_pairs(self, pairs: "Sequence[BlockPair]") -> None:
+        """Write which student map learned from which teacher maps."""
+        write_atomically(self.pairs, json.dumps([asdict(pair) for pair in pairs], indent=2) + "\n")
+
+    def read_pairs(self) -> list[Mapping[str, Any]]:
+        """The distilled pairs, none without the file; ConfigError if it cannot be read."""
+        if not self.pairs.is_file():
+            return []
+        try:
+            pairs = json.loads(self.pairs.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.pairs}: cannot be read, it is cut or not vitkd's") from error
+        if not isinstance(pairs, list) or not all(isinstance(p, dict) and p.keys() >= PAIR for p in pairs):
+            raise ConfigError(f"{self.pairs}: cannot be read, it is not a list of block pairs")
+        return pairs
+
+    def write_predictions(self, predictions: "Mapping[str, Tensor]") -> None:
+        """Write each model's predicted class [N] for every test image, in the split's order."""
+        arrays: dict[str, Any] = {name: p.numpy().astype(np.int32) for name, p in predictions.items()}
+        np.savez_compressed(self.predictions, **arrays)
+
+    def read_teacher_predictions(self) -> np.ndarray | None:
+        """The teacher's predicted class [N] for every test image, or None for a run without a teacher.
+
+        Raises ConfigError if the file cannot be read.
+        """
+        try:
+            with self.predictions.open("rb") as file, np.load(file, allow_pickle=False) as predictions:
+                return predictions["teacher"].astype(np.int64) if "teacher" in predictions else None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{self.predictions}: cannot be read; has the run finished?") from error
+
     def _set_status(self, state: str, **more: str) -> None:
-        status = {
-            "state": state,
-            "pid": os.getpid(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            **more,
-        }
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        status = {"state": state, "pid": os.getpid(), "time": time, **more}
         write_atomically(self.status, json.dumps(status, indent=2) + "\n")
 
 
@@ -224,6 +269,17 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Nothing; logging would print a traceback a line."""
+
+
+def version_problem(config: Mapping[str, Any]) -> str | None:
+    """Why the run of a configuration in a run folder cannot be read, or None if this version made it."""
+    made_by = config.get(VERSION)
+    if made_by == vitkd.__version__:
+        return None
+    if made_by is None:
+        return f"made by a vitkd that left no version, this is {vitkd.__version__}; train it again to read it"
+    made_by = " ".join(str(made_by).split())[:20]
+    return f"made by vitkd {made_by}, this is {vitkd.__version__}; install that version to read it"
 
 
 def numbered(path: Path) -> Iterator[Path]:

@@ -1,6 +1,5 @@
 """Load a finished run: config, student, teacher, distilled pairs."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from vitkd.runs.seeding import first_weights
 from vitkd.runs.teacher_store import fingerprint, given_teacher
 
 log = logging.getLogger("vitkd")
-
-PAIR = {"student_block", "teacher_block", "student_heads", "teacher_heads"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +53,7 @@ def load_run(
             teacher is missing or of other data.
     """
     folder = RunFolder.existing(path)
-    plain = folder.read_config()
-    plain["paths"]["data"] = data or plain["paths"]["data"]
-    if root is not None:
-        plain["dataset"]["root"] = root
-    config = parse(OmegaConf.create(plain))
+    config = config_of(folder, data, root)
     if epoch == "best" and folder.student.is_file():
         student = load_any(folder.student)
     else:
@@ -68,8 +61,17 @@ def load_run(
         if not checkpoint.is_file():
             raise ConfigError(f"run={path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
         student, _ = load_from_checkpoint(checkpoint)
-    pairs = _read_pairs(folder.pairs) if config.weighting.distils(config.alpha) else []
+    pairs = folder.read_pairs() if config.weighting.distils(config.alpha) else []
     return Run(path, config, student, find_teacher(path, config, teacher), pairs, epoch)
+
+
+def config_of(folder: RunFolder, data: str | None, root: str | None) -> Config:
+    """A run's configuration, with `paths.data` and `dataset.root` if they have changed since training."""
+    settings = folder.read_config()
+    settings["paths"]["data"] = data or settings["paths"]["data"]
+    if root is not None:
+        settings["dataset"]["root"] = root
+    return parse(OmegaConf.create(settings))
 
 
 def find_teacher(path: Path, config: Config, given: str | None) -> Model | None:
@@ -87,20 +89,6 @@ def find_teacher(path: Path, config: Config, given: str | None) -> Model | None:
         if (parent / stored).is_dir():
             return _checked(load_any(parent / stored), path)
     raise ConfigError(f"run={path}: its teacher ({stored}) is missing; set teacher.checkpoint=PATH")
-
-
-def _read_pairs(file: Path) -> list[Mapping[str, Any]]:
-    """The distilled pairs in `file`; none if it does not exist."""
-    if not file.is_file():
-        return []
-    try:
-        pairs = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read, it is cut or not vitkd's") from error
-    are_pairs = isinstance(pairs, list) and all(isinstance(p, dict) and p.keys() >= PAIR for p in pairs)
-    if not are_pairs:
-        raise ConfigError(f"{file}: cannot be read, it is not a list of block pairs")
-    return pairs
 
 
 def _checked(teacher: Model, path: Path) -> Model:

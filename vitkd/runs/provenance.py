@@ -29,9 +29,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def device_name(device: torch.device) -> str:
     """The accelerator's product name, or the processor's architecture."""
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
-    )
+    is_cuda = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if is_cuda else f"{device.type} {platform.machine()}"
 
 
 def git_state(package: Path) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from vitkd.runs.folder import RunFolder
 
 log = logging.getLogger("vitkd")
 
-TARGET = "._target_"
 MOST_NAMED = 3
 """Settings that the line about a new teacher names; more follow as a number."""
 
@@ -81,7 +80,10 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
         else:
             new = what_is_new(settings, stored_settings(store.parent))
             log.info("no teacher yet%s: training it first, once; later runs reuse it", new)
-            folder = RunFolder(agree(lambda: attempt(store, settings)))
+            unfinished = store.with_name(f"{store.name}.unfinished")
+            folder = RunFolder(
+                agree(lambda: (RunFolder.latest(unfinished, settings) or RunFolder.claim(unfinished)).path)
+            )
             train(folder)
             agree(lambda: folder.path.rename(store))
         agree(lambda: remove_attempts(store))
@@ -112,7 +114,7 @@ def what_is_new(settings: Mapping[str, Any], stored: Iterable[Mapping[str, Any]]
     # Where its class differs, settings that only the other has follow from that.
     names = [n for n in names if n in wanted] or names
     shown = [
-        f"{name_in_job(n.removesuffix(TARGET))}={shown_value(wanted.get(n))}" for n in names[:MOST_NAMED]
+        f"{name_in_job(n.removesuffix('._target_'))}={shown_value(wanted.get(n))}" for n in names[:MOST_NAMED]
     ]
     before = [shown_value(nearest.get(n)) for n in names[:MOST_NAMED]]
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
@@ -124,12 +126,6 @@ def shown_value(value: Any) -> str:
     if isinstance(value, str):
         return value.rpartition(".")[2] if value.startswith("vitkd.") else value
     return f"{value:g}" if type(value) is float else json.dumps(value)
-
-
-def attempt(store: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder to train in: that of an interrupted attempt, else a new one."""
-    unfinished = store.with_name(f"{store.name}.unfinished")
-    return (RunFolder.latest(unfinished, settings) or RunFolder.claim(unfinished)).path
 
 
 def remove_attempts(store: Path) -> None:

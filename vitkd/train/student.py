@@ -16,7 +16,6 @@ from vitkd.errors import ConfigError
 from vitkd.evaluate.measure import evaluate, measure_both
 from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
 from vitkd.process.distributed import is_first, rank, wait_for_all
-from vitkd.runs import results
 from vitkd.runs.curves import TensorBoardCurves
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.provenance import provenance
@@ -63,7 +62,7 @@ def train_student(
         have_maps = teacher is not None and student.attention and teacher.attention
         pictures = attention_pictures(config, data, folder) if have_maps else None
         if module.objective is not None and module.objective.pairs and is_first():
-            results.write_pairs(folder, module.objective.pairs)
+            folder.write_pairs(module.objective.pairs)
         # Training draws the same random numbers whatever was drawn before it.
         seed_generators(config.seed, DROPOUT, config.student, process=rank())
         if config.compile:
@@ -119,7 +118,7 @@ def measure_student(
     batches = data.loader("test", device, rank=0, world_size=1)
     test, predictions = measure_both(fitted.last, fitted.best, batches, device, teacher.predictions)
     save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"])})
-    results.write_predictions(folder, predictions)
+    folder.write_predictions(predictions)
     metrics = {
         **test,
         **fitted.metrics,

@@ -9,8 +9,7 @@ from scipy import stats
 
 from vitkd.report.comparison import Comparison
 from vitkd.report.experiments import Experiment
-from vitkd.report.figures.colours import series
-from vitkd.report.figures.drawing import DECADES, PlotGroup, legend_below, new_axes, render
+from vitkd.report.figures.plots import DECADES, PlotGroup, new_axes, render, series
 from vitkd.report.formatting import count, signed
 from vitkd.report.parsing import last
 from vitkd.report.runs import Run
@@ -111,7 +110,6 @@ def draw_dots(figure: Figure, distance: Distance, dots: Sequence[Dot], labels: S
         axes.set_xscale("log")
         axes.set_xlabel(f"{distance.axis_label} (log scale)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    legend_below(figure, axes)
 
 
 def correlation(dots: Sequence[Dot]) -> str:

@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 
 from vitkd.colours import readable_on
 from vitkd.report.comparison import Comparison, Row
-from vitkd.report.figures.colours import BAD, GOOD, INK, QUIET
-from vitkd.report.figures.drawing import WIDTH, PlotGroup, limits, new_axes, render, wrapped
 from vitkd.report.figures.lines import ALPHA_LABEL
+from vitkd.report.figures.plots import BAD, GOOD, INK, QUIET, PlotGroup, limits, new_axes, render, wrapped
 from vitkd.report.formatting import signed
 from vitkd.report.verdicts import SIGNIFICANT, Outcome
 
@@ -39,7 +38,7 @@ def draw_gains(figure: Figure, rows: Sequence[Row]) -> None:
     """A circle and a bar for each row."""
     labels = [wrapped(row.arm.label) for row in rows]
     lines = len(labels) + sum(label.count("\n") for label in labels)
-    figure.set_size_inches(WIDTH, 0.75 + 0.12 * (len(rows) + lines))
+    figure.set_figheight(0.75 + 0.12 * (len(rows) + lines))
     axes = new_axes(figure, "gain, percentage points", "")
     axes.grid(visible=False, axis="y")
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -84,7 +83,7 @@ def draw_cells(figure: Figure, cells: Mapping[tuple[str, float], tuple[float, Ro
     labels, alphas = list(dict.fromkeys(label for label, _ in cells)), sorted({alpha for _, alpha in cells})
     largest = max(0.01, *(abs(gain) for gain, _ in cells.values()))
     values = np.full((len(labels), len(alphas)), np.nan)
-    figure.set_size_inches(WIDTH, 1.15 + 0.36 * len(labels))
+    figure.set_figheight(1.15 + 0.36 * len(labels))
     axes = new_axes(figure, ALPHA_LABEL, "")
     axes.grid(visible=False)
     for (label, alpha), (gain, row) in cells.items():

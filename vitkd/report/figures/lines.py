@@ -12,12 +12,11 @@ from scipy import stats
 from vitkd.report.arms import ALONE, Arm
 from vitkd.report.comparison import Comparison
 from vitkd.report.experiments import Experiment
-from vitkd.report.figures.colours import INK, QUIET, ramp, series
-from vitkd.report.figures.drawing import DECADES, PlotGroup, legend_below, limits, new_axes, render
+from vitkd.report.figures.plots import DECADES, INK, QUIET, PlotGroup, limits, new_axes, ramp, render, series
 from vitkd.report.formatting import shortened
 from vitkd.report.parsing import median_ratio
 from vitkd.report.settings import CONSTANT, group_by
-from vitkd.report.statistics import Band, band, summarise
+from vitkd.report.statistics import Band, band
 
 ALPHA_LABEL = "alpha (weight of the class loss)"
 
@@ -69,7 +68,6 @@ def draw_accuracy(
             draw_line(axes, [(arm.alpha, *mean_and_ends(arm)) for arm in line + ends], loss, number)
             draw_runs(figure, axes, line, number)
     axes.set_ylim(*y_limits)
-    legend_below(figure, axes)
 
 
 def alpha_axis(axes: Axes, alphas: Iterable[float]) -> None:
@@ -96,7 +94,7 @@ def spaced(at: Sequence[float] | np.ndarray, min_distance: float) -> list[int]:
 
 def mean_and_ends(arm: Arm) -> tuple[float, float, float]:
     """Low end, mean and high end of an arm's accuracy; all equal without an interval."""
-    summary = summarise([*arm.metric("acc_last").values()])
+    summary = arm.summary("acc_last")
     assert summary.mean is not None
     low, high = summary.interval or (summary.mean, summary.mean)
     return low, summary.mean, high
@@ -154,16 +152,14 @@ def draw_ratios(figure: Figure, title: str, lines: Mapping[str, list[Arm]], y_li
     axes.set_ylim(*y_limits)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    legend_below(figure, axes)
 
 
 def learning_curves(comparison: Comparison) -> PlotGroup:
     """One plot for each transfer loss, one line for each alpha, and the student alone."""
     experiment = comparison.experiment
     plots = []
-    for label, arms in group_by(
-        experiment.arms or experiment.rows, lambda arm: arm.label_without_alpha
-    ).items():
+    by_label = group_by(experiment.arms or experiment.rows, lambda arm: arm.label_without_alpha)
+    for label, arms in by_label.items():
         bands = [(arm, over_seeds) for arm in arms if (over_seeds := band_of(arm))]
         if not bands:
             continue
@@ -185,9 +181,10 @@ def band_of(arm: Arm) -> Band | None:
 def draw_curves(
     figure: Figure, bands: Sequence[tuple[Arm, Band]], title: str, experiment: Experiment
 ) -> None:
-    """One line and band an arm."""
+    """One line and band an arm, over steps if no run counted those of an epoch."""
     alphas = sorted({arm.alpha for arm in experiment.arms})
-    epoch = steps_per_epoch(experiment)
+    runs = [run for arm in experiment.rows for run in arm.runs.values()]
+    epoch = next((run.steps / run.epochs for run in runs if run.epochs and run.steps), None)
     axes = new_axes(figure, "epoch" if epoch else "step", "validation accuracy, %", shortened(title))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for arm, curve in bands:
@@ -198,10 +195,3 @@ def draw_curves(
         axes.plot(at, curve.mean, color=colour, linestyle=line, label=label)
         low, high = curve.mean - curve.std, curve.mean + curve.std
         axes.fill_between(at, low, high, color=colour, alpha=0.13, linewidth=0)
-    legend_below(figure, axes)
-
-
-def steps_per_epoch(experiment: Experiment) -> float | None:
-    """Optimizer steps in an epoch; None if no run counted them."""
-    runs = [run for arm in experiment.rows for run in arm.runs.values()]
-    return next((run.steps / run.epochs for run in runs if run.epochs and run.steps), None)

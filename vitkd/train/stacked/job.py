@@ -19,7 +19,6 @@ from vitkd.cli.jobs import all_recorded
 from vitkd.errors import ConfigError, RunError
 from vitkd.models import Model
 from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
-from vitkd.runs import results
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
 from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot, stacks_folder
@@ -200,7 +199,7 @@ def module_of(member: Candidate, shared: Shared) -> DistillModule:
     student = first_weights(config.seed, config.student)
     module = build_module(config, student, shared.teacher, facts_of(shared.data, order_of(member)))
     if module.objective is not None and module.objective.pairs:
-        results.write_pairs(member.run, module.objective.pairs)
+        member.run.write_pairs(module.objective.pairs)
     return module
 
 

@@ -11,8 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from vitkd.report.figures.colours import GRID, INK, QUIET, VARIABLES
 from vitkd.report.formatting import shortened
+
+# Placeholders that no plot contains by chance; CSS variables replace them for light and dark mode.
+INK, QUIET, GRID = "#0101fe", "#0202fe", "#0303fe"
+SERIES = tuple(f"#04{place:02x}fe" for place in range(8))
+RAMP = tuple(f"#05{place:02x}fe" for place in range(12))
+GOOD, BAD = "#0601fe", "#0602fe"
+VARIABLES = {
+    INK: "--ink",
+    QUIET: "--quiet",
+    GRID: "--grid",
+    GOOD: "--good",
+    BAD: "--bad",
+    **{colour: f"--series-{place}" for place, colour in enumerate(SERIES)},
+    **{colour: f"--ramp-{place}" for place, colour in enumerate(RAMP)},
+}
+MARKERS = "osD^vPX*"
 
 WIDTH, HEIGHT = 4.4, 3.1
 """Inches."""
@@ -58,16 +73,25 @@ class PlotGroup(NamedTuple):
     plots: list[Plot]
 
 
+def ramp(index: int, total: int) -> str:
+    """The colour of one of `total` ordered lines."""
+    return RAMP[round(index * (len(RAMP) - 1) / max(total - 1, 1))]
+
+
+def series(index: int) -> dict[str, Any]:
+    """Colour and marker of one of several unordered lines."""
+    return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[index % len(MARKERS)]}
+
+
 def render(description: str, draw: Callable[..., None], *arguments: object) -> Plot:
-    """The plot that `draw(figure, *arguments)` makes of an empty figure."""
+    """The plot that `draw(figure, *arguments)` makes of an empty figure, as an HTML element.
+
+    It has CSS variables as colours and no fixed size.
+    """
     figure = Figure((WIDTH, HEIGHT), layout="constrained", facecolor="none")
     FigureCanvasSVG(figure)
     draw(figure, *arguments)
-    return Plot(svg(figure, description), description)
-
-
-def svg(figure: Figure, description: str) -> str:
-    """The figure as an HTML element with CSS variables as colours and no fixed size."""
+    legend_below(figure, figure.axes[0])
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": description}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
@@ -78,7 +102,7 @@ def svg(figure: Figure, description: str) -> str:
         text = text.replace(colour, f"var({variable})")
     # Verdana is as wide as DejaVu Sans, for which the figure was laid out.
     text = text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
-    return re.sub(r' (width|height)="[^"]*"', "", text, count=2)
+    return Plot(re.sub(r' (width|height)="[^"]*"', "", text, count=2), description)
 
 
 def new_axes(figure: Figure, x: str, y: str, title: str = "") -> Axes:
