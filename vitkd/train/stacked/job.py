@@ -39,8 +39,14 @@ from vitkd.train.stacked.candidates import (
     stacks_of,
 )
 from vitkd.train.stacked.fit import carry_over, fit_stack, room_for, write_checkpoints
-from vitkd.train.student import MeasuredTeacher, measure_student, measure_teacher
-from vitkd.train.teacher import check_pair, obtain_teacher, read_given_teacher
+from vitkd.train.student import (
+    MeasuredTeacher,
+    check_pair,
+    measure_student,
+    measure_teacher,
+    obtain_teacher,
+    read_given_teacher,
+)
 
 log = logging.getLogger("vitkd")
 

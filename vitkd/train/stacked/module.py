@@ -6,16 +6,17 @@ H heads, P distilled maps, T tokens.
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkd.data import Batch
 from vitkd.errors import RunError
 from vitkd.methods.weighting import Constant, cross_entropy
-from vitkd.models import Output, Taps
+from vitkd.models import Model, Output, Taps
 from vitkd.models.dropout import draw_from
 from vitkd.models.output import LOGITS, at_least_float32
 from vitkd.train.guard import FiniteGuard
@@ -23,8 +24,13 @@ from vitkd.train.losses import Losses, TermWeights, Transfer, transfer_of, with_
 from vitkd.train.module import DistillModule, trained_by
 from vitkd.train.stacked.dropout import streams_on
 from vitkd.train.stacked.groups import StudentGroup, group_students, shares
-from vitkd.train.stacked.optimization import OptimSettings, StackedAdamW, StackedSchedule
-from vitkd.train.stacked.students import along, per_student_norm, stack
+from vitkd.train.stacked.optimization import (
+    OptimSettings,
+    StackedAdamW,
+    StackedSchedule,
+    along,
+    per_student_norm,
+)
 
 
 class StackedModule(DistillModule):
@@ -255,3 +261,26 @@ class StackedModule(DistillModule):
             parts += [values.new_zeros(group.start - position, *rest), values]
             position = group.stop
         return torch.cat([*parts, of_groups[0].new_zeros(self.students - position, *rest)])
+
+
+def stack(models: Sequence[Model]) -> Model:
+    """A model of which student s computes what `models[s]` does; its weights are copies.
+
+    Every layer of `vitkd.models` takes the leading axis. What keeps statistics of a whole batch, as batch
+    normalisation does, would mix students and cannot be stacked.
+    """
+    first = models[0]
+    assert all(model.config == first.config for model in models), "students of one shape"
+    stacked = deepcopy(first)
+    for name, _ in first.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        values = torch.stack([model.get_parameter(name).detach() for model in models])
+        setattr(stacked.get_submodule(owner), leaf, nn.Parameter(values))
+    return stacked
+
+
+def unstack(stacked: Model, weights: Mapping[str, Tensor], student: int) -> Model:
+    """Student `student` of `weights`, the state of `stacked`, as a model of its own on the CPU."""
+    model = stacked.config.architecture()
+    model.load_state_dict({name: values[student].to("cpu", copy=True) for name, values in weights.items()})
+    return model

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.optim import AdamW, Schedule
-from vitkd.train.stacked.students import along
 
 
 class OptimSettings(NamedTuple):
@@ -139,3 +138,14 @@ class StackedSchedule:
         else:
             now = self._table[min(self._taken, self.total_steps)]
             self.optimizer.rates.copy_(now[self._column])
+
+
+def per_student_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm [S] over all of each student's entries of `tensors`, each [S, …]."""
+    norms = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def along(values: Tensor, like: Tensor) -> Tensor:
+    """[S] reshaped to [S, 1, …, 1], so that it broadcasts against `like` [S, …]."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
