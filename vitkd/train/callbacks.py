@@ -107,7 +107,7 @@ class TeacherCaching(Callback):
     ) -> TeacherCache:
         # In another precision than a step's the teacher would answer something else.
         with trainer.precision_plugin.val_step_context():
-            return TeacherCache.fill(
+            return TeacherCache(
                 lambda pixels: module.ask_teacher(pixels, split),
                 (trainer.precision_plugin.convert_input(batch) for batch in views),
                 images,

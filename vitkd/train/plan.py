@@ -19,7 +19,7 @@ from vitkd.errors import ConfigError, one_line, suggest
 from vitkd.models import Model
 from vitkd.process.distributed import agree
 from vitkd.runs.folder import RunFolder
-from vitkd.train.compilation import check_compiler
+from vitkd.train.build import check_compiler
 
 log = logging.getLogger("vitkd")
 

@@ -25,9 +25,8 @@ from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
 from vitkd.runs.stack_folder import restart_alone, stacks_folder
 from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
-from vitkd.train.build import build_module, facts_of
+from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps
-from vitkd.train.compilation import compile_training
 from vitkd.train.fit import Fitted, fit
 from vitkd.train.plan import check_trainer
 
