@@ -122,7 +122,7 @@ def filled_cache(teacher: ViT, taps: Taps, batch: Batch) -> TeacherCache:
     size = len(batch.label)
     batches = [batch._replace(index=batch.index + n * size) for n in range(BATCHES_IN_CACHE)]
     images = torch.cat([each.index for each in batches])
-    return TeacherCache.fill(lambda image: teacher(image, taps), batches, images, size=len(images))
+    return TeacherCache(lambda image: teacher(image, taps), batches, images, size=len(images))
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:

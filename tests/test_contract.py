@@ -22,7 +22,7 @@ from vitkd.train.callbacks import TeacherCaching
 from vitkd.train.cuda_graph import GraphedStep
 from vitkd.train.fit import fit
 from vitkd.train.job import load_data
-from vitkd.train.meter import Meter
+from vitkd.train.logged import Meter
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
 

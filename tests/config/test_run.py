@@ -27,7 +27,7 @@ from vitkd.methods.none import NoDistillation
 from vitkd.methods.token import TokenDistillation
 from vitkd.models import ResNetConfig, count_parameters
 from vitkd.optim import AdamW, Constant, WarmupCosine
-from vitkd.train.machine import check_trainer
+from vitkd.train.plan import check_trainer
 
 OPTIONS = sorted(path for path in CONF_DIR.rglob("*.yaml") if path.parent != CONF_DIR)
 # Their keys are not fields of one class: settings of the root, of Hydra and of Lightning's Trainer.

@@ -17,7 +17,7 @@ from tests.train.objectives import compare_maps
 from vitkd.data import Batch, Digits, ImageDataModule
 from vitkd.errors import ConfigError, RunError
 from vitkd.optim import AdamW, Constant
-from vitkd.train.compilation import check_compiler, compile_training
+from vitkd.train.build import check_compiler, compile_training
 from vitkd.train.module import DistillModule
 
 COMPILE = torch.compile
@@ -101,7 +101,7 @@ def test_no_compiler_is_found_out_first(monkeypatch):
 
 
 def test_no_triton_is_found_out_first(monkeypatch):
-    monkeypatch.setattr("vitkd.train.compilation.find_spec", lambda name: None)
+    monkeypatch.setattr("vitkd.train.build.find_spec", lambda name: None)
 
     with pytest.raises(ConfigError, match="Triton"):
         check_compiler(torch.device("cuda"))

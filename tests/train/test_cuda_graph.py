@@ -15,7 +15,7 @@ from vitkd.data import Batch
 from vitkd.optim import AdamW, WarmupCosine
 from vitkd.train.callbacks import CudaGraphs, set_capturable, why_not
 from vitkd.train.cuda_graph import WARM_UP, GraphedStep
-from vitkd.train.meter import Meter
+from vitkd.train.logged import Meter
 from vitkd.train.module import DistillModule
 
 pytestmark = [

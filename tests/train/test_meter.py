@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitkd.train.meter import Meter
+from vitkd.train.logged import Meter
 
 
 def test_the_mean_is_over_images_not_over_batches():

@@ -118,7 +118,7 @@ def tell_number(images: torch.Tensor) -> Output:
 @pytest.fixture
 def numbers() -> TeacherCache:
     """Images 2, 5, 7 of a split of nine."""
-    return TeacherCache.fill(tell_number, [batch_of(7, 2), batch_of(5)], torch.tensor([2, 5, 7]), size=9)
+    return TeacherCache(tell_number, [batch_of(7, 2), batch_of(5)], torch.tensor([2, 5, 7]), size=9)
 
 
 class TestCache:
@@ -144,13 +144,13 @@ class TestCache:
 
     def test_batches_have_to_hold_all_images(self):
         with pytest.raises(AssertionError, match="2 images for 3 rows"):
-            TeacherCache.fill(tell_number, [batch_of(7, 2)], torch.tensor([2, 5, 7]), size=9)
+            TeacherCache(tell_number, [batch_of(7, 2)], torch.tensor([2, 5, 7]), size=9)
 
     def test_answers_need_no_gradient(self, tiny):
         teacher, batch = tiny(depth=1).build(), Batch(torch.randn(2, 3, 8, 8), *2 * [torch.arange(2)])
 
         taps = Taps(scores=(0,), logits=False)
-        cache = TeacherCache.fill(lambda x: teacher(x, taps), [batch], torch.arange(2), size=2)
+        cache = TeacherCache(lambda x: teacher(x, taps), [batch], torch.arange(2), size=2)
 
         answer = cache.answer(torch.arange(2))
         assert not answer.scores[0].requires_grad

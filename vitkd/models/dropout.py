@@ -1,28 +1,17 @@
-"""Dropout with quick masks on the CPU, and with streams of their own for stacked students.
+"""Dropout with quick masks on the CPU, and with masks of their own for stacked students.
 
 Shapes: S stacked students.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Streams(Protocol):
-    """Where the masks of stacked students come from."""
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        """Zero each value of `x` [S, …] with probability `p` and scale the others by 1/(1 − p).
-
-        What student s keeps depends on its own stream alone, not on who else is in the stack.
-        """
-
-
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) from PyTorch's own generator, or from `streams` where they are set.
+    """Dropout (Srivastava et al. 2014) from PyTorch's own generator, or by `drop` where that is set.
 
     Args:
         p: the probability that a value becomes 0; on the CPU to four digits.
@@ -31,7 +20,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.streams: Streams | None = None
+        self.drop: Callable[[Tensor, float], Tensor] | None = None
 
     @property
     def rate(self) -> float:
@@ -40,13 +29,13 @@ class Dropout(nn.Module):
 
     def has_own_masks(self, x: Tensor) -> bool:
         """Whether `forward` would drop values of `x` by other masks than PyTorch's fused kernels draw."""
-        return self.rate > 0 and (self.streams is not None or x.device.type == "cpu")
+        return self.rate > 0 and (self.drop is not None or x.device.type == "cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.has_own_masks(x):
             return F.dropout(x, self.p, self.training)
-        if self.streams is not None:
-            return self.streams.drop(x, self.p)
+        if self.drop is not None:
+            return self.drop(x, self.p)
         return x * quick_mask(x, self.p)
 
 
@@ -68,8 +57,11 @@ def quick_mask(x: Tensor, p: float, generators: Sequence[torch.Generator | None]
     return mask.to(x.dtype).view(x.shape)
 
 
-def draw_from(streams: Streams, modules: Iterable[nn.Module]) -> None:
-    """Let every `Dropout` among `modules` draw from `streams`."""
+def drop_by(drop: Callable[[Tensor, float], Tensor], modules: Iterable[nn.Module]) -> None:
+    """Let every `Dropout` among `modules` call `drop(x, p)` in training.
+
+    It zeroes each value of `x` [S, …] with probability `p` and scales the others by 1/(1 − p).
+    """
     for module in modules:
         if isinstance(module, Dropout):
-            module.streams = streams
+            module.drop = drop

@@ -1,11 +1,22 @@
-"""From a run's configuration, student and teacher to the module that trains."""
+"""From a run's configuration, student and teacher to the module that trains, compiled where it asks for that.
 
-from torch import Tensor
+`compile=true` trains by compiled code (torch.compile); everything else is as without it.
+"""
+
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from vitkd.config import Config
-from vitkd.data import ImageDataModule
+from vitkd.data import Batch, ImageDataModule
+from vitkd.errors import ConfigError, RunError, one_line
 from vitkd.methods.base import DataFacts
 from vitkd.models import Model
+from vitkd.train.losses import Losses
 from vitkd.train.module import DistillModule
 
 CALIBRATION_IMAGES = 64
@@ -31,9 +42,42 @@ def build_module(settings: Config, student: Model, teacher: Model | None, data: 
 
 def facts_of(data: ImageDataModule, seed: int | None = None) -> DataFacts:
     """What an objective may learn about the training data; `seed` is that of their order."""
+    classes = data.dataset.num_classes
+    assert classes is not None
+    return DataFacts(data.num_images, classes, lambda: data.first("train", CALIBRATION_IMAGES, seed).image)
 
-    def calibration() -> Tensor:
-        return data.first("train", CALIBRATION_IMAGES, seed).image
 
-    assert data.dataset.num_classes is not None
-    return DataFacts(data.num_images, data.dataset.num_classes, calibration)
+def check_compiler(device: torch.device) -> None:
+    """ConfigError unless what torch.compile generates for `device` can be compiled."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ConfigError("compile=true: needs Triton on a GPU; pip install triton, or compile=false")
+    # The one that PyTorch calls.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"compile=true: there is no C++ compiler {compiler}; install one or set CXX, or compile=false"
+        )
+
+
+def compile_training(module: DistillModule) -> None:
+    """Compile `module.losses`, the forward passes of student and teacher and the losses, for training steps.
+
+    Not for validation, whose last batch is of another size, nor for pictures: each would be compiled again.
+    Nor for the steps that are logged, whose gradients are measured term by term: a compiled graph gives up
+    its buffers in the first backward pass. Names of weights, checkpoints and averages stay as they are.
+    """
+    # What was compiled for the process's earlier jobs counts against the number of times it may be.
+    torch._dynamo.reset()
+    eager = module.losses
+    compiled = torch.compile(eager, dynamic=False)
+
+    def losses(batch: Batch) -> Losses:
+        if not module.training or module.is_logging_step:
+            return eager(batch)
+        try:
+            return compiled(batch)
+        except TorchDynamoException as error:
+            first = str(error).strip().partition("\n")[0]
+            raise RunError(f"compile=true: {one_line(Exception(first))}; train with compile=false") from error
+
+    module.losses = losses  # type: ignore[method-assign]

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,13 +14,6 @@ log = logging.getLogger("vitkd")
 
 # Steps before the capture: they let libraries choose kernels and optimisers make their state.
 WARM_UP = 3
-
-
-class Graph(Protocol):
-    """What was captured."""
-
-    def replay(self) -> None:
-        """Run it again, on what lies at the same places in memory by now."""
 
 
 class CaptureError(Exception):
@@ -43,12 +36,12 @@ class GraphedStep:
     def __init__(
         self,
         step: Callable[[Batch], None],
-        capture: Callable[[Callable[[], None]], Graph] | None = None,
+        capture: Callable[[Callable[[], None]], torch.cuda.CUDAGraph] | None = None,
         aside: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         self._step, self._capture, self._aside = step, capture or captured, aside or on_a_stream_of_its_own
         self._batch: Batch | None = None
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._warm = Counter[str]()
         self.names: dict[str, list[str]] = {}
         """by kind, the values that a step adds to the meter"""
@@ -66,7 +59,12 @@ class GraphedStep:
             self._aside(lambda: self._step(own))
             self._warm[kind] += 1
         else:
-            self._graphs[kind] = self._captured(own)
+            try:
+                self._graphs[kind] = self._capture(lambda: self._step(own))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise CaptureError(one_line(error)) from error
             self._graphs[kind].replay()
         return False
 
@@ -81,14 +79,6 @@ class GraphedStep:
             for place, part in zip(self._batch, batch, strict=True):
                 place.copy_(part)
         return self._batch
-
-    def _captured(self, batch: Batch) -> Graph:
-        try:
-            return self._capture(lambda: self._step(batch))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise CaptureError(one_line(error)) from error
 
 
 def take_step(module: Any, graph: GraphedStep, batch: Batch) -> None:
@@ -109,7 +99,7 @@ def take_step(module: Any, graph: GraphedStep, batch: Batch) -> None:
     module.whole_step(batch)
 
 
-def captured(work: Callable[[], None]) -> Graph:
+def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """`work` as a CUDA graph; nothing has run yet."""
     graph = torch.cuda.CUDAGraph()
     # Other threads, one that pins memory for the loader say, may continue.

@@ -22,9 +22,9 @@ from vitkd.process.signals import PostponedSignals
 from vitkd.runs.checkpoints import DurableCheckpointIO, load_from_checkpoint, newest_good
 from vitkd.runs.curves import MetricsFile, TensorBoardCurves
 from vitkd.runs.folder import RunFolder
+from vitkd.train.callbacks import EpochLines, ProgressBar
 from vitkd.train.checkpointing import Checkpointing
 from vitkd.train.module import DistillModule
-from vitkd.train.progress import EpochLines, ProgressBar
 
 log = logging.getLogger("vitkd")
 

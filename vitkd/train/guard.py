@@ -110,20 +110,14 @@ class FiniteGuard:
 
     def check(self, step: int, epoch: int) -> None:
         """RunError if anything that was noted is not finite; arguments as for `found`."""
-        if self._is_fine():
+        noted = [seen.values.flatten() for seen in self._seen]
+        if self._steps is None and (not noted or all(map(math.isfinite, torch.cat(noted).tolist()))):
+            # No table was begun, so nothing else can have been bad.
+            self._seen = []
             return
         for message in self.found(step, epoch):
             if message is not None:
                 raise RunError(message)
-
-    def _is_fine(self) -> bool:
-        """Whether all that was noted is finite, where that is known without the tables; forgets it then."""
-        if self._steps is not None:
-            return False
-        values = [seen.values.flatten() for seen in self._seen]
-        if values and all(map(math.isfinite, torch.cat(values).tolist())):
-            self._seen = []
-        return not self._seen
 
     def _keep_first_bad(self, seen: _Seen, step: Tensor) -> None:
         """A row a student: whether there was a bad batch, at which step, its losses and images."""

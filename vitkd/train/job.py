@@ -11,8 +11,14 @@ from vitkd.process.distributed import agree, is_first, joined
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.folder import RunFolder
 from vitkd.train.plan import Earlier, announce, make_plan
-from vitkd.train.student import load_data, prepare, train_student
-from vitkd.train.teacher import check_pair, obtain_teacher, read_given_teacher
+from vitkd.train.student import (
+    check_pair,
+    load_data,
+    obtain_teacher,
+    prepare,
+    read_given_teacher,
+    train_student,
+)
 
 log = logging.getLogger("vitkd")
 

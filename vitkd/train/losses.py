@@ -77,7 +77,7 @@ class TermWeights:
     """The two terms' weights, always at the same place on the device, where a CUDA graph reads them."""
 
     def __init__(self, class_weights: float | list[float]) -> None:
-        self.both = _with_transfer(torch.tensor(class_weights, dtype=torch.float64))
+        self.both = _both_weights(class_weights)
         """[*S, 2]: the class loss's and the transfer loss's, each rounded once"""
 
     @property
@@ -90,13 +90,9 @@ class TermWeights:
         self.both = self.both.to(transfer.device, torch.promote_types(transfer.dtype, torch.float32))
         return self.both[..., 0] * class_loss + self.both[..., 1] * transfer
 
-    def fill(self, class_weights: float | list[float]) -> None:
-        """Set them from the host; NaN leaves a student's weights as they are."""
-        self.balance(torch.tensor(class_weights, dtype=torch.float64))
-
-    def balance(self, class_weights: Tensor) -> None:
-        """Set them by a tensor [*S]; NaN leaves a student's weights as they are."""
-        new = _with_transfer(class_weights).to(self.both)
+    def fill(self, class_weights: float | list[float] | Tensor) -> None:
+        """Set them [*S]; NaN leaves a student's weights as they are."""
+        new = _both_weights(class_weights).to(self.both)
         self.both.copy_(torch.where(new.isnan(), self.both, new))
 
     def measures(self, transfer: Transfer) -> dict[str, Tensor]:
@@ -105,7 +101,8 @@ class TermWeights:
         return {"class_weight": self.class_loss, "transfer_weight": self.both[..., 1] * mean}
 
 
-def _with_transfer(class_weights: Tensor) -> Tensor:
+def _both_weights(of_class: float | list[float] | Tensor) -> Tensor:
+    class_weights = of_class if isinstance(of_class, Tensor) else torch.tensor(of_class, dtype=torch.float64)
     return torch.stack([class_weights, 1 - class_weights], dim=-1)
 
 

@@ -237,7 +237,7 @@ class DistillModule(LoggedModule):
         """Set the terms' weights by the gradients that this step has measured, if the weighting does so."""
         # After the backward pass, which reads the weights.
         if self.weighting.needs_gradients and self.is_logging_step and self._measured_norms:
-            self.term_weights.balance(self.weighting.balanced(*self._measured_norms.values()))
+            self.term_weights.fill(self.weighting.balanced(*self._measured_norms.values()))
 
     def gradient_norms(self, losses: Losses) -> dict[str, Tensor]:
         """The norms [*S] of each term's gradient by the student's weights; each costs a backward pass."""

@@ -3,6 +3,7 @@
 Shapes: B images, C channels, g patches along one side.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -21,6 +22,7 @@ from vitkd.explain.gallery.figures import attention_unit
 from vitkd.explain.maps.recording import evaluating, layout, who_reads
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.models import Model, Taps
+from vitkd.runs.files import write_atomically
 from vitkd.train.module import DistillModule
 
 IMAGES = 4
@@ -82,7 +84,9 @@ class AttentionPictures(Callback):
         if not is_logged:
             self._log(module, loggers, picture, step)
         if self.path is not None:
-            save(picture, self.path)
+            png = io.BytesIO()
+            Image.fromarray(picture).save(png, format="png")
+            write_atomically(self.path, png.getvalue())
 
     def state_dict(self) -> dict[str, int]:
         return {"logged_step": self._logged_step}
@@ -178,10 +182,3 @@ def rendered(figure: Figure) -> np.ndarray:
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def save(picture: np.ndarray, path: Path) -> None:
-    """Write a PNG file; a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(picture).save(temporary, format="png")
-    temporary.replace(path)

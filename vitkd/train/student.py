@@ -1,30 +1,33 @@
-"""Train one student in its run folder, from first weights to test metrics; a teacher is trained so, too.
+"""Train one student in its run folder, from first weights to test metrics; its teacher first, if need be.
 
 Shapes: N test images.
 """
 
 import logging
+from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitkd.cli.console import percent
-from vitkd.config import Config
+from vitkd.config import Config, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
 from vitkd.evaluate.measure import evaluate, measure_both
 from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
-from vitkd.process.distributed import is_first, rank, wait_for_all
+from vitkd.process.distributed import agree, is_first, rank, wait_for_all
 from vitkd.runs.curves import TensorBoardCurves
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
 from vitkd.runs.stack_folder import restart_alone, stacks_folder
-from vitkd.train.build import build_module, facts_of
+from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
+from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps
-from vitkd.train.compilation import compile_training
 from vitkd.train.fit import Fitted, fit
+from vitkd.train.plan import check_trainer
 
 log = logging.getLogger("vitkd")
 
@@ -42,6 +45,45 @@ def load_data(config: Config) -> ImageDataModule:
     data = ImageDataModule(config.dataset, config.paths.data, seed_of(config.seed, ORDER, config.student))
     data.setup()
     return data
+
+
+def read_given_teacher(config: Config) -> Model | None:
+    """The teacher of `teacher.checkpoint`, if one is named and the method learns from a teacher.
+
+    Raises ConfigError if it cannot be read, or was made for other images or classes.
+    """
+    return given_teacher(config.teacher.checkpoint, config.dataset) if config.method.needs_teacher else None
+
+
+def check_pair(config: Config, given: Model | None) -> None:
+    """ConfigError if the student cannot learn from its teacher by the chosen method."""
+    config.method.check(config.student, given.config if given else config.teacher.model, config)
+
+
+def obtain_teacher(config: Config, given: Model | None, device: torch.device) -> Model | None:
+    """The teacher to learn from; None if the method needs none.
+
+    That is the `given` one, or the stored one of this configuration, trained now if no run has needed it
+    before. One that is not to be trained is not stored either.
+    """
+    if given is not None or not config.method.needs_teacher:
+        return given
+    own = teacher_run(config)
+    if not config.teacher.trained:
+        agree(lambda: prepare("teacher", own.student))
+        log.info("teacher: not trained, random weights (teacher.trained=false), as a control")
+        return first_weights(own.seed, own.student)
+    check_trainer(own.trainer, "teacher.trainer")
+    mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
+    store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
+    if not store.exists():
+        agree(lambda: prepare("teacher", own.student))
+
+    def train(folder: RunFolder) -> None:
+        with closing(load_data(own)) as data:
+            train_student(own, None, data, device, folder)
+
+    return stored_teacher(store, own.resolved, train)
 
 
 def train_student(

@@ -22,49 +22,34 @@ class TeacherCache:
     what the run has anyway and never saved; copies of a module share it, since nobody writes to it.
 
     Args:
+        ask: from [B, channels, H, W] to the teacher's answer; it runs in the caller's precision.
+        batches: hold each of `images` once.
         images: [N] int64, the images' positions in their official split.
         size: of that split.
     """
 
-    def __init__(self, images: Tensor, size: int) -> None:
-        self.images = images
+    @torch.no_grad()
+    def __init__(
+        self, ask: Callable[[Tensor], Output], batches: Iterable[Batch], images: Tensor, size: int
+    ) -> None:
         # What is not held points behind the end: a lookup fails, where −1 would give another image's answers.
         self._rows = torch.full((size,), len(images), device=images.device)
         self._rows[images] = torch.arange(len(images), device=images.device)
-        self._answers: Output | None = None
-
-    @classmethod
-    @torch.no_grad()
-    def fill(
-        cls, ask: Callable[[Tensor], Output], batches: Iterable[Batch], images: Tensor, size: int
-    ) -> Self:
-        """A cache of what `ask` answers to `batches`, which hold each of `images` once.
-
-        Args:
-            ask: from [B, channels, H, W] to the teacher's answer; it runs in the caller's precision.
-            images, size: as the constructor's.
-        """
-        cache = cls(images, size)
         filled = 0
         for batch in batches:
-            cache._put(batch.index, ask(batch.image))
+            answer = ask(batch.image)
+            if not filled:
+                self._answers = answer.map(lambda part: part.new_empty(len(images), *part.shape[1:]))
+            for all_, part in zip(self._answers.tensors(), answer.tensors(), strict=True):
+                all_[self._rows[batch.index]] = part
             filled += len(batch.index)
         assert filled == len(images), f"{filled} images for {len(images)} rows"
-        return cache
 
     def answer(self, index: Tensor) -> Output:
         """The answers to the images `index` [*I]; an IndexError, on CUDA an assertion, if there are none."""
-        assert self._answers is not None
         rows = self._rows[index]
         # Several times faster than indexing where an answer is large.
         return self._answers.map(lambda all_: all_.index_select(0, rows.flatten()).unflatten(0, rows.shape))
-
-    def _put(self, index: Tensor, answer: Output) -> None:
-        if self._answers is None:
-            self._answers = answer.map(lambda part: part.new_empty(len(self.images), *part.shape[1:]))
-        rows = self._rows[index]
-        for all_, part in zip(self._answers.tensors(), answer.tensors(), strict=True):
-            all_[rows] = part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from vitkd.models.dropout import Dropout, draw_from
+from vitkd.models.dropout import Dropout, drop_by
 from vitkd.train.stacked.dropout import GeneratorStreams, KeyedStreams
 
 P = 0.3
@@ -55,7 +55,7 @@ def test_the_kernels_masks_by_tritons_interpreter():
 def test_on_the_cpu_each_student_drops_what_it_drops_alone():
     x = torch.randn(3, 5, 7)
     together = Dropout(P)
-    draw_from(GeneratorStreams([4, 5, 6]), [together])
+    drop_by(GeneratorStreams([4, 5, 6]).drop, [together])
 
     first, second = together(x), together(x)
 

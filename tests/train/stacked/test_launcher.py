@@ -30,7 +30,7 @@ from vitkd.methods.base import Method
 from vitkd.models import ResNetConfig, ViTConfig
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder, StackSlot
-from vitkd.train.machine import Machine
+from vitkd.train.plan import Machine
 from vitkd.train.stacked import StackedModule
 from vitkd.train.stacked.candidates import Candidate, stacks_of, why_alone
 from vitkd.train.stacked.fit import room_for

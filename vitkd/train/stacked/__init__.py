@@ -5,7 +5,6 @@ share every teacher forward, and what each learns from is data: see `StackedModu
 """
 
 from vitkd.train.stacked.batches import StackedImages
-from vitkd.train.stacked.module import StackedModule
-from vitkd.train.stacked.students import stack, unstack
+from vitkd.train.stacked.module import StackedModule, unstack
 
-__all__ = ["StackedImages", "StackedModule", "stack", "unstack"]
+__all__ = ["StackedImages", "StackedModule", "unstack"]

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,10 +120,12 @@ def stacks_of(candidates: Sequence[Candidate], most: int) -> list[list[Candidate
         if reason := why_apart(group, groups):
             log.info("%s cannot be stacked with %s: %s", job_names(group.members), *reason)
         ordered = sorted(group.members, key=stack_position)
-        cuts = portions(len(ordered), most)
-        if len(cuts) > 1:
-            log.info("%s make %d stacks of at most %d students", job_names(ordered), len(cuts), most)
-        stacks += [ordered[cut.start : cut.stop] for cut in cuts]
+        count = math.ceil(len(ordered) / most)
+        if count > 1:
+            log.info("%s make %d stacks of at most %d students", job_names(ordered), count, most)
+        # Of sizes that differ by one at most.
+        cuts = pairwise(stack * len(ordered) // count for stack in range(count + 1))
+        stacks += [ordered[start:stop] for start, stop in cuts]
     return stacks
 
 
@@ -180,10 +184,3 @@ def job_names(members: Sequence[Candidate]) -> str:
             spans.append([number, number])
     listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
     return f"job{'s' if len(numbers) > 1 else ''} {listed}"
-
-
-def portions(count: int, most: int) -> list[range]:
-    """`count` students cut into the fewest stacks of at most `most`, of sizes that differ by one at most."""
-    stacks = -(-count // most)
-    bounds = [stack * count // stacks for stack in range(stacks + 1)]
-    return [range(bounds[i], bounds[i + 1]) for i in range(stacks)]

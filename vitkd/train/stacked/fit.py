@@ -23,6 +23,7 @@ from vitkd.process.signals import PostponedSignals
 from vitkd.runs.checkpoints import newest_good, write_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder
+from vitkd.train.callbacks import format_metrics
 from vitkd.train.checkpointing import Checkpointing, averages_of
 from vitkd.train.fit import (
     Fitted,
@@ -31,7 +32,6 @@ from vitkd.train.fit import (
     find_checkpoint,
     run_trainer,
 )
-from vitkd.train.progress import format_metrics
 from vitkd.train.stacked import StackedImages, StackedModule, unstack
 
 log = logging.getLogger("vitkd")

@@ -22,9 +22,8 @@ from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
 from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot, stacks_folder
-from vitkd.train.build import build_module, facts_of
+from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps
-from vitkd.train.compilation import compile_training
 from vitkd.train.fit import Fitted
 from vitkd.train.module import DistillModule
 from vitkd.train.plan import announce
@@ -38,8 +37,14 @@ from vitkd.train.stacked.candidates import (
     stacks_of,
 )
 from vitkd.train.stacked.fit import carry_over, fit_stack, room_for, write_checkpoints
-from vitkd.train.student import MeasuredTeacher, measure_student, measure_teacher
-from vitkd.train.teacher import check_pair, obtain_teacher, read_given_teacher
+from vitkd.train.student import (
+    MeasuredTeacher,
+    check_pair,
+    measure_student,
+    measure_teacher,
+    obtain_teacher,
+    read_given_teacher,
+)
 
 log = logging.getLogger("vitkd")
 
@@ -114,7 +119,8 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
             train_members(members, shared, sweep)
             return []
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            # A CPU's allocator has no error class of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
                 raise
             return halves(members, device)
 
@@ -131,11 +137,6 @@ def suits(member: Candidate, given: Model | None) -> bool:
 def order_of(member: Candidate) -> int:
     """The seed of the order and views of the member's images."""
     return seed_of(member.config.seed, ORDER, member.config.student)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; a CPU's allocator has no error class of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def halves(members: Sequence[Candidate], device: torch.device) -> list[list[Candidate]]:
@@ -163,7 +164,11 @@ def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> N
             run.enter_context(member.folder.running(member.config.resolved))
         place = settle_place(members, stacks / sweep)
         modules = [module_of(member, shared) for member in members]
-        stacked = stack_modules(members, modules, shared)
+        orders = [data.seeds.index(order_of(member)) for member in members]
+        dropout = [seed_of(member.config.seed, DROPOUT, member.config.student) for member in members]
+        stacked = StackedModule(modules, orders, dropout, shared.device)
+        if first.compile:
+            compile_training(stacked)
         log.info("%s train as one stack", job_names(members))
         folders = [member.run for member in members]
         outcomes = fit_stack(stacked, data, place, folders, first, faster_steps(first, data))
@@ -201,18 +206,6 @@ def module_of(member: Candidate, shared: Shared) -> DistillModule:
     if module.objective is not None and module.objective.pairs:
         member.run.write_pairs(module.objective.pairs)
     return module
-
-
-def stack_modules(
-    members: Sequence[Candidate], modules: Sequence[DistillModule], shared: Shared
-) -> StackedModule:
-    """All members' modules as one."""
-    orders = [shared.data.seeds.index(order_of(member)) for member in members]
-    dropout = [seed_of(member.config.seed, DROPOUT, member.config.student) for member in members]
-    stacked = StackedModule(modules, orders, dropout, shared.device)
-    if members[0].config.compile:
-        compile_training(stacked)
-    return stacked
 
 
 def finish(member: Candidate, module: DistillModule, student: Fitted, shared: Shared) -> None:

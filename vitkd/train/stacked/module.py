@@ -6,25 +6,31 @@ H heads, P distilled maps, T tokens.
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkd.data import Batch
 from vitkd.errors import RunError
 from vitkd.methods.weighting import Constant, cross_entropy
-from vitkd.models import Output, Taps
-from vitkd.models.dropout import draw_from
+from vitkd.models import Model, Output, Taps
+from vitkd.models.dropout import drop_by
 from vitkd.models.output import LOGITS, at_least_float32
 from vitkd.train.guard import FiniteGuard
 from vitkd.train.losses import Losses, TermWeights, Transfer, transfer_of, with_zero_gradients
 from vitkd.train.module import DistillModule, trained_by
 from vitkd.train.stacked.dropout import streams_on
 from vitkd.train.stacked.groups import StudentGroup, group_students, shares
-from vitkd.train.stacked.optimization import OptimSettings, StackedAdamW, StackedSchedule
-from vitkd.train.stacked.students import along, per_student_norm, stack
+from vitkd.train.stacked.optimization import (
+    OptimSettings,
+    StackedAdamW,
+    StackedSchedule,
+    along,
+    per_student_norm,
+)
 
 
 class StackedModule(DistillModule):
@@ -56,7 +62,8 @@ class StackedModule(DistillModule):
         self.weightings = [(module.weighting, module.alpha) for module in modules]
         self.optim_settings = [OptimSettings(module.optimizer, module.schedule) for module in modules]
         self.groups = group_students(modules)
-        self.compared = {student for group in self.groups if group.distils for student in group.students}
+        self._distilled = {student for group in self.groups if group.distils for student in group.students}
+        self.compared = self._distilled
         asked = {split: [module.teacher_taps(split) for module in modules] for split in ("train", "val")}
         self._teacher_taps = {
             split: Taps.union(filter(None, taps)) for split, taps in asked.items() if any(taps)
@@ -64,7 +71,7 @@ class StackedModule(DistillModule):
         self.weights_change = any(module.weights_change for module in modules)
         self._most_values = max((len(group.objective.curves) or 1 for group in self.groups), default=0)
         self.streams = streams_on(torch.device(device), seeds)
-        draw_from(self.streams, self.model.modules())
+        drop_by(self.streams.drop, self.model.modules())
         self.term_weights = TermWeights([module.alpha for module in modules])
         # Not a buffer: that would be rounded by trainer.precision=bf16-true.
         smoothings = [module.label_smoothing for module in modules]
@@ -75,13 +82,7 @@ class StackedModule(DistillModule):
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         weights = [weighting.class_weight(alpha, epoch, epochs) for weighting, alpha in self.weightings]
-        self.compared = {
-            student
-            for group in self.groups
-            if group.distils
-            for student in group.students
-            if weights[student] < 1
-        }
+        self.compared = {student for student in self._distilled if weights[student] < 1}
         pairs = zip(self.weightings, weights, strict=True)
         self.term_weights.fill([math.nan if each.needs_gradients else w for (each, _), w in pairs])
         for group in self.groups:
@@ -119,7 +120,7 @@ class StackedModule(DistillModule):
         parts = shares(output, self.groups, self.students)
         class_loss = self.class_loss(self._class_logits(output, parts), seen.label)
         if answer is None or not groups:
-            if self.training and any(group.distils for group in self.groups):
+            if self.training and self._distilled:
                 class_loss = with_zero_gradients(class_loss, output.heads.values())
             return Losses(output, class_loss, class_loss)
         transfers = [self._transfer(group, seen, parts[group.start], answer) for group in groups]
@@ -150,7 +151,7 @@ class StackedModule(DistillModule):
         for group in (group for group in self.active_groups if group.weighting.needs_gradients):
             norms = [norm[group.start : group.stop] for norm in self._measured_norms.values()]
             balanced[group.start : group.stop] = group.weighting.balanced(*norms)
-        self.term_weights.balance(balanced)
+        self.term_weights.fill(balanced)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.balance_terms()
@@ -255,3 +256,26 @@ class StackedModule(DistillModule):
             parts += [values.new_zeros(group.start - position, *rest), values]
             position = group.stop
         return torch.cat([*parts, of_groups[0].new_zeros(self.students - position, *rest)])
+
+
+def stack(models: Sequence[Model]) -> Model:
+    """A model of which student s computes what `models[s]` does; its weights are copies.
+
+    Every layer of `vitkd.models` takes the leading axis. What keeps statistics of a whole batch, as batch
+    normalisation does, would mix students and cannot be stacked.
+    """
+    first = models[0]
+    assert all(model.config == first.config for model in models), "students of one shape"
+    stacked = deepcopy(first)
+    for name, _ in first.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        values = torch.stack([model.get_parameter(name).detach() for model in models])
+        setattr(stacked.get_submodule(owner), leaf, nn.Parameter(values))
+    return stacked
+
+
+def unstack(stacked: Model, weights: Mapping[str, Tensor], student: int) -> Model:
+    """Student `student` of `weights`, the state of `stacked`, as a model of its own on the CPU."""
+    model = stacked.config.architecture()
+    model.load_state_dict({name: values[student].to("cpu", copy=True) for name, values in weights.items()})
+    return model

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.optim import AdamW, Schedule
-from vitkd.train.stacked.students import along
 
 
 class OptimSettings(NamedTuple):
@@ -94,7 +93,12 @@ class StackedSchedule:
         self.optimizer, self.all_settings, self.total_steps = optimizer, all_settings, total_steps
         self._taken = 0
         if not optimizer.alike:
-            self._table, self._column = self._rates_of_all_steps()
+            # [steps, distinct settings], and which of these each student has [S].
+            # On the device: a copy a step from the host would have to wait for it.
+            like, distinct = optimizer.rates, list({repr(each): each for each in all_settings}.values())
+            rates = [[each.rate(step, total_steps) for each in distinct] for step in range(total_steps + 1)]
+            self._table = torch.tensor(rates, dtype=torch.float64).to(like.dtype).to(like.device)
+            self._column = torch.tensor([distinct.index(each) for each in all_settings], device=like.device)
         self._set_rates()
 
     def step(self) -> None:
@@ -115,19 +119,6 @@ class StackedSchedule:
         self._taken = state["taken"]
         self._set_rates()
 
-    def _rates_of_all_steps(self) -> tuple[Tensor, Tensor]:
-        """The rates [steps, distinct all_settings], and which of these each student has [S].
-
-        On the device: a copy a step from the host would have to wait for it.
-        """
-        distinct = {repr(each): each for each in self.all_settings}
-        steps = range(self.total_steps + 1)
-        rates = [[each.rate(step, self.total_steps) for step in steps] for each in distinct.values()]
-        column = [list(distinct).index(repr(each)) for each in self.all_settings]
-        like = self.optimizer.rates
-        table = torch.tensor(rates, dtype=torch.float64).T.to(like.dtype)
-        return table.to(like.device), torch.tensor(column, device=like.device)
-
     def _set_rates(self) -> None:
         if self.optimizer.alike:
             (group,) = self.optimizer.param_groups
@@ -139,3 +130,14 @@ class StackedSchedule:
         else:
             now = self._table[min(self._taken, self.total_steps)]
             self.optimizer.rates.copy_(now[self._column])
+
+
+def per_student_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm [S] over all of each student's entries of `tensors`, each [S, …]."""
+    norms = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+
+
+def along(values: Tensor, like: Tensor) -> Tensor:
+    """[S] reshaped to [S, 1, …, 1], so that it broadcasts against `like` [S, …]."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
