@@ -27,8 +27,7 @@ from vitkd.config.schema import refuse_foreign_code
 from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
-from vitkd.process.isolation import isolated
-from vitkd.process.memory import freeze_gc, keep_freed_memory
+from vitkd.process.isolation import freeze_gc, isolated, keep_freed_memory
 from vitkd.process.signals import TERMINATED, exit_on_termination
 from vitkd.runs.files import NO_ROOM
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.data import ImageDataModule
-from vitkd.data.order import EpochOrder
+from vitkd.data.loader import EpochOrder
 from vitkd.errors import ConfigError
 from vitkd.explain.gallery.cells import (
     BOTH_RIGHT,
