@@ -120,19 +120,17 @@ class TfFlowers(ImageFolder):
         return root / FLOWERS.folder if self.root is None else super()._folder(root)
 
     def inspect(self, root: Path) -> int:
-        if self.root is None:
-            self._ensure(root)
-        return super().inspect(root)
-
-    def _ensure(self, root: Path) -> None:
-        """Download the data if it is absent; an incomplete folder is left for the user to remove."""
-        folder = self._folder(root)
+        if self.root is not None:
+            return super().inspect(root)
         try:
-            FLOWERS.install(root, self.download)
+            folder = FLOWERS.install(root, self.download)
+            # An incomplete folder is left for the user to remove.
             if (count := len(image_files(folder))) < FLOWERS.images:
                 raise DownloadError(f"{count:,} of {FLOWERS.images:,} images")
         except DownloadError as error:
-            raise unavailable_error(self.name, folder, f"{FLOWERS} in {root}", error) from error
+            place = root / FLOWERS.folder
+            raise unavailable_error(self.name, place, f"{FLOWERS} in {root}", error) from error
+        return super().inspect(root)
 
 
 def class_folders(folder: Path) -> list[Path]:

@@ -63,11 +63,8 @@ def check_grids(
     """ConfigError, advising `otherwise`, unless the paired blocks cut the image into as many patches."""
     students, teachers = student.attention_layouts(), teacher.attention_layouts()
     for pair in pairs:
-        check_equal_grids(
-            students[pair.student_block],
-            teachers[pair.teacher_block],
-            f"use equal patch sizes, or {otherwise}",
-        )
+        layouts = students[pair.student_block], teachers[pair.teacher_block]
+        check_equal_grids(*layouts, f"use equal patch sizes, or {otherwise}")
 
 
 def check_equal_grids(student: AttentionLayout, teacher: AttentionLayout, fix: str) -> None:
