@@ -21,8 +21,8 @@ from yaml import YAMLError
 from vitkd.cli.console import Job, print_jobs
 from vitkd.cli.jobs import Sweep, as_typed, is_multirun, overridden, recorded
 from vitkd.cli.messages import explain, explain_foreign
-from vitkd.config import CONF_DIR, LONGEST_NAME, Config
 from vitkd.config.roles import names_folder
+from vitkd.config.run import CONF_DIR, LONGEST_NAME, Config
 from vitkd.config.schema import refuse_foreign_code
 from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method

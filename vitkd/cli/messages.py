@@ -12,7 +12,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from vitkd.config import CONF_DIR
+from vitkd.config.run import CONF_DIR
 
 # Hydra finds these by itself once they are installed.
 PLUGINS = {

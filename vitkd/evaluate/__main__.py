@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vitkd.cli.command import run_command
 from vitkd.cli.console import Job, print_comparison, start_logging
-from vitkd.config import parse
+from vitkd.config.run import parse
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.evaluate.measure import measure_both

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import ImageDataModule
 from vitkd.methods.base import DataFacts
 from vitkd.models import Model

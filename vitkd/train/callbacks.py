@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import ImageDataModule, Loader
 from vitkd.runs.folder import RunFolder
 from vitkd.train.cuda_graph import GraphedStep

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig
 
 from vitkd.cli.command import ignored_settings, job_command, run_path, should_resume
-from vitkd.config import Config, parse
+from vitkd.config.run import Config, parse
 from vitkd.models import Model
 from vitkd.process.distributed import agree
 from vitkd.runs.folder import RunFolder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitkd.cli.console import percent
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
 from vitkd.evaluate.measure import evaluate, measure_both

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vitkd.config import Config, teacher_run
+from vitkd.config.run import Config, teacher_run
 from vitkd.models import Model
 from vitkd.process.distributed import agree
 from vitkd.runs.folder import RunFolder
