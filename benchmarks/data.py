@@ -24,10 +24,9 @@ from torchvision.transforms import v2
 from benchmarks import subject
 from benchmarks.harness import Bar, Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import Loader
-from vitkd.data.loader import Pixels
-from vitkd.data.order import EpochOrder
+from vitkd.data.loader import EpochOrder, Pixels
 from vitkd.train.cuda_graph import WARM_UP
 
 OURS = "vitkd, resident"

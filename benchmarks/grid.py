@@ -43,7 +43,7 @@ from benchmarks.evidence_table import read_config
 from benchmarks.harness import Row, Settings, row
 from benchmarks.harness import main as run
 from benchmarks.subject import TINY
-from vitkd.data.torchvision_sets import FOLDERS
+from vitkd.data.library_sets import FOLDERS
 from vitkd.models import ViTConfig
 from vitkd.runs.provenance import device_name
 

@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vitkd.process.memory import keep_freed_memory
+from vitkd.process.isolation import keep_freed_memory
 from vitkd.runs.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"

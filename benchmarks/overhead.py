@@ -32,7 +32,7 @@ from benchmarks import subject
 from benchmarks.harness import Bar, Row, Settings, in_turns, row, synchronize
 from benchmarks.harness import main as run
 from vitkd.cli.console import start_logging
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import Batch
 from vitkd.methods.base import DataFacts
 from vitkd.runs.folder import RunFolder

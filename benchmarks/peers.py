@@ -46,7 +46,7 @@ from benchmarks import subject
 from benchmarks.harness import Bar, Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
 from benchmarks.step import DRY
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity
 from vitkd.methods.maps.losses import KL, AttentionLoss

@@ -20,7 +20,7 @@ from benchmarks import subject
 from benchmarks.harness import Bar, Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
 from benchmarks.step import DRY, GRANULARITIES, LOSSES
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import Batch
 from vitkd.models import ViT
 from vitkd.train.callbacks import set_capturable

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import subject
 from benchmarks.harness import Bar, Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.methods.maps.losses import CE, KL, MSE, AttentionLoss

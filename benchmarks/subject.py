@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Settings
-from vitkd.config import CONF_DIR, Config, parse
+from vitkd.config.run import CONF_DIR, Config, parse
 from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Granularity
 from vitkd.methods.maps.losses import AttentionLoss

@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from vitkd.models import ViTConfig
-from vitkd.process.memory import freeze_gc
+from vitkd.process.isolation import freeze_gc
 
 GET_MODE = Hydra.get_mode
 

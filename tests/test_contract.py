@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitkd.config import CONF_DIR, Config, parse
+from vitkd.config.run import CONF_DIR, Config, parse
 from vitkd.data import Batch
 from vitkd.errors import RunError
 from vitkd.models import Model

@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_package_and_every_option(wheel):
 
 
 def test_the_commands_run_from_another_folder(installed, tmp_path):
-    where = python("-c", "import vitkd.config as c; print(c.CONF_DIR)", cwd=tmp_path, path=installed)
+    where = python("-c", "import vitkd.config.run as c; print(c.CONF_DIR)", cwd=tmp_path, path=installed)
     assert where.stdout.strip() == str(installed / "vitkd" / "conf")
 
     trained = python(str(installed / "bin" / "vitkd-train"), *TINY, cwd=tmp_path, path=installed)

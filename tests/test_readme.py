@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning import Trainer
 from omegaconf import OmegaConf
 
-from vitkd.config import CONF_DIR, parse
+from vitkd.config.run import CONF_DIR, parse
 from vitkd.report.__main__ import parser
 
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,7 @@
 """User-fixable errors; each message is one line."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 
@@ -20,18 +20,29 @@ class RunError(RuntimeError):
     """
 
 
-def check_choice(settings: object, name: str, choices: Collection[str]) -> None:
-    """ConfigError if the setting `name` is none of `choices`."""
-    if getattr(settings, name) not in choices:
-        known = " or ".join(choices) if len(choices) < 3 else f"one of {', '.join(choices)}"
-        raise ConfigError(f"{name}={getattr(settings, name)}: choose {known}")
+def check(settings: object, name: str, holds: bool, rule: str) -> None:
+    """ConfigError with the value of the setting `name` and its `rule`, unless that `holds`."""
+    if not holds:
+        raise ConfigError(f"{name}={getattr(settings, name)}: {rule}")
+
+
+def check_choice(settings: object, name: str, choices: Iterable[str | None]) -> None:
+    """ConfigError if the setting `name` is none of `choices`; None is null."""
+    allowed = [*choices]
+    *others, last = ("null" if choice is None else choice for choice in allowed)
+    check(settings, name, getattr(settings, name) in allowed, f"choose {', '.join(others)} or {last}")
 
 
 def check_positive(settings: object, *names: str) -> None:
     """ConfigError if one of the settings `names` is not a finite number above 0."""
     for name in names:
-        if not 0 < getattr(settings, name) < math.inf:
-            raise ConfigError(f"{name}={getattr(settings, name)}: must be a finite number above 0")
+        check(settings, name, 0 < getattr(settings, name) < math.inf, "must be a finite number above 0")
+
+
+def check_at_least(least: int, settings: object, *names: str) -> None:
+    """ConfigError if one of the settings `names` is below `least`."""
+    for name in names:
+        check(settings, name, getattr(settings, name) >= least, f"must be at least {least}")
 
 
 def one_line(error: Exception) -> str:

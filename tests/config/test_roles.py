@@ -8,7 +8,6 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from vitkd.config import CONF_DIR
 from vitkd.config.roles import (
     HYPERPARAMETERS,
     ROLES,
@@ -19,6 +18,7 @@ from vitkd.config.roles import (
     relevant,
     separates,
 )
+from vitkd.config.run import CONF_DIR
 
 CONFIG = {"paths": {"data": "data", "outputs": "outputs"}, "name": None, "alpha": 0.5, "loss": {"t": 1.0}}
 

@@ -15,8 +15,7 @@ import yaml
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
-from vitkd.config import CONF_DIR, Config, parse, teacher_run
-from vitkd.config.run import name_in_job
+from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation

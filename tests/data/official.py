@@ -15,8 +15,8 @@ import torchvision
 from PIL import Image
 
 import vitkd.data.folders
+from vitkd.data.library_sets import FOLDERS
 from vitkd.data.staging import Archive
-from vitkd.data.torchvision_sets import FOLDERS
 
 from .server import Server
 
@@ -67,7 +67,8 @@ def md5(content: bytes) -> str:
 
 
 def archive_of(content: bytes, url: str, images: int = 0) -> Archive:
-    return Archive(url, len(content), hashlib.sha256(content).hexdigest(), "flower_photos", images)
+    checksum, size = hashlib.sha256(content).hexdigest(), len(content)
+    return Archive((url,), "sha256", checksum, size=size, folder="flower_photos", images=images)
 
 
 def _offer_flowers(server: Server, patch: pytest.MonkeyPatch) -> Official:
@@ -78,7 +79,7 @@ def _offer_flowers(server: Server, patch: pytest.MonkeyPatch) -> Official:
     server.files = {"flower_photos.tgz": (content := tar_of(photos))}
     archive = archive_of(content, f"{server.url}flower_photos.tgz", images=100)
     patch.setattr(vitkd.data.folders, "FLOWERS", archive)
-    return Official([archive.url], [archive.sha256], "flower_photos", "")
+    return Official([*archive.urls], [archive.checksum], "flower_photos", "")
 
 
 def _offer_mnist(server: Server, source: str, patch: pytest.MonkeyPatch) -> Official:

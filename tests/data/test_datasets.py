@@ -10,8 +10,8 @@ import torch
 from omegaconf import OmegaConf
 
 from vitkd.data import Augment, Dataset, ImageDataModule
+from vitkd.data.library_sets import FOLDERS
 from vitkd.data.staging import has_files
-from vitkd.data.torchvision_sets import FOLDERS
 from vitkd.errors import ConfigError
 
 from .conftest import CONF, option_file
@@ -60,11 +60,11 @@ def test_option_file_fits_its_schema(option: str, make: Make) -> None:
         ({"val_fraction": 1.0}, "val_fraction=1.0"),
         ({"val_fraction": float("nan")}, "val_fraction=nan"),
         ({"split_seed": -1}, "split_seed=-1"),
-        ({"name": "../../esc"}, "name='../../esc' must be one folder name"),
-        ({"name": "a/b"}, "name='a/b'"),
-        ({"name": ""}, "name=''"),
-        ({"name": "."}, "name='.'"),
-        ({"name": ".."}, "name='..'"),
+        ({"name": "../../esc"}, "name=../../esc: must be one folder name"),
+        ({"name": "a/b"}, "name=a/b: must be one folder name"),
+        ({"name": ""}, "name=: must be one folder name"),
+        ({"name": "."}, r"name=\.: must be one folder name"),
+        ({"name": ".."}, r"name=\.\.: must be one folder name"),
         ({"mean": [0.5, 0.5]}, "one value a channel, 1 and not 2"),
         ({"std": [0.0]}, "above 0"),
         ({"augment": Augment(crop_padding=8)}, "crop_padding below image_size=8"),
@@ -105,9 +105,7 @@ def test_digits(make: Make, tmp_path: Path) -> None:
 
 
 def test_unknown_source(make: Make) -> None:
-    with pytest.raises(
-        ConfigError, match="source='SVHN' must be one of MNIST, FashionMNIST, CIFAR10, CIFAR100"
-    ):
+    with pytest.raises(ConfigError, match="source=SVHN: choose MNIST, FashionMNIST, CIFAR10 or CIFAR100"):
         make("mnist", source="SVHN")
 
 

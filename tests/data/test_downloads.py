@@ -364,12 +364,13 @@ spec = importlib.util.spec_from_file_location("staging", {str(staging.__file__)!
 sys.modules["staging"] = staging = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(staging)
 url, size, sha256, folder, root = sys.argv[1:]
-staging.Archive(url, int(size), sha256, folder, 0).install(Path(root))
+archive = staging.Archive((url,), "sha256", sha256, size=int(size), folder=folder, images=0)
+archive.install(Path(root))
 """
 
 
 def downloading(archive: staging.Archive, root: Path) -> subprocess.Popen[str]:
-    arguments = [archive.url, str(archive.size), archive.sha256, archive.folder, str(root)]
+    arguments = [archive.urls[0], str(archive.size), archive.checksum, archive.folder, str(root)]
     return subprocess.Popen(
         [sys.executable, "-u", "-c", ALONE, *arguments], stdout=subprocess.PIPE, text=True
     )

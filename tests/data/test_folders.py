@@ -56,7 +56,7 @@ def test_the_middle_is_kept(make: Make, photos: Path, size: tuple, box: tuple) -
 def test_grey_images(make: Make, photos: Path) -> None:
     dataset = make("image_folder", root=str(photos), image_size=12, channels=1, mean=[0.5], std=[0.25])
     assert dataset.load(photos)["train"].read_all().shape == (54, 1, 12, 12)
-    with pytest.raises(ConfigError, match=r"^mean=\[0.485, 0.456, 0.406\] must be one value a channel"):
+    with pytest.raises(ConfigError, match=r"^mean=\[0.485, 0.456, 0.406\]: must be one value a channel"):
         make("image_folder", root=str(photos), channels=1)
 
 
@@ -68,7 +68,7 @@ def test_reading_some_equals_reading_all(make: Make, photos: Path) -> None:
 @pytest.mark.parametrize("setting", [{"workers": -1}, {"resident_limit_gib": -0.5}])
 def test_bad_settings(setting: dict, make: Make) -> None:
     ((name, value),) = setting.items()
-    with pytest.raises(ConfigError, match=f"^{name}={value} must be 0 or more"):
+    with pytest.raises(ConfigError, match=f"^{name}={value}: must be at least 0"):
         make("image_folder", **setting)
 
 

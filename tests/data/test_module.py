@@ -325,5 +325,5 @@ def test_validated_on_the_test_images_all_others_train(make: Make, tmp_path: Pat
 
 
 def test_nothing_is_held_out_where_the_test_images_validate(make: Make) -> None:
-    with pytest.raises(ConfigError, match=r"val_fraction=0\.1 must be 0 with validate_on=test"):
+    with pytest.raises(ConfigError, match=r"val_fraction=0\.1: must be 0 with validate_on=test"):
         make("digits", validate_on="test")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitkd.data.order import EpochOrder
+from vitkd.data.loader import EpochOrder
 from vitkd.errors import ConfigError
 
 INDEX = torch.arange(0, 206, 2)  # 103 images with their own numbers

@@ -41,7 +41,7 @@ def test_good(server: Server, tmp_path: Path) -> None:
 
 
 def test_wrong_checksum(server: Server, tmp_path: Path) -> None:
-    archive = replace(publish(server, tar_of(MEMBERS)), sha256="0" * 64)
+    archive = replace(publish(server, tar_of(MEMBERS)), checksum="0" * 64)
     assert "not the official 0000" in refusal(archive, tmp_path / "data")
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vitkd.config import CONF_DIR, parse
+from vitkd.config.run import CONF_DIR, parse
 from vitkd.data import ImageDataModule
 from vitkd.explain.gallery.cells import BOTH_RIGHT, CELLS, STUDENT_WRONG
 from vitkd.explain.job import in_random_order

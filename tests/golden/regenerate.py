@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vitkd.cli.console import start_logging
-from vitkd.config import CONF_DIR, Config, parse
+from vitkd.config.run import CONF_DIR, Config, parse
 from vitkd.models import ViT
 from vitkd.runs.seeding import DROPOUT, WEIGHTS, seed_generators
 from vitkd.train.build import build_module, facts_of

@@ -12,7 +12,7 @@ import sys
 if sys.argv[1] == "off":
     gc.disable()
 import vitkd.train.__main__
-from vitkd.process.memory import freeze_gc
+from vitkd.process.isolation import freeze_gc
 
 assert gc.isenabled() == (sys.argv[1] == "on")
 # Importing as ever makes it look a thousand times.

@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import vitkd
-from vitkd.config import CONF_DIR, Config, parse, teacher_run
+from vitkd.config.run import CONF_DIR, Config, parse, teacher_run
 from vitkd.errors import ConfigError
 from vitkd.models import ResNetConfig, save_model
 from vitkd.runs.folder import RunFolder

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.test_contract import composed, module_of
-from vitkd.config import parse
+from vitkd.config.run import parse
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation

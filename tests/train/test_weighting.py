@@ -14,7 +14,7 @@ from tests.test_contract import (
     train,
     weights_of,
 )
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import Batch
 from vitkd.methods.weighting import WSLD, Confidence, GradientBalance, Linear, StudentCorrect
 from vitkd.train.job import load_data

@@ -21,14 +21,13 @@ from yaml import YAMLError
 from vitkd.cli.console import Job, print_jobs
 from vitkd.cli.jobs import Sweep, as_typed, is_multirun, overridden, recorded
 from vitkd.cli.messages import explain, explain_foreign
-from vitkd.config import CONF_DIR, LONGEST_NAME, Config
 from vitkd.config.roles import names_folder
+from vitkd.config.run import CONF_DIR, LONGEST_NAME, Config
 from vitkd.config.schema import refuse_foreign_code
 from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
-from vitkd.process.isolation import isolated
-from vitkd.process.memory import freeze_gc, keep_freed_memory
+from vitkd.process.isolation import freeze_gc, isolated, keep_freed_memory
 from vitkd.process.signals import TERMINATED, exit_on_termination
 from vitkd.runs.files import NO_ROOM
 

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from vitkd.config import CONF_DIR
+from vitkd.config.run import CONF_DIR
 
 # Hydra finds these by itself once they are installed.
 PLUGINS = {
@@ -25,7 +25,10 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
     """What is wrong and what would be right, on one line."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return _unparsable(str(error.override), str(error.message))
+        if "=" not in (override := str(error.override)):
+            return f"{override}: has no value; write KEY=VALUE"
+        problem = str(error.message).splitlines()[0]
+        return f"{override}: cannot be parsed ({problem}); write KEY=VALUE, odd values as 'KEY=\"VALUE\"'"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: is required; write {error.full_key}=VALUE"
     if missing := re.search(r"Could not (?:find|load) '((?:hydra/)?[^'/]+)/([^']+)'", text):
@@ -49,13 +52,6 @@ def explain_foreign(error: Exception) -> str | None:
     if "No trials are completed" in text:
         return "no trial of the search has succeeded; run one of its jobs by itself to see why"
     return None
-
-
-def _unparsable(override: str, message: str) -> str:
-    if "=" not in override:
-        return f"{override}: has no value; write KEY=VALUE"
-    problem = message.splitlines()[0]
-    return f"{override}: cannot be parsed ({problem}); write KEY=VALUE, odd values as 'KEY=\"VALUE\"'"
 
 
 def _no_such_option(group: str, option: str, text: str) -> str:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vitkd.config.schema import build, instantiate
 from vitkd.data import Dataset
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check, check_at_least, check_choice
 from vitkd.methods.base import Method
 from vitkd.methods.maps.granularity import Granularity
 from vitkd.methods.maps.losses import AttentionLoss
@@ -29,10 +29,12 @@ CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf")
 # File systems take 255 bytes a name; the rest is for suffixes.
 LONGEST_NAME = 160
 
-GROUPS = (
-    *("dataset", "student", "teacher", "method", "weighting", "granularity", "loss"),
-    *("optimizer", "schedule", "trainer"),
-)
+BASES: dict[str, type] = {
+    **{"student": ModelConfig, "method": Method, "weighting": Weighting, "granularity": Granularity},
+    **{"loss": AttentionLoss, "optimizer": AdamW, "schedule": Schedule},
+}
+"""group → what its options are, where the group's node describes nothing else"""
+GROUPS = ("dataset", "teacher", "trainer", *BASES)
 
 
 @dataclass
@@ -80,21 +82,18 @@ class TeacherSource:
     """Arguments of Lightning's Trainer for the teacher's own run, but for `max_epochs` and MACHINE."""
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        check_seed(self)
+        check_at_least(1, self, "max_epochs")
         for name in self.trainer:
             if name == "max_epochs":
                 raise ConfigError("trainer.max_epochs: leave it out; teacher.max_epochs is that setting")
             if name in MACHINE:
                 raise ConfigError(f"trainer.{name}: leave it out; trainer.{name} is the teacher's as well")
-        if self.max_epochs < 1:
-            raise ConfigError(f"max_epochs={self.max_epochs}: must be at least 1")
         if not self.trained and self.checkpoint is not None:
             raise ConfigError(f"trained=false: {self.checkpoint} is trained; set one of the two")
         self.cache = unquoted(self.cache)
-        if self.cache not in ("auto", "off"):
-            raise ConfigError(f"cache={self.cache}: choose auto or off")
-        if not 0 < self.cache_gib < math.inf:
-            raise ConfigError(f"cache_gib={self.cache_gib}: must be above 0; cache=off keeps nothing")
+        check_choice(self, "cache", ("auto", "off"))
+        check(self, "cache_gib", 0 < self.cache_gib < math.inf, "must be above 0; cache=off keeps nothing")
 
 
 @dataclass
@@ -146,35 +145,24 @@ class Root:
     paths: Paths
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(
-                f"alpha={self.alpha}: must lie in [0, 1]; it weighs the class loss "
-                "(1 is labels alone, 0 the teacher alone)"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"label_smoothing={self.label_smoothing}: must lie in [0, 1)")
-        check_seed(self.seed)
-        if self.log_every_n_steps < 1:
-            raise ConfigError(f"log_every_n_steps={self.log_every_n_steps}: must be at least 1")
-        if self.pictures_every_n_epochs < 0:
-            raise ConfigError(
-                f"pictures_every_n_epochs={self.pictures_every_n_epochs}: must be 0 (never) or more"
-            )
-        if not self.checkpoint_minutes >= 0:
-            raise ConfigError(f"checkpoint_minutes={self.checkpoint_minutes}: must be 0 (every step) or more")
+        meaning = "it weighs the class loss (1 is labels alone, 0 the teacher alone)"
+        check(self, "alpha", 0 <= self.alpha <= 1, f"must lie in [0, 1]; {meaning}")
+        check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
+        check_seed(self)
+        check_at_least(1, self, "log_every_n_steps")
+        check(self, "pictures_every_n_epochs", self.pictures_every_n_epochs >= 0, "must be 0 (never) or more")
+        check(self, "checkpoint_minutes", self.checkpoint_minutes >= 0, "must be 0 (every step) or more")
         self.cuda_graph = unquoted(self.cuda_graph)
-        if self.cuda_graph not in ("auto", "off"):
-            raise ConfigError(f"cuda_graph={self.cuda_graph}: choose auto or off")
-        if self.resume not in (None, "auto"):
-            raise ConfigError(f"resume={self.resume}: choose auto or null")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"ema_decay={self.ema_decay}: must lie between 0 and 1, or be null")
-        if self.matmul_precision not in ("highest", "high", "medium"):
-            raise ConfigError(f"matmul_precision={self.matmul_precision}: choose highest, high or medium")
-        if self.name is not None and (Path(self.name).name != self.name or self.name in ("", ".", "..")):
-            raise ConfigError(f"name={self.name}: must be one folder name, without slashes")
-        if self.name is not None and len(self.name.encode()) > LONGEST_NAME:
-            raise ConfigError(f"name={self.name}: must be at most {LONGEST_NAME} bytes long")
+        check_choice(self, "cuda_graph", ("auto", "off"))
+        check_choice(self, "resume", ("auto", None))
+        is_share = self.ema_decay is None or 0 < self.ema_decay < 1
+        check(self, "ema_decay", is_share, "must lie between 0 and 1, or be null")
+        check_choice(self, "matmul_precision", ("highest", "high", "medium"))
+        if self.name is not None:
+            is_one_folder = Path(self.name).name == self.name and self.name not in ("", "..")
+            check(self, "name", is_one_folder, "must be one folder name, without slashes")
+            is_short = len(self.name.encode()) <= LONGEST_NAME
+            check(self, "name", is_short, f"must be at most {LONGEST_NAME} bytes long")
 
 
 @dataclass
@@ -212,25 +200,13 @@ def parse(composed: DictConfig) -> Config:
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     make_paths_absolute(plain)
     root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
-    student = build("student", plain["student"], ModelConfig)
-    method = build("method", plain["method"], Method)
-    check_batch_size(dataset.batch_size, student, method)
+    built = {group: build(group, plain[group], base) for group, base in BASES.items()}
     if not dataset.validates:
         plain["trainer"]["limit_val_batches"] = 0
-    return Config(
-        **{f.name: getattr(root, f.name) for f in fields(Root)},
-        dataset=dataset,
-        student=student,
-        teacher=_teacher(plain["teacher"]),
-        method=method,
-        weighting=build("weighting", plain["weighting"], Weighting),
-        granularity=build("granularity", plain["granularity"], Granularity),
-        loss=build("loss", plain["loss"], AttentionLoss),
-        optimizer=build("optimizer", plain["optimizer"], AdamW),
-        schedule=build("schedule", plain["schedule"], Schedule),
-        trainer=plain["trainer"],
-        resolved=plain,
-    )
+    teacher, trainer = _teacher(plain["teacher"]), plain["trainer"]
+    config = Config(**vars(root), **built, dataset=dataset, teacher=teacher, trainer=trainer, resolved=plain)
+    check_batch_size(dataset.batch_size, config.student, config.method)
+    return config
 
 
 def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> None:
@@ -285,18 +261,16 @@ def unquoted(choice: str) -> str:
     return "off" if choice == "False" else choice
 
 
-def check_seed(seed: int) -> None:
-    """ConfigError unless PyTorch takes `seed`."""
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed={seed}: must be a whole number from 0 to {2**32 - 1}")
+def check_seed(settings: Root | TeacherSource) -> None:
+    """ConfigError unless PyTorch takes the seed."""
+    check(settings, "seed", 0 <= settings.seed < 2**32, f"must be a whole number from 0 to {2**32 - 1}")
 
 
 def _teacher(node: dict[str, Any]) -> Teacher:
     """The teacher of the group's node, whose settings are the model's and the teacher's own."""
-    own_keys = [f.name for f in fields(TeacherSource) if f.name in node]
-    own = instantiate("teacher", TeacherSource, {key: node[key] for key in own_keys})
+    own = {f.name: node[f.name] for f in fields(TeacherSource) if f.name in node}
     return Teacher(
-        **vars(own),
+        **vars(instantiate("teacher", TeacherSource, own)),
         model=build("teacher", {k: v for k, v in node.items() if k not in TEACHER_KEYS}, ModelConfig),
         optimizer=build("teacher.optimizer", node.get("optimizer", {}), AdamW),
         schedule=build("teacher.schedule", node.get("schedule", {}), Schedule),

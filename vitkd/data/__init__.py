@@ -4,22 +4,12 @@ A `Dataset` describes a data set and loads its splits; an `ImageDataModule` make
 view depends on (seed, epoch, index) alone: see `hashing`.
 """
 
-from vitkd.data.augment import Augment
-from vitkd.data.digits import Digits
-from vitkd.data.folders import ImageFolder, TfFlowers
-from vitkd.data.loader import Batch, Loader
-from vitkd.data.module import ImageDataModule
-from vitkd.data.spec import Dataset
-from vitkd.data.torchvision_sets import Torchvision
-
-__all__ = [
-    "Augment",
-    "Batch",
-    "Dataset",
-    "Digits",
-    "ImageDataModule",
-    "ImageFolder",
-    "Loader",
-    "TfFlowers",
-    "Torchvision",
-]
+from vitkd.data.augment import Augment as Augment
+from vitkd.data.folders import ImageFolder as ImageFolder
+from vitkd.data.folders import TfFlowers as TfFlowers
+from vitkd.data.library_sets import Digits as Digits
+from vitkd.data.library_sets import Torchvision as Torchvision
+from vitkd.data.loader import Batch as Batch
+from vitkd.data.loader import Loader as Loader
+from vitkd.data.module import ImageDataModule as ImageDataModule
+from vitkd.data.spec import Dataset as Dataset

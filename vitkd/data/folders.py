@@ -9,14 +9,15 @@ import torch
 
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, hold_out
-from vitkd.data.staging import Archive, DownloadError, has_files, unavailable_error
-from vitkd.errors import ConfigError
+from vitkd.data.staging import Archive, DownloadError, unavailable_error
+from vitkd.errors import ConfigError, check_at_least
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FLOWERS = Archive(
-    url="https://download.tensorflow.org/example_images/flower_photos.tgz",
+    urls=("https://download.tensorflow.org/example_images/flower_photos.tgz",),
+    algorithm="sha256",
+    checksum="4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c",
     size=228_813_984,
-    sha256="4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c",
     folder="flower_photos",
     images=3_670,
 )
@@ -42,8 +43,7 @@ class ImageFolder(Dataset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for setting in ("resident_limit_gib", "workers"):
-            self._require(setting, getattr(self, setting) >= 0, "0 or more")
+        check_at_least(0, self, "resident_limit_gib", "workers")
 
     def inspect(self, root: Path) -> int:
         folder = self._folder(root)
@@ -120,22 +120,17 @@ class TfFlowers(ImageFolder):
         return root / FLOWERS.folder if self.root is None else super()._folder(root)
 
     def inspect(self, root: Path) -> int:
-        if self.root is None:
-            self._ensure(root)
-        return super().inspect(root)
-
-    def _ensure(self, root: Path) -> None:
-        """Download the data if it is absent; an incomplete folder is left for the user to remove."""
-        folder = self._folder(root)
+        if self.root is not None:
+            return super().inspect(root)
         try:
-            if not has_files(folder):
-                if not self.download:
-                    raise DownloadError("dataset.download=false")
-                FLOWERS.install(root)
+            folder = FLOWERS.install(root, self.download)
+            # An incomplete folder is left for the user to remove.
             if (count := len(image_files(folder))) < FLOWERS.images:
                 raise DownloadError(f"{count:,} of {FLOWERS.images:,} images")
         except DownloadError as error:
-            raise unavailable_error(self.name, folder, f"{FLOWERS} in {root}", error) from error
+            place = root / FLOWERS.folder
+            raise unavailable_error(self.name, place, f"{FLOWERS} in {root}", error) from error
+        return super().inspect(root)
 
 
 def class_folders(folder: Path) -> list[Path]:

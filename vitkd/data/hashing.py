@@ -18,15 +18,12 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def _mix(bits: Tensor) -> Tensor:
+def fold(key: Tensor, part: Tensor) -> Tensor:
+    """A new int64 key: output number `part` of splitmix64 from the state `key`. The two broadcast."""
+    bits = key + (part + 1) * _GOLDEN
     bits = (bits ^ _shift_right(bits, 30)) * _MULTIPLIER_1
     bits = (bits ^ _shift_right(bits, 27)) * _MULTIPLIER_2
     return bits ^ _shift_right(bits, 31)
-
-
-def fold(key: Tensor, part: Tensor) -> Tensor:
-    """A new int64 key: output number `part` of splitmix64 from the state `key`. The two broadcast."""
-    return _mix(key + (part + 1) * _GOLDEN)
 
 
 def key_of(*parts: int, device: torch.device | str = "cpu") -> Tensor:

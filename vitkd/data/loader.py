@@ -1,20 +1,22 @@
-"""Batches on the device, from pixels stored there or from files decoded by workers."""
+"""Which images make up a batch, and batches on the device: from pixels stored there or decoded by workers."""
 
 import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from vitkd.data.augment import Augment, normalise
-from vitkd.data.hashing import key_of
-from vitkd.data.order import VIEW, EpochOrder
+from vitkd.data.hashing import fold, key_of
 from vitkd.data.split import FileSplit
 from vitkd.errors import ConfigError
+
+# Order and views depend on the same (seed, epoch); these give them different keys.
+ORDER, VIEW = 0, 1
 
 
 class Batch(NamedTuple):
@@ -92,7 +94,7 @@ class DecodedPixels:
         return DataLoader(
             _BatchReader(self.split),
             batch_sampler=self._indices,
-            collate_fn=_identity,
+            collate_fn=default_convert,
             num_workers=self.split.workers,
             multiprocessing_context=context if self.split.workers else None,
             worker_init_fn=_exit_with_parent,
@@ -115,10 +117,6 @@ class _BatchReader(torch.utils.data.Dataset[Tensor]):
             return error
 
 
-def _identity(pixels: Any) -> Any:
-    return pixels
-
-
 def _exit_with_parent(worker: int) -> None:
     """Exit when the training process ends; PyTorch's own check watches the fork server instead."""
     parent = multiprocessing.parent_process()
@@ -129,6 +127,69 @@ def _exit_with_parent(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class EpochOrder:
+    """The batches of one process, as image indices; Lightning finds it as `loader.sampler`.
+
+    With `shuffle` (training), a global batch (`batch_size` × `world_size` images) is a slice of the epoch's
+    permutation, which depends on (seed, epoch) alone, and each process takes its part of it: two processes
+    together see exactly what one process with twice the batch size sees. An incomplete last batch is
+    dropped, so that all batches have one shape, unless it is the only one. Without `shuffle` (evaluation),
+    every image appears once over all processes, and batch sizes differ by at most one.
+
+    Args:
+        index: [N] int64, the image indices, on the device where the order is computed.
+        batch_size: images a batch, in this process.
+        seed: of the permutation.
+        shuffle: whether to permute the images in each epoch.
+        rank, world_size: this process's number, and the number of processes.
+
+    Raises:
+        ConfigError: fewer images than processes.
+    """
+
+    def __init__(
+        self,
+        index: Tensor,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(index) < world_size:
+            raise ConfigError(
+                f"a split of {len(index)} images cannot serve {world_size} process(es); add images or use"
+                " fewer devices"
+            )
+        self.index, self.batch_size, self.seed, self.shuffle = index, batch_size, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        global_batch = self.batch_size * self.world_size
+        full, rest = divmod(len(self.index), global_batch)
+        return max(full, 1) if self.shuffle else full + bool(rest)
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """This process's batches of the current epoch, each [B] int64."""
+        index = self.epoch_index()
+        kept = len(self) * self.world_size * self.batch_size
+        index = index[:kept] if self.shuffle else index
+        return index.tensor_split(len(self) * self.world_size)[self.rank :: self.world_size]
+
+    def epoch_index(self) -> Tensor:
+        """All image indices in the order of the current epoch, over all processes: [N] int64."""
+        if not self.shuffle:
+            return self.index
+        key = key_of(self.seed, self.epoch, ORDER, device=self.index.device)
+        return self.index[fold(key, self.index).argsort(stable=True)]
 
 
 class Loader:
@@ -169,7 +230,9 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         # A generator, so this runs at the first batch: Lightning makes the iterator of the first epoch, and
         # of a resumed one, before it sets the epoch.
-        epoch, start = self.sampler.epoch, self._pop_start()
+        epoch = self.sampler.epoch
+        start = self._resume["position"] if self._resume["epoch"] == epoch else 0
+        self._resume = {"epoch": -1, "position": 0}
         indices = self.sampler.batches()[start:]
         key = self._key(epoch)
         for position, (index, pixels) in enumerate(
@@ -190,10 +253,6 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume after the batches counted in `state`; other epochs than its own start at the first batch."""
         self._position, self._resume = dict(state), dict(state)
-
-    def _pop_start(self) -> int:
-        resume, self._resume = self._resume, {"epoch": -1, "position": 0}
-        return resume["position"] if resume["epoch"] == self.sampler.epoch else 0
 
     def _key(self, epoch: int) -> Tensor:
         return key_of(self.sampler.seed, epoch, VIEW, device=self.labels.device)

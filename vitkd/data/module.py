@@ -8,8 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from vitkd.data.loader import Batch, DecodedPixels, Loader, Pixels
-from vitkd.data.order import EpochOrder
+from vitkd.data.loader import Batch, DecodedPixels, EpochOrder, Loader, Pixels
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, Split, hold_out
 from vitkd.errors import ConfigError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitkd.data.augment import Augment
 from vitkd.data.split import FileSplit, Split
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check, check_at_least, check_choice
 
 
 @dataclass(kw_only=True)
@@ -52,26 +52,23 @@ class Dataset(ABC):
 
     def __post_init__(self) -> None:
         is_folder_name = Path(self.name).name == self.name and self.name not in ("", "..")
-        self._require("name", is_folder_name, "one folder name, without slashes")
-        self._require("num_classes", self.num_classes is None or self.num_classes >= 2, "2 or more")
-        self._require("channels", self.channels in (1, 3), "1 (greyscale) or 3 (RGB)")
-        for setting in ("image_size", "patch_size", "batch_size", "eval_batch_size", "max_epochs"):
-            self._require(setting, getattr(self, setting) >= 1, "1 or more")
-        self._require("split_seed", self.split_seed >= 0, "0 or more")
-        self._require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1); 0 trains on every image")
-        self._require("validate_on", self.validate_on in ("held_out", "test"), "held_out or test")
-        unused = self.validate_on == "test" and self.val_fraction > 0
-        self._require("val_fraction", not unused, "0 with validate_on=test, which holds nothing out")
+        check(self, "name", is_folder_name, "must be one folder name, without slashes")
+        check(self, "num_classes", self.num_classes is None or self.num_classes >= 2, "must be 2 or more")
+        check(self, "channels", self.channels in (1, 3), "must be 1 (greyscale) or 3 (RGB)")
+        check_at_least(1, self, "image_size", "patch_size", "batch_size", "eval_batch_size", "max_epochs")
+        check_at_least(0, self, "split_seed")
+        check(self, "val_fraction", 0 <= self.val_fraction < 1, "must be in [0, 1); 0 trains on every image")
+        check_choice(self, "validate_on", ("held_out", "test"))
+        if self.validate_on == "test":
+            rule = "must be 0 with validate_on=test, which holds nothing out"
+            check(self, "val_fraction", self.val_fraction == 0, rule)
         for setting in ("mean", "std"):
             values = len(getattr(self, setting))
-            self._require(
-                setting, values == self.channels, f"one value a channel, {self.channels} and not {values}"
-            )
-        self._require("std", all(value > 0 for value in self.std), "above 0 in every channel")
-        padding = self.augment.crop_padding
-        self._require(
-            "augment", padding < self.image_size, f"a crop_padding below image_size={self.image_size}"
-        )
+            rule = f"must be one value a channel, {self.channels} and not {values}"
+            check(self, setting, values == self.channels, rule)
+        check(self, "std", all(value > 0 for value in self.std), "must be above 0 in every channel")
+        fits = self.augment.crop_padding < self.image_size
+        check(self, "augment", fits, f"must have a crop_padding below image_size={self.image_size}")
 
     @property
     def validates(self) -> bool:
@@ -102,10 +99,6 @@ class Dataset(ABC):
         Raises ConfigError as `inspect` does.
         """
         return None
-
-    def _require(self, setting: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ConfigError(f"{setting}={getattr(self, setting)!r} must be {allowed}")
 
     def _checked(self, split: Split) -> Split:
         """The split, after comparing its image shape and number of classes with the settings."""

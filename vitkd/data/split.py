@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vitkd.data.hashing import fold, key_of
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, one_line
 
 _DECODING_THREADS = 8
 
@@ -31,13 +31,11 @@ class Split:
     class_names: list[str]
     images: Tensor
 
+    resident = True
+    """Whether all pixels are kept in memory."""
+
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def resident(self) -> bool:
-        """Whether all pixels are kept in memory: always."""
-        return True
 
     def read_all(self) -> Tensor:
         """[N, C, H, W] uint8."""
@@ -115,10 +113,8 @@ class FileSplit:
                 upright = ImageOps.exif_transpose(image).convert(mode)
                 fitted = ImageOps.fit(upright, size, Image.Resampling.BILINEAR)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"{file} cannot be read as an image ({reason}); replace or remove the file"
-            ) from error
+            reason = f"cannot be read as an image ({one_line(error)})"
+            raise ConfigError(f"{file} {reason}; replace or remove the file") from error
         return torch.from_numpy(np.array(fitted).reshape(*size, self.channels)).permute(2, 0, 1)
 
 

@@ -1,7 +1,6 @@
 """Downloads that are installed complete or not at all, and only once when several processes need them."""
 
 import contextlib
-import gzip
 import hashlib
 import logging
 import shutil
@@ -52,16 +51,21 @@ def unavailable_error(name: str, target: Path, files: str, reason: object) -> Co
     )
 
 
-def install(target: Path, fetch: Callable[[Path], Path]) -> None:
+def install(target: Path, fetch: Callable[[Path], Path], download: bool = True) -> None:
     """Fill the folder `target`, unless it has files already.
 
     Args:
         target: the folder; other processes that need it wait for the first one.
         fetch: fills the empty staging folder it is given, and returns the folder to rename to `target`.
+        download: the setting `dataset.download`, whether it may be filled.
 
     Raises:
         DownloadError: nothing was installed, and nothing is left behind.
     """
+    if has_files(target):
+        return
+    if not download:
+        raise DownloadError("dataset.download=false")
     try:
         with staging_folder(target) as stage:
             if not has_files(target):
@@ -171,38 +175,31 @@ class RemoteFile:
             )
 
 
-@dataclass(frozen=True)
-class Archive:
-    """A tar file on the web with one folder of images."""
+@dataclass(frozen=True, kw_only=True)
+class Archive(RemoteFile):
+    """A tar file on the web with one folder of images.
 
-    url: str
+    Args:
+        folder: at its top.
+        images: how many images that folder has.
+    """
+
     size: int
-    """in bytes"""
-    sha256: str
     folder: str
-    """at its top"""
     images: int
-    """how many images that folder has"""
 
-    def __str__(self) -> str:
-        return str(self._file)
-
-    @property
-    def _file(self) -> RemoteFile:
-        return RemoteFile((self.url,), "sha256", self.sha256, self.size)
-
-    def install(self, root: Path) -> Path:
+    def install(self, root: Path, download: bool = True) -> Path:
         """Download, check and unpack to `root/folder`, which is returned.
 
         Raises:
             DownloadError: nothing was installed, and nothing is left behind.
         """
-        install(root / self.folder, self._fetch)
+        install(root / self.folder, self._fetch, download)
         return root / self.folder
 
     def _fetch(self, stage: Path) -> Path:
-        log.info("downloading %s (%.0f MB)", self.url, self.size / 1e6)
-        self._file.download(stage / "archive")
+        log.info("downloading %s (%.0f MB)", self.urls[0], self.size / 1e6)
+        self.download(stage / "archive")
         unpack_tar(stage / "archive", stage / "unpacked")
         return stage / "unpacked" / self.folder
 
@@ -242,13 +239,3 @@ def _checked_path(member: tarfile.TarInfo) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts:
         raise DownloadError(f"its member {member.name!r} would lie outside its folder; refused")
     return path
-
-
-def unpack_gzip(archive: Path, file: Path) -> None:
-    """Decompress one gzip file to `file`, whatever name its header has.
-
-    Raises:
-        OSError, EOFError, zlib.error: the archive is damaged, or the disk is full.
-    """
-    with gzip.open(archive) as content, file.open("wb") as out:
-        shutil.copyfileobj(content, out, _CHUNK_BYTES)

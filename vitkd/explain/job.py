@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
 from vitkd.data import ImageDataModule, Loader
-from vitkd.data.order import EpochOrder
+from vitkd.data.loader import EpochOrder
 from vitkd.errors import ConfigError, suggest
 from vitkd.explain.gallery.cells import BOTH_RIGHT, IN_WORDS, Indices, cells, choose, over_represented
 from vitkd.explain.gallery.explanation import Explanation, OfMethods

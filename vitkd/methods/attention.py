@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, check_choice
 from vitkd.methods.base import DataFacts, MapSettings, Method
 from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, align
 from vitkd.methods.maps.granularity import BlockPair
@@ -28,10 +28,8 @@ class AttentionDistillation(Method):
     """What is taught instead of the teacher's maps, to see whether these are what helps; see `CONTROLS`."""
 
     def __post_init__(self) -> None:
-        if self.control is not None and self.control not in CONTROLS:
-            raise ConfigError(f"control={self.control}: choose {', '.join(CONTROLS)} or null")
-        if self.resize not in (None, "bilinear"):
-            raise ConfigError(f"resize={self.resize}: choose bilinear or null")
+        check_choice(self, "control", (*CONTROLS, None))
+        check_choice(self, "resize", ("bilinear", None))
 
     @property
     def min_batch_size(self) -> int:
@@ -65,11 +63,8 @@ def check_grids(
     """ConfigError, advising `otherwise`, unless the paired blocks cut the image into as many patches."""
     students, teachers = student.attention_layouts(), teacher.attention_layouts()
     for pair in pairs:
-        check_equal_grids(
-            students[pair.student_block],
-            teachers[pair.teacher_block],
-            f"use equal patch sizes, or {otherwise}",
-        )
+        layouts = students[pair.student_block], teachers[pair.teacher_block]
+        check_equal_grids(*layouts, f"use equal patch sizes, or {otherwise}")
 
 
 def check_equal_grids(student: AttentionLayout, teacher: AttentionLayout, fix: str) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.errors import ConfigError, check_choice
+from vitkd.errors import ConfigError, check, check_choice
 from vitkd.methods.attention import check_equal_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.maps.alignment import align, without_tokens
@@ -119,8 +119,8 @@ class RelationDistillation(Method):
 
     def __post_init__(self) -> None:
         check_choice(self, "relations", RELATIONS)
-        if self.relation_heads is not None and self.relation_heads < 1:
-            raise ConfigError(f"relation_heads={self.relation_heads}: must be at least 1, or null")
+        is_count = self.relation_heads is None or self.relation_heads >= 1
+        check(self, "relation_heads", is_count, "must be at least 1, or null")
 
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         check_maps(student, teacher, "method=logit, without maps")

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from vitkd.data import Batch
-from vitkd.errors import ConfigError, check_choice, check_positive
+from vitkd.errors import ConfigError, check, check_choice, check_positive
 from vitkd.methods.attention import attention_objective, check_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.logit import softened_divergence
@@ -96,8 +96,8 @@ class TokenDistillation(Method):
     def __post_init__(self) -> None:
         check_choice(self, "targets", ("hard", "soft"))
         check_positive(self, "temperature")
-        if not 0 <= self.attention_weight < math.inf:
-            raise ConfigError(f"attention_weight={self.attention_weight}: must be a finite number, 0 or more")
+        is_finite = 0 <= self.attention_weight < math.inf
+        check(self, "attention_weight", is_finite, "must be a finite number, 0 or more")
 
     @property
     def ignores(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitkd.errors import ConfigError, check_positive
+from vitkd.errors import check, check_positive
 from vitkd.models.output import at_least_float32
 
 
@@ -63,22 +63,20 @@ class Constant(Weighting):
 
 
 @dataclass
-class EpochWeighting(Weighting):
-    """The class weight is alpha + (end − alpha)·progress, where progress goes from 0 to 1."""
+class Linear(Weighting):
+    """`weighting=linear`: the class weight moves from alpha to `end` in equal steps."""
 
     end: float = 1.0
     """the class weight of the last epoch; 1 ends with the labels alone"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.end <= 1:
-            raise ConfigError(f"end={self.end}: must lie in [0, 1]; it is the last epoch's class weight")
+        check(self, "end", 0 <= self.end <= 1, "must lie in [0, 1]; it is the last epoch's class weight")
 
     def distils(self, alpha: float) -> bool:
         return min(alpha, self.end) < 1
 
     def class_weight(self, alpha: float, epoch: int, epochs: int) -> float:
-        share = epoch / (epochs - 1) if epochs > 1 else 0.0
-        progress = self.progress(share)
+        progress = self.progress(epoch / (epochs - 1) if epochs > 1 else 0.0)
         # Exact at both ends: at a class weight of 1 the transfer loss is not computed.
         return {0.0: alpha, 1.0: self.end}.get(progress, alpha + (self.end - alpha) * progress)
 
@@ -87,11 +85,7 @@ class EpochWeighting(Weighting):
         return share
 
 
-class Linear(EpochWeighting):
-    """`weighting=linear`: the class weight moves in equal steps."""
-
-
-class Cosine(EpochWeighting):
+class Cosine(Linear):
     """`weighting=cosine`: the class weight moves by half a cosine, slowly at both ends."""
 
     def progress(self, share: float) -> float:
@@ -99,7 +93,7 @@ class Cosine(EpochWeighting):
 
 
 @dataclass
-class Step(EpochWeighting):
+class Step(Linear):
     """`weighting=step`: the class weight changes from alpha to `end` at once."""
 
     at: float = 0.5
@@ -107,8 +101,7 @@ class Step(EpochWeighting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.at < 1:
-            raise ConfigError(f"at={self.at}: must lie between 0 and 1; it is a share of all epochs")
+        check(self, "at", 0 < self.at < 1, "must lie between 0 and 1; it is a share of all epochs")
 
     def class_weight(self, alpha: float, epoch: int, epochs: int) -> float:
         # The first epoch is always of the first stage.
@@ -149,8 +142,7 @@ class StudentCorrect(Weighting):
     """the weight of an image that the student has wrong; 1 for all others"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.factor < math.inf:
-            raise ConfigError(f"factor={self.factor}: must be a finite number, 0 or more")
+        check(self, "factor", 0 <= self.factor < math.inf, "must be a finite number, 0 or more")
 
     def image_weight(self, label: Tensor, student: Tensor, teacher: Tensor | None) -> Tensor:
         weight = torch.full_like(student[..., 0], self.factor)

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from vitkd.errors import ConfigError
+from vitkd.errors import check_at_least
 from vitkd.models.output import LOGITS, AttentionLayout, Output, Taps
 
 
@@ -36,13 +36,7 @@ class ModelConfig(ABC):
     MIN_BATCH_SIZE: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        self.check_at_least_one("image_size", "channels", "num_classes")
-
-    def check_at_least_one(self, *names: str) -> None:
-        """ConfigError if one of the settings `names` is below 1."""
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_at_least(1, self, "image_size", "channels", "num_classes")
 
     def __repr__(self) -> str:
         """The settings as code; keyword-only ones, variants of an architecture, only if they are not default.

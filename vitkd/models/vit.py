@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
-from vitkd.errors import ConfigError, check_choice
+from vitkd.errors import ConfigError, check, check_at_least, check_choice
 from vitkd.models.base import Model, ModelConfig, Trace
 from vitkd.models.dropout import Dropout
 from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
@@ -55,12 +55,11 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least_one("patch_size", "embed_dim", "depth", "num_heads", "head_dim", "mlp_dim")
+        check_at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads", "head_dim", "mlp_dim")
         check_choice(self, "tokenizer", TOKENIZERS)
         check_choice(self, "attention", ATTENTIONS)
         for name in ("dropout", "emb_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must lie in [0, 1)")
+            check(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
         if self.image_size % self.patch_size:
             divisors = [d for d in range(1, self.image_size + 1) if self.image_size % d == 0]
             raise ConfigError(

@@ -6,6 +6,7 @@ The header is one JSON text: several keys of metadata would be written in anothe
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ def load_model(path: Path | str) -> Model:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be read as a safetensors file ({error})") from error
-    header = read_header(metadata)
+    header: Any = {}
+    with suppress(ValueError):
+        header = json.loads(metadata.get(HEADER, ""))
     model = build_from_header(header, path)
     try:
         model.load_state_dict(weights, assign=True)
@@ -62,15 +65,6 @@ def load_model(path: Path | str) -> Model:
     if header.get("digest", expected := digest(model)) != expected:
         raise ConfigError(f"{path}: is damaged, its weights are not those that were written")
     return model.float().eval()
-
-
-def read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `save_model` wrote of a model; empty for any other file."""
-    try:
-        header = json.loads(metadata.get(HEADER, ""))
-    except ValueError:
-        return {}
-    return header if isinstance(header, dict) else {}
 
 
 def build_from_header(header: Mapping[str, Any], path: Path) -> Model:

@@ -1,18 +1,25 @@
-"""Several jobs in one process: each starts from the state in which the process itself started."""
+"""The process's memory, and jobs in it: each starts from the state in which the process itself started."""
 
+import atexit
+import ctypes
 import gc
 import os
 import random
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from vitkd.process.signals import in_main_thread
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 @contextmanager
@@ -58,6 +65,32 @@ def set_matmul_precision(precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
     # By default cuDNN rounds to TF32 whatever is set for products.
     torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
+def keep_freed_memory() -> None:
+    """Let freed memory stay with the process, for the next step needs as much again.
+
+    glibc returns tensors of some megabytes to the system and requests them again, page by zeroed page, at
+    every step. Elsewhere this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        # Before 2.35 glibc takes no more than 32 MiB.
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):
+            mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 2**26)
+
+
+@cache
+def freeze_gc() -> None:
+    """Exempt what exists at the first call from garbage collection, which takes 0.2 s less each time.
+
+    For programs: objects that a library's caller has made before would stay until the process ends.
+    """
+    gc.freeze()
+    # Extension modules complain at exit about objects that were not collected.
+    atexit.register(gc.unfreeze)
 
 
 def free_memory() -> None:

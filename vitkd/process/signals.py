@@ -19,11 +19,7 @@ POSTPONED = [
 def exit_on_termination() -> None:
     """Make SIGTERM an orderly exit with code 143, unless it has a handler already."""
     if in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _exit)
-
-
-def _exit(signum: int, frame: FrameType | None) -> None:
-    sys.exit(TERMINATED)
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(TERMINATED))
 
 
 class PostponedSignals:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from vitkd.config import Config, parse, teacher_run
+from vitkd.config.run import Config, parse, teacher_run
 from vitkd.errors import ConfigError
 from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any, load_from_checkpoint

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import Batch, ImageDataModule
 from vitkd.errors import ConfigError, RunError, one_line
 from vitkd.methods.base import DataFacts

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import ImageDataModule, Loader
 from vitkd.runs.folder import RunFolder
 from vitkd.train.cuda_graph import GraphedStep

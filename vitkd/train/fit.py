@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from vitkd.cli.console import is_terminal
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.models import Model

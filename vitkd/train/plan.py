@@ -14,7 +14,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig
 
 from vitkd.cli.command import ignored_settings, job_command, run_path, should_resume
-from vitkd.config import Config, parse
+from vitkd.config.run import Config, parse
 from vitkd.errors import ConfigError, one_line, suggest
 from vitkd.models import Model
 from vitkd.process.distributed import agree

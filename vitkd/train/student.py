@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitkd.cli.console import percent
-from vitkd.config import Config, teacher_run
+from vitkd.config.run import Config, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
 from vitkd.evaluate.measure import evaluate, measure_both

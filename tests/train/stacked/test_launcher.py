@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from tests.cli.test_multirun import SweepResult, Sweeps, read, state_of
 from vitkd.cli.console import Job
-from vitkd.config import CONF_DIR
+from vitkd.config.run import CONF_DIR
 from vitkd.config.schema import build
 from vitkd.errors import RunError
 from vitkd.methods.attention import AttentionDistillation

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 
 from vitkd.cli.console import Job
 from vitkd.cli.jobs import as_job, overridden
-from vitkd.config import Config
 from vitkd.config.roles import Separates, first_difference, relevant
+from vitkd.config.run import Config
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackSlot, read_slot, release_slot, stacks_folder
 from vitkd.train.plan import Plan, make_plan

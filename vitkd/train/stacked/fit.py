@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from vitkd.config import Config
+from vitkd.config.run import Config
 from vitkd.errors import RunError
 from vitkd.models import describe
 from vitkd.process.signals import PostponedSignals

@@ -1,10 +1,14 @@
-"""MNIST, Fashion-MNIST and CIFAR: torchvision names, checks and reads the files; `staging` downloads them.
+"""Scikit-learn's digits, and torchvision's MNIST, Fashion-MNIST and CIFAR.
 
+Of these torchvision names, checks and reads the files; `staging` downloads them.
 Torchvision up to 0.29 unpacks archives without a filter, so a member could be written outside their folder.
 """
 
+import gzip
 import logging
+import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
@@ -15,8 +19,8 @@ import torchvision
 
 from vitkd.data import staging
 from vitkd.data.spec import Dataset
-from vitkd.data.split import Split
-from vitkd.errors import ConfigError, one_line
+from vitkd.data.split import Split, hold_out
+from vitkd.errors import ConfigError, check_choice, one_line
 
 # Torchvision's class → the folder below paths.data that has its files.
 FOLDERS = {
@@ -28,7 +32,31 @@ FOLDERS = {
 # Its readers raise these for damaged files: RuntimeError for a wrong checksum, otherwise almost anything.
 _DAMAGE = (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AssertionError, PickleError)
 
+_DIGITS_TEST_FRACTION = 0.2
+_DIGITS_TEST_SEED = 0
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits, 8×8 pixels; a fixed, stratified fifth is the test split."""
+
+    def load(self, root: Path) -> dict[str, Split]:
+        spec = find_spec("sklearn")
+        assert spec is not None
+        assert spec.origin is not None, "scikit-learn is a dependency"
+        # scikit-learn's `load_digits` reads the same file, but importing it takes most of a second.
+        file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+        # A pixel counts the dark dots in a 4×4 cell: 0 to 16.
+        images = torch.from_numpy(np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+        labels = torch.from_numpy(table[:, -1].astype(np.int64))
+        names = [str(digit) for digit in range(10)]
+        order = Split(labels, names, images).random_keys(_DIGITS_TEST_SEED)
+        train, test = hold_out(labels, order, _DIGITS_TEST_FRACTION)
+        splits = {"train": train, "test": test}.items()
+        return {name: self._checked(Split(labels[i], names, images[i])) for name, i in splits}
 
 
 @dataclass(kw_only=True)
@@ -45,7 +73,7 @@ class Torchvision(Dataset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("source", self.source in FOLDERS, f"one of {', '.join(FOLDERS)}")
+        check_choice(self, "source", FOLDERS)
 
     def inspect(self, root: Path) -> int:
         self._ensure(root)
@@ -73,13 +101,8 @@ class Torchvision(Dataset):
 
     def _ensure(self, root: Path) -> None:
         """Download the data if it is absent; damaged files are left for the user to remove."""
-        target = root / FOLDERS[self.source]
-        if staging.has_files(target):
-            return
         try:
-            if not self.download:
-                raise staging.DownloadError("dataset.download=false")
-            staging.install(target, self._fetch)
+            staging.install(root / FOLDERS[self.source], self._fetch, self.download)
         except staging.DownloadError as error:
             raise self._unavailable_error(root, error) from error
 
@@ -104,7 +127,10 @@ class Torchvision(Dataset):
             if name.endswith(".tar.gz"):
                 staging.unpack_tar(stage / name, stage)
             else:
-                staging.unpack_gzip(stage / name, folder / name.removesuffix(".gz"))
+                # Whatever name its header has.
+                unpacked = folder / name.removesuffix(".gz")
+                with gzip.open(stage / name) as content, unpacked.open("wb") as out:
+                    shutil.copyfileobj(content, out)
         self._official(stage)  # raises if anything is missing
         return folder
 
