@@ -53,6 +53,10 @@ SETTINGS: dict[str, Setting] = {
     "mkldnn.matmul": attribute(backends.mkldnn.matmul, "fp32_precision", "bf16"),
     "mkldnn.conv": attribute(backends.mkldnn.conv, "fp32_precision", "bf16"),
     "mkldnn.rnn": attribute(backends.mkldnn.rnn, "fp32_precision", "bf16"),
+    "cuDNN's attention": (
+        backends.cuda.cudnn_sdp_enabled,
+        lambda: backends.cuda.enable_cudnn_sdp(not backends.cuda.cudnn_sdp_enabled()),
+    ),
     "default dtype": (torch.get_default_dtype, lambda: torch.set_default_dtype(torch.float64)),
     "threads": (torch.get_num_threads, lambda: torch.set_num_threads(3)),
     "anomaly": (torch.is_anomaly_enabled, lambda: torch.autograd.set_detect_anomaly(True)),

@@ -1,8 +1,9 @@
 """Training by replays is training: played on the CPU, where a replay runs the captured function once more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -12,9 +13,13 @@ from torch import Tensor
 from tests.train.objectives import compare_maps
 from tests.train.test_fit import Batches, without_validation
 from vitkd.data import Batch
+from vitkd.errors import RunError
 from vitkd.optim import AdamW, WarmupCosine
+from vitkd.process import isolation
+from vitkd.train import cuda_graph
 from vitkd.train.callbacks import CudaGraphs, set_capturable, why_not
-from vitkd.train.cuda_graph import WARM_UP, GraphedStep
+from vitkd.train.cuda_graph import WARM_UP, CaptureError, GraphedStep, SideStream
+from vitkd.train.fit import run_trainer
 from vitkd.train.logged import Meter
 from vitkd.train.module import DistillModule
 
@@ -215,3 +220,112 @@ def test_on_the_cpu_nothing_is_graphed(module, tmp_path):
     fit(module, tmp_path, CudaGraphs())
 
     assert module.graph is None
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> list[tuple[Any, ...]]:
+    """A CUDA that notes on which stream and in which pool it captures; an error breaks the capture."""
+    captures: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def graph(graph: Any, pool: Any, stream: Any, **_: Any) -> Iterator[None]:
+        captures.append((pool, stream))
+        try:
+            yield
+        except Exception:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+    for name, fake in {"graph": graph, "CUDAGraph": object, "Stream": object}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(isolation, "_device_lost", [])
+    return captures
+
+
+def wait_for_the_device() -> None:
+    raise RuntimeError("a step waits for the device")
+
+
+def test_all_graphs_of_a_step_share_a_stream_and_a_pool(cuda):
+    side = SideStream()
+
+    side.capture(lambda: None)
+    side.capture(lambda: None)
+
+    assert len(cuda) == 2
+    assert cuda[0] == cuda[1]
+
+
+def test_the_reason_is_the_first_error_not_that_of_the_captures_end(cuda, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "CAN_CONTINUE", True)
+    step = GraphedStep(lambda batch: wait_for_the_device(), SideStream().capture, lambda work: None)
+    batch = Batch(torch.zeros(1, 1, 2, 2), torch.zeros(1), torch.zeros(1))
+    for _ in range(WARM_UP):
+        step.take(batch)
+
+    with pytest.raises(CaptureError, match=r"^a step waits for the device$"):
+        step.take(batch)
+
+
+def test_memory_that_a_capture_lacks_is_reported_as_such(cuda, monkeypatch):
+    """So that a stack is halved."""
+    monkeypatch.setattr(cuda_graph, "CAN_CONTINUE", True)
+
+    def take_too_much(batch: Batch) -> None:
+        raise torch.OutOfMemoryError("too much")
+
+    step = GraphedStep(take_too_much, SideStream().capture, lambda work: None)
+    batch = Batch(torch.zeros(1, 1, 2, 2), torch.zeros(1), torch.zeros(1))
+    for _ in range(WARM_UP):
+        step.take(batch)
+
+    with pytest.raises(torch.OutOfMemoryError, match="too much"):
+        step.take(batch)
+
+
+class TestWherePyTorchCannotContinue:
+    """Before 2.12 a failed capture leaves the allocator as in a capture: nothing may allocate any more."""
+
+    @pytest.fixture(autouse=True)
+    def old(self, cuda, monkeypatch):
+        monkeypatch.setattr(cuda_graph, "CAN_CONTINUE", False)
+
+    def test_the_run_ends_with_what_helps(self, module, tmp_path):
+        class Graphed(L.Callback):
+            def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+                side = SideStream()
+
+                def capture(work: Callable[[], None]) -> Any:
+                    return side.capture(wait_for_the_device)
+
+                pl_module.graph = GraphedStep(pl_module.whole_step, capture, at_once)
+
+        with pytest.raises(RunError, match=r"\(a step waits for the device\).*add cuda_graph=off$"):
+            fit(module, tmp_path, Graphed())
+
+    def test_no_job_of_the_process_uses_the_device_after_that(self):
+        with pytest.raises(RunError):
+            SideStream().capture(wait_for_the_device)
+
+        isolation.check_device(torch.device("cpu"))
+        with pytest.raises(RunError, match=r"earlier job.*cuda_graph=off$"):
+            isolation.check_device(torch.device("cuda"))
+
+    def test_its_memory_is_not_touched(self, monkeypatch):
+        with pytest.raises(RunError):
+            SideStream().capture(wait_for_the_device)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", wait_for_the_device)
+
+        isolation.free_memory()
+
+    def test_an_error_of_clearing_the_device_does_not_hide_the_first(self):
+        class Clearing:
+            def fit(self, *_: Any, **__: Any) -> None:
+                try:
+                    SideStream().capture(wait_for_the_device)
+                finally:
+                    raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+        with pytest.raises(RunError, match="cuda_graph=off"):
+            run_trainer(cast(Any, Clearing()), cast(Any, None), cast(Any, None), None)

@@ -11,15 +11,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from vitkd.errors import RunError
 from vitkd.process.signals import in_main_thread
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+_device_lost: list[str] = []
+"""Why this process cannot use its GPU any more."""
 
 
 @contextmanager
@@ -65,6 +69,8 @@ def set_matmul_precision(precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
     # By default cuDNN rounds to TF32 whatever is set for products.
     torch.backends.cudnn.allow_tf32 = precision != "highest"
+    # Its attention makes a plan for every shape, which small models do not earn back.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory() -> None:
@@ -97,8 +103,20 @@ def free_memory() -> None:
     """Free what the job held: images, models, a GPU's memory."""
     # A Trainer, its module and its data refer to each other: without this, those of several jobs pile up.
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized() and not _device_lost:
         torch.cuda.empty_cache()
+
+
+def lose_device(reason: str) -> NoReturn:
+    """Raise a RunError: this process cannot use its GPU any more, nor can its later jobs."""
+    _device_lost.append(reason)
+    raise RunError(reason)
+
+
+def check_device(device: torch.device) -> None:
+    """RunError if this process cannot use `device` any more."""
+    if device.type == "cuda" and _device_lost:
+        raise RunError(f"an earlier job of this process has lost the GPU: {_device_lost[0]}")
 
 
 # For mypy these are modules; in fact they are objects with properties.
@@ -118,6 +136,7 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_num_threads, torch.set_num_threads),
     (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (backends.cuda.cudnn_sdp_enabled, backends.cuda.enable_cudnn_sdp),
     (torch.get_rng_state, torch.set_rng_state),
     (np.random.get_state, np.random.set_state),
     (random.getstate, random.setstate),

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from vitkd.data import Batch
-from vitkd.errors import one_line
+from vitkd.errors import RunError, one_line
+from vitkd.process import isolation
 
 log = logging.getLogger("vitkd")
 
 # Steps before the capture: they let libraries choose kernels and optimisers make their state.
 WARM_UP = 3
+# PyTorch before 2.12 keeps its allocator and its generator as they are in a capture, if that fails.
+CAN_CONTINUE = torch.__version__ >= "2.12"
 
 
 class CaptureError(Exception):
@@ -29,8 +32,8 @@ class GraphedStep:
 
     Args:
         step: takes one training step on a batch, without waiting for the device.
-        capture: records what a function launches, without running it.
-        aside: runs a function on a stream of its own.
+        capture: records what a function launches, without running it; by default on a `SideStream`.
+        aside: runs a function on a stream of its own; by default on the same.
     """
 
     def __init__(
@@ -39,7 +42,10 @@ class GraphedStep:
         capture: Callable[[Callable[[], None]], torch.cuda.CUDAGraph] | None = None,
         aside: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
-        self._step, self._capture, self._aside = step, capture or captured, aside or on_a_stream_of_its_own
+        if capture is None or aside is None:
+            side = SideStream()
+            capture, aside = side.capture, side.run
+        self._step, self._capture, self._aside = step, capture, aside
         self._batch: Batch | None = None
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._warm = Counter[str]()
@@ -49,7 +55,8 @@ class GraphedStep:
     def take(self, batch: Batch, kind: str = "") -> bool:
         """Take one step of a kind; whether it was a replay, of which the host has noted nothing.
 
-        Raises CaptureError if there can be no graph; the step was not taken then.
+        Raises CaptureError if there can be no graph; the step was not taken then. RunError if PyTorch cannot
+        use the device after that.
         """
         own = self._held(batch)
         if kind in self._graphs:
@@ -61,10 +68,13 @@ class GraphedStep:
         else:
             try:
                 self._graphs[kind] = self._capture(lambda: self._step(own))
-            except torch.OutOfMemoryError:
+            except RunError:
                 raise
             except RuntimeError as error:
-                raise CaptureError(one_line(error)) from error
+                cause = first_cause(error)
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
+                raise CaptureError(one_line(cause)) from error
             self._graphs[kind].replay()
         return False
 
@@ -99,19 +109,41 @@ def take_step(module: Any, graph: GraphedStep, batch: Batch) -> None:
     module.whole_step(batch)
 
 
-def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`work` as a CUDA graph; nothing has run yet."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, one that pins memory for the loader say, may continue.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
-    return graph
+class SideStream:
+    """A stream of its own for first steps and captures, and one pool of memory for all graphs captured there.
+
+    One of each: the allocator keeps a whole step's memory for every stream and every pool.
+    """
+
+    def __init__(self) -> None:
+        self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Run `work` beside the current stream, which waits for it."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """`work` as a CUDA graph; nothing has run yet."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, one that pins memory for the loader say, may continue.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            if CAN_CONTINUE:
+                raise
+            isolation.lose_device(
+                f"a training step cannot be captured as a CUDA graph ({one_line(first_cause(error))}), and "
+                f"PyTorch {torch.__version__} cannot use the GPU after that; add cuda_graph=off"
+            )
+        return graph
 
 
-def on_a_stream_of_its_own(work: Callable[[], None]) -> None:
-    """Run `work` beside the current stream, which waits for it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
+def first_cause(error: Exception) -> Exception:
+    """The error that others followed from: the end of a broken capture is reported as one of its own."""
+    while isinstance(before := error.__cause__ or error.__context__, Exception):
+        error = before
+    return error

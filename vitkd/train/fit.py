@@ -15,7 +15,7 @@ from torch import Tensor
 from vitkd.cli.console import is_terminal
 from vitkd.config.run import Config
 from vitkd.data import ImageDataModule
-from vitkd.errors import ConfigError, one_line
+from vitkd.errors import ConfigError, RunError, one_line
 from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first, wait_for_all
 from vitkd.process.signals import PostponedSignals
@@ -81,6 +81,11 @@ def run_trainer(trainer: L.Trainer, module: DistillModule, data: ImageDataModule
     """Train from the checkpoint `start`, or from the beginning; raises as `fit` does."""
     try:
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    except RuntimeError as error:
+        # Lightning clears the GPU after an error, which may fail in turn.
+        if isinstance(error.__context__, RunError):
+            raise error.__context__ from None
+        raise
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {one_line(error)}") from error
     except SystemExit as error:

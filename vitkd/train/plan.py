@@ -18,6 +18,7 @@ from vitkd.config.run import Config, parse
 from vitkd.errors import ConfigError, one_line, suggest
 from vitkd.models import Model
 from vitkd.process.distributed import agree
+from vitkd.process.isolation import check_device
 from vitkd.runs.folder import RunFolder
 from vitkd.train.build import check_compiler
 
@@ -86,10 +87,12 @@ class Plan:
 def make_plan(composed: DictConfig) -> Plan:
     """The plan of the job that Hydra composed; nothing is written.
 
-    Raises ConfigError for the first setting that is wrong or does not suit this machine.
+    Raises ConfigError for the first setting that is wrong or does not suit this machine, RunError if an
+    earlier job has made its GPU unusable.
     """
     config = parse(composed)
     machine = check_trainer(config.trainer)
+    check_device(machine.device)
     if config.compile:
         check_compiler(machine.device)
     path = run_path(config)

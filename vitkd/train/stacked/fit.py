@@ -83,10 +83,11 @@ class StackCheckpointing(Checkpointing):
         improved = [student for student, (now, best) in enumerate(pairs) if now > best]
         for student in improved:
             self.acc_best[student], self.best["epochs"][student] = accuracies[student], epoch
+        places = torch.tensor(improved, device=next(iter(weights.values())).device)
         for name, values in weights.items() if improved else ():
             # Those of a checkpoint lie on the CPU.
             best = self.best["weights"][name] = self.best["weights"][name].to(values.device)
-            best[improved] = values[improved]
+            best.index_copy_(0, places, values.index_select(0, places))
 
 
 def validated_weights(trainer: L.Trainer) -> dict[str, Tensor]:
