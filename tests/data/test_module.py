@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -117,6 +118,25 @@ def test_an_image_looks_the_same_in_any_batch(make: Make, tmp_path: Path) -> Non
     common = views[0].keys() & views[1].keys() & views[2].keys()
     assert len(common) > 1200
     assert all(torch.equal(views[0][i], other[i]) for other in views[1:] for i in common)
+
+
+@pytest.mark.parametrize(
+    "augment", [{"crop_padding": 2, "flip": True}, {"resized_crop": [0.5, 1.0]}, {"flip": False}], ids=str
+)
+@pytest.mark.parametrize("at_once", [2, 5, 1000])
+def test_views_of_many_batches_at_once_are_those_of_each(
+    augment: dict[str, Any], at_once: int, make: Make, tmp_path: Path
+) -> None:
+    """As a GPU computes them."""
+    data = ImageDataModule(make("digits", augment=augment), tmp_path, seed=0)
+    loader, together = data.loader("train"), data.loader("train")
+    together.batches_at_once = at_once
+
+    assert_same(epoch_of(together, 1), epoch_of(loader, 1))
+    whole = epoch_of(loader, 2)
+    together.load_state_dict({"epoch": 2, "position": 3})
+    together.sampler.set_epoch(2)
+    assert_same(list(together), whole[3:])
 
 
 def test_two_processes_see_the_batches_of_one(make: Make, tmp_path: Path) -> None:

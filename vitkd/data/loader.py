@@ -17,6 +17,8 @@ from vitkd.errors import ConfigError
 
 # Order and views depend on the same (seed, epoch); these give them different keys.
 ORDER, VIEW = 0, 1
+# Of views that a GPU computes at once: a batch's take longer to launch than to compute.
+BYTES_AT_ONCE = 2**28
 
 
 class Batch(NamedTuple):
@@ -221,6 +223,8 @@ class Loader:
         self.pixels, self.labels, self.sampler, self.augment = pixels, labels, sampler, augment
         self.mean = torch.tensor(mean, device=labels.device)
         self.std = torch.tensor(std, device=labels.device)
+        self.batches_at_once = self._batches_that_fit() if labels.is_cuda else 1
+        """of how many batches the views are computed together, if the pixels are on the device"""
         self._position = {"epoch": 0, "position": 0}
         self._resume = {"epoch": -1, "position": 0}
 
@@ -234,17 +238,15 @@ class Loader:
         start = self._resume["position"] if self._resume["epoch"] == epoch else 0
         self._resume = {"epoch": -1, "position": 0}
         indices = self.sampler.batches()[start:]
-        key = self._key(epoch)
-        for position, (index, pixels) in enumerate(
-            zip(indices, self.pixels.batches(indices), strict=True), start + 1
-        ):
+        for position, views in enumerate(self._views(indices, self._key(epoch)), start + 1):
             self._position = {"epoch": epoch, "position": position}
-            yield self._batch(pixels, index, key)
+            yield views._replace(image=normalise(views.image, self.mean, self.std))
 
     def first(self, count: int) -> Batch:
         """The first `count` images of the current epoch over all processes, decoded without workers."""
         index = self.sampler.epoch_index()[:count]
-        return self._batch(self.pixels.read(index), index, self._key(self.sampler.epoch))
+        views = self._augmented(self.pixels.read(index), index, self._key(self.sampler.epoch))
+        return views._replace(image=normalise(views.image, self.mean, self.std))
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the number of its batches that were yielded."""
@@ -257,8 +259,27 @@ class Loader:
     def _key(self, epoch: int) -> Tensor:
         return key_of(self.sampler.seed, epoch, VIEW, device=self.labels.device)
 
-    def _batch(self, pixels: Tensor, index: Tensor, key: Tensor) -> Batch:
+    def _views(self, indices: Sequence[Tensor], key: Tensor) -> Iterator[Batch]:
+        """The batches at `indices`, [B] int64 each, before they are normalised."""
+        if not isinstance(self.pixels, Pixels):
+            for index, pixels in zip(indices, self.pixels.batches(indices), strict=True):
+                yield self._augmented(pixels, index, key)
+            return
+        for first in range(0, len(indices), self.batches_at_once):
+            group = indices[first : first + self.batches_at_once]
+            together = torch.cat([*group])
+            views = self._augmented(self.pixels.read(together), together, key)
+            yield from map(Batch, *(part.split([len(index) for index in group]) for part in views))
+
+    def _augmented(self, pixels: Tensor, index: Tensor, key: Tensor) -> Batch:
         index = index.to(self.labels.device, non_blocking=True)
         if self.augment is not None:
             pixels = self.augment.apply(pixels, index, key)
-        return Batch(normalise(pixels, self.mean, self.std), self.labels[index], index)
+        return Batch(pixels, self.labels[index], index)
+
+    def _batches_that_fit(self) -> int:
+        if not isinstance(self.pixels, Pixels):
+            return 1
+        # In float32, as resized views are.
+        size = 4 * self.pixels.images[0].numel() * self.sampler.batch_size
+        return max(BYTES_AT_ONCE // size, 1)

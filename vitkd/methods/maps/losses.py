@@ -117,6 +117,8 @@ class DistributionLoss(AttentionLoss):
         if isinstance(self.temperature, Tensor):
             # Of stacked students, [S, 1, 1, 1, 1]. It stays there: a CUDA graph cannot copy from the host.
             self.temperature = self.temperature.to(scores)
+        elif self.temperature == 1:
+            return scores
         return scores / self.temperature
 
     @abstractmethod
