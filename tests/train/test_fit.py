@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ from vitkd.data import Batch
 from vitkd.methods.token import TokenObjective
 from vitkd.models import Model, ResNetConfig, Taps, ViT, build_from_header
 from vitkd.optim import AdamW, Constant, WarmupCosine
-from vitkd.train.fit import warm_average
+from vitkd.train.averaging import WarmAverage
 from vitkd.train.module import DistillModule
 
 pytestmark = [
@@ -234,7 +234,7 @@ def test_weights_can_be_averaged_beside_a_mask(attention, tiny, teacher, run):
     objective = compare_maps(student, teacher)
     module = DistillModule(student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=0.5)
 
-    run(module, Batches(6, 6), callbacks=[WeightAveraging(avg_fn=warm_average(0.9))])
+    run(module, Batches(6, 6), callbacks=[WarmAverage(0.9)])
 
     if attention == "lsa":
         for alignment in objective.alignments:

@@ -1,16 +1,15 @@
 """Fit one module in one run folder: the same for a teacher and for a student."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 
 from vitkd.cli.console import is_terminal
 from vitkd.config.run import Config
@@ -22,6 +21,7 @@ from vitkd.process.signals import PostponedSignals
 from vitkd.runs.checkpoints import DurableCheckpointIO, load_from_checkpoint, newest_good
 from vitkd.runs.curves import MetricsFile, TensorBoardCurves
 from vitkd.runs.folder import RunFolder
+from vitkd.train.averaging import WarmAverage
 from vitkd.train.callbacks import EpochLines, ProgressBar
 from vitkd.train.checkpointing import Checkpointing
 from vitkd.train.module import DistillModule
@@ -105,22 +105,6 @@ def find_checkpoint(last: Path) -> tuple[Path | None, int]:
     return path, content["global_step"]
 
 
-def warm_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """An exponential moving average whose decay grows with the `count` of averaged steps up to `decay`.
-
-    min(decay, (1 + count) / (10 + count)), as TensorFlow's ExponentialMovingAverage: with a constant decay a
-    short run would keep most of its first, random weights.
-    """
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-        if not averaged.is_floating_point():
-            return current  # batch normalisation counts its batches
-        kept = ((1 + count) / (10 + count)).clamp(max=decay).to(averaged)
-        return kept * averaged + (1 - kept) * current
-
-    return average
-
-
 def curve_loggers(folder: RunFolder, start: int) -> list[Logger]:
     """What writes a run's curves, from step `start` on."""
     return [TensorBoardCurves(folder.path, start), MetricsFile(folder.csv, start)]
@@ -131,7 +115,7 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer, set up as every training here needs it."""
     decay = settings.ema_decay
-    averaging = [] if decay is None else [WeightAveraging(avg_fn=warm_average(decay))]
+    averaging = [] if decay is None else [WarmAverage(decay)]
     bar = [ProgressBar()] if is_terminal() and is_first() else []
     plugins: list[Any] = [DurableCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():

@@ -151,6 +151,8 @@ class LoggedModule(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.val_meter, self.window, self.guard = Meter(), Window(), FiniteGuard()
+        self.average: Callable[[L.LightningModule], None] | None = None
+        """averages the weights of the module after each step, if anything does"""
         self._latest: dict[str, float] = {}
 
     @property
@@ -176,6 +178,11 @@ class LoggedModule(L.LightningModule):
                 values |= {"images_per_second": throughput, "lr": float(rate)}
             self._write("train", curves)
         scheduler.step()
+
+    def average_weights(self) -> None:
+        """The end of each step, within a CUDA graph of it."""
+        if self.average is not None:
+            self.average(self)
 
     def on_validation_epoch_start(self) -> None:
         self.val_meter.reset()

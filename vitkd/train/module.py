@@ -203,6 +203,7 @@ class DistillModule(LoggedModule):
             optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
         )
         optimizer.step()
+        self.average_weights()
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -210,6 +211,7 @@ class DistillModule(LoggedModule):
         is_logging_step = self.is_logging_step
         if self.graph is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            self.average_weights()
         else:
             assert optimizer_closure is not None
             optimizer_closure()
