@@ -129,7 +129,11 @@ class TestTaughtByAConvolutionalTeacher:
 class TestOtherArchitectures:
     def test_both_a_token_and_maps_are_learned(self, outputs):
         folder, said = outputs.run(
-            "both", "method=token", "method.attention_weight=0.5", "granularity=encoder"
+            "both",
+            "method=token",
+            "method.attention_weight=0.5",
+            "granularity=encoder",
+            "pictures_every_n_epochs=9",
         )
 
         assert (folder / "attention.png").read_bytes().startswith(PNG)
@@ -140,7 +144,9 @@ class TestOtherArchitectures:
         assert "no effect" not in said
 
     def test_the_reports_first_improvement(self, outputs, command):
-        folder, said = outputs.run("spt_lsa", "student.tokenizer=spt", "student.attention=lsa")
+        folder, said = outputs.run(
+            "spt_lsa", "student.tokenizer=spt", "student.attention=lsa", "pictures_every_n_epochs=9"
+        )
 
         assert (folder / "attention.png").read_bytes().startswith(PNG)
         assert "4×4 shifted patches + CLS, locality attention\n" in said

@@ -350,7 +350,8 @@ class TestControls:
         assert not are_equal(student_of(run), student_of(outputs.run(f"of_{control}_maps", *settings)))
 
     def test_logits_are_learned_without_maps(self, run, outputs):
-        folder = outputs.run("logits", "teacher.max_epochs=1", "method=logit")
+        drawn = "pictures_every_n_epochs=9"
+        folder = outputs.run("logits", "teacher.max_epochs=1", "method=logit", drawn)
 
         assert not are_equal(student_of(run), student_of(folder))
         assert not (folder / "pairs.json").exists()
@@ -443,10 +444,12 @@ class TestVariants:
         assert [pair["student_block"] for pair in pairs] == [0, 1]
         for pair in pairs:
             assert sorted(pair["teacher_heads"]) == [[0], [1], [2], [3]]
+        assert not (folder / "attention.png").exists(), "pictures_every_n_epochs=0 draws none"
 
     @pytest.mark.parametrize("loss", ["kl", "mse"])
     def test_token_grids_may_differ_where_maps_are_resized(self, loss, fresh):
-        folder = fresh.run("resized", "teacher.patch_size=4", "method.resize=bilinear", f"loss={loss}")
+        resized = ["teacher.patch_size=4", "method.resize=bilinear", "pictures_every_n_epochs=9"]
+        folder = fresh.run("resized", *resized, f"loss={loss}")
 
         assert math.isfinite(metrics_of(folder)["test/loss"])
         assert (folder / "attention.png").read_bytes().startswith(PNG)

@@ -87,7 +87,7 @@ def scores(model, images, *blocks):
     return model(images, Taps(scores=blocks)).scores
 
 
-def pictures(batches, every_n_epochs=0, path=None):
+def pictures(batches, every_n_epochs=9, path=None):
     images, labels, _ = batches[0]
     return AttentionPictures(images, labels, NAMES, [0.5], [0.25], every_n_epochs, path)
 
@@ -116,7 +116,7 @@ def logged_steps(folder):
 
 @pytest.mark.parametrize(
     ("every_n_epochs", "steps"),
-    [(0, []), (1, [2, 4, 6]), (2, [4, 6]), (3, [6])],
+    [(1, [2, 4, 6]), (2, [4, 6]), (3, [6]), (9, [6])],
 )
 def test_pictures_come_every_n_epochs_and_at_the_end(module, batches, tmp_path, every_n_epochs, steps):
     path = tmp_path / "attention.png"

@@ -32,8 +32,10 @@ EPOCH_COLUMNS = {
 SPLITS = {"train": "training", "val": "validation"}
 
 
-def attention_pictures(config: Config, data: ImageDataModule, folder: RunFolder) -> AttentionPictures:
-    """Shows where teacher and student look."""
+def attention_pictures(config: Config, data: ImageDataModule, folder: RunFolder) -> AttentionPictures | None:
+    """Shows where teacher and student look; None where pictures are switched off."""
+    if not config.pictures_every_n_epochs:
+        return None
     batch = data.first("val" if config.dataset.validates else "test", 4)
     return AttentionPictures(
         batch.image,

@@ -41,7 +41,7 @@ class AttentionPictures(Callback):
         labels: [B], what they show.
         class_names: what each label means.
         mean, std: one value a channel, to undo the normalisation.
-        every_n_epochs: how often a picture goes to TensorBoard, besides the end; 0 is never.
+        every_n_epochs: how often a picture goes to TensorBoard, besides the end.
         path: the PNG file to write at the end; None for none.
     """
 
@@ -65,7 +65,7 @@ class AttentionPictures(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
-        if trainer.is_global_zero and self.every_n_epochs and epoch % self.every_n_epochs == 0:
+        if trainer.is_global_zero and epoch % self.every_n_epochs == 0:
             module = cast(DistillModule, pl_module)
             picture = rendered(self.draw(module, f"epoch {epoch}"))
             self._log(module, trainer.loggers, picture, trainer.global_step)
@@ -77,7 +77,7 @@ class AttentionPictures(Callback):
 
     def conclude(self, module: DistillModule, loggers: Sequence[Logger], epoch: int, step: int) -> None:
         """Draw the trained `module`, for TensorBoard and as a file."""
-        is_logged = not self.every_n_epochs or self._logged_step == step
+        is_logged = self._logged_step == step
         if is_logged and self.path is None:
             return
         picture = rendered(self.draw(module, f"epoch {epoch}"))

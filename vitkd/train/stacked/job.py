@@ -214,7 +214,8 @@ def finish(member: Candidate, module: DistillModule, student: Fitted, shared: Sh
     if module.objective is not None and module.teacher.attention:
         module.model.load_state_dict(student.last.state_dict())
         epochs, steps = student.metrics["epochs"], student.metrics["steps"]
-        attention_pictures(config, data, member.run).conclude(module, student.loggers, epochs, steps)
+        if pictures := attention_pictures(config, data, member.run):
+            pictures.conclude(module, student.loggers, epochs, steps)
     metrics = measure_student(config, student, shared.measured_teacher, data, shared.device, member.run)
     # Last: a run without stack.json would resume from its last.ckpt.
     write_checkpoints(member.run, student)
