@@ -25,6 +25,7 @@ from vitkd.data import Batch
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.methods.maps.losses import CE, KL, MSE, AttentionLoss
 from vitkd.models import Taps, ViT
+from vitkd.train.cuda_graph import WARM_UP
 from vitkd.train.teacher_cache import TeacherCache
 
 GRANULARITIES: dict[str, Granularity] = {"head": Head(), "block": Block(), "encoder": Encoder()}
@@ -51,7 +52,10 @@ def measure(settings: Settings) -> list[Row]:
     batch = subject.random_batch(config, settings.device)
     steps = arms(config, teacher, batch)
     steps |= {f"{name}{DRY}": step for name, step in ends(dry, teacher, batch).items()}
-    samples = interleave(steps, settings, repeat=1 if settings.on_cpu else 10, warmup=3)
+    # A GPU's steps are graphs by then.
+    samples = interleave(
+        steps, settings, repeat=1 if settings.on_cpu else 10, warmup=3 if settings.on_cpu else WARM_UP + 2
+    )
     return [
         row(
             name,
@@ -93,7 +97,7 @@ def alone(config: Config, teacher: ViT | None, batch: Batch) -> Step:
                 teacher(batch.image)
         return F.cross_entropy(student(batch.image).logits, batch.label)
 
-    return subject.training_step([*student.parameters()], config.optimizer, loss)
+    return subject.training_step([*student.parameters()], config.optimizer, loss, batch.image.is_cuda)
 
 
 def distilled(
@@ -104,7 +108,7 @@ def distilled(
     objective = subject.objective_of(student, teacher, granularity, loss)
     scores = partial(subject.recorded, teacher, objective.teacher_taps.scores)
     total = partial(subject.distilled_loss, student, objective, scores, batch, config.alpha)
-    return subject.training_step([*student.parameters()], config.optimizer, total)
+    return subject.training_step([*student.parameters()], config.optimizer, total, batch.image.is_cuda)
 
 
 def cached(config: Config, teacher: ViT, batch: Batch) -> Step:
@@ -114,7 +118,7 @@ def cached(config: Config, teacher: ViT, batch: Batch) -> Step:
     cache = filled_cache(teacher, objective.teacher_taps, batch)
     scores = lambda each: cache.answer(each.index).scores  # noqa: E731
     total = partial(subject.distilled_loss, student, objective, scores, batch, config.alpha)
-    return subject.training_step([*student.parameters()], config.optimizer, total)
+    return subject.training_step([*student.parameters()], config.optimizer, total, batch.image.is_cuda)
 
 
 def filled_cache(teacher: ViT, taps: Taps, batch: Batch) -> TeacherCache:

@@ -130,3 +130,36 @@ def test_a_bar_is_for_the_ratio_or_else_the_figure(bar, good, bad, text):
     assert not harness.row("a", [bad], bar=bar).met
     assert harness.row("a", [bad], ratio=[good], bar=bar).met
     assert harness.row("a", [bad]).met is None
+
+
+def test_the_probe_of_a_gpu_passes_where_there_is_nothing_to_capture(tmp_path, capsys):
+    code = import_module("benchmarks.gpu").main(["--quick", "--profiles", str(tmp_path / "new")])
+
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert all(check in printed for check in ("captured", "eager", "dropout", "rate", "NaN", "bf16"))
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"teacher.txt", "stack-3.txt"}
+
+
+@pytest.mark.parametrize("broken", ["eager", "dropout", "rate", "NaN"])
+def test_the_probe_of_a_gpu_fails_with_each_of_its_checks(broken, monkeypatch):
+    probe = import_module("benchmarks.gpu")
+    train = probe.Subject.train
+
+    def wrong(self, module, batches, steps, precision="fp32", graphed=True):
+        if broken == "NaN":
+            batches = [batch._replace(image=batch.image.nan_to_num()) for batch in batches]
+        steps = train(self, module, batches, steps, precision, graphed)
+        if broken == "eager" and not graphed:
+            steps.weights[-1] += 1
+        if broken == "dropout" and len({id(batch) for batch in batches}) == 1:
+            steps.losses[:] = [torch.full_like(steps.losses[0], step) for step in range(len(steps.losses))]
+        if broken == "rate" and isinstance(module.schedule, probe.Drop):
+            steps.weights[-1] += 1
+        return steps
+
+    monkeypatch.setattr(probe.Subject, "train", wrong)
+
+    outcomes = probe.checks(*(probe.probe_of(1, dropout, QUICK) for dropout in (0.0, 0.1)))
+
+    assert [name for name, outcome in outcomes.items() if outcome.startswith("NO")] == [broken]
