@@ -98,7 +98,7 @@ def check_images(run: RunFolder, config: Config, data: ImageDataModule) -> bool:
             f"run={run.path}: in {_place(config)} {other}; name the images it was trained on by root=DIR"
         )
     contents = contents_now(run, config) if recorded.get("contents") else None
-    if contents in (None, recorded["contents"]):
+    if contents in (None, recorded.get("contents")):
         return True
     then = {split: recorded.get(f"images/{split}") for split in data.counts}
     counts = (", ".join(f"{n} {split}" for split, n in each.items()) for each in (then, data.counts))
