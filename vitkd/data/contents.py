@@ -1,4 +1,4 @@
-"""A hash of image files, which reads only those that have changed since it last did."""
+"""A hash of image files that reads only those that have changed."""
 
 import hashlib
 import json

@@ -102,10 +102,9 @@ def open_sources(settings: Settings, device: torch.device) -> Iterator[Sources]:
     models |= {name: run.student for name, run in zip(names, runs, strict=True)}
     models = {name: model.to(device).eval() for name, model in models.items()}
     with closing(ImageDataModule(config.dataset, config.paths.data, 0)) as data:
-        if settings.image is None:
-            for run in runs:
-                check_images(RunFolder(run.path), run.config, data)
-        classes = runs[0].class_names or data.class_names
+        for run in runs if settings.image is None else ():
+            check_images(RunFolder(run.path), run.config, data)
+        classes = class_names(RunFolder(runs[0].path).read_inputs()) or data.class_names
         yield Sources(models, device, dict(zip(names, runs, strict=True)), data, classes)
 
 

@@ -81,21 +81,13 @@ def remarks_on(runs: Sequence[Run], folders: Sequence[Path]) -> list[str]:
         else:
             lines += [f"{r.path}: {state}{why}, left out" for r, why in zip(affected, reasons, strict=True)]
     empty = [folder for folder in folders if not any(run_folders(folder))]
-    return [*lines, *(f"{folder}: no runs in it" for folder in empty), *remarks_on_images(runs)]
-
-
-def remarks_on_images(runs: Sequence[Run]) -> list[str]:
-    """One line for each data set whose images changed between its runs."""
-    lines = []
     students = [run for run in runs if run.state == "done" and not run.is_teacher]
     for made in group_by(students, lambda run: (run.dataset, run.settings.get("dataset.root"))).values():
-        contents = sorted({str(run.settings.get("dataset.contents", "unknown")) for run in made})
-        if len(contents) > 1:
-            which = (
-                f"runs on {len(contents)} different sets of images (dataset.contents: {', '.join(contents)})"
-            )
-            lines.append(f"{made[0].dataset}: {which} are not compared with each other")
-    return lines
+        found = sorted({str(run.settings.get("dataset.contents", "unknown")) for run in made})
+        which = f"{len(found)} different sets of images (dataset.contents: {', '.join(found)})"
+        if len(found) > 1:
+            lines.append(f"{made[0].dataset}: runs on {which} are not compared with each other")
+    return lines + [f"{folder}: no runs in it" for folder in empty]
 
 
 def teacher_lines(runs: Sequence[Run]) -> list[str]:

@@ -29,35 +29,28 @@ HASHES = ".image_hashes.json"
 """The file below `paths.outputs` that keeps the hashes of image files."""
 
 
-def contents_of(config: Config) -> str | None:
-    """The data set's `contents`; the hashes of its files are kept if `paths.outputs` exists."""
-    place = Path(config.paths.outputs, HASHES)
-    known = _read_hashes(place)
+def contents_of(config: Config, run: RunFolder | None = None) -> str | None:
+    """The data set's `contents`; the hashes of its files are kept if `paths.outputs` exists.
+
+    Those of a `run` that was trained before are found wherever it lies now, and nothing is written.
+    """
+    folders = run.path.resolve().parents if run else [Path(config.paths.outputs)]
+    known = next(filter(None, (_read_hashes(folder / HASHES) for folder in folders)), {})
     before = json.dumps(known)
     contents = config.dataset.contents(Path(config.paths.data), known)
-    if (now := json.dumps(known)) != before:
+    if not run and (text := json.dumps(known)) != before:
         with suppress(OSError):
-            write_atomically(place, f"{_sha256(now)}\n{now}")
+            write_atomically(folders[0] / HASHES, f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     return contents
-
-
-def contents_now(run: RunFolder, config: Config) -> str | None:
-    """As `contents_of`, of a run that may have moved; nothing is written."""
-    known = (_read_hashes(folder / HASHES) for folder in run.path.resolve().parents)
-    return config.dataset.contents(Path(config.paths.data), next(filter(None, known), {}))
 
 
 def _read_hashes(place: Path) -> FileHashes:
     """The hashes in the file `place`; none if it is absent or damaged."""
     try:
         checksum, _, text = place.read_text().partition("\n") if place.is_file() else ("", "", "")
-        return json.loads(text) if checksum == _sha256(text) else {}
+        return json.loads(text) if checksum == hashlib.sha256(text.encode()).hexdigest() else {}
     except (OSError, ValueError):
         return {}
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def known_inputs(config: Config, contents: str | None) -> dict[str, Any]:
@@ -92,17 +85,16 @@ def check_images(run: RunFolder, config: Config, data: ImageDataModule) -> bool:
 
     Raises ConfigError if its classes have other names, so that its labels would mean something else.
     """
-    recorded = run.read_inputs()
+    recorded, place = run.read_inputs(), getattr(config.dataset, "root", None) or config.dataset.name
     if other := _other_class(class_names(recorded), data.class_names):
         raise ConfigError(
-            f"run={run.path}: in {_place(config)} {other}; name the images it was trained on by root=DIR"
+            f"run={run.path}: in {place} {other}; name the images it was trained on by root=DIR"
         )
-    contents = contents_now(run, config) if recorded.get("contents") else None
+    contents = contents_of(config, run) if recorded.get("contents") else None
     if contents in (None, recorded.get("contents")):
         return True
     then = {split: recorded.get(f"images/{split}") for split in data.counts}
     counts = (", ".join(f"{n} {split}" for split, n in each.items()) for each in (then, data.counts))
-    place = _place(config)
     log.warning("warning: %s was made from other images: %s then, %s in %s", run.path, *counts, place)
     return False
 
@@ -112,15 +104,10 @@ def check_teacher_classes(config: Config, data: ImageDataModule) -> None:
     if (given := config.teacher.checkpoint) is None or not config.method.needs_teacher:
         return
     if other := _other_class(class_names(read_header(Path(given))), data.class_names):
-        log.warning("warning: teacher.checkpoint=%s: in %s %s", given, _place(config), other)
+        log.warning("warning: teacher.checkpoint=%s: in %s %s", given, config.dataset.name, other)
 
 
 def _other_class(names: Sequence[str], now: Sequence[str]) -> str | None:
     """The first class that has another name now, in words; None if there is none or `names` is empty."""
     pairs = enumerate(zip_longest(names, now)) if names else ()
     return next((f"class {i} is {new!r} and not {old!r}" for i, (old, new) in pairs if old != new), None)
-
-
-def _place(config: Config) -> str:
-    """Where the images are."""
-    return getattr(config.dataset, "root", None) or config.dataset.name

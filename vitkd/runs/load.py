@@ -14,7 +14,7 @@ from vitkd.errors import ConfigError
 from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any, load_from_checkpoint
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.inputs import class_names, contents_now
+from vitkd.runs.inputs import contents_of
 from vitkd.runs.seeding import first_weights
 from vitkd.runs.teacher_store import FINGERPRINT, fingerprint, given_teacher
 
@@ -33,8 +33,6 @@ class Run:
     """as in `pairs.json`; empty if no attention map was distilled"""
     epoch: str
     """of the student: best | last"""
-    class_names: Sequence[str] = ()
-    """by label, of the images that it was trained on; empty if unknown"""
 
     @property
     def is_alone(self) -> bool:
@@ -65,8 +63,7 @@ def load_run(
             raise ConfigError(f"run={path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
         student, _ = load_from_checkpoint(checkpoint)
     pairs = folder.read_pairs() if config.weighting.distils(config.alpha) else []
-    names = class_names(folder.read_inputs())
-    return Run(path, config, student, find_teacher(folder, config, teacher), pairs, epoch, names)
+    return Run(path, config, student, find_teacher(folder, config, teacher), pairs, epoch)
 
 
 def config_of(folder: RunFolder, data: str | None, root: str | None) -> Config:
@@ -84,9 +81,8 @@ def find_teacher(run: RunFolder, config: Config, given: str | None) -> Model | N
         return given_teacher(given, config.dataset, otherwise="")
     if not config.method.needs_teacher:
         return None
-    teacher = given_teacher(config.teacher.checkpoint, config.dataset, otherwise="") or _own_teacher(
-        run, config
-    )
+    teacher = given_teacher(config.teacher.checkpoint, config.dataset, otherwise="")
+    teacher = teacher or _own_teacher(run, config)
     if run.read_inputs().get("teacher/weights") not in (None, digest(teacher)):
         log.warning("warning: %s was trained with a teacher of other weights than the one found", run.path)
     return teacher
@@ -101,7 +97,7 @@ def _own_teacher(run: RunFolder, config: Config) -> Model:
     # As recorded: the images may have changed since, which makes another teacher.
     mark = str(run.read_inputs().get("teacher/fingerprint"))
     if not FINGERPRINT.fullmatch(mark):
-        mark = fingerprint(teacher_run(config), contents_now(run, config))
+        mark = fingerprint(teacher_run(config), contents_of(config, run))
     stored = Path("teachers", config.dataset.name, mark)
     for parent in run.path.resolve().parents:
         if (parent / stored).is_dir():

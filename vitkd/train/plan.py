@@ -65,8 +65,6 @@ class Plan:
     machine: Machine
     path: Path
     """where its run folder goes; `path`-2, … if that is taken"""
-    resumes: bool
-    """whether it looks for an earlier run, to skip or to resume it"""
     warnings: tuple[str, ...]
     """what to say of settings of the command line that have no effect"""
     command: tuple[str, ...]
@@ -78,8 +76,9 @@ class Plan:
             log.warning("warning: %s", warning)
 
     def earlier(self, inputs: Mapping[str, Any]) -> Earlier | None:
-        """The run to skip or to resume: of this configuration and, as far as they are known, `inputs`."""
-        folder = RunFolder.latest(self.path, self.config.resolved, inputs) if self.resumes else None
+        """The run to skip or to resume, if one is looked for: of the same settings, and `inputs` if known."""
+        config = self.config
+        folder = RunFolder.latest(self.path, config.resolved, inputs) if should_resume(config) else None
         return Earlier(folder.path, folder.state) if folder else None
 
     def claim_folder(self, inputs: Mapping[str, Any], earlier: Earlier | None) -> RunFolder:
@@ -102,7 +101,7 @@ def make_plan(composed: DictConfig) -> Plan:
     if config.compile:
         check_compiler(machine.device)
     warnings, command = tuple(ignored_settings(config.method)), tuple(job_command())
-    return Plan(config, machine, run_path(config), should_resume(config), warnings, command)
+    return Plan(config, machine, run_path(config), warnings, command)
 
 
 def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
