@@ -49,7 +49,7 @@ def _read_hashes(place: Path) -> FileHashes:
     try:
         checksum, _, text = place.read_text().partition("\n") if place.is_file() else ("", "", "")
         return json.loads(text) if checksum == hashlib.sha256(text.encode()).hexdigest() else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
