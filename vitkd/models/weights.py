@@ -67,10 +67,12 @@ def load_model(path: Path | str) -> Model:
 def read_header(path: Path) -> dict[str, Any]:
     """What `save_model` wrote of the model in the file or run folder `path`; empty if it wrote none."""
     file = path / "student.safetensors" if path.is_dir() else path
-    with suppress(OSError, SafetensorError, ValueError, RecursionError), safe_open(file, framework="pt") as opened:
-        header = json.loads((opened.metadata() or {}).get(HEADER, ""))
-        return header if isinstance(header, dict) else {}
-    return {}
+    header: Any = None
+    with suppress(OSError, SafetensorError, ValueError, RecursionError):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        header = json.loads(metadata.get(HEADER, ""))
+    return header if isinstance(header, dict) else {}
 
 
 def build_from_header(header: Mapping[str, Any], path: Path) -> Model:
