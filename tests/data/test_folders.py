@@ -1,5 +1,6 @@
 """Folders of images: what is found, how it is split, what is said when it is wrong."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,39 @@ def test_contents_distinguish_folders(make: Make, photos: Path, tmp_path: Path) 
     (tmp_path / "elsewhere" / "b" / "renamed.png").unlink()
     seen.add(moved.contents(tmp_path))
     assert len(seen) == 5
+
+
+def test_contents_are_the_pixels_and_not_only_their_number(make: Make, photos: Path, tmp_path: Path) -> None:
+    """Bitmaps of one size have files of one size."""
+    file, dataset = photos / "a" / "30.bmp", make("image_folder", root=str(photos))
+    seen = set()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (9, 9), colour).save(file)
+        seen.add((file.stat().st_size, dataset.contents(tmp_path)))
+    assert len({size for size, _ in seen}) == 1
+    assert len(seen) == 2
+
+
+def test_contents_are_read_once(make: Make, photos: Path, tmp_path: Path) -> None:
+    known: dict = {}
+    dataset = make("image_folder", root=str(photos))
+    before = dataset.contents(tmp_path, known)
+    ((place, files),) = known.items()
+    assert place == str(photos.resolve())
+    assert len(files) == 60
+    files["a/30.png"] = [*files["a/30.png"][:-1], "as known"]
+    assert dataset.contents(tmp_path, known) != before
+    os.utime(photos / "a" / "30.png")
+    assert dataset.contents(tmp_path, known) == before
+    (photos / "a" / "30.png").unlink()
+    dataset.contents(tmp_path, known)
+    assert "a/30.png" not in known[place]
+
+
+def test_contents_that_cannot_be_read(make: Make, photos: Path, tmp_path: Path) -> None:
+    (photos / "a" / "link.png").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"a/link.png cannot be read \(No such file"):
+        make("image_folder", root=str(photos)).contents(tmp_path)
 
 
 def test_contents_count_the_test_folder(make: Make, photos: Path, tmp_path: Path) -> None:

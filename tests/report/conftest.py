@@ -31,6 +31,7 @@ class Runs:
         state: str = "done",
         curves: str = "",
         metrics: dict[str, Any] | None = None,
+        inputs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Path:
         """One run. `settings` are dotted names with __ for dots; acc and best are shares of 1."""
@@ -58,6 +59,8 @@ class Runs:
             accuracies = {"test/acc_last": acc, "test/acc_best": acc if best is None else best}
             written = self._metrics | accuracies | {"seed": seed} | (metrics or {})
             (path / "metrics.json").write_text(json.dumps(written))
+        if inputs is not None:
+            (path / "inputs.json").write_text(json.dumps(inputs))
         if curves:
             (path / "metrics.csv").write_text(curves)
         return path

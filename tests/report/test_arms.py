@@ -271,6 +271,40 @@ def test_an_arm_whose_teacher_changed_says_so(runs):
     assert experiment.notes == ["block kl, alpha 0.5: its runs have 2 different teachers"]
 
 
+def test_runs_on_other_images_are_neither_pooled_nor_paired(runs, report):
+    """Two seeds and their student alone before photos were deleted, two after."""
+    for seed, contents in ((0, "a"), (1, "a"), (2, "b"), (3, "b")):
+        runs.add(seed=seed, inputs={"contents": contents}, dataset__name="photos")
+        runs.add(seed=seed, method="none", inputs={"contents": contents}, dataset__name="photos")
+
+    found = experiments(runs)
+
+    assert [experiment.title for experiment in found] == [
+        "photos, dataset.contents=a",
+        "photos, dataset.contents=b",
+    ]
+    assert [sorted(arm.runs) for experiment in found for arm in experiment.rows] == [[0, 1]] * 2 + [
+        [2, 3]
+    ] * 2
+    line = (
+        "photos: runs on 2 different sets of images (dataset.contents: a, b) are not compared with each other"
+    )
+    assert line in report(runs.outputs)
+
+
+@pytest.mark.parametrize("content", ["", "[", "[1]", '{"contents": {"a": 1}}', '{"contents": null}'])
+def test_images_that_are_not_recorded_are_those_that_the_settings_name(content, runs, report):
+    for seed, is_recorded in ((0, False), (1, True)):
+        path = runs.add(seed=seed)
+        if is_recorded:
+            (path / "inputs.json").write_text(content)
+
+    (experiment,) = experiments(runs)
+
+    assert len(experiment.arms[0].runs) == 2
+    assert "sets of images" not in report(runs.outputs)
+
+
 def test_gains_are_corrected_over_the_whole_experiment(runs):
     alone = {seed: 0.90 + 0.001 * seed for seed in range(5)}
     runs.arm(alone, method="none")

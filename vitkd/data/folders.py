@@ -1,12 +1,11 @@
 """Data sets that are folders of image files, with one folder for each class."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from vitkd.data.contents import FileHashes, hash_files
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, hold_out
 from vitkd.data.staging import Archive, DownloadError, unavailable_error
@@ -66,11 +65,9 @@ class ImageFolder(Dataset):
         kept, held_out = hold_out(train.labels, train.random_keys(_TEST_SEED), _TEST_FRACTION)
         return {"train": train.subset(kept), "test": train.subset(held_out)}
 
-    def contents(self, root: Path) -> str:
-        folder, splits = self._folder(root), self.load(root).values()
-        files = [split.folder / path for split in splits for path in split.paths]
-        sizes = sorted((file.relative_to(folder).as_posix(), file.stat().st_size) for file in files)
-        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:12]
+    def contents(self, root: Path, known: FileHashes | None = None) -> str:
+        files = [split.folder / path for split in self.load(root).values() for path in split.paths]
+        return hash_files(self._folder(root), files, {} if known is None else known)
 
     def _folder(self, root: Path) -> Path:
         """The folder with the images."""

@@ -62,6 +62,12 @@ class ImageDataModule(L.LightningDataModule):
         self.setup()
         return len(self._splits["train"])
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images in "train", "val" and "test"."""
+        self.setup()
+        return {name: len(indices) for name, indices in self._indices.items()}
+
     def prepare_data(self) -> None:
         """Download the data if it is absent; Lightning calls this in one process a node."""
         if not self._splits:

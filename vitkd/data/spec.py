@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vitkd.data.augment import Augment
+from vitkd.data.contents import FileHashes
 from vitkd.data.split import FileSplit, Split
 from vitkd.errors import ConfigError, check, check_at_least, check_choice
 
@@ -93,10 +94,10 @@ class Dataset(ABC):
         Raises ConfigError as `inspect` does.
         """
 
-    def contents(self, root: Path) -> str | None:
-        """A short hash of the image files; None if the data set's name identifies them.
+    def contents(self, root: Path, known: FileHashes | None = None) -> str | None:
+        """A short hash of the image files, names and bytes; None if the data set's name identifies them.
 
-        Raises ConfigError as `inspect` does.
+        `known` holds what was found before, and is updated. Raises ConfigError as `inspect` does.
         """
         return None
 

@@ -24,6 +24,7 @@ from vitkd.models import load_model
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.inputs import check_images
 from vitkd.runs.load import config_of
 
 if COLLECTS:
@@ -47,7 +48,9 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     teacher = folder.read_teacher_predictions()
     device = device_of(composed.accelerator)
     with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
-        known = None if teacher is None else torch.from_numpy(teacher)
+        # Of other images, its predictions say nothing.
+        is_same = check_images(folder, config, data)
+        known = torch.from_numpy(teacher) if teacher is not None and is_same else None
         test, _ = measure_both(last, best, data.loader("test", device), device, known)
     if not print_comparison(reported, test):
         sys.exit(1)

@@ -44,7 +44,7 @@ def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
         labels=[-1] * len(paths),
         cells=[""] * len(paths),
         numbers=[*range(len(paths))],
-        class_names=numbered if sources.data is None else sources.data.class_names,
+        class_names=numbered if len(sources.class_names) < len(numbered) else [*sources.class_names],
         subjects=subjects,
         notes=[*sources.notes(), *_note_on_weights(settings), *_note_on_patches(subjects)],
     )

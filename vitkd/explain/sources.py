@@ -19,8 +19,10 @@ from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison
 from vitkd.explain.settings import Settings
 from vitkd.methods.maps.granularity import map_block
-from vitkd.models import Model, digest
+from vitkd.models import Model, digest, read_header
 from vitkd.runs.checkpoints import load_any
+from vitkd.runs.folder import RunFolder
+from vitkd.runs.inputs import check_images, class_names
 from vitkd.runs.load import Run, load_run
 
 log = logging.getLogger("vitkd")
@@ -40,6 +42,8 @@ class Sources:
     """student's name → its run; none for a single model"""
     data: ImageDataModule | None
     """of the first run"""
+    class_names: Sequence[str]
+    """by label; empty if the models do not say"""
 
     @property
     def first(self) -> Run:
@@ -87,7 +91,8 @@ class Sources:
 def open_sources(settings: Settings, device: torch.device) -> Iterator[Sources]:
     """Load the models that `settings` name; ConfigError where that cannot be done."""
     if settings.model is not None:
-        yield Sources(_single_model(settings.model, settings.pretrained, device), device, {}, None)
+        names = class_names(read_header(Path(settings.model)))
+        yield Sources(_single_model(settings.model, settings.pretrained, device), device, {}, None, names)
         return
     runs = _load_runs(settings)
     config = runs[0].config
@@ -97,8 +102,10 @@ def open_sources(settings: Settings, device: torch.device) -> Iterator[Sources]:
     models |= {name: run.student for name, run in zip(names, runs, strict=True)}
     models = {name: model.to(device).eval() for name, model in models.items()}
     with closing(ImageDataModule(config.dataset, config.paths.data, 0)) as data:
-        data.setup()
-        yield Sources(models, device, dict(zip(names, runs, strict=True)), data)
+        for run in runs if settings.image is None else ():
+            check_images(RunFolder(run.path), run.config, data)
+        classes = class_names(RunFolder(runs[0].path).read_inputs()) or data.class_names
+        yield Sources(models, device, dict(zip(names, runs, strict=True)), data, classes)
 
 
 def _single_model(name: str, pretrained: bool, device: torch.device) -> dict[str, nn.Module]:

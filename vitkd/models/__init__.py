@@ -14,4 +14,5 @@ from vitkd.models.weights import build_from_header as build_from_header
 from vitkd.models.weights import describe as describe
 from vitkd.models.weights import digest as digest
 from vitkd.models.weights import load_model as load_model
+from vitkd.models.weights import read_header as read_header
 from vitkd.models.weights import save_model as save_model

@@ -26,8 +26,8 @@ HEADER = "vitkd"
 """The one key of the file's metadata."""
 
 
-def save_model(model: Model, path: Path, about: Mapping[str, str] | None = None) -> None:
-    """Write `model` to `path`; `about` adds plain strings (which epoch, which run) to the header."""
+def save_model(model: Model, path: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write `model` to `path`; `about` adds plain values (which epoch, which classes) to the header."""
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     header = {**(about or {}), **describe(model), "digest": digest(model)}
     temporary = path.with_name(f".{path.name}.tmp")
@@ -50,13 +50,10 @@ def load_model(path: Path | str) -> Model:
         path = path / "student.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be read as a safetensors file ({error})") from error
-    header: Any = {}
-    with suppress(ValueError):
-        header = json.loads(metadata.get(HEADER, ""))
+    header = read_header(path)
     model = build_from_header(header, path)
     try:
         model.load_state_dict(weights, assign=True)
@@ -65,6 +62,17 @@ def load_model(path: Path | str) -> Model:
     if header.get("digest", expected := digest(model)) != expected:
         raise ConfigError(f"{path}: is damaged, its weights are not those that were written")
     return model.float().eval()
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What `save_model` wrote of the model in the file or run folder `path`; empty if it wrote none."""
+    file = path / "student.safetensors" if path.is_dir() else path
+    header: Any = None
+    with suppress(OSError, SafetensorError, ValueError, RecursionError):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        header = json.loads(metadata.get(HEADER, ""))
+    return header if isinstance(header, dict) else {}
 
 
 def build_from_header(header: Mapping[str, Any], path: Path) -> Model:

@@ -70,7 +70,7 @@ def equivalent_arms(comparison: Comparison) -> str:
 
 
 def remarks_on(runs: Sequence[Run], folders: Sequence[Path]) -> list[str]:
-    """One line for each run that was left out, or for many of one state, and for each folder without runs."""
+    """One line for each run that was left out, or for many of one state, and on images and empty folders."""
     lines = []
     unfinished = group_by((run for run in runs if run.state != "done"), lambda run: run.state)
     for state, affected in unfinished.items():
@@ -81,6 +81,12 @@ def remarks_on(runs: Sequence[Run], folders: Sequence[Path]) -> list[str]:
         else:
             lines += [f"{r.path}: {state}{why}, left out" for r, why in zip(affected, reasons, strict=True)]
     empty = [folder for folder in folders if not any(run_folders(folder))]
+    students = [run for run in runs if run.state == "done" and not run.is_teacher]
+    for made in group_by(students, lambda run: (run.dataset, run.settings.get("dataset.root"))).values():
+        found = sorted({str(run.settings.get("dataset.contents", "unknown")) for run in made})
+        which = f"{len(found)} different sets of images (dataset.contents: {', '.join(found)})"
+        if len(found) > 1:
+            lines.append(f"{made[0].dataset}: runs on {which} are not compared with each other")
     return lines + [f"{folder}: no runs in it" for folder in empty]
 
 

@@ -155,6 +155,8 @@ def read_run(path: Path) -> Run:
     if problem:
         return Run(path, "damaged", problem)
     settings, state = parsing.settings_of(config), folder.state
+    contents = folder.read_inputs().get("contents")
+    settings["dataset.contents"] = parsing.one_line(contents) if isinstance(contents, str) else None
     status = read_mapping(folder.status)
     metrics = read_mapping(folder.metrics) if state == "done" else {}
     run = Run(

@@ -9,6 +9,7 @@ import hashlib
 import io
 import logging
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from vitkd.errors import ConfigError, RunError
-from vitkd.models import Model, build_from_header, load_model
+from vitkd.models import Model, build_from_header, digest, load_model, read_header
 from vitkd.runs.files import NO_ROOM, force_names_to_disk, force_to_disk, write_atomically
 
 log = logging.getLogger("vitkd")
@@ -144,6 +145,13 @@ def load_any(path: Path) -> Model:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give a run folder, a .safetensors or a .ckpt file")
     return load_model(path) if path.suffix == ".safetensors" else load_from_checkpoint(path)[0]
+
+
+def digest_at(path: Path) -> str | None:
+    """The digest of the model that `load_any` reads from `path`; None if there is none."""
+    with suppress(ConfigError):
+        return read_header(path).get("digest") or digest(load_any(path))
+    return None
 
 
 def _sha256(path: Path) -> str | None:

@@ -35,6 +35,11 @@ log = logging.getLogger("vitkd")
 VERSION = "version"
 """The entry of `config.yaml` that says which version of vitkd made the folder: no other reads it."""
 STATES = ("done", "running", "stopped", "failed")
+MADE_FROM = {
+    "contents": "was made from other images",
+    "teacher/weights": "learned from a teacher of other weights",
+}
+"""Entries of `inputs.json` that make two runs different ones, and how that is said."""
 PAIR = {"student_block", "teacher_block", "student_heads", "teacher_heads"}
 
 # A process that only tests whether the lock is free holds it for no longer than this.
@@ -47,6 +52,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.inputs = path / "inputs.json"
         self.status = path / "status.json"
         self.metrics = path / "metrics.json"
         self.csv = path / "metrics.csv"
@@ -78,8 +84,10 @@ class RunFolder:
         raise AssertionError("unreachable: numbers never end")
 
     @classmethod
-    def latest(cls, path: Path, config: Mapping[str, Any]) -> Self | None:
-        """The newest of the folders at `path`, `path`-2, … with a run of this configuration and version."""
+    def latest(
+        cls, path: Path, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None
+    ) -> Self | None:
+        """The newest of the folders at `path`, `path`-2, … with such a run, as `difference` has it."""
         found, other = None, None
         for candidate in numbered(path):
             if not candidate.is_dir():
@@ -87,7 +95,7 @@ class RunFolder:
             folder = cls(candidate)
             if not folder.config.is_file():
                 continue
-            if (difference := folder.difference(config)) is None:
+            if (difference := folder.difference(config, inputs or {})) is None:
                 found = folder
             else:
                 other = f"{candidate} {difference}"
@@ -95,13 +103,21 @@ class RunFolder:
             log.info("%s: starting a new run in a folder beside it", other)
         return found
 
-    def difference(self, config: Mapping[str, Any]) -> str | None:
-        """Why the run here is not one of `config` by this version, in words, or None if it is one."""
+    def difference(self, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
+        """Why the run here is not one of `config` and `inputs` by this version, in words, or None if it is.
+
+        What is not known of its inputs, or of `inputs`, does not count.
+        """
         written = self._read_config()
         if problem := version_problem(written):
             return f"was {problem.partition(';')[0]}"
-        setting = first_difference(written, config)
-        return setting and f"has another {setting.removesuffix('._target_')}"
+        if setting := first_difference(written, config):
+            return f"has another {setting.removesuffix('._target_')}"
+        recorded = self.read_inputs()
+        for name, difference in MADE_FROM.items():
+            if None not in (pair := [recorded.get(name), inputs.get(name)]) and pair[0] != pair[1]:
+                return difference
+        return None
 
     @classmethod
     def existing(cls, path: Path) -> Self:
@@ -140,11 +156,11 @@ class RunFolder:
             return False  # no permission to lock it, and a process running there would hold it already
 
     @contextmanager
-    def running(self, config: Mapping[str, Any]) -> Iterator[Self]:
+    def running(self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> Iterator[Self]:
         """Keep `status.json` and `run.log` while the body runs: running, then done, failed or stopped.
 
-        Of a run's processes only the first writes. Raises ConfigError if another run is at work here,
-        RunError if the disk takes no more.
+        What it is made of is written first. Of a run's processes only the first writes. Raises ConfigError if
+        another run is at work here, RunError if the disk takes no more.
         """
         from vitkd.process.distributed import is_first  # imports PyTorch
 
@@ -152,7 +168,7 @@ class RunFolder:
             yield self
             return
         try:
-            with self._lock.acquire(timeout=LOCK_TEST_SECONDS), self._recorded(config):
+            with self._lock.acquire(timeout=LOCK_TEST_SECONDS), self._recorded(config, inputs):
                 yield self
         except Timeout as error:
             raise ConfigError(f"{self.path}: another process is at work there; let it finish") from error
@@ -165,9 +181,11 @@ class RunFolder:
             ) from error
 
     @contextmanager
-    def _recorded(self, config: Mapping[str, Any]) -> Iterator[None]:
+    def _recorded(self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Iterator[None]:
         for partial in self.path.glob(".*.tmp"):
             partial.unlink()  # of an attempt that was killed while it wrote
+        if inputs is not None:
+            write_atomically(self.inputs, json.dumps(inputs, indent=2) + "\n")
         stamped = {VERSION: vitkd.__version__, **config}
         write_atomically(self.config, yaml.safe_dump(stamped, sort_keys=False, allow_unicode=True))
         handler = LogFile(self.log, encoding="utf-8")
@@ -209,6 +227,10 @@ class RunFolder:
         if not isinstance(config, dict) or not isinstance(config.get("paths"), dict):
             raise ConfigError(f"{problem}, it is cut or not vitkd's")
         return config
+
+    def read_inputs(self) -> dict[str, Any]:
+        """What the run is made of besides its settings, as `vitkd.runs.inputs` has it; empty if unknown."""
+        return read_mapping(self.inputs)
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write the flat `metrics.json`."""

@@ -14,8 +14,9 @@ from vitkd.errors import ConfigError
 from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any, load_from_checkpoint
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.inputs import contents_of
 from vitkd.runs.seeding import first_weights
-from vitkd.runs.teacher_store import fingerprint, given_teacher
+from vitkd.runs.teacher_store import FINGERPRINT, fingerprint, given_teacher
 
 log = logging.getLogger("vitkd")
 
@@ -62,7 +63,7 @@ def load_run(
             raise ConfigError(f"run={path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
         student, _ = load_from_checkpoint(checkpoint)
     pairs = folder.read_pairs() if config.weighting.distils(config.alpha) else []
-    return Run(path, config, student, find_teacher(path, config, teacher), pairs, epoch)
+    return Run(path, config, student, find_teacher(folder, config, teacher), pairs, epoch)
 
 
 def config_of(folder: RunFolder, data: str | None, root: str | None) -> Config:
@@ -74,28 +75,31 @@ def config_of(folder: RunFolder, data: str | None, root: str | None) -> Config:
     return parse(OmegaConf.create(settings))
 
 
-def find_teacher(path: Path, config: Config, given: str | None) -> Model | None:
-    """The teacher of the run in `path`, or None if it had none and none is given."""
-    if given is None and not config.method.needs_teacher:
+def find_teacher(run: RunFolder, config: Config, given: str | None) -> Model | None:
+    """The teacher of the run in a folder, or None if it had none and none is given."""
+    if given is not None:
+        return given_teacher(given, config.dataset, otherwise="")
+    if not config.method.needs_teacher:
         return None
-    if (checkpoint := given or config.teacher.checkpoint) is not None:
-        return given_teacher(checkpoint, config.dataset, otherwise="")
-    own = teacher_run(config)
+    teacher = given_teacher(config.teacher.checkpoint, config.dataset, otherwise="")
+    teacher = teacher or _own_teacher(run, config)
+    if run.read_inputs().get("teacher/weights") not in (None, digest(teacher)):
+        log.warning("warning: %s was trained with a teacher of other weights than the one found", run.path)
+    return teacher
+
+
+def _own_teacher(run: RunFolder, config: Config) -> Model:
+    """The teacher that the run trained, or left with random weights; ConfigError if it is missing."""
     if not config.teacher.trained:
+        own = teacher_run(config)
         with torch.random.fork_rng(devices=[]):
             return first_weights(own.seed, own.student).eval()
-    stored = Path("teachers", own.dataset.name, fingerprint(own, own.dataset.contents(Path(own.paths.data))))
-    for parent in path.resolve().parents:
+    # As recorded: the images may have changed since, which makes another teacher.
+    mark = str(run.read_inputs().get("teacher/fingerprint"))
+    if not FINGERPRINT.fullmatch(mark):
+        mark = fingerprint(teacher_run(config), contents_of(config, run))
+    stored = Path("teachers", config.dataset.name, mark)
+    for parent in run.path.resolve().parents:
         if (parent / stored).is_dir():
-            return _checked(load_any(parent / stored), path)
-    raise ConfigError(f"run={path}: its teacher ({stored}) is missing; set teacher.checkpoint=PATH")
-
-
-def _checked(teacher: Model, path: Path) -> Model:
-    try:
-        recorded = RunFolder(path).read_metrics().get("teacher/weights")
-    except ConfigError:
-        return teacher  # the run has not finished
-    if recorded not in (None, digest(teacher)):
-        log.warning("warning: %s was trained with a teacher of other weights than the one found", path)
-    return teacher
+            return load_any(parent / stored)
+    raise ConfigError(f"run={run.path}: its teacher ({stored}) is missing; set teacher.checkpoint=PATH")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
@@ -13,7 +14,7 @@ from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 
 import vitkd
 from vitkd.config.roles import Separates, relevant
-from vitkd.config.run import Config, name_in_job
+from vitkd.config.run import Config, name_in_job, teacher_run
 from vitkd.data import Dataset
 from vitkd.errors import ConfigError
 from vitkd.models import Model
@@ -23,6 +24,7 @@ from vitkd.runs.folder import RunFolder
 
 log = logging.getLogger("vitkd")
 
+FINGERPRINT = re.compile("[0-9a-f]{12}")
 MOST_NAMED = 3
 """Settings that the line about a new teacher names; more follow as a number."""
 
@@ -54,6 +56,15 @@ def fingerprint(run: Config, contents: str | None) -> str:
     """
     facts = {"settings": determining(run.resolved), "contents": contents, "version": vitkd.__version__}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def store_of(config: Config, contents: str | None) -> Path | None:
+    """The folder of the stored teacher of a run, trained or not yet; None if it learns from no such one."""
+    source = config.teacher
+    if not config.method.needs_teacher or source.checkpoint is not None or not source.trained:
+        return None
+    own = teacher_run(config)
+    return Path(config.paths.outputs, "teachers", own.dataset.name, fingerprint(own, contents))
 
 
 def determining(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import closing
-from dataclasses import replace
 
 from omegaconf import DictConfig
 
@@ -10,6 +9,7 @@ from vitkd.cli.console import Job, print_results, start_logging
 from vitkd.process.distributed import agree, is_first, joined
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.inputs import check_teacher_classes, contents_of, inputs_of, known_inputs
 from vitkd.train.plan import Earlier, announce, make_plan
 from vitkd.train.student import (
     check_pair,
@@ -34,16 +34,19 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     check_pair(config, given)
     with joined(machine.processes, machine.hosts, plan.command):
         # All processes must do the same, whatever each has found.
-        plan = replace(plan, earlier=agree(lambda: plan.earlier))
-        if plan.earlier and plan.is_taken:
-            return skip(plan.earlier, job)
+        contents = agree(lambda: contents_of(config))
+        earlier = agree(lambda: plan.earlier(known_inputs(config, contents)))
+        if earlier and earlier.is_taken:
+            return skip(earlier, job)
         agree(lambda: prepare("student", config.student))
         announce(config, given)
         with closing(load_data(config)) as data:
-            teacher = obtain_teacher(config, given, machine.device)
-            folder = plan.claim_folder()
+            check_teacher_classes(config, data)
+            teacher = obtain_teacher(config, given, contents, machine.device)
+            inputs = inputs_of(config, data, contents, teacher)
+            folder = plan.claim_folder(inputs, earlier)
             job.folder = str(folder.path)
-            metrics = train_student(config, teacher, data, machine.device, folder)
+            metrics = train_student(config, teacher, data, machine.device, folder, inputs)
     if not is_first():
         return None
     print_results(metrics, folder, config.paths.outputs)

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,36 +52,43 @@ class Earlier(NamedTuple):
     path: Path
     state: str
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether there is nothing left to do: it is done, or another process runs it."""
+        return self.state in ("running", "done")
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What one job does: with which settings, where, on what, and after which earlier run."""
+    """What one job does: with which settings, where and on what."""
 
     config: Config
     machine: Machine
     path: Path
     """where its run folder goes; `path`-2, … if that is taken"""
-    earlier: Earlier | None
-    """the run to skip or to resume, if there is one and the job is to look for it"""
     warnings: tuple[str, ...]
     """what to say of settings of the command line that have no effect"""
     command: tuple[str, ...]
     """the command line that starts one more process of this job"""
-
-    @property
-    def is_taken(self) -> bool:
-        """Whether there is nothing left to do here: an earlier run is done, or another process runs it."""
-        return self.earlier is not None and self.earlier.state in ("running", "done")
 
     def warn(self) -> None:
         """Log which settings of the command line have no effect."""
         for warning in self.warnings:
             log.warning("warning: %s", warning)
 
-    def claim_folder(self) -> RunFolder:
-        """The folder of the run to resume, or a new one; the same in all processes of the run."""
+    def earlier(self, inputs: Mapping[str, Any]) -> Earlier | None:
+        """The run to skip or to resume, if one is looked for: of the same settings, and `inputs` if known."""
+        config = self.config
+        folder = RunFolder.latest(self.path, config.resolved, inputs) if should_resume(config) else None
+        return Earlier(folder.path, folder.state) if folder else None
+
+    def claim_folder(self, inputs: Mapping[str, Any], earlier: Earlier | None) -> RunFolder:
+        """The folder of the run to resume, or a new one; the same in all processes of the run.
+
+        It is not the `earlier` one if that had another teacher than the one that is known by now.
+        """
         return RunFolder(
-            agree(lambda: self.earlier.path if self.earlier else RunFolder.claim(self.path).path)
+            agree(lambda: ((earlier and self.earlier(inputs)) or RunFolder.claim(self.path)).path)
         )
 
 
@@ -95,10 +103,8 @@ def make_plan(composed: DictConfig) -> Plan:
     check_device(machine.device)
     if config.compile:
         check_compiler(machine.device)
-    path = run_path(config)
-    folder = RunFolder.latest(path, config.resolved) if should_resume(config) else None
-    earlier = Earlier(folder.path, folder.state) if folder else None
-    return Plan(config, machine, path, earlier, tuple(ignored_settings(config.method)), tuple(job_command()))
+    warnings, command = tuple(ignored_settings(config.method)), tuple(job_command())
+    return Plan(config, machine, run_path(config), warnings, command)
 
 
 def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:

@@ -4,8 +4,8 @@ Shapes: N test images.
 """
 
 import logging
+from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,11 @@ from vitkd.models import Model, ModelConfig, count_parameters, digest, save_mode
 from vitkd.process.distributed import agree, is_first, rank, wait_for_all
 from vitkd.runs.curves import TensorBoardCurves
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.inputs import inputs_of
 from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
 from vitkd.runs.stack_folder import restart_alone, stacks_folder
-from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher
+from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher
 from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps
 from vitkd.train.fit import Fitted, fit
@@ -60,8 +61,10 @@ def check_pair(config: Config, given: Model | None) -> None:
     config.method.check(config.student, given.config if given else config.teacher.model, config)
 
 
-def obtain_teacher(config: Config, given: Model | None, device: torch.device) -> Model | None:
-    """The teacher to learn from; None if the method needs none.
+def obtain_teacher(
+    config: Config, given: Model | None, contents: str | None, device: torch.device
+) -> Model | None:
+    """The teacher to learn from on images of these `contents`; None if the method needs none.
 
     That is the `given` one, or the stored one of this configuration, trained now if no run has needed it
     before. One that is not to be trained is not stored either.
@@ -74,27 +77,32 @@ def obtain_teacher(config: Config, given: Model | None, device: torch.device) ->
         log.info("teacher: not trained, random weights (teacher.trained=false), as a control")
         return first_weights(own.seed, own.student)
     check_trainer(own.trainer, "teacher.trainer")
-    mark = fingerprint(own, own.dataset.contents(Path(own.paths.data)))
-    store = Path(config.paths.outputs, "teachers", own.dataset.name, mark)
+    store = store_of(config, contents)
+    assert store is not None, "it is neither given nor random"
     if not store.exists():
         agree(lambda: prepare("teacher", own.student))
 
     def train(folder: RunFolder) -> None:
         with closing(load_data(own)) as data:
-            train_student(own, None, data, device, folder)
+            train_student(own, None, data, device, folder, inputs_of(own, data, contents, None))
 
     return stored_teacher(store, own.resolved, train)
 
 
 def train_student(
-    config: Config, teacher: Model | None, data: ImageDataModule, device: torch.device, folder: RunFolder
+    config: Config,
+    teacher: Model | None,
+    data: ImageDataModule,
+    device: torch.device,
+    folder: RunFolder,
+    inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds.
 
     If an earlier attempt in `folder` was interrupted, training resumes where that was saved. Of several
     processes only the first measures and writes; the others return {}.
     """
-    with folder.running(config.resolved):
+    with folder.running(config.resolved, inputs):
         if is_first():
             restart_alone(folder, stacks_folder(config.paths.outputs))
         student = first_weights(config.seed, config.student)
@@ -159,7 +167,8 @@ def measure_student(
     """
     batches = data.loader("test", device, rank=0, world_size=1)
     test, predictions = measure_both(fitted.last, fitted.best, batches, device, teacher.predictions)
-    save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"])})
+    about = {"class_names": data.class_names, "contents": folder.read_inputs().get("contents")}
+    save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"]), **about})
     folder.write_predictions(predictions)
     metrics = {
         **test,

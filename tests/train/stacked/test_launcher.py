@@ -32,7 +32,7 @@ from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder, StackSlot
 from vitkd.train.plan import Machine
 from vitkd.train.stacked import StackedModule
-from vitkd.train.stacked.candidates import Candidate, stacks_of, why_alone
+from vitkd.train.stacked.candidates import Candidate, stacks_of, start_over, why_alone
 from vitkd.train.stacked.fit import room_for
 from vitkd.train.student import measure_student
 
@@ -332,6 +332,24 @@ def test_images_that_workers_decode_train_one_by_one(sweeps, tmp_path):
     assert ended.states == ["done", "done"], ended.err
     assert "jobs 0-1 train one by one: workers decode their images" in ended.out
     assert ended.out.count("warning: alpha has no effect with method=none") == 2
+
+
+@pytest.mark.parametrize("teachers", [("old", "old"), ("old", None), ("new", "new"), ("old", "new")])
+def test_a_stack_whose_teacher_was_trained_to_other_weights_starts_over_as_a_whole(teachers, tmp_path):
+    members, settings = [], {"paths": {"outputs": "o"}}
+    for number, weights in enumerate(teachers):
+        folder = RunFolder.claim(tmp_path / f"run{number}")
+        with folder.running(settings, {"teacher/weights": weights}):
+            pass
+        plan = SimpleNamespace(path=folder.path, config=SimpleNamespace(resolved=settings))
+        place = StackSlot(StackFolder(tmp_path / "stack"), number, 2)
+        members.append(Candidate(Job(number, {}), cast(Any, plan), folder, place))
+
+    start_over(members, {"teacher/weights": "new"})
+
+    assert [bool(member.folder) for member in members] == [weights != "old" for weights in teachers]
+    resumes = teachers == ("new", "new")
+    assert [member.place is not None for member in members] == [resumes, resumes]
 
 
 def test_what_another_process_has_taken_meanwhile_is_skipped(sweeps, monkeypatch):

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from vitkd.cli.jobs import as_job, overridden
 from vitkd.config.roles import Separates, first_difference, relevant
 from vitkd.config.run import Config
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.inputs import contents_of, known_inputs
 from vitkd.runs.stack_folder import StackSlot, read_slot, release_slot, stacks_folder
 from vitkd.train.plan import Plan, make_plan
 from vitkd.train.stacked.dropout import has_streams
@@ -54,11 +55,12 @@ def candidate(composed: DictConfig) -> Candidate | None:
         job = Job(composed.hydra.job.num, overridden(), state="running")
         try:
             plan = make_plan(own)
+            earlier = plan.earlier(known_inputs(plan.config, contents_of(plan.config)))
         except Exception:
             return None  # the job fails with it when its turn comes, and reports it then
-    folder = RunFolder(plan.earlier.path) if plan.earlier else None
-    if plan.earlier and folder and plan.is_taken:
-        if plan.earlier.state == "done":
+    folder = RunFolder(earlier.path) if earlier else None
+    if earlier and folder and earlier.is_taken:
+        if earlier.state == "done":
             release_slot(folder, stacks_folder(plan.config.paths.outputs))
         return None
     member = Candidate(job, plan, folder, saved_place(plan.config, folder))
@@ -157,6 +159,16 @@ def why_apart(group: Group, groups: Sequence[Group]) -> tuple[str, str] | None:
         return None
     difference = first_difference(first.shared, group.shared) or "paths"
     return job_names(first.members), f"different {difference.removesuffix('._target_')}"
+
+
+def start_over(members: Sequence[Candidate], inputs: Mapping[str, Any]) -> None:
+    """Let interrupted members that had another teacher than this one, or other images, start over."""
+    for member in members:
+        if member.folder:
+            member.folder = RunFolder.latest(member.plan.path, member.config.resolved, inputs)
+    if not all(member.folder for member in members):
+        for member in members:
+            member.place = None  # a stack resumes as a whole
 
 
 def stack_position(member: Candidate) -> tuple[Any, ...]:

@@ -5,10 +5,10 @@ left there by itself.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -20,6 +20,7 @@ from vitkd.errors import ConfigError, RunError
 from vitkd.models import Model
 from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.inputs import check_teacher_classes, contents_of, inputs_of
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
 from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot, stacks_folder
 from vitkd.train.build import build_module, compile_training, facts_of
@@ -35,6 +36,7 @@ from vitkd.train.stacked.candidates import (
     job_names,
     saved_place,
     stacks_of,
+    start_over,
 )
 from vitkd.train.stacked.fit import carry_over, fit_stack, room_for, write_checkpoints
 from vitkd.train.student import (
@@ -56,6 +58,8 @@ class Shared(NamedTuple):
     device: torch.device
     teacher: Model | None
     measured_teacher: MeasuredTeacher
+    inputs: Mapping[str, Any]
+    """what `inputs.json` says"""
 
 
 @isolated()
@@ -109,8 +113,12 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
         for member in members:
             member.plan.warn()
         announce(first, given)
-        teacher = obtain_teacher(first, given, device)
-        shared = Shared(data, device, teacher, measure_teacher(teacher, data, device))
+        check_teacher_classes(first, data)
+        contents = contents_of(first)
+        teacher = obtain_teacher(first, given, contents, device)
+        inputs = inputs_of(first, data, contents, teacher)
+        start_over(members, inputs)
+        shared = Shared(data, device, teacher, measure_teacher(teacher, data, device), inputs)
         # Only now: another process may have been faster while the teacher was trained.
         members = [each for each in members if not (each.folder and each.folder.state in ("running", "done"))]
         if not members:
@@ -161,7 +169,7 @@ def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> N
             member.folder = member.folder or RunFolder.claim(member.plan.path)
             member.job.folder = str(member.folder.path)
             # Until `run` is closed.
-            run.enter_context(member.folder.running(member.config.resolved))
+            run.enter_context(member.folder.running(member.config.resolved, shared.inputs))
         place = settle_place(members, stacks / sweep)
         modules = [module_of(member, shared) for member in members]
         orders = [data.seeds.index(order_of(member)) for member in members]
