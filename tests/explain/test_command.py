@@ -211,6 +211,16 @@ class TestOtherRuns:
         assert "js_distilled_alone" in fidelity["summary"]
         assert strict_json(tmp_path / "metrics.json")["correctness"].keys() == {"student A", "student B"}
 
+    def test_two_runs_leave_what_the_first_run_alone_left(self, explained, explain, run, outputs, undrawn):
+        before = everything_below(explained)
+
+        ended = explain(f"run=[{run},{outputs / 'digits' / 'alone'}]", *LIGHT)
+
+        assert ended.code == 0, ended.err
+        assert everything_below(explained) == before
+        assert {*ALWAYS} <= names_in(run / "explain_with_alone")
+        shutil.rmtree(run / "explain_with_alone")
+
     def test_a_student_alone(self, explain, outputs, tmp_path, undrawn):
         ended = explain(f"run={outputs / 'digits' / 'alone'}", *LIGHT, f"out={tmp_path}")
 
@@ -495,6 +505,38 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, broken, explain):
         assert word in line
     assert everything_below(broken) == before
     assert not [*broken.rglob("explain")]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (f"{RUN} of_class=33", "did you mean 3?"),
+        (f"{RUN} methods=[rolout]", "did you mean rollout?"),
+        (f"{RUN} out=file", "file"),
+        (f"{RUN} out=file/below", "file/below"),
+        (f"{RUN} out=/proc/nowhere", "/proc/nowhere"),
+        (f"{RUN} out=outputs/digits/first", "of its own"),
+        (f"{RUN} out=page", "of its own"),
+        (f"{RUN} of_class=3 image=photo.png", "leave out image"),
+        (f"{RUN} methods=[integrated_gradients]", "vitkd[explain]"),
+        (f"run=[outputs/digits/first,outputs/digits/alone] out={'x' * 300}", "x" * 300),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_reported_before_the_work(mistake, says, explain, broken, monkeypatch):
+    (broken / "page").mkdir(exist_ok=True)
+    (broken / "page" / "index.html").write_text("somebody's")
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    for work in ("survey", "_look"):
+        monkeypatch.delattr(f"vitkd.explain.job.{work}")
+    before = everything_below(broken)
+
+    ended = explain(*mistake.split())
+
+    assert ended.code == 2, ended.err
+    (line,) = ended.err.splitlines()
+    assert says in line
+    assert everything_below(broken) == before
 
 
 def test_an_extra_that_is_absent_is_named(explain, broken, monkeypatch):

@@ -2,13 +2,16 @@
 
 from io import BytesIO
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from vitkd.explain import upsample
+from vitkd.explain.gallery import fonts
 from vitkd.explain.gallery.figures import COLOURS, OPACITY, Rows, attention_unit, figure_1, figure_rows, png
 
 
@@ -165,6 +168,42 @@ def test_a_figure_as_png():
     image = Image.open(BytesIO(png(figure)))
     assert image.format == "PNG"
     assert image.size == tuple((figure.get_size_inches() * figure.dpi).astype(int))
+
+
+class TestFonts:
+    """Warnings are errors here, so that a character without a glyph is one."""
+
+    @pytest.fixture(autouse=True)
+    def _those_of_matplotlib(self, monkeypatch):
+        """The fonts that come with matplotlib, whatever this machine has."""
+        own = matplotlib.get_data_path()
+        monkeypatch.setattr(
+            fontManager, "ttflist", [font for font in fontManager.ttflist if font.fname.startswith(own)]
+        )
+        for known in (fonts.family_with, fonts.warn_of_boxes):
+            known.cache_clear()
+        yield
+        fonts.family_with.cache_clear()
+
+    def drawn_with(self, name):
+        group = rows_of(1)._replace(labels=[name], predictions=[[name]])
+        figure = figure_rows([group], columns=COLUMNS, caption=f"of {name}")
+        png(figure)
+        return figure
+
+    def test_one_that_has_the_character_is_found(self, caplog):
+        name = "ᶄ"  # in STIX, and not in DejaVu Sans
+        figure = self.drawn_with(name)
+
+        assert titles(figure)[:2] == [name, f"{name} ✓"]
+        assert caplog.text == ""
+
+    def test_what_no_font_has_is_a_box_and_one_line(self, caplog):
+        caplog.set_level("WARNING", "vitkd")
+        figures = [self.drawn_with(name) for name in ("猫", "🐈 cat")]
+
+        assert [titles(figure)[0] for figure in figures] == ["□", "□ cat"]
+        assert [record.getMessage().count("□") for record in caplog.records] == [1]
 
 
 @pytest.mark.parametrize(

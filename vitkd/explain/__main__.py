@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from omegaconf import DictConfig
 
@@ -29,6 +31,7 @@ def explain_job(composed: DictConfig, job: Job) -> None:
     """Load the models, explain them, and write figures, arrays, metrics and the page into one folder."""
     start_logging()
     settings = instantiate("", Settings, composed)
+    check_place(settings.folder)
     with open_sources(settings, device_of(settings.accelerator)) as sources:
         explain = explain_test_split if settings.image is None else explain_pictures
         explanation = explain(settings, sources)
@@ -36,12 +39,27 @@ def explain_job(composed: DictConfig, job: Job) -> None:
     write(files_of(explanation), settings.folder)
 
 
+def check_place(folder: Path) -> None:
+    """ConfigError if `folder` cannot be written to, or holds other files than an explanation's."""
+    made: list[Path] = []
+    try:
+        made += [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            names = {each.name for each in folder.iterdir()}
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written to ({error.strerror}); set out=DIR") from error
+    finally:
+        for each in made:
+            with suppress(OSError):
+                each.rmdir()
+    if "config.yaml" in names or (names & FILES and "maps.npz" not in names):
+        raise ConfigError(f"out={folder}: holds other files than an explanation's; name a folder of its own")
+
+
 def write(files: Mapping[str, bytes], folder: Path) -> None:
     """Write every file, each whole or not at all, and remove those of an earlier explanation."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be created ({error.strerror}); set out=DIR") from error
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(folder / name, content)
     for name in FILES - files.keys():

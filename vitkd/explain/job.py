@@ -54,6 +54,10 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
     """Metrics of the whole test split, and maps of the images that the seed chooses from it."""
     runs, data, dataset = sources.runs, sources.data, sources.first.config.dataset
     assert data is not None
+    if settings.of_class is not None:
+        # Before the work, not after it.
+        test_labels = data.loader("test", "cpu", rank=0, world_size=1).labels
+        class_number(settings.of_class, data.class_names, test_labels.numpy())
     compared, remarks = comparisons(runs)
     notes = [*_note_on_students(sources), *sources.notes(), *remarks]
     log.info("measuring %s on the test split", ", ".join(sources.models))
@@ -106,10 +110,7 @@ def choose_images(
     """Positions of images to show, each with its cell; and notes on cells that have none."""
     chosen, notes, whose, label = [], [], "", settings.of_class
     if label is not None:
-        if label not in class_names:
-            hint = suggest(label, class_names)
-            raise ConfigError(f"class {label}: the data set has none of that name; {hint}")
-        wanted = labels == class_names.index(label)
+        wanted = labels == class_number(label, class_names, labels)
         of_cells = {name: indices[wanted[indices]] for name, indices in of_cells.items()}
         whose = f" of class {label}"
     for name, indices in of_cells.items():
@@ -117,9 +118,17 @@ def choose_images(
         if not len(indices):
             # No error: a good student leaves cells empty.
             notes.append(f"There is no image{whose} among {len(labels):,} where {IN_WORDS[name]}.")
-    if not chosen:
-        raise ConfigError(f"of_class={label}: no image of that class is in the test split")
     return chosen, notes
+
+
+def class_number(name: str, class_names: list[str], labels: Indices) -> int:
+    """A class's label; ConfigError if there is no such class, or none of its images."""
+    if name not in class_names:
+        hint = suggest(name, class_names)
+        raise ConfigError(f"class {name}: the data set has none of that name; {hint}")
+    if (number := class_names.index(name)) not in labels:
+        raise ConfigError(f"of_class={name}: no image of that class is in the test split")
+    return number
 
 
 def in_random_order(data: ImageDataModule, seed: int, device: torch.device) -> Loader:

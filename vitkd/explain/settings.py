@@ -1,12 +1,15 @@
 """The settings of `python -m vitkd.explain`."""
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitkd.data.folders import IMAGE_SUFFIXES
 from vitkd.errors import ConfigError, check_choice, suggest
-from vitkd.explain.maps.methods import METHODS
+from vitkd.explain.maps.methods import EXTRAS, METHODS
+from vitkd.explain.maps.recording import from_extra
 
 
 @dataclass
@@ -46,6 +49,10 @@ class Settings:
         for method in self.methods:
             if method not in METHODS:
                 raise ConfigError(f"methods={method}: {suggest(method, METHODS)}")
+            if method in EXTRAS:
+                from_extra(EXTRAS[method], "explain")
+        if self.image is not None and self.of_class is not None:
+            raise ConfigError(f"of_class={self.of_class}: chooses from the test split; leave out image")
 
     @property
     def runs(self) -> list[Path]:
@@ -53,9 +60,14 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        """Where to write: `out`, or a folder in the first run's."""
+        """Where to write: `out`, or a folder in the first run's, whose name says which run stands beside it."""
+        if self.out:
+            return Path(self.out)
         name = "explain" if self.image is None else "explain_pictures"
-        return Path(self.out) if self.out else Path(*self.runs[:1], name)
+        for other in self.runs[1:]:
+            beside = os.path.relpath(other.resolve(), self.runs[0].resolve().parent)
+            name += "_with_" + re.sub(r"[^\w.+-]+", "_", beside).strip("._")
+        return Path(*self.runs[:1], name)
 
     @property
     def pictures(self) -> list[Path]:

@@ -20,6 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from vitkd.explain.gallery.fonts import drawable
+
 COLOURS = matplotlib.colormaps["viridis"]
 OPACITY = 0.75
 """of a map over its image, which is paled to half its contrast: the colour bar is read off the map"""
@@ -235,7 +237,8 @@ def _draw_text(figure: Figure, text: str, centre: float, top: float, **style: An
     """A line of text at a place in inches, from the figure's upper left corner."""
     across, down = figure.get_size_inches()
     place = centre / across, 1 - top / down
-    figure.text(*place, text, ha="center", va="top", size=8, parse_math=False, **style)
+    text, fonts = drawable(text)
+    figure.text(*place, text, ha="center", va="top", size=8, family=fonts, parse_math=False, **style)
 
 
 def _draw_image(
@@ -245,8 +248,9 @@ def _draw_image(
     axes = _axes_at(figure, left, top, CELL, CELL)
     axes.set_axis_off()
     axes.imshow(pixels, interpolation="nearest", aspect="auto")
+    text, fonts = drawable(title or "")
     # At a given place: to find one matplotlib measures ticks that are not drawn, half of a figure's time.
-    axes.set_title(title or "", size=8, pad=3, y=1, color=colour, parse_math=False)
+    axes.set_title(text, size=8, family=fonts, pad=3, y=1, color=colour, parse_math=False)
 
 
 def _mark(prediction: str | None, label: str | None) -> tuple[str | None, str]:

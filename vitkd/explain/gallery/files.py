@@ -42,8 +42,8 @@ FILES |= {"maps.npz", "metrics.json", "fidelity.json", "index.html"}
 
 def files_of(explanation: Explanation) -> dict[str, bytes]:
     """File name → content."""
-    files = {f"{name}.png": png(figure) for name, figure in figures_of(explanation).items()}
-    files["maps.npz"] = arrays_of(explanation)
+    files = {"maps.npz": arrays_of(explanation)}  # written first: it tells whose folder this is
+    files |= {f"{name}.png": png(figure) for name, figure in figures_of(explanation).items()}
     files["metrics.json"] = as_json(metrics_of(explanation))
     if explanation.fidelity:
         files["fidelity.json"] = as_json(fidelity_of(explanation))

@@ -181,5 +181,7 @@ METHODS: dict[str, Method] = {
     "integrated_gradients": _integrated_gradients,
     "random": _random,
 }
+EXTRAS = {"pytorch_grad_cam": "pytorch_grad_cam", "integrated_gradients": "captum.attr"}
+"""those that need the extra `explain`, and which of its modules"""
 CLASS_SPECIFIC = {"gradient_rollout", "relevance", "grad_cam", "pytorch_grad_cam", "integrated_gradients"}
 """those whose maps depend on the class"""
