@@ -9,7 +9,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from vitkd.config.roles import (
-    HYPERPARAMETERS,
     ROLES,
     Separates,
     first_difference,
@@ -42,7 +41,6 @@ def known() -> set[str]:
 
 def test_every_entry_is_a_setting_or_a_group(known):
     assert {*ROLES} <= known
-    assert known >= HYPERPARAMETERS
 
 
 # What is not separated, for each question; all other settings are.

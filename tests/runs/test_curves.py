@@ -7,12 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import hydra
 import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.context import RequestContext
 from tensorboard.data.server_ingester import ExistingServerDataIngester, get_server_binary
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, list_session_groups
+from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.util.grpc_util import ChannelCredsType
 
+from vitkd.config.run import CONF_DIR, parse
 from vitkd.runs.curves import MetricsFile, TensorBoardCurves
 
 
@@ -291,3 +298,59 @@ def test_a_new_run_drops_the_events_of_an_attempt_that_saved_nothing(tmp_path, c
     ]
     assert (tmp_path / "kept.txt").exists()
     assert len([*tmp_path.glob("events.*")]) == 1
+
+
+def conclude(folder: Path, *settings: str) -> None:
+    """As a finished run of `python -m vitkd.train SETTINGS`."""
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = parse(hydra.compose("train", [*settings]))
+    TensorBoardCurves(folder).conclude(config.resolved, config.method.ignores, {"test/acc_last": 0.25})
+
+
+def hparams_page(logs: Path) -> tuple[list[api_pb2.HParamInfo], dict[str, dict[str, object]]]:
+    """The columns of TensorBoard's HParams page, in its order, and run → column → cell."""
+    runs = EventMultiplexer().AddRunsFromDirectory(str(logs)).Reload()
+    backend = Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(logs))))
+    request = RequestContext(), "", True, backend.hparams_metadata(RequestContext(), "")
+    experiment = backend.experiment_from_metadata(*request, data_provider_hparams=[])
+    asked = api_pb2.ListSessionGroupsRequest(slice_size=100, allowed_statuses=[api_pb2.STATUS_SUCCESS])
+    for column in experiment.hparam_infos:
+        asked.col_params.add(hparam=column.name)
+    groups = list_session_groups.Handler(RequestContext(), backend, "", asked).run().session_groups
+    cells = {
+        group.sessions[0].name: {
+            name: getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()
+        }
+        for group in groups
+    }
+    assert all(group.metric_values for group in groups)
+    return [*experiment.hparam_infos], cells
+
+
+def test_the_hparams_page_has_every_runs_columns_whatever_comes_first(tmp_path):
+    conclude(tmp_path / "a", "method=none")
+    conclude(tmp_path / "b", "alpha=0.25", "loss=mse", "weighting=cosine", "ema_decay=0.5")
+    conclude(tmp_path / "c", "alpha=0.75", "granularity=head", "teacher.depth=2", "dataset.batch_size=8")
+    conclude(tmp_path / "d", "method=logit", "method.temperature=2", "label_smoothing=0.1", "seed=3")
+
+    columns, cells = hparams_page(tmp_path)
+
+    assert {column.name for column in columns} >= {
+        *("alpha", "dataset", "dataset.batch_size", "ema_decay", "granularity", "label_smoothing", "loss"),
+        *("method", "method.temperature", "optimizer.lr", "schedule", "seed", "student.depth", "teacher"),
+        *("teacher.depth", "teacher.optimizer.lr", "trainer.max_epochs", "weighting"),
+    }
+    # Numbers can be sorted and filtered as numbers.
+    assert {column.name: column.type for column in columns}["alpha"] == api_pb2.DATA_TYPE_FLOAT64
+    # What differs stands first.
+    assert {"alpha", "loss", "method"} <= {column.name for column in columns[: len(columns) // 2]}
+    assert {run: cell.get("alpha") for run, cell in cells.items()} == {
+        "a": None,
+        "b": 0.25,
+        "c": 0.75,
+        "d": 0.5,
+    }
+    assert {run: cell.get("teacher.depth") for run, cell in cells.items()}["c"] == 2
+    assert "loss" not in cells["a"]
+    assert cells["b"]["loss"] != cells["c"]["loss"]
+    assert cells["d"]["method.temperature"] == 2

@@ -82,12 +82,6 @@ ROLES: dict[str, Separates] = {
 # Choices of groups that name no folder: the experiment stands in its path, trainer=… picks hardware.
 UNNAMED_CHOICES = {"experiment", "trainer"}
 
-# What TensorBoard's HParams page shows of a run, besides its data set's name.
-HYPERPARAMETERS = {
-    *("alpha", "granularity", "loss", "method", "optimizer", "schedule", "seed", "student", "weighting"),
-    "trainer.max_epochs",
-}
-
 
 def separates(setting: str, what: Separates) -> bool:
     """Whether different values of a setting, as `group.key`, separate all of `what`.

@@ -60,7 +60,7 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        """Where to write: `out`, or a folder in the first run's, whose name says which run stands beside it."""
+        """Where to write: `out`, or a folder in the first run's, which is named after the second."""
         if self.out:
             return Path(self.out)
         name = "explain" if self.image is None else "explain_pictures"

@@ -13,8 +13,9 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard.summary import hparams
 
-from vitkd.config.roles import HYPERPARAMETERS, flatten
+from vitkd.config.roles import Separates, relevant
 from vitkd.runs.files import force_to_disk, read_rows, write_atomically
 
 CHARTS = {
@@ -121,18 +122,23 @@ class TensorBoardCurves(TensorBoardLogger):
     def conclude(
         self, settings: Mapping[str, Any], ignored: Collection[str], metrics: Mapping[str, float]
     ) -> None:
-        """Put the finished run on the HParams page, without the settings that had no effect.
+        """Put the finished run on the HParams page: what separates arms of an experiment, and the seed.
 
-        TensorBoard sorts the names and shows the first five: alpha, dataset, granularity, loss, method.
+        Settings that had no effect are left out: they are empty cells of the page. It has a column for every
+        setting of any run, those that differ first, because no run says which columns there are
+        (TensorBoard would take those of the first run by name for all).
         """
-        shown: dict[str, Any] = {"dataset": settings["dataset"]["name"]}
-        for name, value in flatten(settings):
-            group = name.partition(".")[0]
-            if not {name, group} & HYPERPARAMETERS or {name, group} & {*ignored}:
+        shown: dict[str, Any] = {"seed": settings["seed"]}
+        for name, value in relevant(settings, Separates.ARMS).items():
+            if any(f"{name}.".startswith(f"{unread}.") for unread in ignored):
                 continue
-            if name == f"{group}._target_":
-                shown[group] = value.rpartition(".")[2]
+            if name.endswith("._target_"):
+                shown[name.removesuffix("._target_")] = value.rpartition(".")[2]
             else:
                 shown[name] = value if isinstance(value, int | float | str) else str(value)
-        self.log_hyperparams(shown, dict(metrics))
+        shown["dataset"] = shown.pop("dataset.name")
+        self.log_metrics(metrics)
+        _, start, end = hparams(shown, {})
+        for summary in (start, end):
+            self.experiment._get_file_writer().add_summary(summary)
         self.finalize("success")
