@@ -207,6 +207,24 @@ def test_an_interrupted_training_never_passes_for_a_teacher(train, tmp_path):
     assert len(train.folders) == 2
 
 
+def test_a_run_of_another_student_resumes_an_interrupted_training(train, tmp_path):
+    def interrupted(folder: RunFolder) -> None:
+        with folder.running(first.resolved):
+            (folder.path / "checkpoint").touch()
+            raise KeyboardInterrupt
+
+    first, other = own_run("loss=kl"), own_run("loss=mse", "granularity=head", "alpha=0.1", "compile=true")
+    store = tmp_path / fingerprint(first, None)
+    assert fingerprint(other, None) == store.name
+    with pytest.raises(KeyboardInterrupt):
+        stored_teacher(store, first.resolved, interrupted)
+
+    stored_teacher(store, other.resolved, train)
+
+    assert (store / "checkpoint").exists()
+    assert len([*tmp_path.glob(f"{store.name}*/")]) == 1
+
+
 def test_a_damaged_teacher_is_one_clear_line(train, tmp_path):
     store = tmp_path / "abc"
     stored_teacher(store, {}, train)

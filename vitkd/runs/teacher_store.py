@@ -77,8 +77,8 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
     """The teacher in the folder `store`; if it does not exist yet, `train` makes it first.
 
     A lock keeps parallel runs from training it twice. The folder gets its name when it is complete, so an
-    interrupted training is never taken for a teacher; the next run resumes it if `settings`, the teacher's
-    own resolved configuration, are the same.
+    interrupted training is never taken for a teacher; the next run that needs this teacher resumes it,
+    whatever its student learns. `settings` are the teacher's own resolved configuration.
     """
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
@@ -91,10 +91,9 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
         else:
             new = what_is_new(settings, stored_settings(store.parent))
             log.info("no teacher yet%s: training it first, once; later runs reuse it", new)
-            unfinished = store.with_name(f"{store.name}.unfinished")
-            folder = RunFolder(
-                agree(lambda: (RunFolder.latest(unfinished, settings) or RunFolder.claim(unfinished)).path)
-            )
+            # The store's name is the fingerprint: whatever was begun here is the same teacher.
+            folder = RunFolder(store.with_name(f"{store.name}.unfinished"))
+            agree(lambda: folder.path.mkdir(exist_ok=True))
             train(folder)
             agree(lambda: folder.path.rename(store))
         agree(lambda: remove_attempts(store))
