@@ -429,6 +429,16 @@ def test_other_precisions_train_and_count_right(student, tiny, run, precision, t
     assert 0 < logged["val/transfer_loss"].item() < 10
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_class_loss_is_computed_in_float32(student, dtype):
+    logits, label = torch.randn(7, 5).to(dtype), torch.arange(7) % 5
+
+    loss = DistillModule(student, AdamW(), Constant()).class_loss(logits, label)
+
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, F.cross_entropy(logits.float(), label))
+
+
 @without_validation
 def test_a_run_without_validation_data(student, run):
     logged = run(DistillModule(student, AdamW(), Constant()), Batches(6)).callback_metrics

@@ -97,6 +97,8 @@ def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: str) -
         ("last", "last", "epochs", ""),
         ("best", "best-on-val", "best_epoch", "_best"),
     ):
+        if metrics[f"val/acc_{key}"] is None and key == "best":
+            continue  # no epoch was validated
         agreement = metrics.get(f"test/teacher_agreement{suffix}")
         table.add_row(
             f"student, {label} epoch ({metrics[epoch]})",

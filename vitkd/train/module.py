@@ -17,7 +17,7 @@ from vitkd.data import Batch
 from vitkd.methods.base import Objective
 from vitkd.methods.weighting import Constant, Weighting
 from vitkd.models import Model, Output, Taps, describe
-from vitkd.models.output import LOGITS
+from vitkd.models.output import LOGITS, at_least_float32
 from vitkd.optim import AdamW, Schedule
 from vitkd.train.cuda_graph import GraphedStep, take_step
 from vitkd.train.logged import LoggedModule
@@ -134,7 +134,7 @@ class DistillModule(LoggedModule):
     def class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy with the labels [B], smoothed in training (Szegedy et al. 2016)."""
         smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits, label, label_smoothing=smoothing)
+        return F.cross_entropy(at_least_float32(logits), label, label_smoothing=smoothing)
 
     def on_train_start(self) -> None:
         super().on_train_start()

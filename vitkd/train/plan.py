@@ -33,6 +33,11 @@ SET_BY_VITKD = {
     # Accuracy is read, and the best epoch kept, when an epoch has ended.
     "val_check_interval",
 }
+# What it takes and nothing here asks for: the test split is measured whole, once, without it.
+WITHOUT_EFFECT = {
+    *("limit_test_batches", "limit_predict_batches", "inference_mode", "reload_dataloaders_every_n_epochs"),
+    *("enable_autolog_hparams", "model_registry"),
+}
 COUNTS = ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
 
 
@@ -117,6 +122,10 @@ def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
         trial = L.Trainer(**settings, logger=False, enable_checkpointing=False)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise ConfigError(f"{key}: {one_line(error)}; trainer=auto fits this machine") from error
+    if trial.precision == "16-true":
+        # (1 − beta2)·gradient² is 0 in float16 for gradients below 0.005; steps come out 4.5 times too long.
+        what = f"{key}.precision=16-true: AdamW's squared gradients vanish in float16"
+        raise ConfigError(f"{what}, its steps are too long; use bf16-true, or 16-mixed on a GPU")
     if isinstance(trial.strategy.launcher, _MultiProcessingLauncher):
         raise ConfigError(f"{key}.strategy={settings.get('strategy')}: starts processes by itself; use ddp")
     # Not its world size: under torchrun that is what torchrun says.
@@ -125,10 +134,13 @@ def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
 
 def check_settings(settings: dict[str, Any], key: str) -> None:
     """ConfigError for a setting that is no argument of the Trainer's, is not free, or is out of range."""
-    accepted = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"} - SET_BY_VITKD
+    arguments = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
+    accepted = arguments - SET_BY_VITKD - WITHOUT_EFFECT
     for name, value in settings.items():
         if name in SET_BY_VITKD:
             raise ConfigError(f"{key}.{name}: is set by vitkd; leave it out")
+        if name in WITHOUT_EFFECT:
+            raise ConfigError(f"{key}.{name}: has no effect here; leave it out")
         if name not in accepted:
             raise ConfigError(f"{key}.{name}: no such setting; {suggest(name, accepted)}")
         if name in COUNTS and not (type(value) is int and value >= 1):
@@ -138,6 +150,9 @@ def check_settings(settings: dict[str, Any], key: str) -> None:
         raise ConfigError(f"{key}.limit_train_batches={batches}: must be above 0, or null for all")
     if clip is not None and not 0 < clip < math.inf:
         raise ConfigError(f"{key}.gradient_clip_val={clip}: must be a finite number above 0, or null")
+    if clip is None and (algorithm := settings.get("gradient_clip_algorithm")) is not None:
+        what = f"{key}.gradient_clip_algorithm={algorithm}: has no effect without {key}.gradient_clip_val"
+        raise ConfigError(f"{what}; set both or none")
 
 
 def announce(config: Config, given_teacher: Model | None) -> None:
