@@ -89,6 +89,13 @@ def test_what_does_not_determine_it_does_not(setting):
     assert mark(setting) == mark()
 
 
+@pytest.mark.parametrize(
+    ("devices", "count"), [("[3]", 1), ("'3,'", 1), ("[0,2]", 2), ("'0, 2'", 2), ("2", 2)]
+)
+def test_the_number_of_devices_counts_and_not_which_they_are(devices, count):
+    assert mark(f"trainer.devices={devices}") == mark(f"trainer.devices={count}")
+
+
 def test_another_version_trains_another_teacher(monkeypatch):
     ours = mark()
     monkeypatch.setattr(vitkd, "__version__", "0.0.9")
@@ -126,6 +133,7 @@ STORED = [(), ("teacher.depth=2", "teacher.seed=1", "dataset.batch_size=32")]
         (["teacher.trainer.gradient_clip_val=1"],
          " with teacher.trainer.gradient_clip_val=1 (the nearest stored one has null)"),
         (["trainer.devices=2"], " with trainer.devices=2 (the nearest stored one has 1)"),
+        (["trainer.devices=[0,1]"], " with trainer.devices=2 (the nearest stored one has 1)"),
         (["matmul_precision=high"], " with matmul_precision=high (the nearest stored one has highest)"),
         (["schedule@teacher.schedule=constant", "teacher.patch_norm=true"],
          " with teacher.patch_norm=true, teacher.schedule=Constant"

@@ -163,7 +163,7 @@ class TestRunFolder:
     def test_log_tells_of_every_epoch_and_of_the_teacher_first(self, run):
         log = (run / "run.log").read_text()
 
-        assert log.index("teacher: ") < log.index("epoch 1/2") < log.index("epoch 2/2")
+        assert log.index("teacher: ") < log.index(" student: epoch 1/2 ") < log.index(" student: epoch 2/2 ")
 
     def test_picture_is_a_png(self, run):
         assert (run / "attention.png").read_bytes().startswith(PNG)
@@ -181,6 +181,7 @@ class TestRunFolder:
         for teacher in outputs.teachers:
             assert status_of(teacher)["state"] == "done"
             assert metrics_of(teacher)["teacher/test_acc"] is None
+            assert " teacher: epoch 1/1 " in (teacher / "run.log").read_text()
             assert load_model(teacher / "student.safetensors").config.depth == 4
 
 
@@ -424,6 +425,14 @@ class TestVariants:
         metrics = metrics_of(folder)
         assert metrics["val/acc_last"] is None
         assert metrics["best_epoch"] == 2
+
+    @pytest.mark.parametrize("unvalidated", ["trainer.limit_val_batches=0", "dataset.val_fraction=0"])
+    def test_where_no_epoch_was_validated_none_is_the_best(self, unvalidated, fresh):
+        ended = fresh.train("method=none", unvalidated)
+
+        assert (ended.code, ended.err) == (0, "")
+        assert "student, last epoch (1)" in ended.out
+        assert "best-on-val" not in ended.out
 
     def test_a_setting_without_effect_earns_a_warning(self, fresh):
         ended = fresh.train("method=none", "alpha=0.3", "granularity.head_map=hungarian", "seed=1")

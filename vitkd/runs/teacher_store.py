@@ -68,8 +68,16 @@ def store_of(config: Config, contents: str | None) -> Path | None:
 
 
 def determining(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a teacher's own settings that determine it, by `group.key`; 0 and 0.0 are one value."""
+    """Those of a teacher's own settings that determine it, by `group.key`; 0 and 0.0 are one value.
+
+    How many devices there are is one, for each trains on batches of its own; which devices is none.
+    """
     values = relevant(settings, Separates.TEACHERS)
+    devices = values.get("trainer.devices")
+    if isinstance(devices, str) and "," in devices:
+        devices = [each for each in devices.split(",") if each.strip()]
+    if isinstance(devices, list):
+        values["trainer.devices"] = len(devices)
     return {name: float(value) if type(value) is int else value for name, value in values.items()}
 
 

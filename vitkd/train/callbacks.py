@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from vitkd.cli.console import is_terminal
 from vitkd.config.run import Config
 from vitkd.data import ImageDataModule, Loader
+from vitkd.process.distributed import is_first
 from vitkd.runs.folder import RunFolder
 from vitkd.train.cuda_graph import GraphedStep
 from vitkd.train.module import DistillModule
@@ -176,15 +178,24 @@ def why_not(trainer: L.Trainer) -> str | None:
     return None
 
 
+def progress(whose: str) -> list[Callback]:
+    """Shows how far the training of a "student", "teacher" or stack of "students" is."""
+    return [EpochLines(whose), *([ProgressBar(whose)] if is_terminal() and is_first() else [])]
+
+
 class EpochLines(Callback):
     """One plain line an epoch, to the console and the log file; of a stack the median of every metric."""
+
+    def __init__(self, whose: str) -> None:
+        self.whose = whose
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
         columns = format_metrics({name: values.nanquantile(0.5).item() for name, values in metrics.items()})
         stacked = next(iter(metrics.values())).shape
         median = f"median of {stacked[0]}: " if stacked else ""
-        log.info("epoch %d/%s  %s%s", trainer.current_epoch + 1, trainer.max_epochs, median, columns)
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        log.info("%s: %s  %s%s", self.whose, epoch, median, columns)
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
@@ -198,7 +209,8 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
 class ProgressBar(Callback):
     """One bar for the whole training, below the epochs' lines; gone when it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, whose: str) -> None:
+        self.whose = whose
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, transient=True)
 
@@ -207,7 +219,7 @@ class ProgressBar(Callback):
         self._progress.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        epoch = f"{self.whose}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._progress.update(self._task, description=epoch, completed=trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -11,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from vitkd.cli.console import is_terminal
 from vitkd.config.run import Config
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, RunError, one_line
@@ -22,7 +21,6 @@ from vitkd.runs.checkpoints import DurableCheckpointIO, load_from_checkpoint, ne
 from vitkd.runs.curves import MetricsFile, TensorBoardCurves
 from vitkd.runs.folder import RunFolder
 from vitkd.train.averaging import WarmAverage
-from vitkd.train.callbacks import EpochLines, ProgressBar
 from vitkd.train.checkpointing import Checkpointing
 from vitkd.train.module import DistillModule
 
@@ -116,7 +114,6 @@ def build_trainer(
     """Lightning's Trainer, set up as every training here needs it."""
     decay = settings.ema_decay
     averaging = [] if decay is None else [WarmAverage(decay)]
-    bar = [ProgressBar()] if is_terminal() and is_first() else []
     plugins: list[Any] = [DurableCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # The launcher queues an interrupted job again; Lightning must not do so as well.
@@ -126,7 +123,7 @@ def build_trainer(
             "num_sanity_val_steps": 0,
             **settings.trainer,
             "logger": loggers,
-            "callbacks": [*averaging, *callbacks, EpochLines(), *bar, checkpointing],
+            "callbacks": [*averaging, *callbacks, checkpointing],
             "plugins": plugins,
             "log_every_n_steps": settings.log_every_n_steps,
             "default_root_dir": checkpointing.folder.path,

@@ -26,7 +26,7 @@ from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, s
 from vitkd.runs.stack_folder import restart_alone, stacks_folder
 from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher
 from vitkd.train.build import build_module, compile_training, facts_of
-from vitkd.train.callbacks import attention_pictures, faster_steps
+from vitkd.train.callbacks import attention_pictures, faster_steps, progress
 from vitkd.train.fit import Fitted, fit
 from vitkd.train.plan import check_trainer
 
@@ -84,7 +84,7 @@ def obtain_teacher(
 
     def train(folder: RunFolder) -> None:
         with closing(load_data(own)) as data:
-            train_student(own, None, data, device, folder, inputs_of(own, data, contents, None))
+            train_student(own, None, data, device, folder, inputs_of(own, data, contents, None), "teacher")
 
     return stored_teacher(store, own.resolved, train)
 
@@ -96,11 +96,12 @@ def train_student(
     device: torch.device,
     folder: RunFolder,
     inputs: Mapping[str, Any],
+    whose: str = "student",
 ) -> dict[str, Any]:
     """Train the configuration's student in `folder`, measure it, and return what `metrics.json` holds.
 
     If an earlier attempt in `folder` was interrupted, training resumes where that was saved. Of several
-    processes only the first measures and writes; the others return {}.
+    processes only the first measures and writes; the others return {}. Its lines say `whose` training it is.
     """
     with folder.running(config.resolved, inputs):
         if is_first():
@@ -117,7 +118,7 @@ def train_student(
         seed_generators(config.seed, DROPOUT, config.student, process=rank())
         if config.compile:
             compile_training(module)
-        callbacks = [*([pictures] if pictures else []), *faster_steps(config, data)]
+        callbacks = [*([pictures] if pictures else []), *faster_steps(config, data), *progress(whose)]
         fitted = fit(module, data, folder, config, callbacks)
         metrics = {}
         if is_first():

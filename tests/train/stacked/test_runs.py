@@ -156,7 +156,7 @@ class TestARun:
 
         mine, theirs = (lines(run) for run in both.folders(name))
         assert mine == theirs
-        assert [line.split()[1] for line in mine] == ["1/2", "2/2"]
+        assert [line.split()[:3] for line in mine] == [["student:", "epoch", f"{n}/2"] for n in (1, 2)]
         assert all(("transfer" in line) == (name == "attention-0.3") for line in mine)
 
     def test_can_be_measured_again(self, name, both, command):

@@ -23,7 +23,7 @@ from vitkd.process.signals import PostponedSignals
 from vitkd.runs.checkpoints import newest_good, write_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder
-from vitkd.train.callbacks import format_metrics
+from vitkd.train.callbacks import format_metrics, progress
 from vitkd.train.checkpointing import Checkpointing, averages_of
 from vitkd.train.fit import (
     Fitted,
@@ -115,7 +115,8 @@ class StudentLines(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: values.tolist() for name, values in trainer.callback_metrics.items()}
-        epoch = f"{datetime.now():%Y-%m-%d %H:%M:%S} epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        epoch = f"{now} student: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         for student, folder in enumerate(self.folders):
             columns = format_metrics({name: values[student] for name, values in metrics.items()})
             with folder.log.open("a", encoding="utf-8") as file:
@@ -143,7 +144,10 @@ def fit_stack(
     with PostponedSignals() as signals:
         checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
         trainer = build_trainer(
-            settings, [*callbacks, StudentLines(folders)], checkpointing, [*chain.from_iterable(loggers)]
+            settings,
+            [*callbacks, StudentLines(folders), *progress("students")],
+            checkpointing,
+            [*chain.from_iterable(loggers)],
         )
         try:
             run_trainer(trainer, module, data, checkpoint)
