@@ -124,9 +124,8 @@ class TensorBoardCurves(TensorBoardLogger):
     ) -> None:
         """Put the finished run on the HParams page: what separates arms of an experiment, and the seed.
 
-        Settings that had no effect are left out: they are empty cells of the page. It has a column for every
-        setting of any run, those that differ first, because no run says which columns there are
-        (TensorBoard would take those of the first run by name for all).
+        Settings that had no effect are empty cells. No run says which columns there are, or TensorBoard would
+        take those of the first run by name for all: so it shows every run's, those that differ first.
         """
         shown: dict[str, Any] = {"seed": settings["seed"]}
         for name, value in relevant(settings, Separates.ARMS).items():

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -104,7 +103,6 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
             agree(lambda: folder.path.mkdir(exist_ok=True))
             train(folder)
             agree(lambda: folder.path.rename(store))
-        agree(lambda: remove_attempts(store))
     return load_any(store)
 
 
@@ -144,12 +142,6 @@ def shown_value(value: Any) -> str:
     if isinstance(value, str):
         return value.rpartition(".")[2] if value.startswith("vitkd.") else value
     return f"{value:g}" if type(value) is float else json.dumps(value)
-
-
-def remove_attempts(store: Path) -> None:
-    """Remove the folders of unfinished attempts at a teacher that is stored by now."""
-    for folder in store.parent.glob(f"{store.name}.unfinished*"):
-        shutil.rmtree(folder)
 
 
 def acquired(lock: BaseFileLock) -> AcquireReturnProxy:

@@ -9,7 +9,6 @@ from matplotlib.ft2font import FT2Font
 log = logging.getLogger("vitkd")
 
 BOX = "□"
-"""for a character that no font has"""
 
 
 def drawable(text: str) -> tuple[str, list[str]]:
@@ -19,12 +18,11 @@ def drawable(text: str) -> tuple[str, list[str]]:
     """
     default = FontProperties()
     absent = sorted({*text} - {"\n"} - characters(findfont(default)))
-    families = {character: family_with(character) for character in absent}
-    boxes = [character for character, family in families.items() if family is None]
+    boxes = {ord(character): BOX for character in absent if family_with(character) is None}
     if boxes:
         warn_of_boxes()
-    others = dict.fromkeys(family for family in families.values() if family)
-    return text.translate({ord(character): BOX for character in boxes}), [*default.get_family(), *others]
+    others = dict.fromkeys(family for each in absent if (family := family_with(each)))
+    return text.translate(boxes), [*default.get_family(), *others]
 
 
 @cache
@@ -50,6 +48,4 @@ def family_with(character: str) -> str | None:
 @cache
 def warn_of_boxes() -> None:
     """Log once that figures show boxes."""
-    log.warning(
-        "warning: figures show %s for characters that no installed font has; install one, such as Noto", BOX
-    )
+    log.warning("warning: figures show %s for characters that no installed font has; Noto has most", BOX)

@@ -143,12 +143,8 @@ def fit_stack(
     loggers: list[list[Logger]] = [curve_loggers(folder, start) for folder in folders]
     with PostponedSignals() as signals:
         checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
-        trainer = build_trainer(
-            settings,
-            [*callbacks, StudentLines(folders), *progress("students")],
-            checkpointing,
-            [*chain.from_iterable(loggers)],
-        )
+        callbacks = [*callbacks, StudentLines(folders), *progress("students")]
+        trainer = build_trainer(settings, callbacks, checkpointing, [*chain.from_iterable(loggers)])
         try:
             run_trainer(trainer, module, data, checkpoint)
         except RunError:
