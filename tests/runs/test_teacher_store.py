@@ -157,6 +157,26 @@ def test_the_first_teacher_is_new_in_everything():
     assert what_is_new(own_run().resolved, []) == ""
 
 
+def test_a_teacher_of_another_version_is_said_to_be_the_reason(train, tmp_path, monkeypatch, caplog):
+    def stored_by(version: str) -> str:
+        monkeypatch.setattr(vitkd, "__version__", version)
+        caplog.clear()
+
+        def train_recorded(folder: RunFolder) -> None:
+            with folder.running(run.resolved):
+                train(folder)
+
+        stored_teacher(tmp_path / fingerprint(run, None), run.resolved, train_recorded)
+        return caplog.text
+
+    run = own_run()
+    caplog.set_level("INFO", "vitkd")
+
+    assert "no teacher yet: training it first" in stored_by("7.0")
+    assert "reusing" in stored_by("7.0")
+    assert "no teacher yet of vitkd 7.1: training it first" in stored_by("7.1")
+
+
 @pytest.fixture
 def train(tiny):
     """Puts a teacher into its folder, as a run would, and counts how often."""

@@ -24,6 +24,7 @@ from vitkd.runs.folder import RunFolder
 log = logging.getLogger("vitkd")
 
 FINGERPRINT = re.compile("[0-9a-f]{12}")
+STORED = f"{'[0-9a-f]' * 12}/student.safetensors"
 MOST_NAMED = 3
 """Settings that the line about a new teacher names; more follow as a number."""
 
@@ -97,6 +98,8 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
             log.info("teacher: reusing %s", store)
         else:
             new = what_is_new(settings, stored_settings(store.parent))
+            if not new and any(store.parent.glob(STORED)):
+                new = f" of vitkd {vitkd.__version__}"
             log.info("no teacher yet%s: training it first, once; later runs reuse it", new)
             # The store's name is the fingerprint: whatever was begun here is the same teacher.
             folder = RunFolder(store.with_name(f"{store.name}.unfinished"))
@@ -109,9 +112,7 @@ def stored_teacher(store: Path, settings: Mapping[str, Any], train: Callable[[Ru
 def stored_settings(place: Path) -> list[dict[str, Any]]:
     """The settings of the teachers stored in the folder `place`, of those that can be read."""
     found = []
-    for path in sorted(place.glob("*/student.safetensors")):
-        if path.parent.suffix:
-            continue  # .unfinished
+    for path in sorted(place.glob(STORED)):
         with suppress(ConfigError):
             found.append(RunFolder(path.parent).read_config())
     return found
