@@ -6,13 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from vitkd.data.decoding import decode
 from vitkd.data.hashing import fold, key_of
-from vitkd.errors import ConfigError, one_line
 
 _DECODING_THREADS = 8
 
@@ -97,7 +95,9 @@ class FileSplit:
 
     def random_keys(self, seed: int) -> Tensor:
         """[N] int64: a random number for each image, from its path, so that other files do not change it."""
-        digests = (hashlib.sha256(f"{seed}/{path}".encode()).digest() for path in self.paths)
+        digests = (
+            hashlib.sha256(f"{seed}/{path}".encode(errors="surrogateescape")).digest() for path in self.paths
+        )
         return torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests])
 
     def subset(self, positions: Tensor) -> "FileSplit":
@@ -106,16 +106,7 @@ class FileSplit:
         return replace(self, labels=self.labels[positions], paths=paths)
 
     def _decode(self, file: Path) -> Tensor:
-        size, mode = (self.image_size, self.image_size), "L" if self.channels == 1 else "RGB"
-        try:
-            with Image.open(file) as image:
-                image.draft(mode, size)  # JPEG: decode at a lower resolution if that is enough
-                upright = ImageOps.exif_transpose(image).convert(mode)
-                fitted = ImageOps.fit(upright, size, Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            reason = f"cannot be read as an image ({one_line(error)})"
-            raise ConfigError(f"{file} {reason}; replace or remove the file") from error
-        return torch.from_numpy(np.array(fitted).reshape(*size, self.channels)).permute(2, 0, 1)
+        return decode(file, self.image_size, self.channels)
 
 
 def hold_out(labels: Tensor, random_keys: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

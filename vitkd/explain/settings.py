@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitkd.data.folders import IMAGE_SUFFIXES
+from vitkd.data.decoding import is_image
 from vitkd.errors import ConfigError, check_choice, suggest
 from vitkd.explain.maps.methods import EXTRAS, METHODS
 from vitkd.explain.maps.recording import from_extra
@@ -77,9 +77,11 @@ class Settings:
             if not place.exists():
                 raise ConfigError(f"image={place}: there is no such file or folder")
             files = sorted(place.iterdir()) if place.is_dir() else []
-            found = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+            found = [file for file in files if is_image(file.name) and file.is_file()]
             if place.is_dir() and not found:
-                raise ConfigError(f"image={place}: no picture in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise ConfigError(
+                    f"image={place}: no picture in it (.jpg, .png, .tif or what else Pillow reads)"
+                )
             pictures += found or [place]
         if not pictures:
             raise ConfigError(

@@ -6,12 +6,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from vitkd.data import ImageDataModule
+from vitkd.data.decoding import decode
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.recording import Layout, has_maps, own_layout, timm_model
 from vitkd.explain.maps.subjects import TEACHER
@@ -119,13 +118,9 @@ def _single_model(name: str, pretrained: bool, device: torch.device) -> dict[str
 def read_picture(path: Path, size: int, channels: int) -> Tensor:
     """A picture's middle square as [C, size, size] in 0..1; ConfigError if it cannot be read."""
     try:
-        with Image.open(path) as file:
-            turned = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"image={path}: cannot be read as a picture ({type(error).__name__})") from error
-    fitted = ImageOps.fit(turned, (size, size), Image.Resampling.BILINEAR)
-    array = np.asarray(fitted, np.float32) / 255
-    return torch.from_numpy(array[None] if channels == 1 else array.transpose(2, 0, 1).copy())
+        return decode(path, size, channels) / 255
+    except ConfigError as error:
+        raise ConfigError(f"image={error}") from error
 
 
 def _load_runs(settings: Settings) -> list[Run]:
