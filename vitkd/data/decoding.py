@@ -28,13 +28,13 @@ def image_formats() -> list[str]:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of the files that are read as images, in small letters with the dot."""
-    formats = {*image_formats()}
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    suffixes = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in suffixes if name in image_formats())
 
 
-def is_image(name: str) -> bool:
-    """Whether a file of this name is read as an image: it is not hidden and its suffix is an image's."""
-    return Path(name).suffix.lower() in image_suffixes() and not name.startswith(".")
+def is_image(file: Path) -> bool:
+    """Whether a path is read as an image: it is a file, not hidden, and its suffix is an image's."""
+    return file.suffix.lower() in image_suffixes() and not file.name.startswith(".") and file.is_file()
 
 
 def decode(file: Path, size: int, channels: int) -> Tensor:
@@ -74,15 +74,11 @@ def _opaque_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _grey_range(image: Image.Image) -> tuple[int, int]:
-    """The values of black and white in a grey image with more than 8 bits.
-
-    Raises ValueError if the format does not say.
-    """
+    """Black and white in a grey image of more than 8 bits; ValueError if its format does not say."""
     if image.format in _16_BIT and image.mode != "F":
         return 0, 2**16 - 1
     if image.format == "TIFF" and image.mode.startswith("I;16"):
         tags = image.tag_v2  # type: ignore[attr-defined]
         white = 2 ** tags[_TIFF_BITS][0] - 1
         return (white, 0) if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO else (0, white)
-    kind = "fractions" if image.mode == "F" else "whole numbers"
-    raise ValueError(f"its values are {kind} of an unknown range; save it with 8 or 16 bits, without a sign")
+    raise ValueError(f"values of mode {image.mode} have an unknown range; save it with 8 or 16 bits")

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from vitkd.data.contents import FileHashes, hash_files
+from vitkd.data.layout import class_folders, image_files, split_folders
 from vitkd.data.spec import Dataset
-from vitkd.data.split import FileSplit, hold_out
+from vitkd.data.split import FileSplit, hold_out, printable
 from vitkd.data.staging import Archive, DownloadError, unavailable_error
 from vitkd.errors import ConfigError, check_at_least
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FLOWERS = Archive(
     urls=("https://download.tensorflow.org/example_images/flower_photos.tgz",),
     algorithm="sha256",
@@ -26,9 +26,11 @@ _TEST_SEED = 0
 
 @dataclass(kw_only=True)
 class ImageFolder(Dataset):
-    """Your own images: `root/train/CLASS/*` and optionally `root/test/CLASS/*`, or `root/CLASS/*`.
+    """Your own images: `root/CLASS/*`, or `root/train/CLASS/*` and the like in `root/val` and `root/test`.
 
-    Without a test folder, a tenth of every class is the test split, chosen by a hash of each file's path.
+    Without a test folder, a tenth of every class is the test split, chosen by a hash of each file's path. A
+    val folder is the validation split, instead of a part of the training images; with val_fraction=0 it is
+    not used. docs/data.md has the other names that these folders may have.
 
     Args:
         root: the folder.
@@ -46,7 +48,10 @@ class ImageFolder(Dataset):
 
     def inspect(self, root: Path) -> int:
         folder = self._folder(root)
-        classes = len(class_folders(_train_folder(folder)))
+        splits = split_folders(folder)
+        classes = len(class_folders(splits["train"]))
+        if self.validate_on == "test" and "val" in splits:
+            raise ConfigError(f"dataset.validate_on=test, but there is {splits['val']}; set held_out")
         if classes < 2:
             raise ConfigError(f"{folder} has {classes} class folder; add others, at least 2 are needed")
         if self.num_classes not in (None, classes):
@@ -58,12 +63,15 @@ class ImageFolder(Dataset):
 
     def load(self, root: Path) -> dict[str, FileSplit]:
         self.inspect(root)
-        folder = self._folder(root)
-        train = self._scan(_train_folder(folder))
-        if (folder / "train").is_dir() and (folder / "test").is_dir():
-            return {"train": train, "test": self._scan(folder / "test", train.class_names)}
-        kept, held_out = hold_out(train.labels, train.random_keys(_TEST_SEED), _TEST_FRACTION)
-        return {"train": train.subset(kept), "test": train.subset(held_out)}
+        folders = split_folders(self._folder(root))
+        splits = {"train": (train := self._scan(folders["train"]))}
+        for name in ("val", "test"):
+            if name in folders and (name == "test" or self.validates):
+                splits[name] = self._scan(folders[name], train.class_names)
+        if "test" not in splits:
+            kept, held_out = hold_out(train.labels, train.random_keys(_TEST_SEED), _TEST_FRACTION)
+            splits |= {"train": train.subset(kept), "test": train.subset(held_out)}
+        return splits
 
     def contents(self, root: Path, known: FileHashes | None = None) -> str:
         files = [split.folder / path for split in self.load(root).values() for path in split.paths]
@@ -79,15 +87,15 @@ class ImageFolder(Dataset):
 
     def _scan(self, folder: Path, class_names: list[str] | None = None) -> FileSplit:
         """All images below `folder`; labels index `class_names`, or else the sorted class folders."""
-        folders = class_folders(folder)
-        class_names = class_names or [class_folder.name for class_folder in folders]
-        if unknown := [each.name for each in folders if each.name not in class_names]:
+        folders = {printable(each.name): each for each in class_folders(folder)}
+        class_names = class_names or [*folders]
+        if unknown := [name for name in folders if name not in class_names]:
             raise ConfigError(f"{folder} has a class {unknown[0]!r} that the train folder lacks; remove it")
         paths, labels = [], []
-        for class_folder in folders:
+        for name, class_folder in folders.items():
             files = image_files(class_folder)
             paths += [file.relative_to(folder).as_posix() for file in files]
-            labels += [class_names.index(class_folder.name)] * len(files)
+            labels += [class_names.index(name)] * len(files)
         return FileSplit(
             torch.tensor(labels),
             class_names,
@@ -128,33 +136,3 @@ class TfFlowers(ImageFolder):
             place = root / FLOWERS.folder
             raise unavailable_error(self.name, place, f"{FLOWERS} in {root}", error) from error
         return super().inspect(root)
-
-
-def class_folders(folder: Path) -> list[Path]:
-    """The class folders in `folder`, sorted by name.
-
-    Raises:
-        ConfigError: `folder` does not exist, or has no class folder, or has one without images.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; set dataset.root to one with CLASS/IMAGE files")
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not folders:
-        raise ConfigError(f"{folder} has no class folders; put the images of each class in its own folder")
-    for class_folder in folders:
-        if not any(map(_is_image, class_folder.rglob("*"))):
-            raise ConfigError(f"class folder {class_folder} has no images; add some or remove the folder")
-    return folders
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Every file below `folder` with an image suffix, sorted, without hidden files."""
-    return sorted(filter(_is_image, folder.rglob("*")))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def _train_folder(folder: Path) -> Path:
-    return folder / "train" if (folder / "train").is_dir() else folder

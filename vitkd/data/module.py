@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from vitkd.data.file_notes import duplicates, summary
 from vitkd.data.loader import Batch, DecodedPixels, EpochOrder, Loader, Pixels
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, Split, hold_out
@@ -79,19 +80,37 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             ConfigError: the data is unavailable, an image is damaged, or a split is empty.
         """
+        self._divide()
+        if not self._images:
+            self._images = {name: split.read_all() for name, split in self._splits.items() if split.resident}
+
+    def _divide(self) -> None:
+        """Find the images of "train", "val" and "test"; none is read from a file."""
         if self._splits:
             return
         splits = self.dataset.load(self.root)
         keys = splits["train"].random_keys(self.dataset.split_seed)
-        train, val = hold_out(splits["train"].labels, keys, self.dataset.val_fraction)
-        self._images = {name: split.read_all() for name, split in splits.items() if split.resident}
+        fraction = 0 if "val" in splits else self.dataset.val_fraction
+        train, val = hold_out(splits["train"].labels, keys, fraction)
         self._indices = {"train": train, "val": val, "test": torch.arange(len(splits["test"]))}
         if self.dataset.validate_on == "test":
             self._indices["val"] = self._indices["test"]
+        elif "val" in splits:
+            self._indices["val"] = torch.arange(len(splits["val"]))
         for name, indices in self._indices.items():
             if not len(indices) and (name != "val" or self.dataset.validates):
                 raise ConfigError(f"dataset={self.dataset.name}: its {name} split is empty; add images")
         self._splits = splits
+
+    def notes(self) -> list[str]:
+        """Lines on the image files: how many are in which split, and what is odd; raises as `setup`."""
+        self._divide()
+        files = {
+            name: official.subset(indices)
+            for name, indices in self._indices.items()
+            if isinstance(official := self._splits[self._official(name)], FileSplit)
+        }
+        return [summary(files), *duplicates(files)] if files else []
 
     def close(self) -> None:
         """Stop the workers of all loaders; a loader that is used again starts new ones."""
@@ -182,8 +201,9 @@ class ImageDataModule(L.LightningDataModule):
 
     def _official(self, split: str) -> str:
         """The official split that has the images of `split`."""
-        in_test = split == "test" or (split == "val" and self.dataset.validate_on == "test")
-        return "test" if in_test else "train"
+        if split == "val" and self.dataset.validate_on == "test":
+            return "test"
+        return split if split in self._splits else "train"
 
     def fixed_views(self, split: str) -> Loader | None:
         """A loader of all images of "train" or "val" that this process may see, each once, not shuffled.

@@ -25,7 +25,8 @@ class Dataset(ABC):
         augment: random augmentation of training images.
         batch_size: training images a step, on each device.
         eval_batch_size: images a step in validation and test, on each device.
-        val_fraction: share of the training split held out for validation, 0 for none.
+        val_fraction: share of the training split held out for validation, 0 for none. Any other value is the
+            same to an image folder that has validation images.
         validate_on: `held_out` images, or `test`: then the test images choose the best epoch, as in some
             published results, and the accuracy is biased upwards.
         split_seed: chooses the held-out images. It is not the run's seed: a teacher must not be trained on
@@ -89,7 +90,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def load(self, root: Path) -> Mapping[str, Split | FileSplit]:
-        """The splits "train" and "test": the official ones, or fixed ones if there are none.
+        """The splits "train" and "test": the official ones, or fixed ones if there are none; maybe "val".
 
         Raises ConfigError as `inspect` does.
         """

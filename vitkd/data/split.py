@@ -95,9 +95,7 @@ class FileSplit:
 
     def random_keys(self, seed: int) -> Tensor:
         """[N] int64: a random number for each image, from its path, so that other files do not change it."""
-        digests = (
-            hashlib.sha256(f"{seed}/{path}".encode(errors="surrogateescape")).digest() for path in self.paths
-        )
+        digests = (hashlib.sha256(f"{seed}/{printable(path)}".encode()).digest() for path in self.paths)
         return torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests])
 
     def subset(self, positions: Tensor) -> "FileSplit":
@@ -107,6 +105,11 @@ class FileSplit:
 
     def _decode(self, file: Path) -> Tensor:
         return decode(file, self.image_size, self.channels)
+
+
+def printable(name: str) -> str:
+    """A file's name, with bytes that are no text written as backslash and number."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def hold_out(labels: Tensor, random_keys: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

@@ -77,11 +77,9 @@ class Settings:
             if not place.exists():
                 raise ConfigError(f"image={place}: there is no such file or folder")
             files = sorted(place.iterdir()) if place.is_dir() else []
-            found = [file for file in files if is_image(file.name) and file.is_file()]
+            found = [file for file in files if is_image(file)]
             if place.is_dir() and not found:
-                raise ConfigError(
-                    f"image={place}: no picture in it (.jpg, .png, .tif or what else Pillow reads)"
-                )
+                raise ConfigError(f"image={place}: no picture in it (.jpg, .png or what Pillow reads)")
             pictures += found or [place]
         if not pictures:
             raise ConfigError(

@@ -39,8 +39,9 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
         if earlier and earlier.is_taken:
             return skip(earlier, job)
         agree(lambda: prepare("student", config.student))
-        announce(config, given)
         with closing(load_data(config)) as data:
+            announce(config, given, data)
+            data.setup()  # before anything is written, should it turn out to be damaged
             check_teacher_classes(config, data)
             teacher = obtain_teacher(config, given, contents, machine.device)
             inputs = inputs_of(config, data, contents, teacher)

@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 
 from vitkd.cli.command import ignored_settings, job_command, run_path, should_resume
 from vitkd.config.run import Config, parse
+from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line, suggest
 from vitkd.models import Model
-from vitkd.process.distributed import agree
+from vitkd.process.distributed import agree, is_first
 from vitkd.process.isolation import check_device
 from vitkd.runs.folder import RunFolder
 from vitkd.train.build import check_compiler
@@ -155,12 +156,14 @@ def check_settings(settings: dict[str, Any], key: str) -> None:
         raise ConfigError(f"{what}; set both or none")
 
 
-def announce(config: Config, given_teacher: Model | None) -> None:
-    """Log the data set, the teacher and the student, before anything takes time."""
+def announce(config: Config, given_teacher: Model | None, data: ImageDataModule) -> None:
+    """Log the data set and its files, the teacher and the student, before anything takes time."""
     dataset = config.dataset
     hint = " (embedded; dataset=cifar100 is the report's)" if dataset.name == "digits" else ""
     size = f"{dataset.image_size}×{dataset.image_size}"
     log.info("dataset: %s, %d classes, %s pixels%s", dataset.name, dataset.num_classes, size, hint)
+    for note in data.notes() if is_first() else ():
+        log.info("%s", note)
     if dataset.validate_on == "test":
         log.warning("warning: the best epoch is chosen on the test images; its test accuracy is optimistic")
     if config.method.needs_teacher:

@@ -42,10 +42,8 @@ def prepare(group: str, model: ModelConfig) -> None:
 
 
 def load_data(config: Config) -> ImageDataModule:
-    """The configuration's data set, read before anything is written, should it turn out to be damaged."""
-    data = ImageDataModule(config.dataset, config.paths.data, seed_of(config.seed, ORDER, config.student))
-    data.setup()
-    return data
+    """The configuration's data set, which is read when it is first used."""
+    return ImageDataModule(config.dataset, config.paths.data, seed_of(config.seed, ORDER, config.student))
 
 
 def read_given_teacher(config: Config) -> Model | None:

@@ -112,7 +112,7 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
             return []
         for member in members:
             member.plan.warn()
-        announce(first, given)
+        announce(first, given, data)
         check_teacher_classes(first, data)
         contents = contents_of(first)
         teacher = obtain_teacher(first, given, contents, device)

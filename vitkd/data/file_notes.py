@@ -1,0 +1,56 @@
+"""What a run says of its image files before it trains on them."""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import shorten
+
+from vitkd.data.layout import visible_files
+from vitkd.data.split import FileSplit, printable
+
+_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+def summary(splits: Mapping[str, FileSplit]) -> str:
+    """One line: how many images of which classes are in each split, and which files beside them in none."""
+    train = splits["train"]
+    counts = [f"{len(train):,} training"]
+    for name in ("val", "test"):
+        source = "held out" if splits[name].folder == train.folder else printable(splits[name].folder.name)
+        counts.append(f"{len(splits[name]):,} {_NAMES[name]} ({source})")
+    classes = shorten(", ".join(train.class_names), 80, placeholder=" …")
+    line = f"images: {', '.join(counts)}; {len(train.class_names)} classes: {classes}"
+    used = {split.folder / path for split in splits.values() for path in split.paths}
+    root = Path(os.path.commonpath([split.folder for split in splits.values()]))
+    skipped = Counter(map(_suffix, visible_files(root))) - Counter(map(_suffix, used))
+    suffixes = shorten(", ".join(suffix for suffix, _ in skipped.most_common()), 40, placeholder=" …")
+    files = "1 file" if skipped.total() == 1 else f"{skipped.total():,} files"
+    return f"{line}; {files} skipped ({suffixes})" if skipped else line
+
+
+def _suffix(file: Path) -> str:
+    return printable(file.suffix.lower()) or "no suffix"
+
+
+def duplicates(splits: Mapping[str, FileSplit]) -> list[str]:
+    """A line on images that are in two splits, byte for byte, with an example; [] if there are none."""
+    files = [(split.folder / path, name) for name, split in splits.items() for path in split.paths]
+    by_size: dict[int, dict[Path, str]] = defaultdict(dict)
+    by_content: dict[bytes, dict[str, Path]] = defaultdict(dict)
+    try:
+        for file, name in files:
+            by_size[file.stat().st_size][file] = name
+        for alike in by_size.values():
+            # Only what may be equal is read.
+            for file, name in alike.items() if len({*alike.values()}) > 1 else ():
+                by_content[hashlib.sha256(file.read_bytes()).digest()].setdefault(name, file)
+    except OSError:
+        return []  # whoever decodes the file says what is wrong with it
+    same = [places for places in by_content.values() if len(places) > 1]
+    if not same:
+        return []
+    one, other, *_ = (f"{printable(str(file))} ({_NAMES[name]})" for name, file in same[0].items())
+    what = f"{len(same):,} image(s) are in two splits, byte for byte"
+    return [f"warning: {what}: {one} and {other}; remove one of each"]
