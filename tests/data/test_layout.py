@@ -80,7 +80,7 @@ def tops(files: Sequence[str]) -> set[str]:
         ("train", "val", "test"),
         ("Train", "Valid", "Test"),
         ("training", "validation", "testing"),
-        ("TRAIN", "VAL", "TEST"),
+        ("TRAIN", "Eval", "TEST"),
     ],
 )
 def test_customary_names_of_splits(train: str, val: str, test: str, root: Path, read: Read) -> None:
@@ -143,6 +143,7 @@ def test_validated_on_the_test_images_beside_a_val_folder(root: Path, read: Read
         ([*of_classes("train", "test"), "unlabelled/1"], ["unlabelled", "beside"]),
         (of_classes("training_set", "test_set"), ["training_set", "test_set", "not read as splits"]),
         (of_classes("seg_train/seg_train", "seg_test/seg_test"), ["seg_train", "not read as splits"]),
+        (of_classes("TrainImages", "EvalImages"), ["TrainImages", "EvalImages", "not read as splits"]),
         (of_classes("train2017", "val2017"), ["train2017", "not read as splits"]),
         (["train", "test"], ["train", "test", "not read as splits"]),
         (["train/cat", "train/dog", "test"], ["test", "no class folders"]),

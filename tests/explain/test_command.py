@@ -347,6 +347,7 @@ class TestPictures:
         folder = tmp_path / "pictures"
         folder.mkdir()
         (folder / "notes.txt").write_text("no picture")
+        (folder / "._a.png").write_bytes(b"what a file manager left")
         with Image.open(photo) as picture:
             picture.save(folder / "b.JPG")
             picture.convert("L").resize((8, 8)).save(folder / "a.png")

@@ -11,11 +11,11 @@ from vitkd.errors import ConfigError
 # A folder's name, in any letter case → the split that it is.
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("val", "valid", "validation", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 # These are close to such a name: training_set, seg_test, val2017, TestImages.
-_SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|test)(ing|id|idation)?[^a-z]*(set|data|images?)?s?(?![a-z])")
+_SPLIT_WORD = re.compile(r"(?<![a-z])(train|e?val|test)(ing|id|idation)?[^a-z]*(set|data|image)?s?(?![a-z])")
 # What file managers, network disks and archives leave, besides names that start with a dot.
 _CLUTTER = {"@eadir", "__macosx", "thumbs.db", "desktop.ini", "#recycle", "$recycle.bin", "lost+found"}
 
