@@ -1,6 +1,7 @@
 """`python -m vitkd.explain`: what it leaves for runs and for pictures, and one line for each mistake."""
 
 import json
+import os
 import shutil
 import sys
 from html import unescape
@@ -423,6 +424,7 @@ def place(outputs, tmp_path_factory) -> Path:
     (place / "pictures" / "notes.txt").write_text("no picture")
     (place / "torn.png").write_bytes(photo.read_bytes()[:2000])
     (place / "text.png").write_text("not a picture")
+    os.mkfifo(place / "pipe.png")
     shape = {"image_size": 8, "channels": 1, "num_classes": 7, "patch_size": 2, "depth": 1}
     save_model(ViTConfig(**shape).build(), place / "seven.safetensors")
     (place / "file").write_text("")
@@ -474,6 +476,7 @@ FURTHER_MISTAKES = [
     (f"{RUN} methods=[]", "methods=[]"),
     (f"{RUN} methods=rollout", "methods", "list"),
     (f"{RUN} image=nowhere.png", "image=nowhere.png", "no such file"),
+    (f"{RUN} image=pipe.png", "image=pipe.png", "no such file"),
     (f"{RUN} image=torn.png", "image=torn.png", "cannot be read as an image"),
     (f"{RUN} image=[photo.png,text.png]", "image=text.png"),
     (f"{RUN} image=[]", "image=[]"),

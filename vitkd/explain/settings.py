@@ -74,7 +74,7 @@ class Settings:
         """The files that `image` names, and the pictures in its folders."""
         pictures: list[Path] = []
         for place in _paths(self.image):
-            if not place.exists():
+            if not (place.is_file() or place.is_dir()):
                 raise ConfigError(f"image={place}: there is no such file or folder")
             files = sorted(place.iterdir()) if place.is_dir() else []
             found = [file for file in files if is_image(file)]
