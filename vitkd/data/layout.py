@@ -86,7 +86,8 @@ def _walk(folder: Path) -> Iterator[tuple[list[Path], list[Path]]]:
         files = [Path(here, name) for name in others if is_new and _is_visible(name)]
         for file in files:
             if file.is_symlink() and not file.exists():
-                raise ConfigError(f"{file} is a link to {file.readlink()}, which is not there; remove it")
+                why = f"No such file or folder: it is a link to {file.readlink()}"
+                raise ConfigError(f"{file} cannot be read ({why}); remove it")
         yield folders, files
         # Links come last: what is reached without one keeps its own path.
         names[:] = [path.name for path in sorted(folders, key=Path.is_symlink)]
