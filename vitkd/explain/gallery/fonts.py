@@ -9,6 +9,7 @@ from matplotlib.ft2font import FT2Font
 log = logging.getLogger("vitkd")
 
 BOX = "□"
+UPRIGHT = {("normal", weight) for weight in (400, "normal", "regular")}
 
 
 def drawable(text: str) -> tuple[str, list[str]]:
@@ -37,11 +38,13 @@ def characters(path: str) -> frozenset[str]:
 
 @cache
 def family_with(character: str) -> str | None:
-    """The first installed font family, by name, that has a character."""
-    for name in sorted({font.name for font in fontManager.ttflist}):
+    """The first installed font family, by name, that has a character in upright letters of normal weight."""
+    # Of a family without such, matplotlib takes another weight, and says so at every draw.
+    upright = [font for font in fontManager.ttflist if (font.style, font.weight) in UPRIGHT]
+    for font in sorted(upright, key=lambda font: font.name):
         # The last resort draws a box for every character.
-        if not name.startswith("Last Resort") and character in characters(findfont(FontProperties(name))):
-            return name
+        if not font.name.startswith("Last Resort") and character in characters(font.fname):
+            return font.name
     return None
 
 
