@@ -1,5 +1,6 @@
 """Figures whose colours and texts are read back and compared with the numbers given."""
 
+from dataclasses import replace
 from io import BytesIO
 
 import matplotlib
@@ -197,6 +198,17 @@ class TestFonts:
 
         assert titles(figure)[:2] == [name, f"{name} ✓"]
         assert caplog.text == ""
+
+    def test_a_family_without_normal_weight_is_left_out(self, monkeypatch):
+        """matplotlib would take another weight, with a line at every draw."""
+        (light,) = (
+            replace(f, name="A", weight=200)
+            for f in fontManager.ttflist
+            if f.fname.endswith("STIXGeneral.ttf")
+        )
+        monkeypatch.setattr(fontManager, "ttflist", [light, *fontManager.ttflist])
+
+        assert fonts.drawable("ᶄ")[1][-1].startswith("STIX")
 
     def test_what_no_font_has_is_a_box_and_one_line(self, caplog):
         figures = [self.drawn_with(name) for name in ("猫", "🐈 cat")]
