@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitkd.report.comparison import Comparison, Contrast, Row
+from vitkd.report.missing import missing_runs
 from vitkd.report.notes import INTERVALS, READING, notes_on
 from vitkd.report.runs import Run
 from vitkd.report.statistics import Summary
+
+FORMULA = ("=", "+", "-", "@")
+"""What spreadsheets begin a formula by."""
 
 
 def csv_text(comparisons: Sequence[Comparison]) -> str:
@@ -19,8 +23,16 @@ def csv_text(comparisons: Sequence[Comparison]) -> str:
     if rows:
         writer = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: literal(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def literal(value: Any) -> Any:
+    """A cell on one line that no spreadsheet takes for a formula; numbers stay numbers."""
+    if not isinstance(value, str):
+        return value
+    text = " ".join(value.split())
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def json_text(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Sequence[str]) -> str:
@@ -43,6 +55,7 @@ def experiment_facts(comparison: Comparison) -> dict[str, Any]:
         "headline": comparison.headline,
         "settings": comparison.experiment.settings,
         "notes": notes_on(comparison),
+        "missing": missing_runs(comparison.experiment),
         "arms": [
             arm_facts(comparison, row)
             | {

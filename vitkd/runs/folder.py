@@ -3,6 +3,7 @@
 PyTorch is imported only to write: the report reads folders without it.
 """
 
+import io
 import json
 import logging
 import math
@@ -23,7 +24,14 @@ from filelock import FileLock, Timeout
 import vitkd
 from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
-from vitkd.runs.files import NO_ROOM, read_mapping, write_atomically
+from vitkd.runs.files import (
+    NO_ROOM,
+    open_regular,
+    parse_yaml,
+    read_mapping,
+    read_plain,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +48,6 @@ MADE_FROM = {
     "teacher/weights": "learned from a teacher of other weights",
 }
 """Entries of `inputs.json` that make two runs different ones, and how that is said."""
-PAIR = {"student_block", "teacher_block", "student_heads", "teacher_heads"}
 
 # A process that only tests whether the lock is free holds it for no longer than this.
 LOCK_TEST_SECONDS = 1
@@ -64,6 +71,7 @@ class RunFolder:
         self.predictions = path / "test_predictions.npz"
         self.pictures = path / "attention.png"
         self.pairs = path / "pairs.json"
+        self.command = path / "command.json"
         self.stack = path / "stack.json"
         self._lock = FileLock(path / ".lock", timeout=0)
 
@@ -137,6 +145,11 @@ class RunFolder:
             return "running"
         # It may have finished since the status was read.
         return "stopped" if (written := self._written_state()) == "running" else written
+
+    @property
+    def is_unmeasured(self) -> bool:
+        """Whether it is done, but its metrics are lost: resumed, it measures them again."""
+        return self.state == "done" and not are_metrics(read_mapping(self.metrics))
 
     def _written_state(self) -> str:
         written = read_mapping(self.status).get("state")
@@ -221,8 +234,8 @@ class RunFolder:
     def _read_config(self) -> dict[str, Any]:
         problem = f"{self.config}: cannot be read as a run's configuration"
         try:
-            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            config = read_plain(self.config, parse_yaml)
+        except (OSError, ValueError) as error:
             raise ConfigError(problem) from error
         if not isinstance(config, dict) or not isinstance(config.get("paths"), dict):
             raise ConfigError(f"{problem}, it is cut or not vitkd's")
@@ -241,27 +254,30 @@ class RunFolder:
     def read_metrics(self) -> dict[str, Any]:
         """The metrics of a finished run; ConfigError if it has none."""
         try:
-            metrics = json.loads(self.metrics.read_text(encoding="utf-8"))
+            metrics = read_plain(self.metrics)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.metrics}: cannot be read; has the run finished?") from error
-        if not isinstance(metrics, dict):
+        if not are_metrics(metrics):
             raise ConfigError(f"{self.metrics}: cannot be read as a run's metrics, it is not vitkd's")
-        return metrics
+        return dict(metrics)
 
     def write_pairs(self, pairs: "Sequence[BlockPair]") -> None:
         """Write which student map learned from which teacher maps."""
         write_atomically(self.pairs, json.dumps([asdict(pair) for pair in pairs], indent=2) + "\n")
 
-    def read_pairs(self) -> list[Mapping[str, Any]]:
-        """The distilled pairs, none without the file; ConfigError if it cannot be read."""
-        if not self.pairs.is_file():
+    def read_pairs(self, student: Sequence[int], teacher: Sequence[int]) -> list[Mapping[str, Any]]:
+        """The distilled pairs of models of so many heads a block, none without the file.
+
+        Raises ConfigError if it cannot be read, or names maps that the models have not.
+        """
+        if not os.path.lexists(self.pairs):
             return []
         try:
-            pairs = json.loads(self.pairs.read_text(encoding="utf-8"))
+            pairs = read_plain(self.pairs)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.pairs}: cannot be read, it is cut or not vitkd's") from error
-        if not isinstance(pairs, list) or not all(isinstance(p, dict) and p.keys() >= PAIR for p in pairs):
-            raise ConfigError(f"{self.pairs}: cannot be read, it is not a list of block pairs")
+        if not isinstance(pairs, list) or not all(is_pair(pair, student, teacher) for pair in pairs):
+            raise ConfigError(f"{self.pairs}: cannot be read, it is no list of pairs of these models' blocks")
         return pairs
 
     def write_predictions(self, predictions: "Mapping[str, Tensor]") -> None:
@@ -269,16 +285,26 @@ class RunFolder:
         arrays: dict[str, Any] = {name: p.numpy().astype(np.int32) for name, p in predictions.items()}
         np.savez_compressed(self.predictions, **arrays)
 
-    def read_teacher_predictions(self) -> np.ndarray | None:
+    def read_teacher_predictions(self, images: int, classes: int) -> np.ndarray | None:
         """The teacher's predicted class [N] for every test image, or None for a run without a teacher.
 
-        Raises ConfigError if the file cannot be read.
+        Raises ConfigError if the file cannot be read, or is of other images or classes.
         """
         try:
-            with self.predictions.open("rb") as file, np.load(file, allow_pickle=False) as predictions:
-                return predictions["teacher"].astype(np.int64) if "teacher" in predictions else None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            with open_regular(self.predictions) as file, zipfile.ZipFile(file) as archive:
+                if "teacher.npy" not in archive.namelist():
+                    return None
+                # No more is unpacked than a header and the classes can have.
+                content = archive.open("teacher.npy").read(1024 + 8 * images)
+            predicted = np.load(io.BytesIO(content), allow_pickle=False)
+        # Foreign bytes make the readers raise almost anything.
+        except Exception as error:
             raise ConfigError(f"{self.predictions}: cannot be read; has the run finished?") from error
+        is_whole = predicted.shape == (images,) and np.issubdtype(predicted.dtype, np.integer)
+        if not is_whole or not ((predicted >= 0) & (predicted < classes)).all():
+            what = f"classes 0 to {classes - 1} of {images:,} test images"
+            raise ConfigError(f"{self.predictions}: does not hold {what}; name the data set that it is of")
+        return predicted.astype(np.int64)
 
     def _set_status(self, state: str, **more: str) -> None:
         time = datetime.now(UTC).isoformat(timespec="seconds")
@@ -291,6 +317,26 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Nothing; logging would print a traceback a line."""
+
+
+def are_metrics(metrics: Any) -> bool:
+    """Whether they are those of a finished run."""
+    is_mapping = isinstance(metrics, dict) and metrics.get("test/acc_last") is not None
+    return is_mapping and all(type(v) in (int, float, type(None)) for k, v in metrics.items() if "acc" in k)
+
+
+def is_pair(pair: Any, student: Sequence[int], teacher: Sequence[int]) -> bool:
+    """Whether it is a `BlockPair` of models with so many heads a block."""
+    try:
+        block, teacher_block = pair["student_block"], pair["teacher_block"]
+        heads, teacher_heads = pair["student_heads"], pair["teacher_heads"]
+        numbers = [(block, len(student)), (teacher_block, len(teacher))]
+        numbers += [(head, student[block]) for head in heads]
+        numbers += [(head, teacher[teacher_block]) for group in teacher_heads for head in group]
+        has_groups = len(heads) == len(teacher_heads) > 0 and all(teacher_heads)
+    except (TypeError, KeyError, IndexError):
+        return False
+    return has_groups and all(type(number) is int and 0 <= number < most for number, most in numbers)
 
 
 def version_problem(config: Mapping[str, Any]) -> str | None:
