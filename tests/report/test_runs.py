@@ -303,11 +303,22 @@ def test_options_are_called_as_they_are_typed(group, target, name):
 
 
 def test_settings_are_flat():
-    assert settings_of({"a": {"b": [1, None], "c": None}, "d": 1.5}) == {
+    nested = {"a": {"b": [1, None], "c": None}, "d": 1.5, "e": float("inf"), "f": float("nan"), "g": -1}
+    assert settings_of(nested) == {
         "a.b": "[1, null]",
         "a.c": None,
         "d": 1.5,
+        "e": "Infinity",
+        "f": "NaN",
+        "g": -1,
     }
+
+
+def test_a_setting_without_end_stops_no_report(runs, report):
+    runs.add(method="none", optimizer__lr=float("inf"))
+    runs.add(optimizer__lr=float("inf"), alpha=0.25)
+
+    assert "alpha 0.25" in report(runs.outputs)
 
 
 def test_fidelity_is_read_where_it_was_measured(runs):

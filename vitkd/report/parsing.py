@@ -1,6 +1,7 @@
 """Values read from a run's files and checked: a file may be cut, malicious or another program's."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -44,12 +45,13 @@ def is_of_a_run(config: Mapping[str, Any]) -> bool:
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """Nested settings as dotted names → values, lists as JSON."""
-    return {
-        name: value if isinstance(value, Value) else json.dumps(value, default=str)
-        for name, value in flatten(config)
-        if value != {}
-    }
+    """Nested settings as dotted names → values, lists and infinities as text: JSON has no infinity."""
+
+    def plain(value: Any) -> Value:
+        is_plain = isinstance(value, Value) and value not in (math.inf, -math.inf) and value == value
+        return value if is_plain else json.dumps(value, default=str)
+
+    return {name: plain(value) for name, value in flatten(config) if value != {}}
 
 
 def number(value: Any) -> float | None:
