@@ -12,9 +12,6 @@ from vitkd.report.notes import INTERVALS, READING, notes_on
 from vitkd.report.runs import Run
 from vitkd.report.statistics import Summary
 
-FORMULA = ("=", "+", "-", "@")
-"""What spreadsheets begin a formula by."""
-
 
 def csv_text(comparisons: Sequence[Comparison]) -> str:
     """One line an arm."""
@@ -29,10 +26,8 @@ def csv_text(comparisons: Sequence[Comparison]) -> str:
 
 def literal(value: Any) -> Any:
     """A cell on one line that no spreadsheet takes for a formula; numbers stay numbers."""
-    if not isinstance(value, str):
-        return value
-    text = " ".join(value.split())
-    return f"'{text}" if text.startswith(FORMULA) else text
+    text = " ".join(value.split()) if isinstance(value, str) else ""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text or value
 
 
 def json_text(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Sequence[str]) -> str:

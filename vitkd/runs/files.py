@@ -57,10 +57,10 @@ def open_regular(path: Path) -> BufferedReader:
 def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
     """A file's content; OSError if it cannot be read, or is longer than `limit` bytes."""
     with open_regular(path) as file:
-        # The size is not known of files that a system makes as they are read.
-        is_longer = os.fstat(file.fileno()).st_size > limit
-        content = b"" if is_longer else file.read(limit + 1)
-    if is_longer or len(content) > limit:
+        # Systems that make a file as it is read do not know its size.
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(limit + 1) if size <= limit else b""
+    if max(size, len(content)) > limit:
         raise OSError(errno.EINVAL, f"it is longer than {limit:,} bytes", str(path))
     return content
 
@@ -82,10 +82,10 @@ def read_plain(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
 
 def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     """As `read_plain`, but an empty mapping for a file that is absent or holds anything else."""
+    content = None
     with suppress(OSError, ValueError):
         content = read_plain(path, parse)
-        return content if isinstance(content, dict) else {}
-    return {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_bounded(values: Any) -> bool:
@@ -118,10 +118,9 @@ def read_rows(path: Path) -> tuple[list[dict[str, str]], int]:
 
 def cells_of(line: str) -> list[str]:
     """The cells of one line, which quotes never leave: a stray one does not take the next lines with it."""
-    try:
+    with suppress(csv.Error):
         return next(csv.reader([line.rstrip("\r")]), [])
-    except csv.Error:
-        return []
+    return []
 
 
 def is_row(row: Mapping[str, str]) -> bool:
