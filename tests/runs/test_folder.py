@@ -23,6 +23,7 @@ from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
 from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.results import read_pairs, read_teacher_predictions
 
 
 def state_of(folder: RunFolder) -> dict[str, str]:
@@ -158,9 +159,9 @@ def test_predictions_come_back_as_they_were_written(tmp_path):
     predicted = torch.tensor([0, 9, 3, 3])
     folder.write_predictions({"last": predicted, "teacher": predicted})
 
-    assert folder.read_teacher_predictions(4, 10).tolist() == predicted.tolist()
+    assert read_teacher_predictions(folder.predictions, 4, 10).tolist() == predicted.tolist()
     folder.write_predictions({"last": predicted})
-    assert folder.read_teacher_predictions(4, 10) is None
+    assert read_teacher_predictions(folder.predictions, 4, 10) is None
 
 
 @pytest.mark.parametrize("predicted", PREDICTED.values(), ids=PREDICTED)
@@ -169,7 +170,7 @@ def test_predictions_of_other_images_or_classes_are_refused(predicted, tmp_path)
     np.savez_compressed(folder.predictions, teacher=np.array(predicted))
 
     with pytest.raises(ConfigError, match=r"test_predictions\.npz") as error:
-        folder.read_teacher_predictions(4, 10)
+        read_teacher_predictions(folder.predictions, 4, 10)
     assert "\n" not in str(error.value)
 
 
@@ -182,8 +183,8 @@ def test_what_is_no_file_of_a_run_s_is_one_line(name, become, tmp_path):
     read = {
         "config.yaml": folder.read_config,
         "metrics.json": folder.read_metrics,
-        "pairs.json": lambda: folder.read_pairs([1], [1]),
-        "test_predictions.npz": lambda: folder.read_teacher_predictions(4, 10),
+        "pairs.json": lambda: read_pairs(folder.pairs, [1], [1]),
+        "test_predictions.npz": lambda: read_teacher_predictions(folder.predictions, 4, 10),
     }
 
     with pytest.raises(ConfigError, match=name) as error:

@@ -26,6 +26,7 @@ from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import check_images
 from vitkd.runs.load import config_of
+from vitkd.runs.results import read_teacher_predictions
 
 if COLLECTS:
     gc.enable()
@@ -51,7 +52,9 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
         known = None
         # Of other images, its predictions say nothing.
         if check_images(folder, config, data):
-            known = folder.read_teacher_predictions(len(images.sampler.index), last.config.num_classes)
+            known = read_teacher_predictions(
+                folder.predictions, len(images.sampler.index), last.config.num_classes
+            )
         teacher = None if known is None else torch.from_numpy(known)
         test, _ = measure_both(last, best, images, device, teacher)
     if not print_comparison(reported, test):

@@ -15,6 +15,7 @@ from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any, load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import contents_of
+from vitkd.runs.results import read_pairs
 from vitkd.runs.seeding import first_weights
 from vitkd.runs.teacher_store import FINGERPRINT, fingerprint, given_teacher
 
@@ -67,7 +68,7 @@ def load_run(
     if config.weighting.distils(config.alpha):
         heads = [[layout.heads for layout in model.attention] if model else [] for model in (student, found)]
         try:
-            pairs = folder.read_pairs(*heads)
+            pairs = read_pairs(folder.pairs, *heads)
         except ConfigError as error:
             if teacher is None:
                 raise
