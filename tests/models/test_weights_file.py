@@ -126,6 +126,13 @@ DAMAGES = {
     "deeper": lambda file, model: rewritten(file, model=shape(model, depth=4)),
     "shallower": lambda file, model: rewritten(file, model=shape(model, depth=2)),
     "wider": lambda file, model: rewritten(file, model=shape(model, mlp_dim=17)),
+    "a billion blocks": lambda file, model: rewritten(file, model=shape(model, depth=10**9)),
+    "a word of blocks": lambda file, model: rewritten(file, model=shape(model, depth="3")),
+    "more than PyTorch counts": lambda file, model: rewritten(file, model=shape(model, embed_dim=10**30)),
+    "a header without end": lambda file, model: save_file(
+        load_file(file), file, metadata={"vitkd": "[" * 100_000}
+    ),
+    "a pipe": lambda file, model: (file.unlink(), os.mkfifo(file)),
     "a setting of tomorrow": lambda file, model: rewritten(file, model=shape(model, pooling="mean")),
     "no such attention": lambda file, model: rewritten(file, model=shape(model, attention="swin")),
     "attention is a list": lambda file, model: rewritten(file, model=shape(model, attention=["lsa"])),

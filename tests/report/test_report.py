@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from tests.report.conftest import Runs
@@ -249,6 +250,24 @@ def test_text_from_runs_is_text(runs, report):
     assert "<b>" not in page
     assert "<script" not in page
     assert "\\|bold\\|" in (runs.outputs / "report" / "report.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r+", "\n\r\n-", " \t@"])
+def test_no_cell_is_a_formula_and_numbers_stay_numbers(start, runs, report):
+    name = f"{start}HYPERLINK(1)"
+    for seed in range(2):
+        for acc, method in ((0.9, "none"), (0.8, "attention")):
+            path = runs.add(acc=acc, seed=seed, method=method)
+            config = yaml.safe_load((path / "config.yaml").read_text())
+            config["dataset"]["name"] = name
+            (path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    report(runs.outputs)
+
+    with (runs.outputs / "report" / "report.csv").open(newline="", encoding="utf-8") as file:
+        _, row = csv.DictReader(file)
+    assert row["dataset"] == row["experiment"] == f"'{name.strip()}"
+    assert float(row["gain_mean_pp"]) == pytest.approx(-10)
 
 
 def test_many_runs_in_one_state_are_counted(runs, report):

@@ -1,12 +1,16 @@
 """Run folders are read in every state, and nothing else is taken for one."""
 
 import json
+import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
+import yaml
 from filelock import FileLock
 
+from tests.runs.foreign import EVERY, replace
 from vitkd import __version__
 from vitkd.errors import ConfigError
 from vitkd.report.parsing import last, median_ratio, read_curves, settings_of
@@ -128,6 +132,49 @@ def test_a_configuration_that_grows_when_it_is_read(runs):
     assert states(runs.outputs) == {"maps": "damaged"}
 
 
+NAMES = (
+    *("config.yaml", "status.json", "metrics.json"),
+    *("metrics.csv", "explain/fidelity.json", "command.json", "inputs.json"),
+)
+
+
+def test_one_bad_run_is_one_line_and_all_others_are_reported(runs, report):
+    """Every file of a run in turn is whatever a file can be."""
+    runs.add("alone", method="none", acc=0.8125)
+    kinds = [(name, kind) for name in NAMES for kind in EVERY]
+    for number, (name, kind) in enumerate(kinds):
+        path = runs.add(f"bad-{number}", seed=number + 1, curves=CURVES)
+        replace(path / name, EVERY[kind])
+
+    printed = report(runs.outputs)
+
+    found = {run.path.name: run for run in find_runs([runs.outputs])}
+    states: dict[str, set[str]] = {name: set() for name in NAMES}
+    for number, (name, _) in enumerate(kinds):
+        states[name].add(found[f"bad-{number}"].state)
+    assert states == {
+        "config.yaml": {"damaged"},
+        "status.json": {"stopped"},
+        "metrics.json": {"damaged"},
+        **{name: {"done"} for name in NAMES[3:]},
+    }
+    assert "81.25" in printed
+    assert f"{2 * len(EVERY)} runs damaged" in printed
+    content = json.loads((runs.outputs / "report" / "report.json").read_text())
+    assert len(content["runs"]) == 1 + len(kinds)
+
+
+def test_a_number_that_cannot_be_computed_with_stops_no_report(runs, report):
+    runs.add("alone", method="none")
+    values = [1e308, -1e308, float("inf"), 2**1000, "x", [1], {}, True]
+    names = ["wall_seconds", "epochs", "steps", "stack/students", "teacher/weights"]
+    for seed, (name, value) in enumerate(product(names, values)):
+        runs.add(seed=seed, metrics={name: value}, curves=f"step,val/acc\n1,{value}\n2,0.5\n")
+
+    assert "90.00" in report(runs.outputs)
+    assert {run.state for run in find_runs([runs.outputs])} == {"done"}
+
+
 def test_a_configuration_that_is_too_deep(runs):
     config = runs.add("deep") / "config.yaml"
     config.write_text(config.read_text() + f"deep: {'[' * 300}{']' * 300}\n")
@@ -153,12 +200,49 @@ def test_an_accuracy_is_a_share(runs, share):
 
 def test_folders_that_hold_no_runs_are_passed_by(runs):
     runs.add("run")
-    for place in ("stacks/a", "sweeps/b", "digits/run/checkpoints", ".hydra", "digits/report"):
+    for place in ("digits/run/checkpoints", ".hydra", "digits/other/.hydra"):
         folder = runs.outputs / place
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text("x: 1")
 
     assert states(runs.outputs) == {"run": "done"}
+
+
+NAMES_OF_FOLDERS = ["report", "stacks", "sweeps", "checkpoints", "explain", "teachers", "v1.2", ".hidden"]
+
+
+@pytest.mark.parametrize("name", NAMES_OF_FOLDERS)
+def test_a_run_is_one_whatever_it_and_the_folders_around_it_are_called(name, runs, tmp_path):
+    path = runs.add("run")
+    places = [
+        f"digits/{name}",
+        f"{name}/block_kl",
+        f"{name}/{name}/{name}",
+        f"digits/run/{name}/digits/in-run",
+    ]
+    for place in places:
+        shutil.copytree(path, tmp_path / "copies" / place)
+    shutil.copytree(tmp_path / "copies", runs.outputs, dirs_exist_ok=True)
+
+    found = find_runs([runs.outputs])
+
+    assert [run.path for run in found] == sorted(runs.outputs / place for place in ["digits/run", *places])
+    assert {run.state for run in found} == {"done"}
+
+
+def test_a_run_named_like_a_stored_teacher_is_a_run(runs, finished):
+    (teacher,) = (finished.parent.parent / "teachers" / "digits").glob("*/config.yaml")
+    shutil.copytree(teacher.parent, runs.outputs / "teachers" / "digits" / teacher.parent.name)
+    run = runs.add("run")
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"name": "202611271234"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.copytree(run, runs.outputs / "teachers" / "digits" / "202611271234")
+    shutil.rmtree(run)
+
+    assert {run.path.name: run.is_teacher for run in find_runs([runs.outputs])} == {
+        teacher.parent.name: True,
+        "202611271234": False,
+    }
 
 
 def test_another_program_s_configuration_is_foreign(runs):
@@ -219,11 +303,22 @@ def test_options_are_called_as_they_are_typed(group, target, name):
 
 
 def test_settings_are_flat():
-    assert settings_of({"a": {"b": [1, None], "c": None}, "d": 1.5}) == {
+    nested = {"a": {"b": [1, None], "c": None}, "d": 1.5, "e": float("inf"), "f": float("nan"), "g": -1}
+    assert settings_of(nested) == {
         "a.b": "[1, null]",
         "a.c": None,
         "d": 1.5,
+        "e": "Infinity",
+        "f": "NaN",
+        "g": -1,
     }
+
+
+def test_a_setting_without_end_stops_no_report(runs, report):
+    runs.add(method="none", optimizer__lr=float("inf"))
+    runs.add(optimizer__lr=float("inf"), alpha=0.25)
+
+    assert "alpha 0.25" in report(runs.outputs)
 
 
 def test_fidelity_is_read_where_it_was_measured(runs):

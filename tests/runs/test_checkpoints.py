@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.crashes import SERVER
+from tests.runs.foreign import NO_FILE, replace
 from vitkd.errors import ConfigError, RunError
 from vitkd.models import ViT, describe, save_model
 from vitkd.runs.checkpoints import (
@@ -88,6 +89,44 @@ def test_weights_of_another_shape_are_reported(checkpoint, tiny):
 
     with pytest.raises(ConfigError, match="weights do not fit"):
         load_from_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("part", ["model", "state_dict", "epoch"])
+@pytest.mark.parametrize("value", [[1], "x", None, 0.5])
+def test_parts_of_another_type_are_reported(part, value, checkpoint):
+    torch.save(read_checkpoint(checkpoint) | {part: value}, checkpoint)
+
+    with pytest.raises(ConfigError, match=r"last\.ckpt"):
+        load_from_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("weights", [{3: torch.zeros(1)}, {"model.head.weight": 7}, {}], ids=str)
+def test_weights_that_are_none_are_reported(weights, checkpoint):
+    torch.save(read_checkpoint(checkpoint) | {"state_dict": weights}, checkpoint)
+
+    with pytest.raises(ConfigError, match=r"last\.ckpt"):
+        load_from_checkpoint(checkpoint)
+
+
+def test_a_billion_blocks_are_not_built(checkpoint, tiny):
+    content = read_checkpoint(checkpoint)
+    content["model"]["model"]["depth"] = 10**9
+    torch.save(content, checkpoint)
+
+    with pytest.raises(ConfigError, match=r"last\.ckpt"):
+        load_from_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "SHA256SUMS"])
+@pytest.mark.parametrize("become", NO_FILE.values(), ids=NO_FILE)
+def test_what_is_no_file_is_no_checkpoint_and_no_list(become, name, checkpoint):
+    replace(checkpoint.with_name(name), become)
+
+    if name == "SHA256SUMS" or not checkpoint.exists():
+        assert (newest_good(checkpoint) is None) == (name == "last.ckpt")
+    else:
+        with pytest.raises(ConfigError, match=r"last\.ckpt"):
+            newest_good(checkpoint)
 
 
 def test_a_checkpoint_without_its_epoch_is_reported(checkpoint):

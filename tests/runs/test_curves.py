@@ -1,6 +1,7 @@
 """Curves that are taken up again have every step once: as if the run had never been cut off."""
 
 import csv
+import logging
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from tensorboard.plugins.hparams import api_pb2, list_session_groups
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.util.grpc_util import ChannelCredsType
 
+from tests.runs.foreign import NO_FILE, replace
 from vitkd.config.run import CONF_DIR, parse
 from vitkd.runs.curves import MetricsFile, TensorBoardCurves
 
@@ -131,6 +133,31 @@ def test_taken_up_between_a_step_and_its_validation_it_has_one_row(file):
     curves.log_metrics({"val/acc": 0.5}, 2)
 
     assert rows(file)[1:] == [{"step": "2", "train/acc": "0.25", "val/acc": "0.5"}]
+
+
+@pytest.mark.parametrize("place", [1, 2, 4])
+def test_a_line_of_garbage_costs_no_other_row(place, file, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vitkd"), "propagate", True)
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    garbled = b"".join([*lines[:place], b'\xff,"\x00,,\n', *lines[place:]])
+    file.write_bytes(garbled)
+
+    MetricsFile(file, start=3)
+
+    assert file.read_bytes() == whole
+    assert file.with_name("metrics.csv.damaged").read_bytes() == garbled
+    (record,) = caplog.records
+    assert str(file) in record.getMessage()
+
+
+@pytest.mark.parametrize("become", NO_FILE.values(), ids=NO_FILE)
+def test_what_is_no_file_does_not_keep_a_run_from_resuming(become, file):
+    replace(file, become)
+
+    MetricsFile(file, start=3).log_metrics({"train/acc": 0.5}, 4)
+
+    assert rows(file) == [{"step": "4", "train/acc": "0.5"}]
 
 
 def test_cut_anywhere_it_is_taken_up_at_the_last_whole_row(file):

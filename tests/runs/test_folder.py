@@ -10,16 +10,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 
 import vitkd
 from tests.crashes import SERVER
+from tests.runs.foreign import NO_FILE, NO_JSON, replace
 from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
 from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.results import read_pairs, read_teacher_predictions
 
 
 def state_of(folder: RunFolder) -> dict[str, str]:
@@ -137,6 +141,55 @@ def test_metrics_come_back_as_they_were_written(tmp_path):
     folder.write_metrics(metrics)
 
     assert folder.read_metrics() == metrics
+
+
+PREDICTED = {
+    "another data set's": [0, 1, 2],
+    "of no class": [0, 1, 2, 10],
+    "below zero": [0, 1, 2, -1],
+    "a table": [[0, 1, 2, 3]],
+    "shares": [0.0, 1.0, 2.0, 3.0],
+    "words": ["0", "1", "2", "3"],
+    "too many": [0] * 10_000_000,
+}
+
+
+def test_predictions_come_back_as_they_were_written(tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+    predicted = torch.tensor([0, 9, 3, 3])
+    folder.write_predictions({"last": predicted, "teacher": predicted})
+
+    assert read_teacher_predictions(folder.predictions, 4, 10).tolist() == predicted.tolist()
+    folder.write_predictions({"last": predicted})
+    assert read_teacher_predictions(folder.predictions, 4, 10) is None
+
+
+@pytest.mark.parametrize("predicted", PREDICTED.values(), ids=PREDICTED)
+def test_predictions_of_other_images_or_classes_are_refused(predicted, tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+    np.savez_compressed(folder.predictions, teacher=np.array(predicted))
+
+    with pytest.raises(ConfigError, match=r"test_predictions\.npz") as error:
+        read_teacher_predictions(folder.predictions, 4, 10)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("become", (NO_FILE | NO_JSON).values(), ids=NO_FILE | NO_JSON)
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "pairs.json", "test_predictions.npz"])
+def test_what_is_no_file_of_a_run_s_is_one_line(name, become, tmp_path):
+    path = left(tmp_path / "run", CONFIG)
+    replace(path / name, become)
+    folder = RunFolder(path)
+    read = {
+        "config.yaml": folder.read_config,
+        "metrics.json": folder.read_metrics,
+        "pairs.json": lambda: read_pairs(folder.pairs, [1], [1]),
+        "test_predictions.npz": lambda: read_teacher_predictions(folder.predictions, 4, 10),
+    }
+
+    with pytest.raises(ConfigError, match=name) as error:
+        read[name]()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])

@@ -146,6 +146,36 @@ class TestPairs:
 
         assert alone == {"first": False, "alone": True, "untrained": False}
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            *(("student_block", value) for value in (-1, 9, True, "0", None, [0])),
+            *(("teacher_block", value) for value in (-1, 9, 0.0)),
+            *(("student_heads", value) for value in ([], [0, 1], [9, 0, 1, 2], [-1, 0, 1, 2], 7, "0123")),
+            *(("teacher_heads", value) for value in ([], [[]] * 4, [[9]] * 4, [0] * 4, [["0"]] * 4)),
+        ],
+    )
+    def test_of_maps_that_there_are_not_are_one_line(self, key, value, copy):
+        run = copy / "digits" / "first"
+        pairs = json.loads((run / "pairs.json").read_text())
+        (run / "pairs.json").write_text(json.dumps([pairs[0] | {key: value}, *pairs[1:]]))
+
+        with pytest.raises(ConfigError, match=r"pairs\.json: cannot be read") as error:
+            load_run(run, "best")
+        assert "\n" not in str(error.value)
+
+    def test_that_another_teacher_has_not_are_left_out(self, copy, tmp_path, warnings):
+        run = copy / "digits" / "first"
+        save_model(
+            ViTConfig(8, 1, 10, patch_size=2, depth=1, num_heads=1).build(), tmp_path / "other.safetensors"
+        )
+
+        found = load_run(run, "best", teacher=str(tmp_path / "other.safetensors"))
+
+        assert not found.pairs
+        (warning,) = warnings()
+        assert "pairs.json" in warning
+
     @pytest.mark.parametrize("content", ["[{", "7", '[{"student_block": 1}]', "[3]"])
     def test_that_cannot_be_read_are_one_line(self, content, copy):
         (copy / "digits" / "first" / "pairs.json").write_text(content)

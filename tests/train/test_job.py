@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.runs.foreign import pipe, replace
 from vitkd.config.run import parse, teacher_run
 from vitkd.models import digest, load_model
 from vitkd.runs.checkpoints import load_from_checkpoint
@@ -501,6 +503,29 @@ class TestVariants:
             assert status["error"] == "RuntimeError: out of luck"
         assert not (fresh.path / "digits" / "broken" / "metrics.json").exists()
 
+    @pytest.mark.parametrize("metrics", ["", "{}", None], ids=["empty", "no metrics", "lost"])
+    def test_a_run_whose_metrics_are_lost_measures_them_again(self, metrics, run, fresh, monkeypatch):
+        """It is done by its status, and its curves are damaged, too."""
+        shutil.copytree(run.parent.parent, fresh.path)
+        copy = fresh.path / "digits" / "first"
+        (copy / "metrics.json").unlink()
+        if metrics is not None:
+            (copy / "metrics.json").write_text(metrics)
+        (copy / "metrics.csv").write_bytes((run / "metrics.csv").read_bytes() + b'\xff,"\n')
+
+        def train(*_: Any) -> None:
+            raise AssertionError("there is nothing left to train")
+
+        monkeypatch.setattr("vitkd.train.module.DistillModule.training_step", train)
+        settings = ["granularity=block", "loss=kl", "alpha=0.5"]
+        settings += ["trainer.max_epochs=2", "teacher.max_epochs=1"]
+        ended = fresh.train("name=first", "resume=auto", "pictures_every_n_epochs=1", *settings)
+
+        assert timeless(metrics_of(copy)) == timeless(metrics_of(run))
+        assert (copy / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
+        assert "metrics.csv.damaged" in ended.out
+        assert not (fresh.path / "digits" / "first-2").exists()
+
 
 class TestEvaluate:
     def figures(self, out: str) -> dict[str, tuple[str, ...]]:
@@ -541,6 +566,20 @@ class TestEvaluate:
         assert ended.code == 1
         figures = self.figures(ended.out)
         assert figures["test/acc_best"] == (repr(metrics["test/acc_best"]), "0.123", "differs")
+
+    @pytest.mark.parametrize("name", ["test_predictions.npz", "metrics.json", "student.safetensors"])
+    def test_a_damaged_file_is_one_line(self, name, run, command, tmp_path):
+        shutil.copytree(run, tmp_path / "damaged")
+        damaged = tmp_path / "damaged" / name
+        if name.endswith("npz"):
+            np.savez(damaged, teacher=np.zeros(3, np.int32))
+        else:
+            replace(damaged, pipe)
+
+        ended = command("evaluate", f"run={tmp_path / 'damaged'}")
+
+        assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+        assert name in ended.err
 
     def test_a_run_of_another_machine(self, run, command, tmp_path):
         """Trained on eight GPUs, measured on what is there."""

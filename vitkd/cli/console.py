@@ -55,7 +55,7 @@ class Job:
 
     def take_metrics(self, metrics: Mapping[str, Any]) -> float | None:
         """Record those of a run's metrics that the table shows; returns the best accuracy on validation."""
-        self.metrics = {name: metrics[name] for name in JOB_COLUMNS}
+        self.metrics = {name: metrics.get(name) for name in JOB_COLUMNS}
         return self.metrics["val/acc_best"]
 
 

@@ -26,6 +26,7 @@ from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import check_images
 from vitkd.runs.load import config_of
+from vitkd.runs.results import read_teacher_predictions
 
 if COLLECTS:
     gc.enable()
@@ -45,13 +46,17 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     set_matmul_precision(config.matmul_precision)
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
-    teacher = folder.read_teacher_predictions()
     device = device_of(composed.accelerator)
     with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
+        images = data.loader("test", device)
+        known = None
         # Of other images, its predictions say nothing.
-        is_same = check_images(folder, config, data)
-        known = torch.from_numpy(teacher) if teacher is not None and is_same else None
-        test, _ = measure_both(last, best, data.loader("test", device), device, known)
+        if check_images(folder, config, data):
+            known = read_teacher_predictions(
+                folder.predictions, len(images.sampler.index), last.config.num_classes
+            )
+        teacher = None if known is None else torch.from_numpy(known)
+        test, _ = measure_both(last, best, images, device, teacher)
     if not print_comparison(reported, test):
         sys.exit(1)
 

@@ -48,17 +48,15 @@ def load_model(path: Path | str) -> Model:
     path = Path(path)
     if path.is_dir():
         path = path / "student.safetensors"
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: cannot be read as a safetensors file, it is no regular file")
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be read as a safetensors file ({error})") from error
     header = read_header(path)
-    model = build_from_header(header, path)
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: its weights do not fit the model that its header describes") from error
+    model = build_from_header(header, path, weights)
     if header.get("digest", expected := digest(model)) != expected:
         raise ConfigError(f"{path}: is damaged, its weights are not those that were written")
     return model.float().eval()
@@ -69,25 +67,36 @@ def read_header(path: Path) -> dict[str, Any]:
     file = path / "student.safetensors" if path.is_dir() else path
     header: Any = None
     with suppress(OSError, SafetensorError, ValueError, RecursionError):
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        header = json.loads(metadata.get(HEADER, ""))
+        if file.is_file():  # a pipe would be waited for
+            with safe_open(file, framework="pt") as opened:
+                header = json.loads((opened.metadata() or {}).get(HEADER, ""))
     return header if isinstance(header, dict) else {}
 
 
-def build_from_header(header: Mapping[str, Any], path: Path) -> Model:
-    """The model that a file's header describes, without memory yet: load weights with `assign=True`.
+def build_from_header(
+    header: Mapping[str, Any], path: Path, weights: Mapping[str, Any] | None = None
+) -> Model:
+    """The model that a file's header describes, with its weights; without them, it has no memory yet.
 
-    Raises ConfigError if it describes none.
+    Raises ConfigError if it describes none, or one that the weights do not fit.
     """
     try:
-        config = CONFIGS[header["config"]]
+        config = CONFIGS[header["config"]](**header["model"])
+        if weights is not None and getattr(config, "depth", 0) > len(weights):
+            raise ValueError("a block has weights; to build a billion blocks takes hours")
         with torch.device("meta"):
-            return config(**header["model"]).architecture()
-    except (KeyError, TypeError, ValueError) as error:
+            model = config.architecture()
+    # Numbers that no machine holds make PyTorch raise almost anything.
+    except Exception as error:
         raise ConfigError(
             f"{path}: its header does not describe a vitkd model; give a student.safetensors or a run folder"
         ) from error
+    try:
+        if weights is not None:
+            model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: its weights do not fit the model that its header describes") from error
+    return model
 
 
 def digest(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitkd.report.comparison import Comparison, Contrast, Row
+from vitkd.report.missing import missing_runs
 from vitkd.report.notes import INTERVALS, READING, notes_on
 from vitkd.report.runs import Run
 from vitkd.report.statistics import Summary
@@ -19,8 +20,14 @@ def csv_text(comparisons: Sequence[Comparison]) -> str:
     if rows:
         writer = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: literal(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def literal(value: Any) -> Any:
+    """A cell on one line that no spreadsheet takes for a formula; numbers stay numbers."""
+    text = " ".join(value.split()) if isinstance(value, str) else ""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text or value
 
 
 def json_text(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Sequence[str]) -> str:
@@ -43,6 +50,7 @@ def experiment_facts(comparison: Comparison) -> dict[str, Any]:
         "headline": comparison.headline,
         "settings": comparison.experiment.settings,
         "notes": notes_on(comparison),
+        "missing": missing_runs(comparison.experiment),
         "arms": [
             arm_facts(comparison, row)
             | {

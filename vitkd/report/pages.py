@@ -14,6 +14,7 @@ from vitkd.report.figures.fidelity import fidelity
 from vitkd.report.figures.gains import gains, heat_map
 from vitkd.report.figures.lines import accuracy_over_alpha, gradient_ratios, learning_curves
 from vitkd.report.figures.plots import RAMP, STYLE, PlotGroup
+from vitkd.report.missing import missing_runs
 from vitkd.report.runs import Run
 from vitkd.report.settings import format_settings
 
@@ -32,7 +33,7 @@ def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Seque
     )
     environment.filters["literal"] = literal
     tools = {"notes": notes, "tables": tables, "plot_groups": plot_groups, "format_settings": format_settings}
-    environment.globals.update(tools)
+    environment.globals.update(tools, missing_runs=missing_runs)
     content = {
         "comparisons": comparisons,
         "teachers": notes.teacher_lines(runs),

@@ -1,15 +1,12 @@
 """Values read from a run's files and checked: a file may be cut, malicious or another program's."""
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import yaml
 
 from vitkd.config.roles import flatten
 from vitkd.report.formatting import shortened
@@ -22,14 +19,10 @@ Settings: TypeAlias = dict[str, Value]
 FACTORS = {"val/acc": 100.0, "val/transfer_loss": 1.0, "train/gradient_ratio": 1.0}
 """The column of metrics.csv for each field of `Curves` → the factor to the field's unit."""
 
-MAX_SETTINGS = 2_000
-"""Real configurations have a hundred; YAML aliases can expand to more than fits into memory."""
-
-MAX_DEPTH = 50
 MAX_LINE = 200
 """Characters."""
-
-parse_yaml = partial(yaml.load, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+MAX_NUMBER = 1e50
+"""Squares and sums of larger numbers may be infinite."""
 
 
 class Curves(NamedTuple):
@@ -44,37 +37,26 @@ class Curves(NamedTuple):
 
 
 def is_of_a_run(config: Mapping[str, Any]) -> bool:
-    """Whether it is the resolved configuration of a run, and safe to flatten."""
+    """Whether it is the resolved configuration of a run."""
     groups = ("dataset", "student", "method", "trainer")
     has_groups = all(isinstance(config.get(group), dict) for group in groups)
-    has_numbers = type(config.get("seed")) is int and number(config.get("alpha")) is not None
-    return has_groups and has_numbers and is_bounded(config)
-
-
-def is_bounded(config: Mapping[Any, Any]) -> bool:
-    """Whether it is small and not too deep, counting values as often as YAML aliases repeat them."""
-    stack: list[tuple[Any, int]] = [(config, 0)]
-    visited = 0
-    while stack and visited <= MAX_SETTINGS and stack[-1][1] <= MAX_DEPTH:
-        node, depth = stack.pop()
-        visited += 1
-        children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-        stack += [(child, depth + 1) for child in children]
-    return not stack
+    has_seed = type(config.get("seed")) is int and 0 <= config["seed"] < 2**32
+    return has_groups and has_seed and percent(config.get("alpha")) is not None
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """Nested settings as dotted names → values, lists as JSON."""
-    return {
-        name: value if isinstance(value, Value) else json.dumps(value, default=str)
-        for name, value in flatten(config)
-        if value != {}
-    }
+    """Nested settings as dotted names → values, lists and infinities as text: JSON has no infinity."""
+
+    def plain(value: Any) -> Value:
+        is_plain = isinstance(value, Value) and value not in (math.inf, -math.inf) and value == value
+        return value if is_plain else json.dumps(value, default=str)
+
+    return {name: plain(value) for name, value in flatten(config) if value != {}}
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number of no more than `MAX_NUMBER`, or None."""
+    is_number = type(value) in (int, float) and abs(value) <= MAX_NUMBER
     return float(value) if is_number else None
 
 
@@ -95,18 +77,18 @@ def one_line(value: Any) -> str:
 
 
 def read_curves(path: Path) -> Curves:
-    """The curves in the file `path`: empty if it is absent or damaged, the complete lines if it is cut."""
+    """The curves in the file `path`, of those lines that can be read; empty if it is absent."""
     try:
-        rows = read_rows(path)
-        return Curves(*(curve(rows, column, factor) for column, factor in FACTORS.items()))
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
-        return Curves({}, {}, {})
+        rows, _ = read_rows(path)
+    except OSError:
+        rows = []
+    return Curves(*(curve(rows, column, factor) for column, factor in FACTORS.items()))
 
 
 def curve(rows: Sequence[Mapping[str, str]], column: str, factor: float) -> dict[int, float]:
     """Step → finite value of a column, times `factor`."""
     values = {int(row["step"]): factor * float(row[column]) for row in rows if row.get(column)}
-    return {step: value for step, value in values.items() if math.isfinite(value)}
+    return {step: value for step, value in values.items() if number(value) is not None}
 
 
 def last(curve: dict[int, float]) -> float | None:

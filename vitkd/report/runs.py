@@ -6,6 +6,7 @@ PyTorch is not imported and a run takes a few milliseconds, so a report on hundr
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +16,9 @@ from vitkd.errors import ConfigError
 from vitkd.report import parsing
 from vitkd.report.parsing import Curves, Settings, number
 from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
-from vitkd.runs.files import read_mapping
+from vitkd.runs.files import parse_yaml, read_mapping, read_plain
 from vitkd.runs.folder import RunFolder, version_problem
 
-FOLDERS_WITHOUT_RUNS = {"checkpoints", "stacks", "sweeps", "report", "explain"}
 STORED_TEACHER = re.compile(r".*/teachers/[^/]+/[0-9a-f]{12}(\.unfinished(-\d+)?)?")
 """<outputs>/teachers/<data set>/<fingerprint>"""
 
@@ -81,6 +81,8 @@ class Run:
     """time at which its state was written, ISO 8601"""
     fidelity: Fidelity | None = None
     """None if it was not measured"""
+    command: tuple[str, ...] | None = None
+    """arguments of `python -m vitkd.train` that started it, if they are known"""
     is_teacher: bool = False
     """whether it belongs to the teacher store, and so to no arm"""
 
@@ -118,14 +120,22 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def run_folders(top: Path) -> Iterator[Path]:
-    """The run folders in and below `top`, and those named by the job records of a sweep there."""
+    """The run folders in and below `top`, and those named by the job records of a sweep there.
+
+    Whatever its name is, a folder with a configuration and a state or metrics is one; with a configuration
+    alone it is named as foreign, unless it is hidden or in a run: programs keep settings of their own there.
+    """
+    runs: set[str] = set()
     for folder, subfolders, files in os.walk(top):
-        path = Path(folder)
-        if "config.yaml" in files:
-            yield path
-        if "status.json" in files or "metrics.json" in files:
-            subfolders.clear()
-        subfolders[:] = sorted(s for s in subfolders if s not in FOLDERS_WITHOUT_RUNS and s[0] != ".")
+        path, names = Path(folder), {*files, *subfolders}
+        parent, name = os.path.split(folder)
+        if "config.yaml" in names:
+            if names & {"status.json", "metrics.json"}:
+                runs.add(folder)
+                yield path
+            elif parent not in runs and not name.startswith("."):
+                yield path
+        subfolders.sort()
         yield from recorded_folders(path)
 
 
@@ -137,7 +147,8 @@ def recorded_folders(sweep: Path) -> Iterator[Path]:
             continue
         # Relative to where the sweep was started: the working directory, or the parent of its outputs.
         for start in (Path(), sweep.resolve().parent.parent.parent):
-            if (start / folder / "config.yaml").is_file():
+            # Path.is_file raises for a name that is too long.
+            if os.path.isfile(start / folder / "config.yaml"):  # noqa: PTH113
                 yield start / folder
                 break
 
@@ -145,16 +156,16 @@ def recorded_folders(sweep: Path) -> Iterator[Path]:
 def read_run(path: Path) -> Run:
     """The run in the folder `path`, in whatever state; `problem` says what cannot be read."""
     folder = RunFolder(path)
-    config = read_mapping(folder.config, parsing.parse_yaml)
+    config = read_mapping(folder.config, parse_yaml)
     problem = "" if parsing.is_of_a_run(config) else "config.yaml is cut or not a run's"
-    if not (folder.status.is_file() or folder.metrics.is_file()):
+    if not (os.path.lexists(folder.status) or os.path.lexists(folder.metrics)):
         return Run(path, "foreign", problem or "no status.json")
     other_version = version_problem(config)
     if other_version and (not problem or "version" in config):
         return Run(path, "incompatible", other_version)
     if problem:
         return Run(path, "damaged", problem)
-    settings, state = parsing.settings_of(config), folder.state
+    settings, state, place = parsing.settings_of(config), folder.state, path.resolve().as_posix()
     contents = folder.read_inputs().get("contents")
     settings["dataset.contents"] = parsing.one_line(contents) if isinstance(contents, str) else None
     status = read_mapping(folder.status)
@@ -173,12 +184,23 @@ def read_run(path: Path) -> Run:
         weighting=weighting_of(settings),
         finished=str(status.get("time", "")),
         fidelity=read_fidelity(path / "explain" / "fidelity.json"),
-        is_teacher=bool(STORED_TEACHER.fullmatch(path.resolve().as_posix())),
+        command=read_command(folder.command),
+        # A run may have been given such a name.
+        is_teacher=config.get("name") != path.name and bool(STORED_TEACHER.fullmatch(place)),
         **{name: read(metrics.get(key)) for name, (key, read) in METRICS.items()},
     )
     if run.state == "done" and run.acc_last is None:
         return replace(run, state="damaged", problem="metrics.json is cut or not a run's")
     return run
+
+
+def read_command(path: Path) -> tuple[str, ...] | None:
+    """The arguments in the file `path`; None without it, or if something else is in it."""
+    with suppress(OSError, ValueError):
+        arguments = read_plain(path)
+        if isinstance(arguments, list) and all(isinstance(a, str) and a.isprintable() for a in arguments):
+            return tuple(arguments)
+    return None
 
 
 def read_fidelity(path: Path) -> Fidelity | None:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from vitkd.report.comparison import Comparison, Contrast, Row, control_name
 from vitkd.report.formatting import DASH, duration, interval, mean_interval, mean_std, p_text
+from vitkd.report.missing import missing_runs
 from vitkd.report.notes import CONTROLS_HEADING, notes_on
 from vitkd.report.verdicts import Outcome
 
@@ -90,6 +91,8 @@ def print_report(
         title = Text(f"\n{comparison.experiment.title}", style="bold")
         console.print(title, table_of(columns, comparison.rows, console.width), sep="\n")
         console.print(Text(comparison.headline))
+        for what, command in missing_runs(comparison.experiment).items():
+            console.print(Text(f"to {what}:\n  {command}"), soft_wrap=True)
         for note in notes_on(comparison):
             console.print(Text(f"note: {note}"), soft_wrap=True)
         if comparison.contrasts:

@@ -18,7 +18,14 @@ from lightning.fabric.plugins import CheckpointIO
 
 from vitkd.errors import ConfigError, RunError
 from vitkd.models import Model, build_from_header, digest, load_model, read_header
-from vitkd.runs.files import NO_ROOM, force_names_to_disk, force_to_disk, write_atomically
+from vitkd.runs.files import (
+    NO_ROOM,
+    force_names_to_disk,
+    force_to_disk,
+    open_regular,
+    read_limited,
+    write_atomically,
+)
 
 log = logging.getLogger("vitkd")
 
@@ -89,9 +96,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: there is no such file")
     try:
         data = path.read_bytes()
-        sums = _read_sums(path.parent)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    sums = _read_sums(path.parent)
     if path.name in sums and hashlib.sha256(data).hexdigest() not in sums.values():
         raise ConfigError(f"{path}: is damaged, its sha256 is not in {SUMS} beside it")
     try:
@@ -101,7 +108,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     # Foreign bytes make the unpickler raise almost anything.
     except Exception as error:
         raise ConfigError(f"{path}: refused, it is damaged or holds code instead of plain weights") from error
-    if not isinstance(content, dict) or not {"model", "state_dict", "epoch"} <= content.keys():
+    parts = {"model": dict, "state_dict": dict, "epoch": int}
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), t) for k, t in parts.items()):
         raise ConfigError(f"{path}: is not a checkpoint of vitkd's")
     return content
 
@@ -128,14 +136,9 @@ def newest_good(path: Path) -> tuple[Path, dict[str, Any]] | None:
 def load_from_checkpoint(path: Path) -> tuple[Model, int]:
     """The trained model of a checkpoint, in eval mode, and the epoch (from 1) after which it was saved."""
     content = read_checkpoint(path)
-    model = build_from_header(content["model"], path)
-    prefix = "model."
-    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: its weights do not fit the model that it describes") from error
-    return model.float().eval(), content["epoch"] + 1
+    named = [(str(name).partition("model."), value) for name, value in content["state_dict"].items()]
+    weights = {name: value for (before, prefix, name), value in named if prefix and not before}
+    return build_from_header(content["model"], path, weights).float().eval(), content["epoch"] + 1
 
 
 def load_any(path: Path) -> Model:
@@ -157,16 +160,17 @@ def digest_at(path: Path) -> str | None:
 def _sha256(path: Path) -> str | None:
     """A file's digest; None if it is absent or unreadable."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
-    """File name → digest; empty if there is no list or it is in another format."""
-    sums = folder / SUMS
-    if not sums.is_file():
+    """File name → digest; empty if there is no list, or none that can be read."""
+    try:
+        text = read_limited(folder / SUMS).decode(errors="replace")
+    except OSError:
         return {}
-    lines = (line.split(maxsplit=1) for line in sums.read_text(errors="replace").splitlines())
+    lines = (line.split(maxsplit=1) for line in text.splitlines())
     return {line[1].strip(): line[0] for line in lines if len(line) == 2}

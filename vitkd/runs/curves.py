@@ -6,6 +6,8 @@ leaves the same curves as an uninterrupted one: no step twice, none missing.
 
 import csv
 import io
+import logging
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from vitkd.config.roles import Separates, relevant
 from vitkd.runs.files import force_to_disk, read_rows, write_atomically
+
+log = logging.getLogger("vitkd")
 
 CHARTS = {
     "losses": {
@@ -46,7 +50,7 @@ class MetricsFile(Logger):
         self._columns: list[str] = ["step"]
         self._row: dict[str, Any] = {}
         self._row_begins = 0
-        rows = [row for row in read_rows(path) if int(row["step"]) <= start] if path.exists() else []
+        rows = [row for row in self._rows_before() if int(row["step"]) <= start]
         self._columns += [name for row in rows[:1] for name in row if name != "step"]
         self._rewrite(rows)
 
@@ -62,7 +66,7 @@ class MetricsFile(Logger):
         """Write the step's row, or add to it if it is the last one."""
         assert step is not None, "a row has a step"
         if new := [name for name in metrics if name not in self._columns]:
-            rows = read_rows(self.path)
+            rows, _ = read_rows(self.path)
             self._columns += new
             self._rewrite(rows)
         with self.path.open("r+", newline="", encoding="utf-8") as file:
@@ -81,6 +85,19 @@ class MetricsFile(Logger):
         """Force the rows to disk."""
         with self.path.open("r+b") as file:
             force_to_disk(file)
+
+    def _rows_before(self) -> list[dict[str, str]]:
+        """What an earlier attempt left; if not all of it can be read, the file is kept under another name."""
+        if not os.path.lexists(self.path):
+            return []
+        try:
+            rows, bad = read_rows(self.path)
+        except OSError:
+            rows, bad = [], 1
+        if bad:
+            kept = self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
+            log.warning("warning: %s: %d lines cannot be read; it is kept as %s", self.path, bad, kept.name)
+        return rows
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -23,7 +22,14 @@ from filelock import FileLock, Timeout
 import vitkd
 from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
-from vitkd.runs.files import NO_ROOM, read_mapping, write_atomically
+from vitkd.runs.files import (
+    NO_ROOM,
+    parse_yaml,
+    read_mapping,
+    read_plain,
+    write_atomically,
+)
+from vitkd.runs.results import are_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +46,6 @@ MADE_FROM = {
     "teacher/weights": "learned from a teacher of other weights",
 }
 """Entries of `inputs.json` that make two runs different ones, and how that is said."""
-PAIR = {"student_block", "teacher_block", "student_heads", "teacher_heads"}
 
 # A process that only tests whether the lock is free holds it for no longer than this.
 LOCK_TEST_SECONDS = 1
@@ -64,6 +69,7 @@ class RunFolder:
         self.predictions = path / "test_predictions.npz"
         self.pictures = path / "attention.png"
         self.pairs = path / "pairs.json"
+        self.command = path / "command.json"
         self.stack = path / "stack.json"
         self._lock = FileLock(path / ".lock", timeout=0)
 
@@ -137,6 +143,11 @@ class RunFolder:
             return "running"
         # It may have finished since the status was read.
         return "stopped" if (written := self._written_state()) == "running" else written
+
+    @property
+    def is_unmeasured(self) -> bool:
+        """Whether it is done, but its metrics are lost: resumed, it measures them again."""
+        return self.state == "done" and not are_metrics(read_mapping(self.metrics))
 
     def _written_state(self) -> str:
         written = read_mapping(self.status).get("state")
@@ -221,8 +232,8 @@ class RunFolder:
     def _read_config(self) -> dict[str, Any]:
         problem = f"{self.config}: cannot be read as a run's configuration"
         try:
-            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            config = read_plain(self.config, parse_yaml)
+        except (OSError, ValueError) as error:
             raise ConfigError(problem) from error
         if not isinstance(config, dict) or not isinstance(config.get("paths"), dict):
             raise ConfigError(f"{problem}, it is cut or not vitkd's")
@@ -241,44 +252,21 @@ class RunFolder:
     def read_metrics(self) -> dict[str, Any]:
         """The metrics of a finished run; ConfigError if it has none."""
         try:
-            metrics = json.loads(self.metrics.read_text(encoding="utf-8"))
+            metrics = read_plain(self.metrics)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.metrics}: cannot be read; has the run finished?") from error
-        if not isinstance(metrics, dict):
+        if not are_metrics(metrics):
             raise ConfigError(f"{self.metrics}: cannot be read as a run's metrics, it is not vitkd's")
-        return metrics
+        return dict(metrics)
 
     def write_pairs(self, pairs: "Sequence[BlockPair]") -> None:
         """Write which student map learned from which teacher maps."""
         write_atomically(self.pairs, json.dumps([asdict(pair) for pair in pairs], indent=2) + "\n")
 
-    def read_pairs(self) -> list[Mapping[str, Any]]:
-        """The distilled pairs, none without the file; ConfigError if it cannot be read."""
-        if not self.pairs.is_file():
-            return []
-        try:
-            pairs = json.loads(self.pairs.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.pairs}: cannot be read, it is cut or not vitkd's") from error
-        if not isinstance(pairs, list) or not all(isinstance(p, dict) and p.keys() >= PAIR for p in pairs):
-            raise ConfigError(f"{self.pairs}: cannot be read, it is not a list of block pairs")
-        return pairs
-
     def write_predictions(self, predictions: "Mapping[str, Tensor]") -> None:
         """Write each model's predicted class [N] for every test image, in the split's order."""
         arrays: dict[str, Any] = {name: p.numpy().astype(np.int32) for name, p in predictions.items()}
         np.savez_compressed(self.predictions, **arrays)
-
-    def read_teacher_predictions(self) -> np.ndarray | None:
-        """The teacher's predicted class [N] for every test image, or None for a run without a teacher.
-
-        Raises ConfigError if the file cannot be read.
-        """
-        try:
-            with self.predictions.open("rb") as file, np.load(file, allow_pickle=False) as predictions:
-                return predictions["teacher"].astype(np.int64) if "teacher" in predictions else None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ConfigError(f"{self.predictions}: cannot be read; has the run finished?") from error
 
     def _set_status(self, state: str, **more: str) -> None:
         time = datetime.now(UTC).isoformat(timespec="seconds")

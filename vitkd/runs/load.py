@@ -15,6 +15,7 @@ from vitkd.models import Model, digest
 from vitkd.runs.checkpoints import load_any, load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import contents_of
+from vitkd.runs.results import read_pairs
 from vitkd.runs.seeding import first_weights
 from vitkd.runs.teacher_store import FINGERPRINT, fingerprint, given_teacher
 
@@ -62,8 +63,17 @@ def load_run(
         if not checkpoint.is_file():
             raise ConfigError(f"run={path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
         student, _ = load_from_checkpoint(checkpoint)
-    pairs = folder.read_pairs() if config.weighting.distils(config.alpha) else []
-    return Run(path, config, student, find_teacher(folder, config, teacher), pairs, epoch)
+    found = find_teacher(folder, config, teacher)
+    pairs: Sequence[Mapping[str, Any]] = []
+    if config.weighting.distils(config.alpha):
+        heads = [[layout.heads for layout in model.attention] if model else [] for model in (student, found)]
+        try:
+            pairs = read_pairs(folder.pairs, *heads)
+        except ConfigError as error:
+            if teacher is None:
+                raise
+            log.warning("warning: %s: maps are compared in the default order", error)
+    return Run(path, config, student, found, pairs, epoch)
 
 
 def config_of(folder: RunFolder, data: str | None, root: str | None) -> Config:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitkd.runs.checkpoints import previous
-from vitkd.runs.files import write_atomically
+from vitkd.runs.files import read_mapping, read_plain, write_atomically
 from vitkd.runs.folder import RunFolder
 
 log = logging.getLogger("vitkd")
@@ -42,7 +42,7 @@ class StackFolder:
     def remove_if_unused(self) -> None:
         """Remove the folder unless some run still has its student here."""
         try:
-            runs = [RunFolder(self.path / path) for path in json.loads(self._runs.read_text("utf-8"))]
+            runs = [RunFolder(self.path / path) for path in read_plain(self._runs)]
         except (OSError, ValueError, TypeError):
             return
         slots = (read_slot(run, self.path.parent) for run in runs)
@@ -71,13 +71,13 @@ def stacks_folder(outputs: str | Path) -> Path:
 
 def read_slot(run: RunFolder, stacks: Path) -> StackSlot | None:
     """Where in one of the folders in `stacks` a run's student is saved; None if it is in none."""
-    try:
-        note = json.loads(run.stack.read_text(encoding="utf-8"))
-        name, student, students = str(note["stack"]), int(note["student"]), int(note["students"])
-    except (OSError, ValueError, KeyError, TypeError):
+    note = read_mapping(run.stack)
+    name, student, students = str(note.get("stack")), note.get("student"), note.get("students")
+    if not (type(student) is type(students) is int):
         return None
     is_name = Path(name).name == name and name not in ("", "..")
-    is_slot = is_name and 0 <= student < students and (stacks / name).is_dir()
+    # Path.is_dir raises for a name that is too long.
+    is_slot = is_name and 0 <= student < students and os.path.isdir(stacks / name)  # noqa: PTH112
     return StackSlot(StackFolder(stacks / name), student, students) if is_slot else None
 
 

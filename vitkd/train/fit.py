@@ -99,6 +99,8 @@ def find_checkpoint(last: Path) -> tuple[Path | None, int]:
     if checkpoint is None:
         return None, 0
     path, content = checkpoint
+    if "global_step" not in content:
+        return None, 0  # a student's weights from a stack, which cannot be resumed from
     log.info("resuming %s after step %d", last.parent.parent, content["global_step"])
     return path, content["global_step"]
 

@@ -1,6 +1,7 @@
 """What a job is to do and on what, decided before anything takes time or is written."""
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from vitkd.errors import ConfigError, one_line, suggest
 from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first
 from vitkd.process.isolation import check_device
+from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import RunFolder
 from vitkd.train.build import check_compiler
 
@@ -86,16 +88,21 @@ class Plan:
         """The run to skip or to resume, if one is looked for: of the same settings, and `inputs` if known."""
         config = self.config
         folder = RunFolder.latest(self.path, config.resolved, inputs) if should_resume(config) else None
-        return Earlier(folder.path, folder.state) if folder else None
+        return Earlier(folder.path, "stopped" if folder.is_unmeasured else folder.state) if folder else None
 
     def claim_folder(self, inputs: Mapping[str, Any], earlier: Earlier | None) -> RunFolder:
         """The folder of the run to resume, or a new one; the same in all processes of the run.
 
         It is not the `earlier` one if that had another teacher than the one that is known by now.
         """
-        return RunFolder(
-            agree(lambda: ((earlier and self.earlier(inputs)) or RunFolder.claim(self.path)).path)
-        )
+        return RunFolder(agree(lambda: ((earlier and self.earlier(inputs)) or self.claim_new()).path))
+
+    def claim_new(self) -> RunFolder:
+        """A new folder for the run, which says how it was started."""
+        folder = RunFolder.claim(self.path)
+        _, _, _, *arguments = self.command  # python -m vitkd.train
+        write_atomically(folder.command, json.dumps(arguments) + "\n")
+        return folder
 
 
 def make_plan(composed: DictConfig) -> Plan:

@@ -1,11 +1,13 @@
 """Where a stack is saved is removed after its last student, whatever other processes do there meanwhile."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.runs.foreign import NO_FILE, NO_JSON, replace
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot
 
@@ -36,6 +38,31 @@ def test_goes_after_the_last_student_and_leaves_other_stacks_alone(held, tmp_pat
     release_slot(other, stacks)
 
     assert not stacks.exists()
+
+
+@pytest.mark.parametrize("become", (NO_FILE | NO_JSON).values(), ids=NO_FILE | NO_JSON)
+@pytest.mark.parametrize("is_note", [True, False], ids=["the note", "the stack's list"])
+def test_what_is_no_file_of_a_stack_s_removes_nothing(is_note, become, held, tmp_path):
+    (run,) = held("a")
+    stacks = tmp_path / "stacks"
+    replace(run.stack if is_note else stacks / "a" / "runs.json", become)
+
+    assert (read_slot(run, stacks) is None) == is_note
+    StackFolder(stacks / "a").remove_if_unused()
+
+    assert (stacks / "a").exists() == (not is_note)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"stack": "x" * 5000}, {"stack": "\0"}, {"student": 1e999}, {"student": "0"}, {"students": None}],
+    ids=str,
+)
+def test_a_note_of_no_stack_is_none(changed, held, tmp_path):
+    (run,) = held("a")
+    run.stack.write_text(json.dumps(json.loads(run.stack.read_text()) | changed))
+
+    assert read_slot(run, tmp_path / "stacks") is None
 
 
 @pytest.mark.parametrize("others", [[], ["new"]], ids=["removed the rest", "began another"])

@@ -166,7 +166,7 @@ def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> N
     with ExitStack() as all_runs:
         runs = [all_runs.enter_context(ExitStack()) for _ in members]
         for member, run in zip(members, runs, strict=True):
-            member.folder = member.folder or RunFolder.claim(member.plan.path)
+            member.folder = member.folder or member.plan.claim_new()
             member.job.folder = str(member.folder.path)
             # Until `run` is closed.
             run.enter_context(member.folder.running(member.config.resolved, shared.inputs))
