@@ -28,10 +28,11 @@ from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
 from vitkd.process.isolation import freeze_gc, isolated, keep_freed_memory
-from vitkd.process.signals import TERMINATED, exit_on_termination
+from vitkd.process.signals import orderly_stops
+from vitkd.process.streams import protect_streams
 from vitkd.runs.files import NO_ROOM
 
-FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+FAILED, USAGE_ERROR = 1, 2
 # Not --experimental-rerun, which unpickles a file.
 HYDRA_OPTIONS = {
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
@@ -48,6 +49,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     `RunError` with 1. In a multirun it ends only its own job; the command then exits with 1.
     """
 
+    protect_streams()
     sys.argv[1:] = arguments = flags_first(sys.argv[1:])
     if config_name not in WITH_CHOICES and {"-h", "--help"} & {*arguments}:
         print(commented_settings(config_name))
@@ -57,6 +59,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
         return explain(error, config_name, arguments)
 
     def job(composed: DictConfig) -> float | None:
+        protect_streams()  # a launcher may have started another process
         with isolated():
             if not is_multirun():
                 return only_job(composed)
@@ -81,8 +84,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()
     freeze_gc()
-    exit_on_termination()
-    with job_table(), one_line_errors(one_line), checked_by(refuse_foreign_code):
+    with orderly_stops(say), job_table(), one_line_errors(one_line), checked_by(refuse_foreign_code):
         check_arguments(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
 
@@ -119,12 +121,6 @@ def one_line_errors(one_line: Callable[[Exception], str]) -> Iterator[None]:
         if (line := explain_foreign(error)) is None:
             raise
         fail(line, code=FAILED)
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", code=INTERRUPTED)
-    except SystemExit as end:
-        if end.code == TERMINATED:
-            say("stopped by SIGTERM")
-        raise
 
 
 @contextmanager

@@ -1,5 +1,10 @@
 """Where a student looks, and whether it learned that from its teacher: `python -m vitkd.explain run=…`."""
 
+if __name__ == "__main__":
+    from vitkd.process.start import start
+
+    start()
+
 import logging
 from collections.abc import Mapping
 from contextlib import suppress

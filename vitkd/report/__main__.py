@@ -1,5 +1,10 @@
 """Compare finished runs over seeds: `python -m vitkd.report outputs`."""
 
+if __name__ == "__main__":
+    from vitkd.process.start import start
+
+    start()
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +74,7 @@ def report(folders: Sequence[Path], out: Path) -> None:
         raise ConfigError(
             f"--out {out}: cannot be written to ({error.strerror}); name a writable folder"
         ) from error
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH_WITHOUT_TERMINAL
     print_report(console, comparisons, teachers, remarks)

@@ -34,8 +34,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` to `path`, all of it or nothing; text as UTF-8."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write `content` to `path`, all of it or nothing; text as UTF-8, other bytes of names escaped."""
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

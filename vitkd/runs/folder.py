@@ -188,7 +188,7 @@ class RunFolder:
             write_atomically(self.inputs, json.dumps(inputs, indent=2) + "\n")
         stamped = {VERSION: vitkd.__version__, **config}
         write_atomically(self.config, yaml.safe_dump(stamped, sort_keys=False, allow_unicode=True))
-        handler = LogFile(self.log, encoding="utf-8")
+        handler = LogFile(self.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
         try:

@@ -2,6 +2,11 @@
 
 import gc
 
+if __name__ == "__main__":
+    from vitkd.process.start import start
+
+    start()
+
 # Imports make hardly any garbage, and collecting it takes half a second of four.
 COLLECTS = gc.isenabled()
 gc.disable()
