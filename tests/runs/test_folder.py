@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -397,6 +398,39 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(nth, number, tmp_path, m
     assert listening() == handlers
     assert not folder.is_locked
     assert folder.state == "stopped"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_folder_that_may_not_be_written_is_not_taken_for_a_full_disk(number, tmp_path, monkeypatch):
+    def refuse(path: Path, content: str) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    folder = RunFolder.claim(tmp_path / "run")
+    monkeypatch.setattr("vitkd.runs.folder.write_atomically", refuse)
+
+    with pytest.raises(RunError, match="make that writable") as raised, folder.running(CONFIG):
+        pass
+
+    assert f"{folder.config}: cannot be written ({os.strerror(number)})" in str(raised.value)
+    assert "make room" not in str(raised.value)
+
+
+@pytest.mark.parametrize("then", [lambda _: None, lambda path: (path / "checkpoints").mkdir(parents=True)])
+def test_a_folder_that_is_removed_during_the_run_is_one_line(then, tmp_path):
+    """Also where a checkpoint has made it again."""
+    folder = RunFolder.claim(tmp_path / "run")
+
+    def run() -> None:
+        with folder.running(CONFIG):
+            shutil.rmtree(folder.path)
+            then(folder.path)
+            folder.write_metrics({"acc": 0.5})
+
+    with pytest.raises(RunError, match=r"run: was removed .* lost; the same command") as raised:
+        run()
+
+    assert "\n" not in str(raised.value)
+    assert not folder.status.exists()
 
 
 def test_another_error_of_the_disk_is_not_taken_for_a_full_one(tmp_path):

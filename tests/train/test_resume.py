@@ -236,6 +236,29 @@ def test_sigterm_and_ctrl_c(where, nth, saved, number, code, name, variant, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strikes", "code", "resumes"),
+    [
+        ([Strike(STEP, 15, signal.SIGHUP)], 129, 15),
+        ([Strike(STEP, 15, signal.SIGINT), Strike(SAVE, 2, signal.SIGINT)], 130, 10),
+    ],
+    ids=["a closed terminal", "a second Ctrl-C during the save of the first"],
+)
+def test_other_ways_to_stop(strikes, code, resumes, variant, tmp_path):
+    reference = variant("plain")
+    shutil.copytree(reference.teachers, tmp_path / "outputs" / "teachers")
+
+    result = crashes.run(reference.settings, tmp_path, *strikes)
+    status = json.loads((run_of(tmp_path) / "status.json").read_text())
+    resumed = crashes.run(reference.settings, tmp_path)
+
+    assert (result.code, status["state"]) == (code, "stopped")
+    assert len(result.err.splitlines()) == 1
+    assert f"after step {resumes}" in resumed.out
+    assert_nothing_happened(run_of(tmp_path), run_of(reference.folder))
+
+
+@pytest.mark.slow
 def test_killed_again_and_again(variant, tmp_path):
     reference = variant("plain")
     shutil.copytree(reference.teachers, tmp_path / "outputs" / "teachers")

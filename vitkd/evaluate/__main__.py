@@ -2,11 +2,9 @@
 
 import gc
 
-if __name__ == "__main__":
-    from vitkd.process.start import start
+from vitkd.process.start import start
 
-    start()
-
+start(__name__)
 # Imports make hardly any garbage, and collecting it takes half a second of four.
 COLLECTS = gc.isenabled()
 gc.disable()

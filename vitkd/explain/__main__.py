@@ -1,9 +1,8 @@
 """Where a student looks, and whether it learned that from its teacher: `python -m vitkd.explain run=…`."""
 
-if __name__ == "__main__":
-    from vitkd.process.start import start
+from vitkd.process.start import start
 
-    start()
+start(__name__)
 
 import logging
 from collections.abc import Mapping

@@ -11,8 +11,10 @@ from vitkd.process.signals import stop_at_once
 from vitkd.process.streams import protect_streams
 
 
-def start() -> None:
-    """Prepare a process that is to run one command; nothing for a notebook or a test."""
+def start(module: str) -> None:
+    """Prepare the process if `module` is what it runs, and not imported by something else."""
+    if module != "__main__":
+        return
     protect_streams()
     stop_at_once()
     report = threading.excepthook

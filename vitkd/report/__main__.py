@@ -1,9 +1,8 @@
 """Compare finished runs over seeds: `python -m vitkd.report outputs`."""
 
-if __name__ == "__main__":
-    from vitkd.process.start import start
+from vitkd.process.start import start
 
-    start()
+start(__name__)
 
 import argparse
 from collections.abc import Sequence

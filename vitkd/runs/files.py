@@ -12,8 +12,18 @@ from typing import IO, Any
 import yaml
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 MAX_BYTES = 4 << 20
 """Of a file that is read as a mapping."""
+
+
+def write_problem(error: Exception, place: Path | None = None) -> str | None:
+    """What keeps a file at `place` from being written, and how to fix it; None if `error` is another one."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM | NOT_WRITABLE:
+        return None
+    fix = "make room" if error.errno in NO_ROOM else "make that writable"
+    file = os.fsdecode(error.filename or place or "the outputs' disk")
+    return f"{file}: cannot be written ({error.strerror}); {fix}"
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 import vitkd
 from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
-from vitkd.runs.files import NO_ROOM, read_mapping, write_atomically
+from vitkd.runs.files import read_mapping, write_atomically, write_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,9 @@ class RunFolder:
             except FileExistsError:
                 continue
             except OSError as error:
-                raise ConfigError(f"{candidate}: no folder can be made there ({error.strerror})") from error
+                raise ConfigError(
+                    f"{candidate}: no folder can be made there ({error.strerror}); set paths.outputs=DIR"
+                ) from error
         raise AssertionError("unreachable: numbers never end")
 
     @classmethod
@@ -160,7 +162,7 @@ class RunFolder:
         """Keep `status.json` and `run.log` while the body runs: running, then done, failed or stopped.
 
         What it is made of is written first. Of a run's processes only the first writes. Raises ConfigError if
-        another run is at work here, RunError if the disk takes no more.
+        another run is at work here, RunError if the disk takes no more or the folder is removed.
         """
         from vitkd.process.distributed import is_first  # imports PyTorch
 
@@ -173,12 +175,9 @@ class RunFolder:
         except Timeout as error:
             raise ConfigError(f"{self.path}: another process is at work there; let it finish") from error
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if (problem := write_problem(error, self.path)) is None:
                 raise
-            raise RunError(
-                f"{error.filename or self.path}: cannot be written ({error.strerror}); make room, then resume"
-                " by the same command with resume=auto"
-            ) from error
+            raise RunError(f"{problem}, then resume by the same command with resume=auto") from error
 
     @contextmanager
     def _recorded(self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Iterator[None]:
@@ -194,8 +193,14 @@ class RunFolder:
         try:
             self._set_status("running")
             yield
+            self.config.stat()  # fails where a checkpoint has made a folder again that was removed
             self._set_status("done")
         except BaseException as error:
+            if isinstance(error, Exception) and not self.config.exists():
+                raise RunError(
+                    f"{self.path}: was removed while the run was at work there, and all that it had saved is"
+                    " lost; the same command trains it again"
+                ) from error
             # On a full disk this cannot be written either; the first error is the one to report.
             with suppress(OSError):
                 if isinstance(error, KeyboardInterrupt | SystemExit):
