@@ -493,9 +493,10 @@ def test_records_of_an_earlier_sweep_are_none_of_this_one(command, tmp_path):
 def test_a_record_that_is_removed_hides_no_failure(sweeps, at_step):
     at_step(1, lambda: shutil.rmtree(sweeps.path / "sweeps"))
 
-    ended = sweeps.run("seed=-1,0", NAMED, *ALONE)
+    ended = sweeps.command("train", "-m", "seed=-1,0", NAMED, *ALONE, f"paths.outputs={sweeps.path}")
 
-    assert (ended.code, ended.states) == (1, ["failed", "done"])
+    assert ended.code == 1
+    assert SweepResult(*ended, []).states == ["failed", "done"]
 
 
 @pytest.mark.parametrize("launcher", ["basic", "stacked"])

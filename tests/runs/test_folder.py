@@ -415,22 +415,33 @@ def test_a_folder_that_may_not_be_written_is_not_taken_for_a_full_disk(number, t
     assert "make room" not in str(raised.value)
 
 
-@pytest.mark.parametrize("then", [lambda _: None, lambda path: (path / "checkpoints").mkdir(parents=True)])
-def test_a_folder_that_is_removed_during_the_run_is_one_line(then, tmp_path):
-    """Also where a checkpoint has made it again."""
+def remove_all(folder: RunFolder) -> None:
+    shutil.rmtree(folder.path)
+    folder.write_metrics({"acc": 0.5})
+
+
+def remove_all_before_a_checkpoint(folder: RunFolder) -> None:
+    shutil.rmtree(folder.path)
+    folder.checkpoints.mkdir(parents=True)
+
+
+def remove_a_file(folder: RunFolder) -> None:
+    """As TensorBoard reports it."""
+    (folder.path / "events").touch()
+    (folder.path / "events").unlink()
+    os.close(os.open(os.fsencode(folder.path / "events"), os.O_RDONLY))
+
+
+@pytest.mark.parametrize("remove", [remove_all, remove_all_before_a_checkpoint, remove_a_file])
+def test_a_folder_that_is_removed_during_the_run_is_one_line(remove, tmp_path):
     folder = RunFolder.claim(tmp_path / "run")
 
-    def run() -> None:
-        with folder.running(CONFIG):
-            shutil.rmtree(folder.path)
-            then(folder.path)
-            folder.write_metrics({"acc": 0.5})
-
-    with pytest.raises(RunError, match=r"run: was removed .* lost; the same command") as raised:
-        run()
+    says = "run: was removed.* lost, the same command"
+    with pytest.raises(RunError, match=says) as raised, folder.running(CONFIG):
+        remove(folder)
 
     assert "\n" not in str(raised.value)
-    assert not folder.status.exists()
+    assert folder.state != "done"
 
 
 def test_another_error_of_the_disk_is_not_taken_for_a_full_one(tmp_path):

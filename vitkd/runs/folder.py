@@ -193,13 +193,13 @@ class RunFolder:
         try:
             self._set_status("running")
             yield
-            self.config.stat()  # fails where a checkpoint has made a folder again that was removed
+            self.config.stat()  # a checkpoint makes a folder again that was removed
             self._set_status("done")
         except BaseException as error:
-            if isinstance(error, Exception) and not self.config.exists():
+            if isinstance(error, Exception) and self._was_removed(error):
                 raise RunError(
-                    f"{self.path}: was removed while the run was at work there, and all that it had saved is"
-                    " lost; the same command trains it again"
+                    f"{self.path}: was removed, or files in it, while the run was at work there; what they"
+                    " held is lost, the same command trains it again"
                 ) from error
             # On a full disk this cannot be written either; the first error is the one to report.
             with suppress(OSError):
@@ -212,6 +212,12 @@ class RunFolder:
             log.removeHandler(handler)
             with suppress(OSError):
                 handler.close()
+
+    def _was_removed(self, error: Exception) -> bool:
+        missing = error if isinstance(error, FileNotFoundError) else error.__cause__
+        if isinstance(missing, FileNotFoundError) and missing.filename:
+            return self.path in Path(os.fsdecode(missing.filename)).parents
+        return not self.config.exists()
 
     def read_config(self) -> dict[str, Any]:
         """The run's resolved configuration.
