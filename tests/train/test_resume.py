@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,6 +259,28 @@ def test_other_ways_to_stop(strikes, code, resumes, variant, tmp_path):
     assert len(result.err.splitlines()) == 1
     assert f"after step {resumes}" in resumed.out
     assert_nothing_happened(run_of(tmp_path), run_of(reference.folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_terminal_signals_the_workers_as_well(number, code, photos, tmp_path):
+    """All processes that it has started get its signals; one that ended would end the run before its save."""
+    files = ["dataset=image_folder", f"dataset.root={photos}", "dataset.image_size=8", "dataset.patch_size=4"]
+    settings = [*files, "method=none", "student=small", "dataset.batch_size=4", "dataset.workers=2"]
+    settings += ["dataset.resident_limit_gib=0", "trainer=cpu", "trainer.max_epochs=100000", "name=run"]
+    line = [sys.executable, "-m", "vitkd.train", *settings]
+    with subprocess.Popen(
+        line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout is not None
+        while not run.stdout.readline().startswith("epoch 1/"):
+            assert run.poll() is None
+        os.killpg(run.pid, number)
+        out, err = run.communicate()
+
+    assert run.returncode == code
+    assert "saved at step" in out
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -72,6 +72,17 @@ def orderly_stops(say: Callable[[str], None]) -> Iterator[None]:
         sys.exit(code)
 
 
+@contextmanager
+def hidden_from_children() -> Iterator[None]:
+    """Let processes that start in the body ignore what a terminal sends to all: this one ends them."""
+    before = signal_handlers()
+    set_signal_handlers({number: signal.SIG_IGN for number in STOPS if number != signal.SIGTERM})
+    try:
+        yield
+    finally:
+        set_signal_handlers(before)
+
+
 def signal_handlers() -> dict[int, Any]:
     """The handler of each signal."""
     return {number: signal.getsignal(number) for number in signal.valid_signals()}
