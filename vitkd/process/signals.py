@@ -55,7 +55,7 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def orderly_stops(say: Callable[[str], None]) -> Iterator[None]:
+def orderly_stops(say: Callable[[str], object]) -> Iterator[None]:
     """While the body runs, a signal that ends the process unwinds it first; then `say` prints one line."""
     before = signal_handlers()
     try:

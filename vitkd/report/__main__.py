@@ -5,6 +5,7 @@ from vitkd.process.start import start
 start(__name__)
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vitkd.errors import ConfigError
+from vitkd.process.signals import orderly_stops
 from vitkd.report.comparison import compare
 from vitkd.report.experiments import find_experiments
 from vitkd.report.exports import csv_text, json_text
@@ -30,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser()
     options = command.parse_intermixed_args(arguments)
     try:
-        report(options.folders, options.out or options.folders[0] / "report")
+        with orderly_stops(lambda line: sys.stderr.write(f"error: {line}\n")):
+            report(options.folders, options.out or options.folders[0] / "report")
     except ConfigError as error:
         command.exit(2, f"error: {error}\n")
 
