@@ -118,6 +118,8 @@ def one_line_errors(one_line: Callable[[Exception], str]) -> Iterator[None]:
     except OSError as error:  # of Hydra's: a job's are caught there
         if write_problem(error):
             fail(one_line(error), code=FAILED)
+        if not error.filename:
+            raise
         fail(f"{error.filename}: {error.strerror}; set hydra.run.dir or, with -m, hydra.sweep.dir to another")
     except (RuntimeError, ValueError) as error:
         if (line := explain_foreign(error)) is None:
@@ -150,9 +152,7 @@ def check_hydra(hydra: DictConfig) -> None:
     """ConfigError for settings of Hydra's own that would run foreign code, or scatter or hide runs."""
     refuse_foreign_code(hydra)
     if hydra.job.chdir:
-        raise ConfigError(
-            "hydra.job.chdir=true: a run has a folder of its own in paths.outputs; leave it out"
-        )
+        raise ConfigError("hydra.job.chdir=true: each run has its folder in paths.outputs; leave it out")
     if "sweep" not in hydra.callbacks:
         raise ConfigError("hydra.callbacks.sweep: lists the jobs of a sweep; leave it as it is")
 

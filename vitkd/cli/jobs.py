@@ -145,9 +145,8 @@ def all_recorded(
         raise
     except Exception as error:
         line = explain(error)
-        if not isinstance(error, OmegaConfBaseException | ConfigError | RunError) and not write_problem(
-            error
-        ):
+        is_known = isinstance(error, OmegaConfBaseException | ConfigError | RunError)
+        if not is_known and not write_problem(error):
             traceback.print_exc()
             line = f"{type(error).__name__}: {line}"
         for job in end(jobs, "failed"):
