@@ -80,9 +80,8 @@ class RunFolder:
             except FileExistsError:
                 continue
             except OSError as error:
-                raise ConfigError(
-                    f"{candidate}: no folder can be made there ({error.strerror}); set paths.outputs=DIR"
-                ) from error
+                problem = f"no folder can be made there ({error.strerror})"
+                raise ConfigError(f"{candidate}: {problem}; set paths.outputs=DIR") from error
         raise AssertionError("unreachable: numbers never end")
 
     @classmethod
@@ -197,10 +196,8 @@ class RunFolder:
             self._set_status("done")
         except BaseException as error:
             if isinstance(error, Exception) and self._was_removed(error):
-                raise RunError(
-                    f"{self.path}: was removed, or files in it, while the run was at work there; what they"
-                    " held is lost, the same command trains it again"
-                ) from error
+                lost = "was removed, or files in it, during the run; what they held is lost"
+                raise RunError(f"{self.path}: {lost}, the same command trains it again") from error
             # On a full disk this cannot be written either; the first error is the one to report.
             with suppress(OSError):
                 if isinstance(error, KeyboardInterrupt | SystemExit):
