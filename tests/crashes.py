@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vitkd.process.start import start as start_process
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["vitkd.train.__main__", "tests.crashes"])
 
@@ -93,6 +95,7 @@ def _run(
             streams.enter_context(redirect(file))
             # What it starts itself, and Python on its way out, print there too.
             os.dup2(file.fileno(), {"out": 1, "err": 2}[kind])
+        start_process("__main__")
         import_module(f"vitkd.{command}.__main__").main()
 
 

@@ -171,6 +171,13 @@ TRAIN = [
     ("teacher.checkpoint=FILES/coarse.safetensors", "4×4", "2×2", "method.resize=bilinear"),
     # where to write
     ("paths.outputs=FILES/noise.ckpt", "noise.ckpt"),
+    # what is Hydra's own
+    ("hydra.job.chdir=true", "hydra.job.chdir=true", "leave it out"),
+    ("-m seed=0,1 hydra.job.chdir=true", "hydra.job.chdir=true", "leave it out"),
+    ("-m seed=0,1 ~hydra.callbacks.sweep", "hydra.callbacks.sweep"),
+    ("hydra.run.dir=/proc/nowhere", "/proc/nowhere", "hydra.run.dir"),
+    ("-m seed=0,1 hydra.sweep.dir=/proc/nowhere", "/proc/nowhere", "hydra.sweep.dir"),
+    ("hydra.mode=walk", "hydra.mode", "'walk'"),
 ]
 EVALUATE = [
     ("run=nowhere", "run=nowhere", "not a run folder"),

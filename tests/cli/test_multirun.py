@@ -1,8 +1,10 @@
 """Several jobs by one command: none stops the others, and the same command again runs what is missing."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -476,9 +478,69 @@ def test_records_of_an_earlier_sweep_are_none_of_this_one(command, tmp_path):
     stale = Job(7, {"seed": "7"}, "failed", error="long ago")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "job-7.json").write_text(json.dumps(asdict(stale)))
+    strangers = {"job-8.json": '{"mine": 1}', "job-x.json": "notes", "job-9.json": "[]"}
+    for name, content in strangers.items():
+        (tmp_path / "sweep" / name).write_text(content)
 
     # Wherever -m stands.
     ended = command("train", *ALONE, f"paths.outputs={tmp_path}", "-m", fixed, "seed=0,1")
 
     assert ended.code == 0, ended.err
     assert "long ago" not in ended.out
+    assert {name: (tmp_path / "sweep" / name).read_text() for name in strangers} == strangers
+
+
+def test_a_record_that_is_removed_hides_no_failure(sweeps, at_step):
+    at_step(1, lambda: shutil.rmtree(sweeps.path / "sweeps"))
+
+    ended = sweeps.command("train", "-m", "seed=-1,0", NAMED, *ALONE, f"paths.outputs={sweeps.path}")
+
+    assert ended.code == 1
+    assert SweepResult(*ended, []).states == ["failed", "done"]
+
+
+@pytest.mark.parametrize("launcher", ["basic", "stacked"])
+def test_outputs_that_may_not_be_written_are_one_line_a_job(launcher, sweeps, tmp_path, monkeypatch):
+    """Of a teacher's lock, the first file that a job makes there."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "teacher.lock")
+
+    monkeypatch.setattr("vitkd.runs.teacher_store.acquired", refuse)
+    ended = sweeps.run(f"hydra/launcher={launcher}", "seed=0,1", *BESIDE_A_TEACHER)
+
+    assert (ended.code, ended.states) == (1, ["failed", "failed"])
+    lines = ended.err.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert "teacher.lock: cannot be written" in line
+        assert line.endswith("make that writable or set paths.outputs=DIR")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [["name=run"], ["-m", "name=run"]], ids=["alone", "in a sweep"])
+def test_outputs_that_are_removed_during_a_run_are_one_line(jobs, tmp_path):
+    run = tmp_path / "outputs" / "digits" / "run"
+    process = crashes.start([*jobs, *ALONE, "trainer.max_epochs=100000"], tmp_path)
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        assert process.is_alive()
+
+    shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
+    ended = crashes.end(process, tmp_path)
+
+    assert ended.code == 1
+    (line,) = ended.err.splitlines()
+    assert "outputs/digits/run: was removed" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("where", ["check_hydra", "print_jobs"], ids=["composing", "printing the table"])
+def test_a_signal_outside_of_any_job_is_one_line_too(where, number, tmp_path):
+    strike = Strike(f"vitkd.cli.command:{where}", 1, number)
+
+    ended = crashes.run(["-m", "seed=-1,-2"], tmp_path, strike)
+
+    assert ended.code == 128 + number
+    name = {signal.SIGINT: "Ctrl-C"}.get(number, signal.Signals(number).name)
+    assert ended.err.splitlines()[-1] == f"error: stopped by {name}"
+    assert "Traceback" not in ended.err

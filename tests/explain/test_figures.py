@@ -11,9 +11,17 @@ import torch
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from vitkd.explain import upsample
 from vitkd.explain.gallery import fonts
-from vitkd.explain.gallery.figures import COLOURS, OPACITY, Rows, attention_unit, figure_1, figure_rows, png
+from vitkd.explain.gallery.figures import (
+    COLOURS,
+    OPACITY,
+    Rows,
+    attention_unit,
+    figure_1,
+    figure_rows,
+    png,
+    upsample,
+)
 
 
 def maps_of(count, grid=4):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.explain.test_page import page_of, png_of, with_a_teacher_without_maps, without_teacher
-from vitkd.explain import upsample
 from vitkd.explain.gallery.contents import Table
+from vitkd.explain.gallery.figures import upsample
 from vitkd.explain.gallery.render import region_colours, render
 
 playwright = pytest.importorskip(

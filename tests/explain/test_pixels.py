@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from vitkd.explain import cls_attention, denormalise, upsample
+from vitkd.explain.gallery.figures import denormalise, upsample
+from vitkd.explain.maps.attention import cls_attention
 
 
 def scores_of(rows):

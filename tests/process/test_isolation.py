@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitkd.process.isolation import isolated, set_matmul_precision, set_signal_handlers
+from vitkd.process.isolation import isolated, set_matmul_precision
+from vitkd.process.signals import set_signal_handlers
 
 backends: Any = torch.backends
 

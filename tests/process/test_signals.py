@@ -10,16 +10,23 @@ from typing import Any
 
 import pytest
 
-from vitkd.process.signals import POSTPONED, TERMINATED, PostponedSignals, exit_on_termination
+from vitkd.process.signals import (
+    POSTPONED,
+    PostponedSignals,
+    exit_on_termination,
+    orderly_stops,
+    stop_at_once,
+)
 
 INT, TERM, USR1, USR2 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+HUP = signal.SIGHUP
 
 
 @pytest.fixture(autouse=True)
 def _as_a_process_begins() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in POSTPONED}
     signal.signal(INT, signal.default_int_handler)
-    for number in (TERM, USR1, USR2):
+    for number in (TERM, HUP, USR1, USR2):
         signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
@@ -53,7 +60,9 @@ def is_survived(*numbers: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(INT, KeyboardInterrupt), (TERM, SystemExit)], ids=["Ctrl-C", "SIGTERM"]
+    ("number", "error"),
+    [(INT, KeyboardInterrupt), (TERM, SystemExit), (HUP, SystemExit)],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
 )
 def test_the_first_waits_and_then_has_its_effect(number, error):
     with PostponedSignals() as signals:
@@ -63,16 +72,17 @@ def test_the_first_waits_and_then_has_its_effect(number, error):
             signals.deliver()
 
 
-def test_a_request_to_end_is_an_exit_with_its_code():
+@pytest.mark.parametrize(("number", "code"), [(TERM, 143), (HUP, 129)], ids=["SIGTERM", "SIGHUP"])
+def test_a_request_to_end_is_an_exit_with_its_code(number, code):
     with PostponedSignals() as signals:
-        send(TERM)
+        send(number)
         with pytest.raises(SystemExit) as end:
             signals.deliver()
 
-    assert end.value.code == TERMINATED == 143
+    assert end.value.code == code
 
 
-@pytest.mark.parametrize("number", [INT, TERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [INT, TERM, HUP], ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_the_second_does_not_wait(number):
     assert is_survived(number)
     assert not is_survived(number, number)
@@ -156,7 +166,7 @@ def test_an_error_does_not_swallow_what_waits(caplog, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         fail()
 
-    assert ended.value.code == TERMINATED
+    assert ended.value.code == 143
     assert "out of luck" in caplog.text, "what went wrong is still logged"
 
 
@@ -192,14 +202,16 @@ def test_a_signal_without_a_handler_is_left_as_it_is(left_alone):
         assert not signals.waiting
 
 
-def test_a_request_to_end_that_is_ignored_stays_ignored():
-    """As `nohup` and some schedulers have it."""
-    signal.signal(TERM, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [TERM, HUP, INT], ids=["SIGTERM", "SIGHUP", "Ctrl-C"])
+def test_a_request_to_end_that_is_ignored_stays_ignored(number):
+    """As `nohup`, some schedulers and shells that start a job in the background have it."""
+    signal.signal(number, signal.SIG_IGN)
+    stop_at_once()
     exit_on_termination()
 
-    with PostponedSignals():
-        send(TERM)
-        assert signal.getsignal(TERM) is signal.SIG_IGN
+    with orderly_stops(pytest.fail), PostponedSignals():
+        send(number)
+        assert signal.getsignal(number) is signal.SIG_IGN
 
 
 def test_a_handler_that_is_there_is_not_replaced_by_an_exit(handled):
@@ -253,3 +265,34 @@ def test_one_inside_another_hands_on_to_it(handled):
             assert not handled
         outer.deliver()
         assert handled == [USR1]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(INT, 130, "stopped by Ctrl-C"), (TERM, 143, "stopped by SIGTERM"), (HUP, 129, "stopped by SIGHUP")],
+)
+def test_what_stops_a_command_unwinds_it_and_is_one_line(number, code, line):
+    said, unwound = [], []
+    stop_at_once()
+    before = [signal.getsignal(number) for number in POSTPONED]
+
+    def run() -> None:
+        with orderly_stops(said.append):
+            try:
+                send(number)
+            finally:
+                unwound.append(number)
+
+    with pytest.raises(SystemExit) as end:
+        run()
+
+    assert (end.value.code, said, unwound) == (code, [line], [number])
+    assert [signal.getsignal(number) for number in POSTPONED] == before
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, None])
+def test_any_other_exit_is_left_as_it_is(code):
+    with pytest.raises(SystemExit) as end, orderly_stops(pytest.fail):
+        raise SystemExit(code)
+
+    assert end.value.code == code

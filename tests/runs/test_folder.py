@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -450,6 +451,50 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(nth, number, tmp_path, m
     assert listening() == handlers
     assert not folder.is_locked
     assert folder.state == "stopped"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_folder_that_may_not_be_written_is_not_taken_for_a_full_disk(number, tmp_path, monkeypatch):
+    def refuse(path: Path, content: str) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    folder = RunFolder.claim(tmp_path / "run")
+    monkeypatch.setattr("vitkd.runs.folder.write_atomically", refuse)
+
+    with pytest.raises(RunError, match="make that writable") as raised, folder.running(CONFIG):
+        pass
+
+    assert f"{folder.config}: cannot be written ({os.strerror(number)})" in str(raised.value)
+    assert "make room" not in str(raised.value)
+
+
+def remove_all(folder: RunFolder) -> None:
+    shutil.rmtree(folder.path)
+    folder.write_metrics({"acc": 0.5})
+
+
+def remove_all_before_a_checkpoint(folder: RunFolder) -> None:
+    shutil.rmtree(folder.path)
+    folder.checkpoints.mkdir(parents=True)
+
+
+def remove_a_file(folder: RunFolder) -> None:
+    """As TensorBoard reports it."""
+    (folder.path / "events").touch()
+    (folder.path / "events").unlink()
+    os.close(os.open(os.fsencode(folder.path / "events"), os.O_RDONLY))
+
+
+@pytest.mark.parametrize("remove", [remove_all, remove_all_before_a_checkpoint, remove_a_file])
+def test_a_folder_that_is_removed_during_the_run_is_one_line(remove, tmp_path):
+    folder = RunFolder.claim(tmp_path / "run")
+
+    says = "run: was removed.* lost, the same command"
+    with pytest.raises(RunError, match=says) as raised, folder.running(CONFIG):
+        remove(folder)
+
+    assert "\n" not in str(raised.value)
+    assert folder.state != "done"
 
 
 def test_another_error_of_the_disk_is_not_taken_for_a_full_one(tmp_path):

@@ -12,7 +12,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vitkd.data import Batch
-from vitkd.explain import cls_attention, figure_1
+from vitkd.explain.gallery.figures import figure_1
+from vitkd.explain.maps.attention import cls_attention
 from vitkd.explain.maps.recording import evaluating
 from vitkd.methods.logit import LogitObjective
 from vitkd.methods.maps.alignment import align

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,6 +236,51 @@ def test_sigterm_and_ctrl_c(where, nth, saved, number, code, name, variant, tmp_
     assert len(result.err.splitlines()) == 1, "one line says what happened"
     assert f"after step {saved}" in resumed.out
     assert_nothing_happened(run_of(tmp_path), run_of(reference.folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strikes", "code", "resumes"),
+    [
+        ([Strike(STEP, 15, signal.SIGHUP)], 129, 15),
+        ([Strike(STEP, 15, signal.SIGINT), Strike(SAVE, 2, signal.SIGINT)], 130, 10),
+    ],
+    ids=["a closed terminal", "a second Ctrl-C during the save of the first"],
+)
+def test_other_ways_to_stop(strikes, code, resumes, variant, tmp_path):
+    reference = variant("plain")
+    shutil.copytree(reference.teachers, tmp_path / "outputs" / "teachers")
+
+    result = crashes.run(reference.settings, tmp_path, *strikes)
+    status = json.loads((run_of(tmp_path) / "status.json").read_text())
+    resumed = crashes.run(reference.settings, tmp_path)
+
+    assert (result.code, status["state"]) == (code, "stopped")
+    assert len(result.err.splitlines()) == 1
+    assert f"after step {resumes}" in resumed.out
+    assert_nothing_happened(run_of(tmp_path), run_of(reference.folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_terminal_signals_the_workers_as_well(number, code, photos, tmp_path):
+    """All processes that it has started get its signals; one that ended would end the run before its save."""
+    files = ["dataset=image_folder", f"dataset.root={photos}", "dataset.image_size=8", "dataset.patch_size=4"]
+    settings = [*files, "method=none", "student=small", "dataset.batch_size=4", "dataset.workers=2"]
+    settings += ["dataset.resident_limit_gib=0", "trainer=cpu", "trainer.max_epochs=100000", "name=run"]
+    line = [sys.executable, "-m", "vitkd.train", *settings]
+    with subprocess.Popen(
+        line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout is not None
+        while not run.stdout.readline().startswith("epoch 1/"):
+            assert run.poll() is None
+        os.killpg(run.pid, number)
+        out, err = run.communicate()
+
+    assert run.returncode == code
+    assert "saved at step" in out
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow

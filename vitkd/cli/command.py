@@ -1,10 +1,10 @@
 """From the command line to a checked configuration, and from a user's mistake to one clear line."""
 
-import errno
 import hashlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +28,11 @@ from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
 from vitkd.process.isolation import freeze_gc, isolated, keep_freed_memory
-from vitkd.process.signals import TERMINATED, exit_on_termination
-from vitkd.runs.files import NO_ROOM
+from vitkd.process.signals import orderly_stops
+from vitkd.process.streams import protect_streams
+from vitkd.runs.files import write_problem
 
-FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+FAILED, USAGE_ERROR = 1, 2
 # Not --experimental-rerun, which unpickles a file.
 HYDRA_OPTIONS = {
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
@@ -48,6 +49,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     `RunError` with 1. In a multirun it ends only its own job; the command then exits with 1.
     """
 
+    protect_streams()
     sys.argv[1:] = arguments = flags_first(sys.argv[1:])
     if config_name not in WITH_CHOICES and {"-h", "--help"} & {*arguments}:
         print(commented_settings(config_name))
@@ -57,6 +59,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
         return explain(error, config_name, arguments)
 
     def job(composed: DictConfig) -> float | None:
+        protect_streams()  # a launcher may have started another process
         with isolated():
             if not is_multirun():
                 return only_job(composed)
@@ -70,7 +73,10 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
         # Hydra would print more than the line.
         except (OmegaConfBaseException, ConfigError) as error:
             fail(one_line(error))
-        except RunError as error:
+        except (RunError, OSError) as error:
+            if isinstance(error, OSError) and not write_problem(error):
+                traceback.print_exc()
+                sys.exit(FAILED)
             fail(one_line(error), code=FAILED)
 
     # For a launcher that runs jobs together.
@@ -81,8 +87,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()
     freeze_gc()
-    exit_on_termination()
-    with job_table(), one_line_errors(one_line), checked_by(refuse_foreign_code):
+    with orderly_stops(say), job_table(), one_line_errors(one_line), checked_by(check_hydra):
         check_arguments(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
 
@@ -110,21 +115,16 @@ def one_line_errors(one_line: Callable[[Exception], str]) -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException, ConfigError, YAMLError) as error:
         fail(one_line(error))
-    except OSError as error:
-        if error.errno not in NO_ROOM | {errno.EROFS, errno.EACCES, errno.EPERM}:
+    except OSError as error:  # of Hydra's: a job's are caught there
+        if write_problem(error):
+            fail(one_line(error), code=FAILED)
+        if not error.filename:
             raise
-        place = error.filename or "the outputs' disk"
-        fail(f"{place}: cannot be written ({error.strerror}); make room or set paths.outputs=DIR", FAILED)
+        fail(f"{error.filename}: {error.strerror}; set hydra.run.dir or, with -m, hydra.sweep.dir to another")
     except (RuntimeError, ValueError) as error:
         if (line := explain_foreign(error)) is None:
             raise
         fail(line, code=FAILED)
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", code=INTERRUPTED)
-    except SystemExit as end:
-        if end.code == TERMINATED:
-            say("stopped by SIGTERM")
-        raise
 
 
 @contextmanager
@@ -146,6 +146,15 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
         yield
     finally:
         setattr(ConfigLoaderImpl, compose.__name__, compose)
+
+
+def check_hydra(hydra: DictConfig) -> None:
+    """ConfigError for settings of Hydra's own that would run foreign code, or scatter or hide runs."""
+    refuse_foreign_code(hydra)
+    if hydra.job.chdir:
+        raise ConfigError("hydra.job.chdir=true: each run has its folder in paths.outputs; leave it out")
+    if "sweep" not in hydra.callbacks:
+        raise ConfigError("hydra.callbacks.sweep: lists the jobs of a sweep; leave it as it is")
 
 
 def commented_settings(config_name: str) -> str:

@@ -134,7 +134,8 @@ def print_jobs(jobs: Sequence[Job]) -> None:
 
 def show(*parts: Table | str) -> None:
     """Print tables and lines to the terminal, or plainly to a file or pipe."""
-    console = Console(highlight=False, width=None if is_terminal() else 120)
+    # Names of runs are no markup: "[red]" and ":bug:" stay what they are.
+    console = Console(highlight=False, markup=False, emoji=False, width=None if is_terminal() else 120)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
 

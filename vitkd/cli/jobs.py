@@ -8,7 +8,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vitkd.cli.console import Job
 from vitkd.errors import ConfigError, RunError
 from vitkd.process.distributed import is_first
-from vitkd.runs.files import write_atomically
+from vitkd.runs.files import read_mapping, write_atomically, write_problem
 
 
 class Sweep(Callback):
@@ -35,19 +35,27 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Remember where records go and, where Hydra knows beforehand, which jobs there will be."""
         self.folder = Path(config.hydra.sweep.dir)
-        for earlier in self.folder.glob("job-*.json"):
+        for earlier in records_in(self.folder):
             earlier.unlink()  # of a sweep before this one, where the folder is always the same
+        self.here: dict[int, Job] = {}
         self.planned = planned_jobs(config)
         Sweep.current = self
 
     def jobs(self) -> list[Job]:
-        """All jobs in order: those on record, and those planned that never ran."""
+        """All jobs in order: those of this process, those on record, and those planned that never ran."""
         known = {job.number: job for job in self.planned}
-        for record in self.folder.glob("job-*.json"):
-            job = Job(**json.loads(record.read_text(encoding="utf-8")))
+        for job in records_in(self.folder).values():
             # The command is over, so the process that wrote this was killed.
             known[job.number] = replace(job, state="stopped") if job.state == "running" else job
+        known |= self.here  # whatever has become of their records
         return [known[number] for number in sorted(known)]
+
+
+def records_in(folder: Path) -> dict[Path, Job]:
+    """The jobs that have a record in `folder`, by its file; another file of such a name is none."""
+    contents = {path: read_mapping(path) for path in folder.glob("job-*.json")}
+    names = {field.name for field in fields(Job)}
+    return {path: Job(**content) for path, content in contents.items() if content.keys() == names}
 
 
 def planned_jobs(config: DictConfig) -> list[Job]:
@@ -125,8 +133,10 @@ def all_recorded(
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(record, json.dumps(asdict(job), indent=2) + "\n")
             except OSError as error:
-                say(f"{record}: cannot be written ({error.strerror}); the table will lack job {job.number}")
+                say(f"{record}: cannot be written ({error.strerror})")
 
+    if Sweep.current:
+        Sweep.current.here |= {job.number: job for job in jobs}
     write()
     try:
         yield
@@ -135,7 +145,8 @@ def all_recorded(
         raise
     except Exception as error:
         line = explain(error)
-        if not isinstance(error, OmegaConfBaseException | ConfigError | RunError):
+        is_known = isinstance(error, OmegaConfBaseException | ConfigError | RunError)
+        if not is_known and not write_problem(error):
             traceback.print_exc()
             line = f"{type(error).__name__}: {line}"
         for job in end(jobs, "failed"):

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitkd.config.run import CONF_DIR
+from vitkd.runs.files import write_problem
 
 # Hydra finds these by itself once they are installed.
 PLUGINS = {
@@ -24,6 +25,10 @@ PLUGINS = {
 def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     """What is wrong and what would be right, on one line."""
     text = str(error)
+    if problem := write_problem(error):
+        return f"{problem} or set paths.outputs=DIR"
+    if text.startswith("Error merging override") and isinstance(error.__cause__, OmegaConfBaseException):
+        return explain(error.__cause__, config_name, arguments)
     if isinstance(error, OverrideParseException):
         if "=" not in (override := str(error.override)):
             return f"{override}: has no value; write KEY=VALUE"

@@ -14,6 +14,7 @@ from vitkd.data.augment import Augment, normalise
 from vitkd.data.hashing import fold, key_of
 from vitkd.data.split import FileSplit
 from vitkd.errors import ConfigError
+from vitkd.process.signals import hidden_from_children
 
 # Order and views depend on the same (seed, epoch); these give them different keys.
 ORDER, VIEW = 0, 1
@@ -93,6 +94,11 @@ class DecodedPixels:
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         context.set_forkserver_preload([__name__])  # imports once, not in each worker
+        if "forkserver" in methods and self.split.workers:
+            from multiprocessing import forkserver
+
+            with hidden_from_children():  # a worker that ends would end the run before it has saved
+                forkserver.ensure_running()
         return DataLoader(
             _BatchReader(self.split),
             batch_sampler=self._indices,

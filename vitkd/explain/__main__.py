@@ -1,5 +1,9 @@
 """Where a student looks, and whether it learned that from its teacher: `python -m vitkd.explain run=…`."""
 
+from vitkd.process.start import start
+
+start(__name__)
+
 import logging
 from collections.abc import Mapping
 from contextlib import suppress

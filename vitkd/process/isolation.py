@@ -5,7 +5,6 @@ import ctypes
 import gc
 import os
 import random
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from vitkd.errors import RunError
-from vitkd.process.signals import in_main_thread
+from vitkd.process.signals import set_signal_handlers, signal_handlers
 
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
@@ -47,21 +46,6 @@ def set_environment(variables: Mapping[str, str]) -> None:
     for name in os.environ.keys() - variables.keys():
         del os.environ[name]
     os.environ.update(variables)
-
-
-def signal_handlers() -> dict[int, Any]:
-    """The handler of each signal."""
-    return {number: signal.getsignal(number) for number in signal.valid_signals()}
-
-
-def set_signal_handlers(handlers: Mapping[int, Any]) -> None:
-    """Restore signal handlers, in the main thread; others may not set them."""
-    if not in_main_thread():
-        return
-    for number, handler in handlers.items():
-        # None was not installed from Python, and cannot be.
-        if handler is not None and handler != signal.getsignal(number):
-            signal.signal(number, handler)
 
 
 def set_matmul_precision(precision: str) -> None:

@@ -1,6 +1,11 @@
 """Compare finished runs over seeds: `python -m vitkd.report outputs`."""
 
+from vitkd.process.start import start
+
+start(__name__)
+
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vitkd.errors import ConfigError
+from vitkd.process.signals import orderly_stops
 from vitkd.report.comparison import compare
 from vitkd.report.experiments import find_experiments
 from vitkd.report.exports import csv_text, json_text
@@ -26,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser()
     options = command.parse_intermixed_args(arguments)
     try:
-        report(options.folders, options.out or options.folders[0] / "report")
+        with orderly_stops(lambda line: sys.stderr.write(f"error: {line}\n")):
+            report(options.folders, options.out or options.folders[0] / "report")
     except ConfigError as error:
         command.exit(2, f"error: {error}\n")
 
@@ -69,7 +76,7 @@ def report(folders: Sequence[Path], out: Path) -> None:
         raise ConfigError(
             f"--out {out}: cannot be written to ({error.strerror}); name a writable folder"
         ) from error
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = WIDTH_WITHOUT_TERMINAL
     print_report(console, comparisons, teachers, remarks)

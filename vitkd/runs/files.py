@@ -19,6 +19,7 @@ from typing import IO, Any
 import yaml
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 MAX_BYTES, MAX_CSV_BYTES = 1 << 20, 1 << 30
 """Of a file of settings or metrics, and of curves."""
 MAX_VALUES, MAX_DEPTH, MAX_BITS = 100_000, 50, 1023
@@ -78,6 +79,15 @@ def read_plain(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
     if not is_bounded(values):
         raise ValueError(f"{path}: holds more than a run writes")
     return values
+
+
+def write_problem(error: Exception, place: Path | None = None) -> str | None:
+    """What keeps a file at `place` from being written, and how to fix it; None if `error` is another one."""
+    if not isinstance(error, OSError) or error.errno not in NO_ROOM | NOT_WRITABLE:
+        return None
+    fix = "make room" if error.errno in NO_ROOM else "make that writable"
+    file = os.fsdecode(error.filename or place or "the outputs' disk")
+    return f"{file}: cannot be written ({error.strerror}); {fix}"
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:

@@ -22,13 +22,7 @@ from filelock import FileLock, Timeout
 import vitkd
 from vitkd.config.roles import first_difference
 from vitkd.errors import ConfigError, RunError
-from vitkd.runs.files import (
-    NO_ROOM,
-    parse_yaml,
-    read_mapping,
-    read_plain,
-    write_atomically,
-)
+from vitkd.runs.files import parse_yaml, read_mapping, read_plain, write_atomically, write_problem
 from vitkd.runs.results import are_metrics
 
 if TYPE_CHECKING:
@@ -86,7 +80,8 @@ class RunFolder:
             except FileExistsError:
                 continue
             except OSError as error:
-                raise ConfigError(f"{candidate}: no folder can be made there ({error.strerror})") from error
+                problem = f"no folder can be made there ({error.strerror})"
+                raise ConfigError(f"{candidate}: {problem}; set paths.outputs=DIR") from error
         raise AssertionError("unreachable: numbers never end")
 
     @classmethod
@@ -171,7 +166,7 @@ class RunFolder:
         """Keep `status.json` and `run.log` while the body runs: running, then done, failed or stopped.
 
         What it is made of is written first. Of a run's processes only the first writes. Raises ConfigError if
-        another run is at work here, RunError if the disk takes no more.
+        another run is at work here, RunError if the disk takes no more or the folder is removed.
         """
         from vitkd.process.distributed import is_first  # imports PyTorch
 
@@ -184,12 +179,9 @@ class RunFolder:
         except Timeout as error:
             raise ConfigError(f"{self.path}: another process is at work there; let it finish") from error
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if (problem := write_problem(error, self.path)) is None:
                 raise
-            raise RunError(
-                f"{error.filename or self.path}: cannot be written ({error.strerror}); make room, then resume"
-                " by the same command with resume=auto"
-            ) from error
+            raise RunError(f"{problem}, then resume by the same command with resume=auto") from error
 
     @contextmanager
     def _recorded(self, config: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Iterator[None]:
@@ -199,14 +191,18 @@ class RunFolder:
             write_atomically(self.inputs, json.dumps(inputs, indent=2) + "\n")
         stamped = {VERSION: vitkd.__version__, **config}
         write_atomically(self.config, yaml.safe_dump(stamped, sort_keys=False, allow_unicode=True))
-        handler = LogFile(self.log, encoding="utf-8")
+        handler = LogFile(self.log, encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
         try:
             self._set_status("running")
             yield
+            self.config.stat()  # a checkpoint makes a folder again that was removed
             self._set_status("done")
         except BaseException as error:
+            if isinstance(error, Exception) and self._was_removed(error):
+                lost = "was removed, or files in it, during the run; what they held is lost"
+                raise RunError(f"{self.path}: {lost}, the same command trains it again") from error
             # On a full disk this cannot be written either; the first error is the one to report.
             with suppress(OSError):
                 if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -218,6 +214,12 @@ class RunFolder:
             log.removeHandler(handler)
             with suppress(OSError):
                 handler.close()
+
+    def _was_removed(self, error: Exception) -> bool:
+        missing = error if isinstance(error, FileNotFoundError) else error.__cause__
+        if isinstance(missing, FileNotFoundError) and missing.filename:
+            return self.path in Path(os.fsdecode(missing.filename)).parents
+        return not self.config.exists()
 
     def read_config(self) -> dict[str, Any]:
         """The run's resolved configuration.

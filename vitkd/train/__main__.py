@@ -2,6 +2,9 @@
 
 import gc
 
+from vitkd.process.start import start
+
+start(__name__)
 # Imports make hardly any garbage, and collecting it takes half a second of four.
 COLLECTS = gc.isenabled()
 gc.disable()

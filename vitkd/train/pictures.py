@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from vitkd.explain import cls_attention, denormalise, figure_1
-from vitkd.explain.gallery.figures import attention_unit
+from vitkd.explain.gallery.figures import attention_unit, denormalise, figure_1
+from vitkd.explain.maps.attention import cls_attention
 from vitkd.explain.maps.recording import evaluating, layout, who_reads
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.models import Model, Taps
