@@ -165,6 +165,8 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 def check_arguments(arguments: Sequence[str]) -> None:
     """ConfigError for what Hydra's own parser cannot handle."""
     for argument in arguments:
+        if number := re.search(r"\d{300}", argument):
+            raise ConfigError(f"{argument[: number.start()]}…: is a number of too many digits")
         if argument.startswith("="):
             raise ConfigError(f"{argument}: has no key; write KEY=VALUE")
         flag = argument.partition("=")[0]

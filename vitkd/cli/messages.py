@@ -21,8 +21,17 @@ PLUGINS = {
 }
 
 
+LONGEST_LINE = 1000
+
+
 def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
-    """What is wrong and what would be right, on one line."""
+    """What is wrong and what would be right, on one line that a terminal can show."""
+    line = " ".join(re.split(r"[\s\x00-\x1f\x7f]+", _explanation(error, config_name, arguments)))
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
+
+
+def _explanation(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         if "=" not in (override := str(error.override)):

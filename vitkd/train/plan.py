@@ -3,19 +3,21 @@
 import inspect
 import logging
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig
 
 from vitkd.cli.command import ignored_settings, job_command, run_path, should_resume
 from vitkd.config.run import Config, parse
+from vitkd.config.schema import converted, in_words
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line, suggest
 from vitkd.models import Model
@@ -39,6 +41,7 @@ WITHOUT_EFFECT = {
     *("limit_test_batches", "limit_predict_batches", "inference_mode", "reload_dataloaders_every_n_epochs"),
     *("enable_autolog_hparams", "model_registry"),
 }
+MOST = 10**6
 COUNTS = ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
 
 
@@ -105,12 +108,22 @@ def make_plan(composed: DictConfig) -> Plan:
     earlier job has made its GPU unusable.
     """
     config = parse(composed)
+    check_memory(config)
     machine = check_trainer(config.trainer)
     check_device(machine.device)
     if config.compile:
         check_compiler(machine.device)
     warnings, command = tuple(ignored_settings(config.method)), tuple(job_command())
     return Plan(config, machine, run_path(config), warnings, command)
+
+
+def check_memory(config: Config) -> None:
+    """ConfigError for a model that this machine could not hold while it trains."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for group, model in (("student", config.student), ("teacher", config.teacher.model)):
+        if model.least_bytes > memory:
+            least, have = (f"{size / 2**30:,.0f} GiB" for size in (model.least_bytes, memory))
+            raise ConfigError(f"{group}={model}: takes {least} or more, this machine has {have}; shrink it")
 
 
 def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
@@ -121,7 +134,7 @@ def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
     check_settings(settings, key)
     try:
         trial = L.Trainer(**settings, logger=False, enable_checkpointing=False)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # Lightning and the accelerators raise many kinds
         raise ConfigError(f"{key}: {one_line(error)}; trainer=auto fits this machine") from error
     if trial.precision == "16-true":
         # (1 − beta2)·gradient² is 0 in float16 for gradients below 0.005; steps come out 4.5 times too long.
@@ -135,8 +148,9 @@ def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
 
 def check_settings(settings: dict[str, Any], key: str) -> None:
     """ConfigError for a setting that is no argument of the Trainer's, is not free, or is out of range."""
+    hints = get_type_hints(L.Trainer.__init__)
     arguments = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
-    accepted = arguments - SET_BY_VITKD - WITHOUT_EFFECT
+    accepted = arguments.difference(SET_BY_VITKD, WITHOUT_EFFECT)
     for name, value in settings.items():
         if name in SET_BY_VITKD:
             raise ConfigError(f"{key}.{name}: is set by vitkd; leave it out")
@@ -144,8 +158,12 @@ def check_settings(settings: dict[str, Any], key: str) -> None:
             raise ConfigError(f"{key}.{name}: has no effect here; leave it out")
         if name not in accepted:
             raise ConfigError(f"{key}.{name}: no such setting; {suggest(name, accepted)}")
-        if name in COUNTS and not (type(value) is int and value >= 1):
-            raise ConfigError(f"{key}.{name}={value}: must be a whole number of at least 1")
+        if name in COUNTS and not (type(value) is int and 1 <= value <= MOST):
+            raise ConfigError(f"{key}.{name}={value}: must be a whole number of at least 1, at most {MOST:,}")
+        if type(converted(f"{key}.{name}", value, hints[name])) is not type(value):
+            raise ConfigError(f"{key}.{name}={value!r}: must be {in_words(hints[name])}")
+        if name == "devices" and re.search(r"\d{5}", str(value)):
+            raise ConfigError(f"{key}.{name}={value}: no machine has so many")
     batches, clip = settings.get("limit_train_batches"), settings.get("gradient_clip_val")
     if batches is not None and not batches > 0:
         raise ConfigError(f"{key}.limit_train_batches={batches}: must be above 0, or null for all")
