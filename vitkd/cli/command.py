@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,13 +14,13 @@ import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vitkd.cli.console import Job, print_jobs
 from vitkd.cli.jobs import Sweep, as_typed, is_multirun, overridden, recorded
-from vitkd.cli.messages import explain, explain_foreign
+from vitkd.cli.messages import explain, explain_foreign, no_such_option
 from vitkd.config.roles import names_folder
 from vitkd.config.run import CONF_DIR, LONGEST_NAME, Config
 from vitkd.config.schema import refuse_foreign_code
@@ -37,6 +37,8 @@ HYDRA_OPTIONS = {
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
     *("--info", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
 }
+# The paths among the settings of all commands.
+PATHS = ("paths.data", "paths.outputs", "dataset.root", "teacher.checkpoint", "root", "run", "image", "out")
 # Commands whose settings come in groups, which Hydra's own help lists.
 WITH_CHOICES = {"train"}
 
@@ -48,7 +50,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     `RunError` with 1. In a multirun it ends only its own job; the command then exits with 1.
     """
 
-    sys.argv[1:] = arguments = flags_first(sys.argv[1:])
+    sys.argv[1:] = arguments = swept_with_group(flags_first(map(with_home, sys.argv[1:])))
     if config_name not in WITH_CHOICES and {"-h", "--help"} & {*arguments}:
         print(commented_settings(config_name))
         return
@@ -82,7 +84,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     keep_freed_memory()
     freeze_gc()
     exit_on_termination()
-    with job_table(), one_line_errors(one_line), checked_by(refuse_foreign_code):
+    with job_table(), one_line_errors(one_line), checked_by(check_composed):
         check_arguments(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
 
@@ -129,7 +131,7 @@ def one_line_errors(one_line: Callable[[Exception], str]) -> Iterator[None]:
 
 @contextmanager
 def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
-    """Have `check` look at Hydra's own node whenever one is composed, before Hydra acts on it.
+    """Have `check` look at every configuration that is composed, before Hydra acts on it.
 
     Hydra has no public place for that: its callbacks, whose errors it turns into warnings, are built from the
     very node, and a check before `hydra.main` would miss what a job of a sweep composes.
@@ -137,8 +139,11 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
     compose = ConfigLoaderImpl.load_configuration
 
     def composed_and_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-        config = compose(self, *args, **kwargs)
-        check(config.hydra)
+        try:
+            config = compose(self, *args, **kwargs)
+        except (TypeError, ValueError) as error:  # of a group's option that is no text
+            raise ConfigError(no_such_option(kwargs.get("overrides", args[1:2])) or str(error)) from error
+        check(config)
         return config
 
     setattr(ConfigLoaderImpl, compose.__name__, composed_and_checked)
@@ -156,8 +161,40 @@ def commented_settings(config_name: str) -> str:
     return f"{about}\n{settings}".rstrip()
 
 
-def flags_first(arguments: Sequence[str]) -> list[str]:
+def check_composed(config: DictConfig) -> None:
+    """Refuse code in Hydra's own node, and put the home folder for the ~ of a path."""
+    refuse_foreign_code(config.hydra)
+    for key in PATHS:
+        place = OmegaConf.select(config, key)
+        if isinstance(place, str) and with_home(place) != place:
+            OmegaConf.update(config, key, with_home(place))
+
+
+def with_home(text: str) -> str:
+    """A path, or KEY=~/x and KEY=[~/x,~/y], where no shell does so, with the home folder for the ~."""
+    return re.sub(r"(?<![^=,\[])~(?=/|$)", lambda _: str(Path.home()), text)
+
+
+def swept_with_group(arguments: Sequence[str]) -> list[str]:
+    """A multirun's command line, where `method=token,logit method.temperature=2` sets it in all jobs.
+
+    Hydra would first set it for the group's default option, unless it is swept as well.
+    """
+    pairs = [argument.partition("=") for argument in arguments]
+    swept = {key for key, _, value in pairs if "," in value and (CONF_DIR / key).is_dir()}
+    if not {"-m", "--multirun"} & {*arguments}:
+        return [*arguments]
+    return [
+        f"{key}=choice({value})"
+        if key.partition(".")[0] in swept - {key} and re.fullmatch(r"[^,()]+|\[[^()]*\]", value)
+        else key + equals + value
+        for key, equals, value in pairs
+    ]
+
+
+def flags_first(arguments: Iterable[str]) -> list[str]:
     """The command line with -m before all settings: Hydra's parser takes none on both sides of it."""
+    arguments = [*arguments]
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
     return flags[:1] + [argument for argument in arguments if argument not in flags]
 

@@ -68,6 +68,8 @@ def allowed_class(key: str, target: str, base: type) -> type:
 
 def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
     """An instance of the dataclass `cls`, every setting checked against its field's name and type."""
+    if isinstance(settings, DictConfig):
+        settings = cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True))
     prefix = f"{key}." if key else ""
     known = [f.name for f in fields(cls)]
     for name in settings:

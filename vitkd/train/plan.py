@@ -28,13 +28,25 @@ from vitkd.train.build import check_compiler
 
 log = logging.getLogger("vitkd")
 
-# What Lightning's Trainer takes but vitkd sets.
+EPOCHS = "set {owner}max_epochs; nothing stops a run earlier"
+# What Lightning's Trainer takes but vitkd sets, and what to set instead.
 SET_BY_VITKD = {
-    *("logger", "callbacks", "plugins", "profiler", "default_root_dir", "log_every_n_steps", "barebones"),
-    *("enable_checkpointing", "enable_model_summary", "enable_progress_bar", "use_distributed_sampler"),
-    *("fast_dev_run", "overfit_batches", "max_time", "max_steps", "min_steps", "min_epochs"),
+    "logger": "curves go to metrics.csv and TensorBoard in the run's folder",
+    "default_root_dir": "set paths.outputs",
+    "log_every_n_steps": "set log_every_n_steps",
+    "enable_checkpointing": "set checkpoint_minutes",
+    "fast_dev_run": "set {owner}max_epochs=1 {key}.limit_train_batches=1",
+    "overfit_batches": "set {key}.limit_train_batches",
+    "max_steps": EPOCHS,
+    "max_time": EPOCHS,
+    "min_steps": EPOCHS,
+    "min_epochs": EPOCHS,
     # Accuracy is read, and the best epoch kept, when an epoch has ended.
-    "val_check_interval",
+    "val_check_interval": "set {key}.check_val_every_n_epoch",
+    "enable_progress_bar": "a terminal has one, a file has not",
+    "enable_model_summary": "a line says what each model is",
+    "use_distributed_sampler": "each process has its own images",
+    **dict.fromkeys(("callbacks", "plugins", "profiler", "barebones"), "nothing replaces it"),
 }
 # What it takes and nothing here asks for: the test split is measured whole, once, without it.
 WITHOUT_EFFECT = {
@@ -153,7 +165,9 @@ def check_settings(settings: dict[str, Any], key: str) -> None:
     accepted = arguments.difference(SET_BY_VITKD, WITHOUT_EFFECT)
     for name, value in settings.items():
         if name in SET_BY_VITKD:
-            raise ConfigError(f"{key}.{name}: is set by vitkd; leave it out")
+            owner = "teacher." if key == "teacher.trainer" else "trainer."
+            instead = SET_BY_VITKD[name].format(key=key, owner=owner)
+            raise ConfigError(f"{key}.{name}: is set by vitkd, leave it out; {instead}")
         if name in WITHOUT_EFFECT:
             raise ConfigError(f"{key}.{name}: has no effect here; leave it out")
         if name not in accepted:
