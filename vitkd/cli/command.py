@@ -138,11 +138,11 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
     """
     compose = ConfigLoaderImpl.load_configuration
 
-    def composed_and_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+    def composed_and_checked(self: ConfigLoaderImpl, **kwargs: Any) -> DictConfig:
         try:
-            config = compose(self, *args, **kwargs)
+            config = compose(self, **kwargs)
         except (TypeError, ValueError) as error:  # of a group's option that is no text
-            raise ConfigError(no_such_option(kwargs.get("overrides", args[1:2])) or str(error)) from error
+            raise ConfigError(no_such_option(kwargs["overrides"]) or str(error)) from error
         check(config)
         return config
 

@@ -106,7 +106,8 @@ def converted(key: str, value: Any, hint: Any) -> Any:
 
 def _converted(value: Any, hint: Any) -> Any:
     container, inner = get_origin(hint), get_args(hint)
-    if hint is Any or type(value) is hint or (container is Literal and value in inner):
+    is_one = type(value) is hint or (container is dict and isinstance(value, dict))
+    if hint is Any or is_one or (container is Literal and value in inner):
         return value
     if container in (Union, UnionType):
         exact = [each for each in inner if type(value) is each]
@@ -117,14 +118,11 @@ def _converted(value: Any, hint: Any) -> Any:
                 continue
     if container is list and isinstance(value, list):
         return [_converted(each, inner[0]) for each in value]
-    if container is dict and isinstance(value, dict):
-        return value
-    # OmegaConf takes all numbers but 0 for true.
-    if hint in SCALARS and not (
-        hint is bool and re.fullmatch(r"-?\d+", str(value)) and str(value) not in "01"
-    ):
-        return SCALARS[hint](value, is_optional=False)._value()
-    raise ValueError
+    # OmegaConf takes every number but 0 for true.
+    is_number = hint is bool and re.fullmatch(r"-?\d\d+|-?[2-9]", str(value))
+    if hint not in SCALARS or is_number:
+        raise ValueError
+    return SCALARS[hint](value, is_optional=False)._value()
 
 
 def in_words(hint: Any) -> str:
