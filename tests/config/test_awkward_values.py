@@ -182,3 +182,42 @@ def test_settings_are_as_asked_for_or_refused(option, photos, outcome):
 @pytest.mark.parametrize("option", HERE)
 def test_every_setting_takes_or_refuses_awkward_values(option, photos, outcome):
     check_all(option, AWKWARD, len(AWKWARD) if option == "dataset=digits" else 12, photos, outcome)
+
+
+COMMANDS = {
+    "evaluate": ("run", "root", "paths.data", "paths", "accelerator"),
+    "explain": (
+        "images",
+        "of_class",
+        "seed",
+        "methods",
+        "regions",
+        "out",
+        "epoch",
+        "image",
+        "teacher",
+        "model",
+    ),
+}
+
+
+@pytest.mark.parametrize("value", AWKWARD)
+def test_a_finished_run_is_not_read_with_it(value, command, finished, tmp_path, monkeypatch):
+    """In turn one of each command's settings."""
+    monkeypatch.chdir(tmp_path)
+    turn = AWKWARD.index(value)
+    for name, settings in COMMANDS.items():
+        setting = settings[turn % len(settings)]
+        argument = f"{setting}={value.replace('KEY', setting)}"
+        # The last is refused at once, so that nothing is explained.
+        others = [f"run={finished}"] * (setting != "run") + ["faithfulness_images=-1"] * (name == "explain")
+
+        ended = command(name, *others, argument)
+
+        assert "Traceback" not in ended.err, ended.err
+        assert ended.code in (0, 2), ended.err
+        if ended.code:
+            (line,) = ended.err.splitlines()
+            assert line.startswith("error: ")
+            assert setting.rpartition(".")[2] in line or "faithfulness_images" in line, line
+        assert not any(tmp_path.iterdir())

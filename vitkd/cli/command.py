@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -23,7 +23,7 @@ from vitkd.cli.jobs import Sweep, as_typed, is_multirun, overridden, recorded
 from vitkd.cli.messages import explain, explain_foreign, no_such_option
 from vitkd.config.roles import names_folder
 from vitkd.config.run import CONF_DIR, LONGEST_NAME, Config
-from vitkd.config.schema import refuse_foreign_code
+from vitkd.config.schema import check_text, refuse_foreign_code
 from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
@@ -162,8 +162,10 @@ def commented_settings(config_name: str) -> str:
 
 
 def check_composed(config: DictConfig) -> None:
-    """Refuse code in Hydra's own node, and put the home folder for the ~ of a path."""
+    """Refuse code in Hydra's own node and texts that nothing takes; put the home folder for a path's ~."""
     refuse_foreign_code(config.hydra)
+    settings = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    check_text(cast(dict[str, Any], OmegaConf.to_container(settings, resolve=False)))
     for key in PATHS:
         place = OmegaConf.select(config, key)
         if isinstance(place, str) and with_home(place) != place:
