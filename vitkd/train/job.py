@@ -42,8 +42,8 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
         agree(lambda: prepare("student", config.student))
         with closing(load_data(config)) as data:
             announce(config, given, data)
-            check_shares(config, data)
             data.setup()  # before anything is written, should it turn out to be damaged
+            check_shares(config, data)
             check_teacher_classes(config, data)
             teacher = obtain_teacher(config, given, contents, machine.device)
             inputs = inputs_of(config, data, contents, teacher)
