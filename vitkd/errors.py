@@ -39,10 +39,11 @@ def check_positive(settings: object, *names: str) -> None:
         check(settings, name, 0 < getattr(settings, name) < math.inf, "must be a finite number above 0")
 
 
-def check_at_least(least: int, settings: object, *names: str) -> None:
-    """ConfigError if one of the settings `names` is below `least`."""
+def check_at_least(least: int, settings: object, *names: str, most: int = 10**9) -> None:
+    """ConfigError if one of the settings `names` is below `least`, or above `most`."""
     for name in names:
         check(settings, name, getattr(settings, name) >= least, f"must be at least {least}")
+        check(settings, name, getattr(settings, name) <= most, f"must be at most {most:,}")
 
 
 def one_line(error: Exception) -> str:

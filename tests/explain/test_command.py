@@ -412,7 +412,8 @@ def place(outputs, tmp_path_factory) -> Path:
     shutil.copytree(digits / "first", place.parent / "orphan")
     other = shutil.copytree(digits / "alone", digits / "other")
     config = yaml.safe_load((other / "config.yaml").read_text())
-    config["dataset"]["image_size"] = config["student"]["image_size"] = 16
+    for group in ("dataset", "student", "teacher"):
+        config[group]["image_size"] = 16
     (other / "config.yaml").write_text(yaml.safe_dump(config))
     rival = shutil.copytree(digits / "first", digits / "rival")
     config = yaml.safe_load((rival / "config.yaml").read_text())

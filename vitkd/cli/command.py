@@ -5,25 +5,25 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vitkd.cli.console import Job, print_jobs
 from vitkd.cli.jobs import Sweep, as_typed, is_multirun, overridden, recorded
-from vitkd.cli.messages import explain, explain_foreign
+from vitkd.cli.messages import explain, explain_foreign, no_such_option
 from vitkd.config.roles import names_folder
 from vitkd.config.run import CONF_DIR, LONGEST_NAME, Config
-from vitkd.config.schema import refuse_foreign_code
+from vitkd.config.schema import check_text, refuse_foreign_code
 from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
@@ -38,6 +38,8 @@ HYDRA_OPTIONS = {
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
     *("--info", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
 }
+# The paths among the settings of all commands.
+PATHS = ("paths.data", "paths.outputs", "dataset.root", "teacher.checkpoint", "root", "run", "image", "out")
 # Commands whose settings come in groups, which Hydra's own help lists.
 WITH_CHOICES = {"train"}
 
@@ -50,7 +52,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     """
 
     protect_streams()
-    sys.argv[1:] = arguments = flags_first(sys.argv[1:])
+    sys.argv[1:] = arguments = swept_with_group(flags_first(map(with_home, sys.argv[1:])))
     if config_name not in WITH_CHOICES and {"-h", "--help"} & {*arguments}:
         print(commented_settings(config_name))
         return
@@ -87,7 +89,7 @@ def run_command(config_name: str, task: Callable[[DictConfig, Job], float | None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     keep_freed_memory()
     freeze_gc()
-    with orderly_stops(say), job_table(), one_line_errors(one_line), checked_by(check_hydra):
+    with orderly_stops(say), job_table(), one_line_errors(one_line), checked_by(check_composed):
         check_arguments(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(job)()
 
@@ -129,16 +131,19 @@ def one_line_errors(one_line: Callable[[Exception], str]) -> Iterator[None]:
 
 @contextmanager
 def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
-    """Have `check` look at Hydra's own node whenever one is composed, before Hydra acts on it.
+    """Have `check` look at every configuration that is composed, before Hydra acts on it.
 
     Hydra has no public place for that: its callbacks, whose errors it turns into warnings, are built from the
     very node, and a check before `hydra.main` would miss what a job of a sweep composes.
     """
     compose = ConfigLoaderImpl.load_configuration
 
-    def composed_and_checked(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-        config = compose(self, *args, **kwargs)
-        check(config.hydra)
+    def composed_and_checked(self: ConfigLoaderImpl, **kwargs: Any) -> DictConfig:
+        try:
+            config = compose(self, **kwargs)
+        except (TypeError, ValueError) as error:  # of a group's option that is no text
+            raise ConfigError(no_such_option(kwargs["overrides"]) or str(error)) from error
+        check(config)
         return config
 
     setattr(ConfigLoaderImpl, compose.__name__, composed_and_checked)
@@ -165,8 +170,42 @@ def commented_settings(config_name: str) -> str:
     return f"{about}\n{settings}".rstrip()
 
 
-def flags_first(arguments: Sequence[str]) -> list[str]:
+def check_composed(config: DictConfig) -> None:
+    """Check Hydra's own node, refuse texts that nothing takes, and put the home folder for a path's ~."""
+    check_hydra(config.hydra)
+    settings = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    check_text(cast(dict[str, Any], OmegaConf.to_container(settings, resolve=False)))
+    for key in PATHS:
+        place = OmegaConf.select(config, key)
+        if isinstance(place, str) and with_home(place) != place:
+            OmegaConf.update(config, key, with_home(place))
+
+
+def with_home(text: str) -> str:
+    """A path, or KEY=~/x and KEY=[~/x,~/y], where no shell does so, with the home folder for the ~."""
+    return re.sub(r"(?<![^=,\[])~(?=/|$)", lambda _: str(Path.home()), text)
+
+
+def swept_with_group(arguments: Sequence[str]) -> list[str]:
+    """A multirun's command line, where `method=token,logit method.temperature=2` sets it in all jobs.
+
+    Hydra would first set it for the group's default option, unless it is swept as well.
+    """
+    pairs = [argument.partition("=") for argument in arguments]
+    swept = {key for key, _, value in pairs if "," in value and (CONF_DIR / key).is_dir()}
+    if not {"-m", "--multirun"} & {*arguments}:
+        return [*arguments]
+    return [
+        f"{key}=choice({value})"
+        if key.partition(".")[0] in swept - {key} and re.fullmatch(r"[^,()]+|\[[^()]*\]", value)
+        else key + equals + value
+        for key, equals, value in pairs
+    ]
+
+
+def flags_first(arguments: Iterable[str]) -> list[str]:
     """The command line with -m before all settings: Hydra's parser takes none on both sides of it."""
+    arguments = [*arguments]
     flags = [argument for argument in arguments if argument in ("-m", "--multirun")]
     return flags[:1] + [argument for argument in arguments if argument not in flags]
 
@@ -174,6 +213,8 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
 def check_arguments(arguments: Sequence[str]) -> None:
     """ConfigError for what Hydra's own parser cannot handle."""
     for argument in arguments:
+        if number := re.search(r"\d{300}", argument):
+            raise ConfigError(f"{argument[: number.start()]}…: is a number of too many digits")
         if argument.startswith("="):
             raise ConfigError(f"{argument}: has no key; write KEY=VALUE")
         flag = argument.partition("=")[0]

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitkd.config.run import CONF_DIR
+from vitkd.errors import ConfigError
 from vitkd.runs.files import write_problem
 
 # Hydra finds these by itself once they are installed.
@@ -22,8 +23,19 @@ PLUGINS = {
 }
 
 
+LONGEST_LINE = 1000
+
+
 def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
-    """What is wrong and what would be right, on one line."""
+    """What is wrong and what would be right, on one line that a terminal can show."""
+    line = " ".join(re.split(r"[\s\x00-\x1f\x7f]+", _explanation(error, config_name, arguments)))
+    if config_name != "train" and isinstance(error, ConfigError):
+        line = line.replace("dataset.root", "root")  # of the run, as these commands call it
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
+
+
+def _explanation(error: Exception, config_name: str, arguments: Sequence[str]) -> str:
     text = str(error)
     if problem := write_problem(error):
         return f"{problem} or set paths.outputs=DIR"
@@ -32,14 +44,17 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
     if isinstance(error, OverrideParseException):
         if "=" not in (override := str(error.override)):
             return f"{override}: has no value; write KEY=VALUE"
-        problem = str(error.message).splitlines()[0]
-        return f"{override}: cannot be parsed ({problem}); write KEY=VALUE, odd values as 'KEY=\"VALUE\"'"
+        return f"{override}: cannot be parsed; write KEY=VALUE, odd values as 'KEY=\"VALUE\"'"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: is required; write {error.full_key}=VALUE"
-    if missing := re.search(r"Could not (?:find|load) '((?:hydra/)?[^'/]+)/([^']+)'", text):
+    if missing := re.search(r"Could not (?:find|load) '((?:hydra/)?[^'/]+)/([^']*)'", text):
         return _no_such_option(missing[1], missing[2], text)
     if present := re.search(r"An item is already at '([^']+)'", text):
         return f"{present[1]}: exists already; set it without the plus"
+    if "Error resolving interpolation" in text and (line := no_such_option(arguments)):
+        return line
+    if unlike := re.search(r"Error merging override ([^=]+)=", text):
+        return f"{unlike[1]}: holds several settings; write {unlike[1]}.KEY=VALUE"
     if several := re.search(r"Ambiguous value for argument '(.+?)'\s", text):
         return f"{several[1]}: has several values; add -m to run a job for each, or write a list as [a,b]"
     if unknown := re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", text):
@@ -56,6 +71,17 @@ def explain_foreign(error: Exception) -> str | None:
         return "hydra/launcher=slurm: there is no SLURM on this machine; choose hydra/launcher=local"
     if "No trials are completed" in text:
         return "no trial of the search has succeeded; run one of its jobs by itself to see why"
+    return None
+
+
+def no_such_option(arguments: Sequence[str]) -> str | None:
+    """What is wrong with the first argument that sets a group to something other than a name, if any does."""
+    for argument in arguments:
+        key, _, option = argument.partition("=")
+        group = key.lstrip("+").partition("@")[0]
+        is_null = option in ("null", "nan", "inf", "-inf", "true", "false")
+        if (CONF_DIR / group).is_dir() and (is_null or not re.fullmatch(r"[A-Za-z_][\w/,-]*", option)):
+            return _no_such_option(group, option, "")
     return None
 
 
@@ -76,7 +102,7 @@ def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
     owners = [
         path.stem for path in sorted((CONF_DIR / group).glob("*.yaml")) if setting in _settings_of(path)
     ]
-    if setting and owners:
+    if setting and owners and config_name == "train":
         return (
             f"{key}: is a setting of {' or '.join(f'{group}={owner}' for owner in owners)}; choose that too"
         )

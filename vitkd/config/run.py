@@ -5,13 +5,14 @@ the keys and types, its `__post_init__` checks the ranges. A new option is one c
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from vitkd.config.schema import build, instantiate
+from vitkd.config.schema import build, check_group, check_text, instantiate
 from vitkd.data import Dataset
 from vitkd.errors import ConfigError, check, check_at_least, check_choice
 from vitkd.methods.base import Method
@@ -46,6 +47,7 @@ class Paths:
 
     def __post_init__(self) -> None:
         for name in ("data", "outputs"):
+            check(self, name, getattr(self, name) != "", "name a folder")
             place = Path(getattr(self, name))
             nearest = next(path for path in (place, *place.absolute().parents) if path.exists())
             if not nearest.is_dir():
@@ -61,7 +63,7 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         if self.rerun not in ("missing", "all"):
-            raise ConfigError(f"sweep.rerun={self.rerun}: choose missing or all")
+            raise ConfigError(f"rerun={self.rerun}: choose missing or all")
 
 
 @dataclass
@@ -189,24 +191,55 @@ def parse(composed: DictConfig) -> Config:
 
     Raises ConfigError for the first mistake.
     """
-    composed = composed.copy()
-    for group in (*GROUPS, "paths"):
-        if composed.get(group) is None:
-            raise ConfigError(f"{group}: is missing and required")
-    dataset = build("dataset", composed.dataset, Dataset)
+    plain = resolve(composed)
+    dataset = build("dataset", plain["dataset"], Dataset)
     if dataset.num_classes is None:
         # The number of classes of an image folder is only known from its files.
-        composed.dataset.num_classes = dataset.num_classes = dataset.inspect(Path(composed.paths.data))
-    plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-    make_paths_absolute(plain)
+        dataset.num_classes = dataset.inspect(Path(plain["paths"]["data"]))
+        composed = composed.copy()
+        composed.dataset.num_classes = dataset.num_classes
+        plain = resolve(composed)
     root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
     built = {group: build(group, plain[group], base) for group, base in BASES.items()}
     if not dataset.validates:
         plain["trainer"]["limit_val_batches"] = 0
     teacher, trainer = _teacher(plain["teacher"]), plain["trainer"]
     config = Config(**vars(root), **built, dataset=dataset, teacher=teacher, trainer=trainer, resolved=plain)
+    config.resolved = recorded(plain, config)
     check_batch_size(dataset.batch_size, config.student, config.method)
+    for group, model in (("student", config.student), ("teacher", teacher.model)):
+        check_images(group, model, dataset)
     return config
+
+
+def resolve(composed: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain values, with absolute paths; ConfigError where a group is none."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    check_text(plain)
+    for group in (*GROUPS, "paths"):
+        if plain.get(group) is None:
+            raise ConfigError(f"{group}: is missing and required")
+        check_group(group, plain[group])
+    make_paths_absolute(plain)
+    return plain
+
+
+def recorded(node: Mapping[str, Any], settings: Any) -> dict[str, Any]:
+    """The settings of a node with the values, and so the types, that the object built from it has."""
+    values = vars(settings) | (vars(settings.model) if isinstance(settings, Teacher) else {})
+    built = {key: values.get(key, value) for key, value in node.items()}
+    return {key: recorded(node[key], each) if is_dataclass(each) else each for key, each in built.items()}
+
+
+def check_images(group: str, model: ModelConfig, dataset: Dataset) -> None:
+    """ConfigError unless the model in `group` takes the data set's images and tells its classes apart."""
+    for name in ("num_classes", "image_size", "channels"):
+        own, expected = getattr(model, name), getattr(dataset, name)
+        if own != expected:
+            raise ConfigError(
+                f"{group}.{name}={own}: dataset={dataset.name} has {expected}; leave it out, it follows "
+                f"dataset.{name}"
+            )
 
 
 def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> None:
@@ -230,7 +263,7 @@ def make_paths_absolute(plain: dict[str, Any]) -> None:
     """
     for group, key in (("paths", "data"), ("dataset", "root"), ("teacher", "checkpoint")):
         if (place := plain[group].get(key)) is not None:
-            if not isinstance(place, str):
+            if not isinstance(place, str) or not place:
                 raise ConfigError(f"{group}.{key}={place}: must be text, the path of a file or folder")
             plain[group][key] = str(Path(place).resolve())
 
@@ -272,6 +305,6 @@ def _teacher(node: dict[str, Any]) -> Teacher:
     return Teacher(
         **vars(instantiate("teacher", TeacherSource, own)),
         model=build("teacher", {k: v for k, v in node.items() if k not in TEACHER_KEYS}, ModelConfig),
-        optimizer=build("teacher.optimizer", node.get("optimizer", {}), AdamW),
-        schedule=build("teacher.schedule", node.get("schedule", {}), Schedule),
+        optimizer=build("teacher.optimizer", node.get("optimizer"), AdamW),
+        schedule=build("teacher.schedule", node.get("schedule"), Schedule),
     )

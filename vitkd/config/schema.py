@@ -2,14 +2,16 @@
 
 import importlib
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from typing import Any, cast, get_args, get_type_hints
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
+from omegaconf.errors import ValidationError
 
 from vitkd.errors import ConfigError, suggest
 
@@ -19,20 +21,32 @@ ALLOWED_TO_HYDRA = (
     *("optuna.samplers.", "logging.", "colorlog."),
 )
 # Types in plain English, for error messages.
-IN_WORDS = {
-    **{"None": "null", "bool": "true or false", "str": "text"},
-    **{"float": "a number", "int": "a whole number"},
+IN_WORDS: dict[Any, str] = {
+    **{NoneType: "null", bool: "true or false", str: "text"},
+    **{float: "a number", int: "a whole number", Any: "anything"},
 }
+SCALARS: dict[Any, Any] = {int: IntegerNode, float: FloatNode, bool: BooleanNode, str: StringNode}
+# What file systems take: bytes of a name, and characters of a path.
+LONGEST_PART, LONGEST_TEXT = 255, 4096
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def build(key: str, node: Mapping[str, Any], base: type) -> Any:
+def build(key: str, node: Mapping[str, Any] | None, base: type) -> Any:
     """The object that a group's node describes, an instance of `base`.
 
     Raises ConfigError if `_target_` is not such a class of vitkd's, or a setting does not fit it.
     """
+    if node is None:
+        raise ConfigError(f"{key}: is missing and required")
+    check_group(key, node)
     settings = {str(name): node[name] for name in node if name != "_target_"}
     return instantiate(key, allowed_class(key, str(node.get("_target_")), base), settings)
+
+
+def check_group(key: str, node: Any) -> None:
+    """ConfigError unless `node` holds settings by their names."""
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{key}={node}: holds several settings; write {key}.KEY=VALUE")
 
 
 def allowed_class(key: str, target: str, base: type) -> type:
@@ -54,32 +68,87 @@ def allowed_class(key: str, target: str, base: type) -> type:
 
 def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
     """An instance of the dataclass `cls`, every setting checked against its field's name and type."""
+    if isinstance(settings, DictConfig):
+        settings = cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True))
     prefix = f"{key}." if key else ""
     known = [f.name for f in fields(cls)]
     for name in settings:
         if name not in known:
             raise ConfigError(f"{prefix}{name}: no such setting; {suggest(name, known)}")
-    schema = OmegaConf.structured(cls)
-    for name, value in settings.items():
-        try:
-            schema = OmegaConf.merge(schema, {name: value})
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{prefix}{name}={value}: must be {type_of(cls, name)}") from error
+    for f in fields(cls):
+        if settings.get(f.name, f.default) in (MISSING, "???") and f.default_factory is MISSING:
+            raise ConfigError(f"{prefix}{f.name}: is missing and required")
+    hints = get_type_hints(cls)
+    values = {name: converted(f"{prefix}{name}", value, hints[name]) for name, value in settings.items()}
     try:
-        return OmegaConf.to_object(schema)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{prefix}{error.full_key}: is missing and required") from error
+        built = cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{prefix}{error}") from error
+    for name, value in leaves(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{name}={value}: must be finite")
+    return built
 
 
-def type_of(cls: type, name: str) -> str:
-    """The type of a dataclass's field in plain English."""
-    hint = get_type_hints(cls)[name]
-    text = hint.__name__ if inspect.isclass(hint) and not get_args(hint) else str(hint)
-    for code, words in IN_WORDS.items():
-        text = re.sub(rf"\b{code}\b", words, text)
-    return text.replace(" | ", " or ")
+def converted(key: str, value: Any, hint: Any) -> Any:
+    """The value of the setting `key` as its type `hint` has it: "2" is 2 where a whole number is due.
+
+    Raises ConfigError if it cannot be one.
+    """
+    if is_dataclass(hint):
+        check_group(key, value)
+        return instantiate(key, cast(type, hint), value)
+    try:
+        return _converted(value, hint)
+    except (ValidationError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{key}={value}: must be {in_words(hint)}") from error
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    container, inner = get_origin(hint), get_args(hint)
+    is_one = type(value) is hint or (container is dict and isinstance(value, dict))
+    if hint is Any or is_one or (container is Literal and value in inner):
+        return value
+    if container in (Union, UnionType):
+        exact = [each for each in inner if type(value) is each]
+        for each in exact or inner:
+            try:
+                return _converted(value, each)
+            except (ValidationError, ValueError, OverflowError):
+                continue
+    if container is list and isinstance(value, list):
+        return [_converted(each, inner[0]) for each in value]
+    # OmegaConf takes every number but 0 for true.
+    is_number = hint is bool and re.fullmatch(r"-?\d\d+|-?[2-9]", str(value))
+    if hint not in SCALARS or is_number:
+        raise ValueError
+    return SCALARS[hint](value, is_optional=False)._value()
+
+
+def in_words(hint: Any) -> str:
+    """A type in plain English."""
+    container, inner = get_origin(hint), get_args(hint)
+    if container is list:
+        return f"list[{in_words(inner[0])}]"
+    if container is dict:
+        return "a group of settings"
+    if container is Literal:
+        return " or ".join(map(str, inner))
+    if inner:
+        return " or ".join(in_words(each) for each in inner)
+    return IN_WORDS.get(hint, hint.__name__)
+
+
+def check_text(settings: Mapping[str, Any]) -> None:
+    """ConfigError for a text that no file could hold, or be called."""
+    for key, value in leaves(settings):
+        if not isinstance(value, str):
+            continue
+        size = value.encode(errors="replace")
+        if re.search(r"[\0-\x1f\x7f\ud800-\udfff]", value):
+            raise ConfigError(f"{key}={value!r}: must be UTF-8, without control characters")
+        if len(size) > LONGEST_TEXT or max(map(len, size.split(b"/"))) > LONGEST_PART:
+            raise ConfigError(f"{key}={value}: is too long; a name takes {LONGEST_PART} bytes at most")
 
 
 def refuse_foreign_code(hydra: DictConfig) -> None:
@@ -89,7 +158,7 @@ def refuse_foreign_code(hydra: DictConfig) -> None:
     in a `--config-dir` may set. So may it set environment variables, such as PYTHONPATH, by which the next
     process that a job starts would run code.
     """
-    for key, value in _leaves(OmegaConf.to_container(hydra, resolve=False), "hydra"):
+    for key, value in leaves(OmegaConf.to_container(hydra, resolve=False), "hydra."):
         setting = key.rpartition(".")[2]
         if key.startswith("hydra.job.env_set.") and value != os.environ.get(setting):
             raise ConfigError(f"{key}={value}: is not allowed; set {setting} in the shell")
@@ -101,10 +170,10 @@ def refuse_foreign_code(hydra: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: choose {' or '.join(STREAMS)}")
 
 
-def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for name, value in items:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The single values in nested mappings and lists, as (`group.key`, value)."""
+    for name, value in node.items() if isinstance(node, Mapping) else enumerate(node):
         if isinstance(value, dict | list):
-            yield from _leaves(value, f"{prefix}.{name}")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}.{name}", value
+            yield f"{prefix}{name}", value

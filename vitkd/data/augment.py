@@ -39,20 +39,18 @@ class Augment:
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0:
-            raise ConfigError(
-                f"augment.crop_padding={self.crop_padding} must be 0 or more; 0 turns the crop off"
-            )
+            raise ConfigError(f"crop_padding={self.crop_padding} must be 0 or more; 0 turns the crop off")
         if self.resized_crop is None:
             return
         area = list(self.resized_crop)
         if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
             raise ConfigError(
-                f"augment.resized_crop={area} must be two shares of the area, 0 < smallest <= largest <= 1;"
+                f"resized_crop={area} must be two shares of the area, 0 < smallest <= largest <= 1;"
                 " for example [0.5, 1.0], or null for none"
             )
         if self.crop_padding:
             raise ConfigError(
-                f"augment.crop_padding={self.crop_padding} and augment.resized_crop={area} are both crops;"
+                f"crop_padding={self.crop_padding} and resized_crop={area} are both crops;"
                 " set crop_padding=0 or resized_crop=null"
             )
 

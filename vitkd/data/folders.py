@@ -44,7 +44,8 @@ class ImageFolder(Dataset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(0, self, "resident_limit_gib", "workers")
+        check_at_least(0, self, "resident_limit_gib")
+        check_at_least(0, self, "workers", most=1024)
 
     def inspect(self, root: Path) -> int:
         folder = self._folder(root)

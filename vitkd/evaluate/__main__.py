@@ -11,15 +11,17 @@ gc.disable()
 
 import sys
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from vitkd.cli.command import run_command
 from vitkd.cli.console import Job, print_comparison, start_logging
+from vitkd.config.schema import instantiate
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.evaluate.measure import measure_both
@@ -35,6 +37,16 @@ if COLLECTS:
     gc.enable()
 
 
+@dataclass
+class Settings:
+    """What the command line says; conf/evaluate.yaml describes each."""
+
+    run: str
+    root: str | None
+    paths: dict[str, Any]
+    accelerator: str
+
+
 def main() -> None:
     """Measure the run of the command line."""
     run_command("evaluate", evaluate_run)
@@ -43,13 +55,14 @@ def main() -> None:
 def evaluate_run(composed: DictConfig, job: Job) -> None:
     """Compute the test metrics again and compare them with the run's own; exit code 1 if one differs."""
     start_logging()
-    folder = RunFolder.existing(Path(str(composed.run)))
+    settings = instantiate("", Settings, composed)
+    folder = RunFolder.existing(Path(settings.run))
     reported = folder.read_metrics()
-    config = config_of(folder, composed.paths.data, composed.root)
+    config = config_of(folder, settings.paths.get("data"), settings.root)
     set_matmul_precision(config.matmul_precision)
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
-    device = device_of(composed.accelerator)
+    device = device_of(settings.accelerator)
     with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
         images = data.loader("test", device)
         known = None
@@ -68,7 +81,7 @@ def device_of(accelerator: str) -> torch.device:
     """The device behind `accelerator`, which need not be the one that the run was trained on."""
     try:
         return L.Trainer(accelerator=accelerator, devices=1, logger=False).strategy.root_device
-    except (MisconfigurationException, ValueError) as error:
+    except Exception as error:  # Lightning and the accelerators raise many kinds
         raise ConfigError(f"accelerator={accelerator}: {one_line(error)}") from error
 
 

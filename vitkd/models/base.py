@@ -36,7 +36,8 @@ class ModelConfig(ABC):
     MIN_BATCH_SIZE: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "image_size", "channels", "num_classes")
+        check_at_least(1, self, "channels", "num_classes")
+        check_at_least(1, self, "image_size", most=2**16)
 
     def __repr__(self) -> str:
         """The settings as code; keyword-only ones, variants of an architecture, only if they are not default.
@@ -57,6 +58,11 @@ class ModelConfig(ABC):
 
     stacks: ClassVar[bool] = False
     """whether parameters may carry a leading axis, a student each"""
+
+    @property
+    def least_bytes(self) -> int:
+        """What training it takes in memory, at the very least."""
+        return 4 * self.channels * self.image_size**2
 
     @property
     def drops(self) -> bool:

@@ -55,7 +55,8 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, self, "patch_size", "embed_dim", "depth", "num_heads", "head_dim", "mlp_dim")
+        check_at_least(1, self, "patch_size", "embed_dim", "num_heads", "head_dim", "mlp_dim")
+        check_at_least(1, self, "depth", most=10_000)
         check_choice(self, "tokenizer", TOKENIZERS)
         check_choice(self, "attention", ATTENTIONS)
         for name in ("dropout", "emb_dropout"):
@@ -91,6 +92,16 @@ class ViTConfig(ModelConfig):
     def tokens(self) -> int:
         """The class token, perhaps the distillation token, and the patches: the attention's T."""
         return self.prefix + self.grid**2
+
+    @property
+    def least_bytes(self) -> int:
+        inner, pixels = self.num_heads * self.head_dim, self.channels * self.patch_size**2
+        blocks = self.depth * self.embed_dim * (4 * inner + 2 * self.mlp_dim)
+        parameters = blocks + self.embed_dim * (self.tokens + pixels + self.num_classes)
+        activations = self.depth * self.tokens * (4 * inner + self.mlp_dim)
+        mask = self.tokens**2 if self.attention == "lsa" else 0
+        # A parameter's value, gradient and AdamW's two moments; one image's activations.
+        return 16 * parameters + 4 * activations + mask
 
     @property
     def drops(self) -> bool:

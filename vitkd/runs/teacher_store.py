@@ -38,7 +38,10 @@ def given_teacher(
     """
     if checkpoint is None:
         return None
-    model = load_any(Path(checkpoint))
+    try:
+        model = load_any(Path(checkpoint))
+    except ConfigError as error:
+        raise ConfigError(f"teacher.checkpoint={error}") from error
     for name in ("num_classes", "image_size", "channels"):
         found, expected = getattr(model.config, name), getattr(dataset, name)
         if found != expected:

@@ -13,6 +13,7 @@ from vitkd.runs.inputs import check_teacher_classes, contents_of, inputs_of, kno
 from vitkd.train.plan import Earlier, announce, make_plan
 from vitkd.train.student import (
     check_pair,
+    check_shares,
     load_data,
     obtain_teacher,
     prepare,
@@ -42,6 +43,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
         with closing(load_data(config)) as data:
             announce(config, given, data)
             data.setup()  # before anything is written, should it turn out to be damaged
+            check_shares(config, data)
             check_teacher_classes(config, data)
             teacher = obtain_teacher(config, given, contents, machine.device)
             inputs = inputs_of(config, data, contents, teacher)

@@ -4,19 +4,21 @@ import inspect
 import json
 import logging
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from omegaconf import DictConfig
 
 from vitkd.cli.command import ignored_settings, job_command, run_path, should_resume
 from vitkd.config.run import Config, parse
+from vitkd.config.schema import converted, in_words
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line, suggest
 from vitkd.models import Model
@@ -28,19 +30,32 @@ from vitkd.train.build import check_compiler
 
 log = logging.getLogger("vitkd")
 
-# What Lightning's Trainer takes but vitkd sets.
+EPOCHS = "set {owner}max_epochs; nothing stops a run earlier"
+# What Lightning's Trainer takes but vitkd sets, and what to set instead.
 SET_BY_VITKD = {
-    *("logger", "callbacks", "plugins", "profiler", "default_root_dir", "log_every_n_steps", "barebones"),
-    *("enable_checkpointing", "enable_model_summary", "enable_progress_bar", "use_distributed_sampler"),
-    *("fast_dev_run", "overfit_batches", "max_time", "max_steps", "min_steps", "min_epochs"),
+    "logger": "curves go to metrics.csv and TensorBoard in the run's folder",
+    "default_root_dir": "set paths.outputs",
+    "log_every_n_steps": "set log_every_n_steps",
+    "enable_checkpointing": "set checkpoint_minutes",
+    "fast_dev_run": "set {owner}max_epochs=1 {key}.limit_train_batches=1",
+    "overfit_batches": "set {key}.limit_train_batches",
+    "max_steps": EPOCHS,
+    "max_time": EPOCHS,
+    "min_steps": EPOCHS,
+    "min_epochs": EPOCHS,
     # Accuracy is read, and the best epoch kept, when an epoch has ended.
-    "val_check_interval",
+    "val_check_interval": "set {key}.check_val_every_n_epoch",
+    "enable_progress_bar": "a terminal has one, a file has not",
+    "enable_model_summary": "a line says what each model is",
+    "use_distributed_sampler": "each process has its own images",
+    **dict.fromkeys(("callbacks", "plugins", "profiler", "barebones"), "nothing replaces it"),
 }
 # What it takes and nothing here asks for: the test split is measured whole, once, without it.
 WITHOUT_EFFECT = {
     *("limit_test_batches", "limit_predict_batches", "inference_mode", "reload_dataloaders_every_n_epochs"),
     *("enable_autolog_hparams", "model_registry"),
 }
+MOST = 10**6
 COUNTS = ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
 
 
@@ -112,12 +127,22 @@ def make_plan(composed: DictConfig) -> Plan:
     earlier job has made its GPU unusable.
     """
     config = parse(composed)
+    check_memory(config)
     machine = check_trainer(config.trainer)
     check_device(machine.device)
     if config.compile:
         check_compiler(machine.device)
     warnings, command = tuple(ignored_settings(config.method)), tuple(job_command())
     return Plan(config, machine, run_path(config), warnings, command)
+
+
+def check_memory(config: Config) -> None:
+    """ConfigError for a model that this machine could not hold while it trains."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for group, model in (("student", config.student), ("teacher", config.teacher.model)):
+        if model.least_bytes > memory:
+            least, have = (f"{size / 2**30:,.0f} GiB" for size in (model.least_bytes, memory))
+            raise ConfigError(f"{group}={model}: takes {least} or more, this machine has {have}; shrink it")
 
 
 def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
@@ -128,7 +153,7 @@ def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
     check_settings(settings, key)
     try:
         trial = L.Trainer(**settings, logger=False, enable_checkpointing=False)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # Lightning and the accelerators raise many kinds
         raise ConfigError(f"{key}: {one_line(error)}; trainer=auto fits this machine") from error
     if trial.precision == "16-true":
         # (1 − beta2)·gradient² is 0 in float16 for gradients below 0.005; steps come out 4.5 times too long.
@@ -142,17 +167,24 @@ def check_trainer(settings: dict[str, Any], key: str = "trainer") -> Machine:
 
 def check_settings(settings: dict[str, Any], key: str) -> None:
     """ConfigError for a setting that is no argument of the Trainer's, is not free, or is out of range."""
+    hints = get_type_hints(L.Trainer.__init__)
     arguments = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
-    accepted = arguments - SET_BY_VITKD - WITHOUT_EFFECT
+    accepted = arguments.difference(SET_BY_VITKD, WITHOUT_EFFECT)
     for name, value in settings.items():
         if name in SET_BY_VITKD:
-            raise ConfigError(f"{key}.{name}: is set by vitkd; leave it out")
+            owner = "teacher." if key == "teacher.trainer" else "trainer."
+            instead = SET_BY_VITKD[name].format(key=key, owner=owner)
+            raise ConfigError(f"{key}.{name}: is set by vitkd, leave it out; {instead}")
         if name in WITHOUT_EFFECT:
             raise ConfigError(f"{key}.{name}: has no effect here; leave it out")
         if name not in accepted:
             raise ConfigError(f"{key}.{name}: no such setting; {suggest(name, accepted)}")
-        if name in COUNTS and not (type(value) is int and value >= 1):
-            raise ConfigError(f"{key}.{name}={value}: must be a whole number of at least 1")
+        if name in COUNTS and not (type(value) is int and 1 <= value <= MOST):
+            raise ConfigError(f"{key}.{name}={value}: must be a whole number of at least 1, at most {MOST:,}")
+        if type(converted(f"{key}.{name}", value, hints[name])) is not type(value):
+            raise ConfigError(f"{key}.{name}={value!r}: must be {in_words(hints[name])}")
+        if name == "devices" and re.search(r"\d{5}", str(value)):
+            raise ConfigError(f"{key}.{name}={value}: no machine has so many")
     batches, clip = settings.get("limit_train_batches"), settings.get("gradient_clip_val")
     if batches is not None and not batches > 0:
         raise ConfigError(f"{key}.limit_train_batches={batches}: must be above 0, or null for all")

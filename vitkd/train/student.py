@@ -46,6 +46,16 @@ def load_data(config: Config) -> ImageDataModule:
     return ImageDataModule(config.dataset, config.paths.data, seed_of(config.seed, ORDER, config.student))
 
 
+def check_shares(config: Config, data: ImageDataModule) -> None:
+    """ConfigError for a share of the batches, the teacher's training too, that is none of them."""
+    for key, trainer in (("trainer", config.trainer), ("teacher.trainer", config.teacher.trainer)):
+        for split in ("train", "val") if config.dataset.validates else ("train",):
+            batches = len(data.loader(split, torch.device("cpu"), rank=0, world_size=1))
+            share = trainer.get(name := f"limit_{split}_batches")
+            if isinstance(share, float) and 0 < share < 1 / batches:
+                raise ConfigError(f"{key}.{name}={share}: is not one of {batches} batches; set {name}=1")
+
+
 def read_given_teacher(config: Config) -> Model | None:
     """The teacher of `teacher.checkpoint`, if one is named and the method learns from a teacher.
 
