@@ -11,6 +11,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Bar, Row, Settings, Spread
 from vitkd.models import Taps, ViTConfig
+from vitkd.process.isolation import isolated
 
 BENCHMARKS = ["step", "data", pytest.param("overhead", marks=pytest.mark.slow), "peers"]
 QUICK = Settings(torch.device("cpu"), quick=True, rounds=2)
@@ -160,6 +161,7 @@ def test_the_probe_of_a_gpu_fails_with_each_of_its_checks(broken, monkeypatch):
 
     monkeypatch.setattr(probe.Subject, "train", wrong)
 
-    outcomes = probe.checks(*(probe.probe_of(1, dropout, QUICK) for dropout in (0.0, 0.1)))
+    with isolated():
+        outcomes = probe.checks(*(probe.probe_of(1, dropout, QUICK) for dropout in (0.0, 0.1)))
 
     assert [name for name, outcome in outcomes.items() if outcome.startswith("NO")] == [broken]

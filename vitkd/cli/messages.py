@@ -39,8 +39,6 @@ def _explanation(error: Exception, config_name: str, arguments: Sequence[str]) -
     text = str(error)
     if problem := write_problem(error):
         return f"{problem} or set paths.outputs=DIR"
-    if text.startswith("Error merging override") and isinstance(error.__cause__, OmegaConfBaseException):
-        return explain(error.__cause__, config_name, arguments)
     if isinstance(error, OverrideParseException):
         if "=" not in (override := str(error.override)):
             return f"{override}: has no value; write KEY=VALUE"
@@ -54,6 +52,8 @@ def _explanation(error: Exception, config_name: str, arguments: Sequence[str]) -
     if "Error resolving interpolation" in text and (line := no_such_option(arguments)):
         return line
     if unlike := re.search(r"Error merging override ([^=]+)=", text):
+        if unlike[1].startswith("hydra.") and isinstance(error.__cause__, OmegaConfBaseException):
+            return explain(error.__cause__, config_name, arguments)  # Hydra's own settings have types
         return f"{unlike[1]}: holds several settings; write {unlike[1]}.KEY=VALUE"
     if several := re.search(r"Ambiguous value for argument '(.+?)'\s", text):
         return f"{several[1]}: has several values; add -m to run a job for each, or write a list as [a,b]"
