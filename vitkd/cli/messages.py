@@ -1,5 +1,6 @@
 """One clear line for each of Hydra's and OmegaConf's long messages."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -39,8 +40,11 @@ def _explanation(error: Exception, config_name: str, arguments: Sequence[str]) -
     text = str(error)
     if problem := write_problem(error):
         return f"{problem} or set paths.outputs=DIR"
-    if text.startswith("Error merging override") and isinstance(error.__cause__, OmegaConfBaseException):
-        return explain(error.__cause__, config_name, arguments)
+    if text.startswith("Error merging override"):
+        cause = error.__cause__
+        # Hydra's own settings have types; a list for a group is told below.
+        if isinstance(cause, OmegaConfBaseException) and "Cannot merge" not in str(cause):
+            return explain(cause, config_name, arguments)
     if isinstance(error, OverrideParseException):
         if "=" not in (override := str(error.override)):
             return f"{override}: has no value; write KEY=VALUE"
@@ -74,13 +78,18 @@ def explain_foreign(error: Exception) -> str | None:
     return None
 
 
+def is_group(name: str) -> bool:
+    """Whether options in a folder of conf/ are chosen by this name."""
+    return os.path.isdir(CONF_DIR / name)  # noqa: PTH112, Path.is_dir raises for a name that is too long
+
+
 def no_such_option(arguments: Sequence[str]) -> str | None:
     """What is wrong with the first argument that sets a group to something other than a name, if any does."""
     for argument in arguments:
         key, _, option = argument.partition("=")
         group = key.lstrip("+").partition("@")[0]
         is_null = option in ("null", "nan", "inf", "-inf", "true", "false")
-        if (CONF_DIR / group).is_dir() and (is_null or not re.fullmatch(r"[A-Za-z_][\w/,-]*", option)):
+        if is_group(group) and (is_null or not re.fullmatch(r"[A-Za-z_][\w/,-]*", option)):
             return _no_such_option(group, option, "")
     return None
 
