@@ -1,5 +1,6 @@
 """Typing what a hint says leads on, and a line names what was wrong in the words that were typed."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from omegaconf import OmegaConf
 from tests.cli.test_bad_input import BRIEFLY, folder, is_one_line  # noqa: F401, a fixture
 from tests.config.test_run import compose
 from tests.photos import noise_photos
+from vitkd.config.run import parse
 from vitkd.errors import ConfigError
 from vitkd.train.plan import SET_BY_VITKD, check_settings
+from vitkd.train.student import check_shares, load_data
 
 GROUPS = ("teacher", "method", "dataset", "trainer", "optimizer@teacher.optimizer", "sweep")
 NAMES = ("null", "''", "5", "nan", "[1]", "[[1,2]]", "${alpha}", "~/x")
@@ -53,6 +56,7 @@ def test_a_group_takes_the_name_of_an_option(group, name, command, folder):  # n
         ("paths.data='a\0b'", ["paths.data", "control characters"]),
         ("name='a\udcffb'", ["name=", "UTF-8"]),
         ("alpha=[", ["alpha=[", "cannot be parsed; write KEY=VALUE"]),
+        (f"-m {'x' * 300}=1,2", ["xxx…", "too long"]),
     ],
     ids=lambda value: value[:60].encode("unicode_escape").decode() if isinstance(value, str) else "",
 )
@@ -62,6 +66,16 @@ def test_train_refuses(line, fragments, command, folder):  # noqa: F811
     is_one_line(ended, *fragments)
     assert "Exception" not in ended.err
     assert [*folder.iterdir()] == []
+
+
+def test_a_share_is_one_of_the_batches_of_each_process(tmp_path):
+    composed = compose("trainer.limit_train_batches=0.06", f"paths.data={tmp_path}")
+    del composed.__dict__["_content"]["hydra"]
+    config = parse(composed)
+    with closing(load_data(config)) as data:
+        check_shares(config, data, processes=1)
+        with pytest.raises(ConfigError, match=r"limit_train_batches=0\.06: is not one of 10 batches"):
+            check_shares(config, data, processes=2)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """How folders of images are read: as splits or as classes, which files count, and what a run says of them."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from vitkd.data import Dataset, ImageDataModule
+from vitkd.data.contents import FileHashes
 from vitkd.errors import ConfigError
 
 Make = Callable[..., Dataset]
@@ -293,6 +295,21 @@ class TestLines:
         assert line.startswith("warning: 1 image")
         folder = f"{root}/"
         assert f"{folder}train/cat/0.png (training) and {folder}test/dog/copy.png (test)" in line
+
+    def test_known_files_are_not_read_again(
+        self, root: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fill(root, *of_classes("train", "test"))
+        copy = root / "test" / "dog" / "copy.png"
+        copy.write_bytes((root / "train" / "cat" / "0.png").read_bytes())
+        known: FileHashes = {}
+        data = read(val_fraction=0.0)
+        data.dataset.contents(root, known)
+        with monkeypatch.context() as patched:
+            patched.setattr(hashlib, "file_digest", lambda *_: pytest.fail("reads a file"))
+            assert "two splits" in data.notes(known)[1]
+        copy.write_bytes((root / "train" / "cat" / "0.png").read_bytes()[:-1] + b"?")
+        assert len(data.notes(known)) == 1, "it has changed since"
 
     def test_held_out_copies_count_as_well(self, root: Path, read: Read) -> None:
         fill(root, "cat", "dog")

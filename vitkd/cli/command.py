@@ -20,10 +20,10 @@ from yaml import YAMLError
 
 from vitkd.cli.console import Job, print_jobs
 from vitkd.cli.jobs import Sweep, as_typed, is_multirun, overridden, recorded
-from vitkd.cli.messages import explain, explain_foreign, no_such_option
+from vitkd.cli.messages import explain, explain_foreign, is_group, no_such_option
 from vitkd.config.roles import names_folder
 from vitkd.config.run import CONF_DIR, LONGEST_NAME, Config
-from vitkd.config.schema import check_text, refuse_foreign_code
+from vitkd.config.schema import LONGEST_PART, check_text, refuse_foreign_code
 from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
@@ -192,7 +192,7 @@ def swept_with_group(arguments: Sequence[str]) -> list[str]:
     Hydra would first set it for the group's default option, unless it is swept as well.
     """
     pairs = [argument.partition("=") for argument in arguments]
-    swept = {key for key, _, value in pairs if "," in value and (CONF_DIR / key).is_dir()}
+    swept = {key for key, _, value in pairs if "," in value and is_group(key)}
     if not {"-m", "--multirun"} & {*arguments}:
         return [*arguments]
     return [
@@ -215,9 +215,11 @@ def check_arguments(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if number := re.search(r"\d{300}", argument):
             raise ConfigError(f"{argument[: number.start()]}…: is a number of too many digits")
-        if argument.startswith("="):
-            raise ConfigError(f"{argument}: has no key; write KEY=VALUE")
         flag = argument.partition("=")[0]
+        if not flag:
+            raise ConfigError(f"{argument}: has no key; write KEY=VALUE")
+        if max(map(len, os.fsencode(flag).split(b"/"))) > LONGEST_PART and not flag.startswith("--"):
+            raise ConfigError(f"{flag[:40]}…: no such setting, it is too long a name")
         if flag.startswith("--") and not any(option.startswith(flag) for option in HYDRA_OPTIONS):
             raise ConfigError(f"{argument}: no such option; write settings as KEY=VALUE, without dashes")
 

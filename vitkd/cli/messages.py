@@ -1,5 +1,6 @@
 """One clear line for each of Hydra's and OmegaConf's long messages."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -74,13 +75,18 @@ def explain_foreign(error: Exception) -> str | None:
     return None
 
 
+def is_group(name: str) -> bool:
+    """Whether options in a folder of conf/ are chosen by this name."""
+    return os.path.isdir(CONF_DIR / name)  # noqa: PTH112, Path.is_dir raises for a name that is too long
+
+
 def no_such_option(arguments: Sequence[str]) -> str | None:
     """What is wrong with the first argument that sets a group to something other than a name, if any does."""
     for argument in arguments:
         key, _, option = argument.partition("=")
         group = key.lstrip("+").partition("@")[0]
         is_null = option in ("null", "nan", "inf", "-inf", "true", "false")
-        if (CONF_DIR / group).is_dir() and (is_null or not re.fullmatch(r"[A-Za-z_][\w/,-]*", option)):
+        if is_group(group) and (is_null or not re.fullmatch(r"[A-Za-z_][\w/,-]*", option)):
             return _no_such_option(group, option, "")
     return None
 

@@ -22,13 +22,13 @@ def hash_files(folder: Path, files: Iterable[Path], known: FileHashes) -> str:
     names = sorted(file.relative_to(folder).as_posix() for file in files)
     before = known.get(place := str(folder.resolve()), {})
     with ThreadPool() as pool:  # hashing and waiting for a disk need no lock of Python's
-        hashes = pool.map(lambda name: _hash(folder / name, before.get(name, [])), names)
+        hashes = pool.map(lambda name: hash_file(folder / name, before.get(name, [])), names)
     known[place] = dict(zip(names, hashes, strict=True))
     facts = [(name, hashed[-1]) for name, hashed in known[place].items()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
-def _hash(file: Path, before: list[int | str]) -> list[int | str]:
+def hash_file(file: Path, before: list[int | str]) -> list[int | str]:
     """A file's entry in `FileHashes`: `before` if that still holds."""
     try:
         status = file.stat()

@@ -1,14 +1,15 @@
 """What a run says of its image files before it trains on them."""
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 
+from vitkd.data.contents import FileHashes, hash_file
 from vitkd.data.layout import visible_files
 from vitkd.data.split import FileSplit, printable
+from vitkd.errors import ConfigError
 
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 
@@ -34,19 +35,24 @@ def _suffix(file: Path) -> str:
     return printable(file.suffix.lower()) or "no suffix"
 
 
-def duplicates(splits: Mapping[str, FileSplit]) -> list[str]:
-    """A line on images that are in two splits, byte for byte, with an example; [] if there are none."""
+def duplicates(splits: Mapping[str, FileSplit], known: FileHashes) -> list[str]:
+    """A line on images that are in two splits, byte for byte, with an example; [] if there are none.
+
+    Only files whose hash is not `known` are read.
+    """
     files = [(split.folder / path, name) for name, split in splits.items() for path in split.paths]
+    before = {f"{folder}/{path}": entry for folder, each in known.items() for path, entry in each.items()}
     by_size: dict[int, dict[Path, str]] = defaultdict(dict)
-    by_content: dict[bytes, dict[str, Path]] = defaultdict(dict)
+    by_content: dict[int | str, dict[str, Path]] = defaultdict(dict)
     try:
         for file, name in files:
             by_size[file.stat().st_size][file] = name
         for alike in by_size.values():
             # Only what may be equal is read.
             for file, name in alike.items() if len({*alike.values()}) > 1 else ():
-                by_content[hashlib.sha256(file.read_bytes()).digest()].setdefault(name, file)
-    except OSError:
+                *_, content = hash_file(file, before.get(str(file), []))
+                by_content[content].setdefault(name, file)
+    except (OSError, ConfigError):
         return []  # whoever decodes the file says what is wrong with it
     same = [places for places in by_content.values() if len(places) > 1]
     if not same:

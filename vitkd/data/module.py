@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from vitkd.data.contents import FileHashes
 from vitkd.data.file_notes import duplicates, summary
 from vitkd.data.loader import Batch, DecodedPixels, EpochOrder, Loader, Pixels
 from vitkd.data.spec import Dataset
@@ -102,15 +103,18 @@ class ImageDataModule(L.LightningDataModule):
                 raise ConfigError(f"dataset={self.dataset.name}: its {name} split is empty; add images")
         self._splits = splits
 
-    def notes(self) -> list[str]:
-        """Lines on the image files: how many are in which split, and what is odd; raises as `setup`."""
+    def notes(self, known: FileHashes | None = None) -> list[str]:
+        """Lines on the image files: how many are in which split, and what is odd; raises as `setup`.
+
+        Files whose hash is `known` are not read.
+        """
         self._divide()
         files = {
             name: official.subset(indices)
             for name, indices in self._indices.items()
             if isinstance(official := self._splits[self._official(name)], FileSplit)
         }
-        return [summary(files), *duplicates(files)] if files else []
+        return [summary(files), *duplicates(files, known or {})] if files else []
 
     def close(self) -> None:
         """Stop the workers of all loaders; a loader that is used again starts new ones."""

@@ -44,6 +44,11 @@ def contents_of(config: Config, run: RunFolder | None = None) -> str | None:
     return contents
 
 
+def known_hashes(config: Config) -> FileHashes:
+    """The hashes of image files that are kept for the run of a configuration."""
+    return _read_hashes(Path(config.paths.outputs, HASHES))
+
+
 def _read_hashes(place: Path) -> FileHashes:
     """The hashes in the file `place`; none if it is absent or damaged."""
     try:

@@ -9,14 +9,14 @@ from vitkd.cli.console import Job, print_results, start_logging
 from vitkd.process.distributed import agree, is_first, joined
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.inputs import check_teacher_classes, contents_of, inputs_of, known_inputs
-from vitkd.train.plan import Earlier, announce, make_plan
+from vitkd.runs.inputs import contents_of, inputs_of, known_inputs
+from vitkd.train.plan import Earlier, make_plan
 from vitkd.train.student import (
     check_pair,
-    check_shares,
     load_data,
     obtain_teacher,
     prepare,
+    read_data,
     read_given_teacher,
     train_student,
 )
@@ -41,10 +41,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
             return skip(earlier, job)
         agree(lambda: prepare("student", config.student))
         with closing(load_data(config)) as data:
-            announce(config, given, data)
-            data.setup()  # before anything is written, should it turn out to be damaged
-            check_shares(config, data)
-            check_teacher_classes(config, data)
+            read_data(config, given, data, machine.processes)
             teacher = obtain_teacher(config, given, contents, machine.device)
             inputs = inputs_of(config, data, contents, teacher)
             folder = plan.claim_folder(inputs, earlier)

@@ -26,6 +26,7 @@ from vitkd.process.distributed import agree, is_first
 from vitkd.process.isolation import check_device
 from vitkd.runs.files import write_atomically
 from vitkd.runs.folder import RunFolder
+from vitkd.runs.inputs import known_hashes
 from vitkd.train.build import check_compiler
 
 log = logging.getLogger("vitkd")
@@ -201,7 +202,7 @@ def announce(config: Config, given_teacher: Model | None, data: ImageDataModule)
     hint = " (embedded; dataset=cifar100 is the report's)" if dataset.name == "digits" else ""
     size = f"{dataset.image_size}×{dataset.image_size}"
     log.info("dataset: %s, %d classes, %s pixels%s", dataset.name, dataset.num_classes, size, hint)
-    for note in data.notes() if is_first() else ():
+    for note in data.notes(known_hashes(config)) if is_first() else ():
         log.info("%s", note)
     if dataset.validate_on == "test":
         log.warning("warning: the best epoch is chosen on the test images; its test accuracy is optimistic")

@@ -20,7 +20,7 @@ from vitkd.models import Model, ModelConfig, count_parameters, digest, save_mode
 from vitkd.process.distributed import agree, is_first, rank, wait_for_all
 from vitkd.runs.curves import TensorBoardCurves
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.inputs import inputs_of
+from vitkd.runs.inputs import check_teacher_classes, inputs_of
 from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
 from vitkd.runs.stack_folder import restart_alone, stacks_folder
@@ -28,7 +28,7 @@ from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher
 from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps, progress
 from vitkd.train.fit import Fitted, fit
-from vitkd.train.plan import check_trainer
+from vitkd.train.plan import announce, check_trainer
 
 log = logging.getLogger("vitkd")
 
@@ -46,13 +46,23 @@ def load_data(config: Config) -> ImageDataModule:
     return ImageDataModule(config.dataset, config.paths.data, seed_of(config.seed, ORDER, config.student))
 
 
-def check_shares(config: Config, data: ImageDataModule) -> None:
-    """ConfigError for a share of the batches, the teacher's training too, that is none of them."""
+def read_data(config: Config, given: Model | None, data: ImageDataModule, processes: int = 1) -> None:
+    """Announce the run, read its images and check what depends on them, before anything is written."""
+    announce(config, given, data)
+    data.setup()
+    check_shares(config, data, processes)
+    check_teacher_classes(config, data)
+
+
+def check_shares(config: Config, data: ImageDataModule, processes: int) -> None:
+    """ConfigError for a share of a process's batches, the teacher's training too, that is none of them."""
     for key, trainer in (("trainer", config.trainer), ("teacher.trainer", config.teacher.trainer)):
         for split in ("train", "val") if config.dataset.validates else ("train",):
-            batches = len(data.loader(split, torch.device("cpu"), rank=0, world_size=1))
             share = trainer.get(name := f"limit_{split}_batches")
-            if isinstance(share, float) and 0 < share < 1 / batches:
+            if not isinstance(share, float) or share == 0:
+                continue
+            batches = len(data.loader(split, "cpu", rank=0, world_size=processes))
+            if int(share * batches) == 0:
                 raise ConfigError(f"{key}.{name}={share}: is not one of {batches} batches; set {name}=1")
 
 

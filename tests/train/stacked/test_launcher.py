@@ -314,6 +314,19 @@ def test_what_cannot_learn_from_its_teacher_is_reported_once(sweeps):
     assert "granularity.heads" in lines[3]
 
 
+def test_a_share_of_the_batches_that_is_none_is_refused_before_a_teacher_is_trained(sweeps, tmp_path):
+    share = "trainer.limit_train_batches=0.001"
+    settings = [each for each in BESIDE_A_TEACHER if not each.startswith("+trainer.limit_train_batches")]
+    ended = sweeps.run("alpha=0.3,0.5", *settings, share, STACKED)
+
+    assert ended.states == ["failed", "failed"]
+    lines = ended.err.splitlines()
+    assert [line.partition(f" failed: {share}: is not one of ")[0] for line in lines] == [
+        f"error: job {number}" for number in (0, 1)
+    ]
+    assert not (tmp_path / "outputs" / "teachers").exists()
+
+
 @pytest.mark.slow
 def test_images_that_workers_decode_train_one_by_one(sweeps, tmp_path):
     random = np.random.default_rng(0)
@@ -365,7 +378,7 @@ def test_what_another_process_has_taken_meanwhile_is_skipped(sweeps, monkeypatch
             other.enter_context(taken.running(taken.read_config()))
 
         # When all has been planned.
-        monkeypatch.setattr("vitkd.train.stacked.job.announce", take)
+        monkeypatch.setattr("vitkd.train.stacked.job.read_data", take)
         ended = sweeps.run(*jobs)
 
     assert (ended.code, ended.states) == (0, ["done", "running elsewhere", "done"]), ended.err

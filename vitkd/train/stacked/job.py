@@ -20,14 +20,13 @@ from vitkd.errors import ConfigError, RunError
 from vitkd.models import Model
 from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.inputs import check_teacher_classes, contents_of, inputs_of
+from vitkd.runs.inputs import contents_of, inputs_of
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
 from vitkd.runs.stack_folder import StackFolder, read_slot, release_slot, stacks_folder
 from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps
 from vitkd.train.fit import Fitted
 from vitkd.train.module import DistillModule
-from vitkd.train.plan import announce
 from vitkd.train.stacked import StackedImages, StackedModule
 from vitkd.train.stacked.candidates import (
     Candidate,
@@ -45,6 +44,7 @@ from vitkd.train.student import (
     measure_student,
     measure_teacher,
     obtain_teacher,
+    read_data,
     read_given_teacher,
 )
 
@@ -112,8 +112,7 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
             return []
         for member in members:
             member.plan.warn()
-        announce(first, given, data)
-        check_teacher_classes(first, data)
+        read_data(first, given, data)
         contents = contents_of(first)
         teacher = obtain_teacher(first, given, contents, device)
         inputs = inputs_of(first, data, contents, teacher)
