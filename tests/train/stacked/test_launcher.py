@@ -327,6 +327,16 @@ def test_a_share_of_the_batches_that_is_none_is_refused_before_a_teacher_is_trai
     assert not (tmp_path / "outputs" / "teachers").exists()
 
 
+def test_image_files_are_looked_at_once_a_sweep(plan, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr("vitkd.train.stacked.candidates.contents_of", looked_at.append)
+
+    stacks, _, _ = plan("seed=0,1,2")
+
+    assert stacks == [[0, 1, 2]]
+    assert len(looked_at) == 1
+
+
 @pytest.mark.slow
 def test_images_that_workers_decode_train_one_by_one(sweeps, tmp_path):
     random = np.random.default_rng(0)

@@ -49,13 +49,19 @@ class Candidate:
         return self.folder
 
 
-def candidate(composed: DictConfig) -> Candidate | None:
-    """The job as a member of some stack; None, with a line that says why, if it has to run by itself."""
+def candidate(composed: DictConfig, contents: dict[str, str | None]) -> Candidate | None:
+    """The job as a member of some stack; None, with a line that says why, if it has to run by itself.
+
+    `contents` keeps what the jobs' data sets hold, for to look at all files takes a second.
+    """
     with as_job(composed) as own:
         job = Job(composed.hydra.job.num, overridden(), state="running")
         try:
             plan = make_plan(own)
-            earlier = plan.earlier(known_inputs(plan.config, contents_of(plan.config)))
+            images = json.dumps([plan.config.resolved["dataset"], plan.config.paths.data], sort_keys=True)
+            if images not in contents:
+                contents[images] = contents_of(plan.config)
+            earlier = plan.earlier(known_inputs(plan.config, contents[images]))
         except Exception:
             return None  # the job fails with it when its turn comes, and reports it then
     folder = RunFolder(earlier.path) if earlier else None

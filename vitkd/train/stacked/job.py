@@ -79,7 +79,9 @@ def run_together(
     """
     start_logging()
     sweep = Path(jobs[0].hydra.sweep.dir)
-    candidates = deduplicate(member for composed in jobs if (member := candidate(composed)) is not None)
+    contents: dict[str, str | None] = {}
+    members = (candidate(composed, contents) for composed in jobs)
+    candidates = deduplicate(member for member in members if member is not None)
     most = min(max_students or len(jobs), room_for(len(jobs)))
     # One student by itself gains nothing, unless it is saved as part of a stack.
     waiting = [stack for stack in stacks_of(candidates, most) if len(stack) > 1 or stack[0].place]
