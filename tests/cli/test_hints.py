@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from tests.cli.test_bad_input import BRIEFLY, folder, is_one_line  # noqa: F401, a fixture
 from tests.config.test_run import compose
 from tests.photos import noise_photos
+from vitkd.cli.messages import explain
 from vitkd.errors import ConfigError
 from vitkd.train.plan import SET_BY_VITKD, check_settings
 
@@ -164,3 +165,9 @@ def test_photos_that_have_moved_are_found_as_the_line_says(command, folder, tmp_
 
 def test_explain_names_a_list_in_a_list(command, finished: Path, folder):  # noqa: F811
     is_one_line(command("explain", f"run={finished}", "methods=[[attention]]"), "methods=[['attention']]")
+
+
+def test_a_path_that_holds_the_name_of_a_setting_is_printed_as_it_is():
+    place = "run=outputs/image_folder/dataset.image_size-16_dataset.root-photos"
+    line = explain(ConfigError(f"{place}: is not one; set dataset.root=DIR"), "evaluate", [])
+    assert line == f"{place}: is not one; set root=DIR"

@@ -30,7 +30,8 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
     """What is wrong and what would be right, on one line that a terminal can show."""
     line = " ".join(re.split(r"[\s\x00-\x1f\x7f]+", _explanation(error, config_name, arguments)))
     if config_name != "train" and isinstance(error, ConfigError):
-        line = line.replace("dataset.root", "root")  # of the run, as these commands call it
+        # Of the run, as these commands call it; a folder that is named after this setting is no setting.
+        line = re.sub(r"(?<![\w./-])dataset\.root(?![\w.-])", "root", line)
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
 
