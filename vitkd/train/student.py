@@ -53,7 +53,9 @@ def check_shares(config: Config, data: ImageDataModule) -> None:
             batches = len(data.loader(split, torch.device("cpu"), rank=0, world_size=1))
             share = trainer.get(name := f"limit_{split}_batches")
             if isinstance(share, float) and 0 < share < 1 / batches:
-                raise ConfigError(f"{key}.{name}={share}: is not one of {batches} batches; set {name}=1")
+                raise ConfigError(
+                    f"{key}.{name}={share}: is not one of {batches} batches; set {key}.{name}=1"
+                )
 
 
 def read_given_teacher(config: Config) -> Model | None:
