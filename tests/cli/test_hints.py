@@ -37,7 +37,7 @@ def test_a_group_takes_the_name_of_an_option(group, name, command, folder):  # n
         ("method=logit student.num_classes=20", ["student.num_classes=20", "digits has 10"]),
         ("granularity.blocks=[[1,2]]", ["granularity.blocks=[[1, 2]]", "whole number"]),
         ("trainer.limit_train_batches=50%", ["trainer.limit_train_batches", "50%", "a number"]),
-        ("trainer.limit_train_batches=0.01", ["trainer.limit_train_batches=0.01", "20 batches"]),
+        ("trainer.limit_train_batches=0.01", ["20 batches; set trainer.limit_train_batches=1"]),
         ("teacher.trainer.limit_val_batches=0.5", ["teacher.trainer.limit_val_batches=0.5", "1 batches"]),
         ("dataset.mean=[[0.5],0.5,0.5]", ["dataset.mean", "a number"]),
         ("dataset.image_size=10000000001", ["dataset.image_size=10000000001", "at most 65,536"]),
