@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from tests.cli.test_bad_input import BRIEFLY, folder, is_one_line  # noqa: F401, a fixture
 from tests.config.test_run import compose
 from tests.photos import noise_photos
+from vitkd.cli.messages import explain
 from vitkd.config.run import parse
 from vitkd.errors import ConfigError
 from vitkd.train.plan import SET_BY_VITKD, check_settings
@@ -39,7 +40,7 @@ def test_a_group_takes_the_name_of_an_option(group, name, command, folder):  # n
         ("method=logit student.num_classes=20", ["student.num_classes=20", "digits has 10"]),
         ("granularity.blocks=[[1,2]]", ["granularity.blocks=[[1, 2]]", "whole number"]),
         ("trainer.limit_train_batches=50%", ["trainer.limit_train_batches", "50%", "a number"]),
-        ("trainer.limit_train_batches=0.01", ["trainer.limit_train_batches=0.01", "20 batches"]),
+        ("trainer.limit_train_batches=0.01", ["20 batches; set trainer.limit_train_batches=1"]),
         ("teacher.trainer.limit_val_batches=0.5", ["teacher.trainer.limit_val_batches=0.5", "1 batches"]),
         ("dataset.mean=[[0.5],0.5,0.5]", ["dataset.mean", "a number"]),
         ("dataset.image_size=10000000001", ["dataset.image_size=10000000001", "at most 65,536"]),
@@ -57,6 +58,8 @@ def test_a_group_takes_the_name_of_an_option(group, name, command, folder):  # n
         ("name='a\udcffb'", ["name=", "UTF-8"]),
         ("alpha=[", ["alpha=[", "cannot be parsed; write KEY=VALUE"]),
         (f"-m {'x' * 300}=1,2", ["xxx…", "too long"]),
+        ("trainer.limit_train_batches=1.5", ["trainer.limit_train_batches=1.5: must be", "share"]),
+        ("+trainer.limit_val_batches=-0.5", ["trainer.limit_val_batches=-0.5: must be", "share"]),
     ],
     ids=lambda value: value[:60].encode("unicode_escape").decode() if isinstance(value, str) else "",
 )
@@ -66,6 +69,12 @@ def test_train_refuses(line, fragments, command, folder):  # noqa: F811
     is_one_line(ended, *fragments)
     assert "Exception" not in ended.err
     assert [*folder.iterdir()] == []
+
+
+def test_the_swept_option_that_lacks_a_setting_is_named(command, folder):  # noqa: F811
+    ended = command("train", *BRIEFLY, "-m", "loss=mse,kl", "loss.temperature=2")
+
+    is_one_line(ended, "loss.temperature: is no setting of loss=mse; leave out one of the two")
 
 
 def test_a_share_is_one_of_the_batches_of_each_process(tmp_path):
@@ -178,3 +187,9 @@ def test_photos_that_have_moved_are_found_as_the_line_says(command, folder, tmp_
 
 def test_explain_names_a_list_in_a_list(command, finished: Path, folder):  # noqa: F811
     is_one_line(command("explain", f"run={finished}", "methods=[[attention]]"), "methods=[['attention']]")
+
+
+def test_a_path_that_holds_the_name_of_a_setting_is_printed_as_it_is():
+    place = "run=outputs/image_folder/dataset.image_size-16_dataset.root-photos"
+    line = explain(ConfigError(f"{place}: is not one; set dataset.root=DIR"), "evaluate", [])
+    assert line == f"{place}: is not one; set root=DIR"

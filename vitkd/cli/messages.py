@@ -31,7 +31,8 @@ def explain(error: Exception, config_name: str, arguments: Sequence[str]) -> str
     """What is wrong and what would be right, on one line that a terminal can show."""
     line = " ".join(re.split(r"[\s\x00-\x1f\x7f]+", _explanation(error, config_name, arguments)))
     if config_name != "train" and isinstance(error, ConfigError):
-        line = line.replace("dataset.root", "root")  # of the run, as these commands call it
+        # Of the run, as these commands call it; a folder that is named after this setting is no setting.
+        line = re.sub(r"(?<![\w./-])dataset\.root(?![\w.-])", "root", line)
     half = LONGEST_LINE // 2
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
 
@@ -109,6 +110,9 @@ def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
         path.stem for path in sorted((CONF_DIR / group).glob("*.yaml")) if setting in _settings_of(path)
     ]
     if setting and owners and config_name == "train":
+        chosen = [o for a in arguments if a.startswith(f"{group}=") for o in a[len(group) + 1 :].split(",")]
+        if lacking := [option for option in chosen if option not in owners and {*chosen} & {*owners}]:
+            return f"{key}: is no setting of {group}={','.join(lacking)}; leave out one of the two"
         return (
             f"{key}: is a setting of {' or '.join(f'{group}={owner}' for owner in owners)}; choose that too"
         )

@@ -57,6 +57,7 @@ WITHOUT_EFFECT = {
     *("enable_autolog_hparams", "model_registry"),
 }
 MOST = 10**6
+SHARES = ("limit_train_batches", "limit_val_batches", "val_check_interval")
 COUNTS = ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
 
 
@@ -184,6 +185,9 @@ def check_settings(settings: dict[str, Any], key: str) -> None:
             raise ConfigError(f"{key}.{name}={value}: must be a whole number of at least 1, at most {MOST:,}")
         if type(converted(f"{key}.{name}", value, hints[name])) is not type(value):
             raise ConfigError(f"{key}.{name}={value!r}: must be {in_words(hints[name])}")
+        if name in SHARES and isinstance(value, int | float) and not is_share(value):
+            allowed = "a whole number of batches, or a share of them from 0.0 to 1.0"
+            raise ConfigError(f"{key}.{name}={value}: must be {allowed}")
         if name == "devices" and re.search(r"\d{5}", str(value)):
             raise ConfigError(f"{key}.{name}={value}: no machine has so many")
     batches, clip = settings.get("limit_train_batches"), settings.get("gradient_clip_val")
@@ -194,6 +198,11 @@ def check_settings(settings: dict[str, Any], key: str) -> None:
     if clip is None and (algorithm := settings.get("gradient_clip_algorithm")) is not None:
         what = f"{key}.gradient_clip_algorithm={algorithm}: has no effect without {key}.gradient_clip_val"
         raise ConfigError(f"{what}; set both or none")
+
+
+def is_share(value: float) -> bool:
+    """Whether a Trainer takes `value` as so many batches, or as a share of all."""
+    return value >= 0 and (isinstance(value, int) or value <= 1)
 
 
 def announce(config: Config, given_teacher: Model | None, data: ImageDataModule) -> None:

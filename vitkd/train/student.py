@@ -63,7 +63,8 @@ def check_shares(config: Config, data: ImageDataModule, processes: int) -> None:
                 continue
             batches = len(data.loader(split, "cpu", rank=0, world_size=processes))
             if int(share * batches) == 0:
-                raise ConfigError(f"{key}.{name}={share}: is not one of {batches} batches; set {name}=1")
+                setting = f"{key}.{name}"
+                raise ConfigError(f"{setting}={share}: is not one of {batches} batches; set {setting}=1")
 
 
 def read_given_teacher(config: Config) -> Model | None:
