@@ -41,7 +41,13 @@ PlainLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(lo
 
 
 def parse_yaml(text: str) -> Any:
-    """The values in a YAML file."""
+    """The values in a YAML file; ValueError if it is too deep."""
+    depth = 0
+    # Before they are built: libyaml's builder goes as deep as the file does, and Python ends with it.
+    for event in yaml.parse(text, PlainLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"deeper than {MAX_DEPTH}")
     return yaml.load(text, Loader=PlainLoader)
 
 
