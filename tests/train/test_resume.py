@@ -51,7 +51,7 @@ KILLS = {
     "at the first batch of an epoch": Strike(STEP, 21),
     "during validation": Strike(VALIDATION, 2),
     "before a checkpoint is written": Strike(SAVE, 3),
-    "while a checkpoint takes its place": Strike(RENAME, 9),
+    "while a checkpoint takes its place": Strike(RENAME, 11),
     "before the last checkpoint": Strike(STEP, 30, after=True),
     "before the test": Strike("vitkd.train.student:measure_both"),
     "before the final figures": Strike("vitkd.runs.folder:RunFolder.write_metrics"),
