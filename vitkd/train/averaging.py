@@ -1,12 +1,13 @@
 """An exponential moving average of the weights, taken within the training step."""
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkd.train.module import DistillModule
 
@@ -40,16 +41,23 @@ class WarmAverage(WeightAveraging):
         assert average is not None, "set up by Lightning"
         count = average.n_averaged
         kept = torch.where(count == 0, 0.0, ((1 + count) / (10 + count)).clamp(max=self.decay))
-        averaged = list(chain(average.module.parameters(), average.module.buffers()))
-        current = list(chain(module.parameters(), module.buffers()))
-        for dtype in {tensor.dtype for tensor in averaged}:
-            own = [tensor for tensor in averaged if tensor.dtype == dtype]
-            new = [tensor for tensor in current if tensor.dtype == dtype]
+        pairs = [
+            # Under 64-true or bf16-true the module got another precision after the average was made.
+            (own, new.to(own.dtype))
+            for own, new in zip(tensors_of(average.module), tensors_of(module), strict=True)
+        ]
+        for dtype in {own.dtype for own, _ in pairs}:
+            own, new = map(list, zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True))
             if dtype.is_floating_point:
                 move(own, new, kept.to(dtype))
             else:
                 torch._foreach_copy_(own, new)  # batch normalisation counts its batches
         count.add_(1)
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """All that is averaged."""
+    return chain(module.parameters(), module.buffers())
 
 
 def move(averaged: list[Tensor], current: list[Tensor], kept: Tensor) -> None:

@@ -48,7 +48,7 @@ KILLS = {
     "at the first step": Strike(STEP, 1),
     "in the second epoch": Strike(STEP, 11),
     "during validation": Strike(VALIDATION, 1),
-    "while a checkpoint takes its place": Strike("vitkd.runs.checkpoints:_write_sums", 5, after=True),
+    "while a checkpoint takes its place": Strike("vitkd.runs.checkpoints:write_atomically", 5, after=True),
     "when the third student is concluded": Strike(FIGURES, 3, after=True),
     "when the last one is done": Strike("vitkd.runs.folder:RunFolder._set_status", 8, after=True),
 }
