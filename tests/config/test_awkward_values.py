@@ -181,7 +181,7 @@ def test_settings_are_as_asked_for_or_refused(option, photos, outcome):
 @pytest.mark.slow
 @pytest.mark.parametrize("option", HERE)
 def test_every_setting_takes_or_refuses_awkward_values(option, photos, outcome):
-    check_all(option, AWKWARD, len(AWKWARD) if option == "dataset=digits" else 12, photos, outcome)
+    check_all(option, AWKWARD, len(AWKWARD) if option == "dataset=digits" else 6, photos, outcome)
 
 
 COMMANDS = {
