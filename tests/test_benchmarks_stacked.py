@@ -406,7 +406,7 @@ def test_the_evidence_stops_in_time_and_resumes(tmp_path):
     driver = [sys.executable, "-m", "benchmarks.evidence", *arguments]
     with subprocess.Popen(driver, env=environment(), stdout=subprocess.PIPE, text=True) as driven:
         for line in driven.stdout:
-            if line.startswith("epoch"):
+            if ": epoch " in line:
                 driven.send_signal(signal.SIGTERM)
                 break
         rest = driven.stdout.read()

@@ -273,7 +273,7 @@ def test_a_terminal_signals_the_workers_as_well(number, code, photos, tmp_path):
         line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as run:
         assert run.stdout is not None
-        while not run.stdout.readline().startswith("epoch 1/"):
+        while not run.stdout.readline().startswith("student: epoch 1/"):
             assert run.poll() is None
         os.killpg(run.pid, number)
         out, err = run.communicate()
