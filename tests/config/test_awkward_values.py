@@ -29,6 +29,7 @@ from vitkd.cli.messages import LONGEST_LINE, explain
 from vitkd.config.roles import flatten
 from vitkd.config.run import CONF_DIR, GROUPS
 from vitkd.errors import ConfigError
+from vitkd.process.isolation import isolated
 from vitkd.train import job, student
 from vitkd.train.plan import Plan
 
@@ -112,7 +113,7 @@ def outcome(tmp_path, monkeypatch) -> Iterator[Callable[[DictConfig, str], str |
             signal.alarm(0)
         raise AssertionError("neither begun nor refused")
 
-    with limited():
+    with limited(), isolated():
         yield run
     GlobalHydra.instance().clear()
 
