@@ -185,7 +185,8 @@ def test_what_a_turned_16_bit_image_shows(tmp_path: Path) -> None:
 
 def test_every_photo_format_that_pillow_reads_counts() -> None:
     expected = {".jpg", ".jfif", ".jpe", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".pnm", ".tga"}
-    expected |= {".avif"} if features.check("avif") else set()
+    # Older ones do not know the feature.
+    expected |= {".avif"} if "avif" in features.modules and features.check("avif") else set()
     expected |= {".jp2", ".j2k"} if features.check("jpg_2000") else set()
     assert expected <= image_suffixes()
     assert not image_suffixes() & {".pdf", ".eps", ".ps", ".mpg", ".h5", ".txt", ".npy", ""}

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from matplotlib.font_manager import fontManager
+from matplotlib.font_manager import fontManager, get_font, ttfFontProperty
 from PIL import Image
 
 from vitkd.explain.gallery import fonts
@@ -185,10 +186,9 @@ class TestFonts:
     @pytest.fixture(autouse=True)
     def _those_of_matplotlib(self, monkeypatch):
         """The fonts that come with matplotlib, whatever this machine has."""
-        own = matplotlib.get_data_path()
-        monkeypatch.setattr(
-            fontManager, "ttflist", [font for font in fontManager.ttflist if font.fname.startswith(own)]
-        )
+        # Read here: matplotlib's list may be another installation's.
+        own = sorted(Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf"))
+        monkeypatch.setattr(fontManager, "ttflist", [ttfFontProperty(get_font(str(f))) for f in own])
         for known in (fonts.family_with, fonts.warn_of_boxes):
             known.cache_clear()
         yield
