@@ -214,7 +214,7 @@ def held_back(probe: Subject, batches: Sequence[Batch]) -> str:
         reported = "not finite" in str(error)
     else:
         reported = False
-    # A stack goes on without its bad students: here all are.
+    # A stack continues without its bad students: here all are bad.
     kept = probe.students > 1 or all(torch.isfinite(p).all() for p in module.model.parameters())
     return verdict(reported and kept)
 

@@ -191,10 +191,10 @@ def swept_with_group(arguments: Sequence[str]) -> list[str]:
 
     Hydra would first set it for the group's default option, unless it is swept as well.
     """
-    pairs = [argument.partition("=") for argument in arguments]
-    swept = {key for key, _, value in pairs if "," in value and is_group(key)}
     if not {"-m", "--multirun"} & {*arguments}:
         return [*arguments]
+    pairs = [argument.partition("=") for argument in arguments]
+    swept = {key for key, _, value in pairs if "," in value and is_group(key)}
     return [
         f"{key}=choice({value})"
         if key.partition(".")[0] in swept - {key} and re.fullmatch(r"[^,()]+|\[[^()]*\]", value)

@@ -24,7 +24,7 @@ def split_folders(root: Path) -> dict[str, Path]:
     """Split → the folder with its class folders; {"train": root} if the class folders lie in `root`.
 
     A folder is a split if its name is one of _SPLIT_NAMES and there are images in folders in it; otherwise a
-    class may have such a name. Raises ConfigError if it cannot be told which are which.
+    class may have such a name. Raises ConfigError if it is not clear which are which.
     """
     if not root.is_dir():
         raise ConfigError(f"{root} is not a folder; set dataset.root to one with CLASS/IMAGE files")

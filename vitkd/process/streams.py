@@ -55,7 +55,7 @@ def protected(stream: TextIO | None) -> TextIO:
 
 
 def similar(error: UnicodeError) -> tuple[str, int]:
-    """For `codecs`: what to print instead of characters that an encoding lacks, and where to go on."""
+    """For `codecs`: what to print instead of characters that an encoding lacks, and where to continue."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end]
     return "".join(SIMILAR.get(character) or ascii(character)[1:-1] for character in lacking), error.end
