@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vitkd.config.schema import build, check_group, check_text, instantiate
 from vitkd.data import Dataset
+from vitkd.data.spec import differences
 from vitkd.errors import ConfigError, check, check_at_least, check_choice
 from vitkd.methods.base import Method
 from vitkd.methods.maps.granularity import Granularity
@@ -62,8 +63,7 @@ class SweepSettings:
     """`missing` skips jobs that are done and resumes interrupted ones; `all` runs every job again."""
 
     def __post_init__(self) -> None:
-        if self.rerun not in ("missing", "all"):
-            raise ConfigError(f"rerun={self.rerun}: choose missing or all")
+        check_choice(self, "rerun", ("missing", "all"))
 
 
 @dataclass
@@ -233,13 +233,11 @@ def recorded(node: Mapping[str, Any], settings: Any) -> dict[str, Any]:
 
 def check_images(group: str, model: ModelConfig, dataset: Dataset) -> None:
     """ConfigError unless the model in `group` takes the data set's images and tells its classes apart."""
-    for name in ("num_classes", "image_size", "channels"):
-        own, expected = getattr(model, name), getattr(dataset, name)
-        if own != expected:
-            raise ConfigError(
-                f"{group}.{name}={own}: dataset={dataset.name} has {expected}; leave it out, it follows "
-                f"dataset.{name}"
-            )
+    for name, own, expected in differences(dataset, model):
+        raise ConfigError(
+            f"{group}.{name}={own}: dataset={dataset.name} has {expected}; leave it out, it follows "
+            f"dataset.{name}"
+        )
 
 
 def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> None:

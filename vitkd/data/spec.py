@@ -1,7 +1,7 @@
 """The base class of all data sets: their settings, and how they are loaded."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,3 +117,11 @@ class Dataset(ABC):
                 f" {shape[0]} channel(s) and {shape[1]}×{shape[2]} pixels; only image files are resized"
             )
         return split
+
+
+def differences(dataset: Dataset, model: object) -> Iterator[tuple[str, int, int]]:
+    """Settings of a model in which its images differ from the data set's: name, its value, the data set's."""
+    for name in ("num_classes", "image_size", "channels"):
+        theirs, ours = getattr(model, name), getattr(dataset, name)
+        if theirs != ours:
+            yield name, theirs, ours

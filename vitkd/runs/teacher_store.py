@@ -15,6 +15,7 @@ import vitkd
 from vitkd.config.roles import Separates, relevant
 from vitkd.config.run import Config, name_in_job, teacher_run
 from vitkd.data import Dataset
+from vitkd.data.spec import differences
 from vitkd.errors import ConfigError
 from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first
@@ -42,13 +43,11 @@ def given_teacher(
         model = load_any(Path(checkpoint))
     except ConfigError as error:
         raise ConfigError(f"teacher.checkpoint={error}") from error
-    for name in ("num_classes", "image_size", "channels"):
-        found, expected = getattr(model.config, name), getattr(dataset, name)
-        if found != expected:
-            raise ConfigError(
-                f"teacher.checkpoint={checkpoint}: has {name}={found}, {dataset.name} has {expected}; "
-                f"name a teacher trained on this data set{otherwise}"
-            )
+    for name, found, expected in differences(dataset, model.config):
+        raise ConfigError(
+            f"teacher.checkpoint={checkpoint}: has {name}={found}, {dataset.name} has {expected}; "
+            f"name a teacher trained on this data set{otherwise}"
+        )
     return model
 
 

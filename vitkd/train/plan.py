@@ -57,7 +57,7 @@ WITHOUT_EFFECT = {
     *("enable_autolog_hparams", "model_registry"),
 }
 MOST = 10**6
-SHARES = ("limit_train_batches", "limit_val_batches", "val_check_interval")
+SHARES = ("limit_train_batches", "limit_val_batches")
 COUNTS = ("max_epochs", "accumulate_grad_batches", "check_val_every_n_epoch", "num_nodes")
 
 
