@@ -34,9 +34,9 @@ class StackFolder:
         """Record which runs' students are saved here, and in each run's folder where that is."""
         paths = [os.path.relpath(run.path, self.path) for run in runs]
         write_atomically(self._runs, json.dumps(paths) + "\n")
-        for student, run in enumerate(runs):
+        for job, run in enumerate(runs):
             # A name, not a path: outputs may move, and only folders of stacks are ever removed.
-            slot = {"stack": self.path.name, "student": student, "students": len(runs)}
+            slot = {"stack": self.path.name, "job": job, "jobs": len(runs)}
             write_atomically(run.stack, json.dumps(slot) + "\n")
 
     def remove_if_unused(self) -> None:
@@ -55,13 +55,13 @@ class StackFolder:
 
 
 class StackSlot(NamedTuple):
-    """Where the state of a student in training is saved."""
+    """Where the state of a job in training is saved."""
 
     folder: StackFolder
-    student: int
+    job: int
     """its index in the stack"""
-    students: int
-    """the stack's size"""
+    jobs: int
+    """how many the stack has"""
 
 
 def stacks_folder(outputs: str | Path) -> Path:
@@ -72,13 +72,13 @@ def stacks_folder(outputs: str | Path) -> Path:
 def read_slot(run: RunFolder, stacks: Path) -> StackSlot | None:
     """Where in one of the folders in `stacks` a run's student is saved; None if it is in none."""
     note = read_mapping(run.stack)
-    name, student, students = str(note.get("stack")), note.get("student"), note.get("students")
-    if not (type(student) is type(students) is int):
+    name, job, jobs = str(note.get("stack")), note.get("job"), note.get("jobs")
+    if not (type(job) is type(jobs) is int):
         return None
     is_name = Path(name).name == name and name not in ("", "..")
     # Path.is_dir raises for a name that is too long.
-    is_slot = is_name and 0 <= student < students and os.path.isdir(stacks / name)  # noqa: PTH112
-    return StackSlot(StackFolder(stacks / name), student, students) if is_slot else None
+    is_slot = is_name and 0 <= job < jobs and os.path.isdir(stacks / name)  # noqa: PTH112
+    return StackSlot(StackFolder(stacks / name), job, jobs) if is_slot else None
 
 
 def release_slot(run: RunFolder, stacks: Path) -> None:

@@ -173,11 +173,16 @@ class LoggedModule(L.LightningModule):
         if self.is_logging_step or self.trainer.is_last_batch:
             self.check_finite()
             curves, throughput = self.window_curves(), self.window.close(self.trainer.world_size)
-            for values, rate in zip(curves, scheduler.get_last_lr(), strict=True):
+            for values, rate in zip(curves, self.learning_rates(scheduler), strict=True):
                 # On CUDA a rate is a tensor, so that a graph can read it.
                 values |= {"images_per_second": throughput, "lr": float(rate)}
             self._write("train", curves)
         scheduler.step()
+
+    def learning_rates(self, scheduler: Any) -> list[float]:
+        """The learning rate now, of each student."""
+        rates: list[float] = scheduler.get_last_lr()
+        return rates
 
     def average_weights(self) -> None:
         """The end of each step, within a CUDA graph of it."""

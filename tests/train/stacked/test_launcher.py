@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import reduce
+from itertools import chain, product
 from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +23,10 @@ from safetensors.torch import load_file
 
 from tests.cli.test_multirun import SweepResult, Sweeps, read, state_of
 from vitkd.cli.console import Job
-from vitkd.config.run import CONF_DIR
+from vitkd.config.run import BASES, CONF_DIR
 from vitkd.config.schema import build
 from vitkd.errors import RunError
 from vitkd.methods.attention import AttentionDistillation
-from vitkd.methods.base import Method
 from vitkd.models import ResNetConfig, ViTConfig
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder, StackSlot
@@ -44,6 +44,14 @@ ALONE = [
 OVERFLOW = "one student's overflow would hold all others back"
 BESIDE_A_TEACHER = [*ALONE[1:], "teacher.depth=1", "teacher.max_epochs=1"]
 BESIDE_A_TEACHER += ["teacher.trainer.limit_train_batches=2"]
+
+CE, KL, MSE, REVERSE_KL = (
+    {"_target_": f"vitkd.methods.maps.losses.{name}"} for name in ("CE", "KL", "MSE", "ReverseKL")
+)
+MATCHED = {"_target_": "vitkd.methods.maps.granularity.Block", "head_map": "hungarian"}
+LOGIT = {"_target_": "vitkd.methods.logit.LogitDistillation"}
+BALANCE = {"_target_": "vitkd.methods.weighting.GradientBalance"}
+LINEAR = {"_target_": "vitkd.methods.weighting.Linear", "end": 0.5}
 
 
 @pytest.fixture
@@ -100,10 +108,12 @@ def stacked(resolved, monkeypatch) -> Callable[..., tuple[list[list[int]], list[
         for number, changes in enumerate(jobs):
             settings = deepcopy(resolved)
             for key, value in changes.items():
-                *groups, last = key.split(".")
-                node = reduce(getitem, groups, settings)
+                *names, last = key.split(".")
+                node = reduce(getitem, names, settings)
                 node[last] = value
-            config = SimpleNamespace(resolved=settings, method=build("method", settings["method"], Method))
+            groups = ("method", "weighting", "granularity", "loss")
+            built = {group: build(group, settings[group], BASES[group]) for group in groups}
+            config = SimpleNamespace(resolved=settings, alpha=settings["alpha"], **built)
             place = StackSlot(StackFolder(Path(f"stack-{number}")), 0, 1) if number in saved else None
             members.append(SimpleNamespace(job=Job(number, {}), config=config, place=place))
         found = stacks_of(cast(Any, members), most)
@@ -189,6 +199,50 @@ class TestWhatTrainsTogether:
         stacks, _ = stacked({}, head, warm, head | warm)
 
         assert stacks == [[0, 2, 1, 3]]
+
+    @pytest.mark.parametrize(("most", "stacks"), [(57, 1), (56, 2)])
+    def test_is_each_student_once_whatever_of_the_grid_it_stands_for(self, most, stacks, stacked):
+        maps, losses = (f"vitkd.methods.maps.{module}" for module in ("granularity", "losses"))
+        cells = product(("Head", "Block", "Encoder"), ("MSE", "CE", "KL"), (0.015, 0.3, 0.5, 1), range(3))
+        jobs = [
+            {
+                "granularity": {"_target_": f"{maps}.{granularity}"},
+                "loss": {"_target_": f"{losses}.{loss}"},
+                "alpha": alpha,
+                "seed": seed,
+            }
+            for granularity, loss, alpha, seed in cells
+        ]
+
+        found, said = stacked(*jobs, most=most)
+
+        # 3 granularities × (mse, ce = kl) × 3 alphas below 1 × 3 seeds, and the student alone of each seed.
+        assert sorted(chain.from_iterable(found)) == [*range(108)]
+        assert said == ["jobs 0-107 make 2 stacks of at most 56 students"] * (stacks - 1)
+        assert len(found) == stacks
+
+    @pytest.mark.parametrize(
+        ("one", "other", "alike"),
+        [
+            ({"loss": CE}, {"loss": KL}, True),
+            ({"loss": CE}, {"loss": KL, "seed": 1}, False),
+            ({"loss": CE}, {"loss": KL | {"temperature": 2.0}}, False),
+            ({"loss": CE}, {"loss": REVERSE_KL}, False),
+            ({"loss": CE, "weighting": BALANCE}, {"loss": KL, "weighting": BALANCE}, True),
+            ({"loss": CE, "granularity": MATCHED}, {"loss": KL, "granularity": MATCHED}, False),
+            ({"alpha": 1, "loss": CE}, {"alpha": 1, "granularity": MATCHED, "method": LOGIT}, True),
+            ({"alpha": 1}, {"alpha": 1, "label_smoothing": 0.1}, False),
+            ({"alpha": 1, "weighting": LINEAR}, {"alpha": 1, "weighting": LINEAR, "loss": MSE}, False),
+            ({"method": LOGIT, "loss": MSE}, {"method": LOGIT, "granularity": MATCHED}, True),
+            ({"method": LOGIT}, {"method": LOGIT | {"temperature": 2.0}}, False),
+            ({"name": "one"}, {"name": "other"}, True),
+        ],
+        ids=str,
+    )
+    def test_trains_once_what_has_equal_gradients(self, one, other, alike, stacked):
+        stacks, _ = stacked(one, other, most=1)
+
+        assert len(stacks) == (1 if alike else 2)
 
     def test_is_no_more_than_files_may_be_open(self, monkeypatch):
         limits = [1024, 2048]

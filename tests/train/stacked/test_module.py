@@ -114,21 +114,57 @@ def test_losses_and_gradients_are_those_of_separate_runs(alone, orders):
     assert all(p.grad is not None for module in modules for p in module.model.parameters())
 
 
-def assert_trains_as_alone(modules: Sequence[DistillModule], order: Sequence[int], given: Batch) -> None:
+@pytest.mark.parametrize("orders", [None, 3], ids=["one-order", "three-orders"])
+def test_followers_have_losses_of_their_own_and_gradients_of_the_student_that_is_trained(alone, orders):
+    # Those that train, and what follows them; at alpha = 1 a follower may have any comparison.
+    trained = [(Block(), CE(), 0.3), (Block(), CE(), 0.7), (Head(), MSE(), 0.3), (Encoder(), JS(), 1.0)]
+    following = {1: (Block(), KL(), 0.7), 0: (Block(), KL(), 0.3), 3: (Block(), KL(), 1.0)}
+    modules = [alone(*cell) for cell in (*trained, *following.values())]
+    for module, leader in zip(modules[len(trained) :], following, strict=True):
+        module.model = modules[leader].model
+    students = [*range(len(trained)), *following]
+    order = [student % (orders or 1) for student in students]
+
+    assert_trains_as_alone(modules, order, batch(orders), students)
+
+
+def test_validation_of_followers_is_their_own(alone):
+    modules = [alone(Encoder(), MSE(), 1.0), alone(Block(), CE(), 1.0), alone(Block(), KL(), 1.0)]
+    for module in modules:
+        module.model = modules[0].model
+    stacked, given = StackedModule(modules, [0, 0, 0], range(3), students=[0, 0, 0]).eval(), batch()
+
+    stacked.val_meter.reset()
+    stacked.validation_step(given, 0)
+    curves = stacked.curves(stacked.val_meter.means())
+
+    for module, own in zip(modules, curves, strict=True):
+        module.eval().validation_step(given, 0)
+        (expected,) = module.curves(module.val_meter.means())
+        assert own == pytest.approx(expected, rel=1e-9)
+
+
+def assert_trains_as_alone(
+    modules: Sequence[DistillModule],
+    order: Sequence[int],
+    given: Batch,
+    students: Sequence[int] | None = None,
+) -> None:
     """One step of the stack of `modules` has the losses, logits and gradients of each one's own."""
-    stacked = StackedModule(modules, order, seeds=range(len(modules))).train()
+    stacked = StackedModule(modules, order, seeds=range(len(modules)), students=students).train()
 
     together = stacked.losses(given)
     together.total.sum().backward()
 
     for s, module in enumerate(modules):
+        module.model.zero_grad()
         expected = module.losses(given if given.label.ndim == 1 else of_order(given, order[s]))
         expected.total.backward()
         torch.testing.assert_close(together.total[s], expected.total, **EXACT)
         torch.testing.assert_close(together.class_loss[s], expected.class_loss, **EXACT)
         torch.testing.assert_close(together.output.answer[s], expected.output.answer, **EXACT)
         for name, parameter in module.model.named_parameters():
-            gradient = stacked.model.get_parameter(name).grad[s]
+            gradient = stacked.model.get_parameter(name).grad[students[s] if students else s]
             # Where alone there is none at all, in a stack others have one.
             if parameter.grad is None:
                 assert not gradient.any(), name

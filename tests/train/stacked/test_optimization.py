@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.optim import AdamW, Constant, WarmupCosine
-from vitkd.train.stacked.fit import take_students
+from vitkd.train.stacked.fit import take_entries
 from vitkd.train.stacked.optimization import OptimSettings, StackedAdamW, StackedSchedule
 
 STEPS = 12
@@ -65,8 +65,8 @@ def test_each_goes_as_it_goes_alone(start):
 def test_some_of_a_stack_go_on_at_their_own_pace(students, start):
     whole = Steps(PACES, start)
     whole.take(range(5), range(3))
-    saved = take_students(
-        {"weights": whole.parameter.detach(), "optimizer": whole.optimizer.state_dict()}, students, 3
+    saved = take_entries(
+        {"weights": whole.parameter.detach(), "optimizer": whole.optimizer.state_dict()}, {3: students}
     )
 
     part = Steps([PACES[student] for student in students], saved["weights"])

@@ -259,11 +259,11 @@ def test_a_foreign_place_is_none_and_nothing_outside_is_removed(tmp_path):
         (folder / "runs.json").write_text("[]")
     before = contents(tmp_path)
     for stack in ("../outside", str(outside), "..", ".", "", None, 7):
-        run.stack.write_text(json.dumps({"stack": stack, "student": 0, "students": 2}))
+        run.stack.write_text(json.dumps({"stack": stack, "job": 0, "jobs": 2}))
 
         assert read_slot(run, tmp_path / "stacks") is None
         release_slot(run, tmp_path / "stacks")
-    for text in ("", "[]", '{"stack": "own"}', '{"stack": "own", "student": 2, "students": 2}', "nonsense"):
+    for text in ("", "[]", '{"stack": "own"}', '{"stack": "own", "job": 2, "jobs": 2}', "nonsense"):
         run.stack.write_text(text)
 
         assert read_slot(run, tmp_path / "stacks") is None

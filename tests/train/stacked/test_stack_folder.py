@@ -32,7 +32,7 @@ def test_goes_after_the_last_student_and_leaves_other_stacks_alone(held, tmp_pat
     stacks = tmp_path / "stacks"
 
     release_slot(first, stacks)
-    assert read_slot(second, stacks).student == 1
+    assert read_slot(second, stacks).job == 1
     release_slot(second, stacks)
     assert [path.name for path in stacks.iterdir()] == ["c"]
     release_slot(other, stacks)
@@ -55,7 +55,7 @@ def test_what_is_no_file_of_a_stack_s_removes_nothing(is_note, become, held, tmp
 
 @pytest.mark.parametrize(
     "changed",
-    [{"stack": "x" * 5000}, {"stack": "\0"}, {"student": 1e999}, {"student": "0"}, {"students": None}],
+    [{"stack": "x" * 5000}, {"stack": "\0"}, {"job": 1e999}, {"job": "0"}, {"jobs": None}],
     ids=str,
 )
 def test_a_note_of_no_stack_is_none(changed, held, tmp_path):

@@ -10,7 +10,8 @@ Student scores [*S, B, P, Q, K]; target [B, P, Q, K]; result [*S, B, P]. A plain
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class AttentionLoss(ABC):
 
     def __post_init__(self) -> None:
         check_choice(self, "reduction", ("mean", "sum"))
+
+    @property
+    def gradient_key(self) -> tuple[Any, ...]:
+        """Equal for losses whose gradients by the student's scores are equal."""
+        return type(self), *asdict(self).values()
 
     @abstractmethod
     def target(self, teacher_scores: Tensor) -> Tensor:
@@ -129,6 +135,10 @@ class DistributionLoss(AttentionLoss):
 @dataclass
 class CE(DistributionLoss):
     """−Σ p log q (equation 2.10). Its student gradient is `KL`'s: they differ by the teacher's entropy."""
+
+    @property
+    def gradient_key(self) -> tuple[Any, ...]:
+        return KL(**asdict(self)).gradient_key
 
     def rows(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         return -(log_p.exp() * log_q).sum(-1)

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,20 +121,53 @@ class Group(NamedTuple):
 
 
 def stacks_of(candidates: Sequence[Candidate], most: int) -> list[list[Candidate]]:
-    """The candidates by stack of at most so many, in stack order; logs what keeps one stack from another."""
+    """The candidates by stack of at most so many students; logs what keeps one stack from another."""
     groups = grouped(candidates)
     stacks = []
     for group in groups:
         if reason := why_apart(group, groups):
             log.info("%s cannot be stacked with %s: %s", job_names(group.members), *reason)
-        ordered = sorted(group.members, key=stack_position)
-        count = math.ceil(len(ordered) / most)
+        count = math.ceil(len(by_student(group.members)) / most)
         if count > 1:
-            log.info("%s make %d stacks of at most %d students", job_names(ordered), count, most)
-        # Of sizes that differ by one at most.
-        cuts = pairwise(stack * len(ordered) // count for stack in range(count + 1))
-        stacks += [ordered[start:stop] for start, stop in cuts]
+            log.info("%s make %d stacks of at most %d students", job_names(group.members), count, most)
+        stacks += split(group.members, count)
     return stacks
+
+
+def by_student(members: Iterable[Candidate]) -> list[list[Candidate]]:
+    """The members of one stack, in stack order, by the student that they train.
+
+    Those of one list would become the same student, so only its first trains.
+    """
+    students: dict[Any, list[Candidate]] = {}
+    for member in sorted(members, key=stack_position):
+        students.setdefault(what_trains(member.config), []).append(member)
+    return [*students.values()]
+
+
+def what_trains(config: Config) -> tuple[Any, ...]:
+    """Equal for jobs of one stack whose students become the same, since all of their gradients are equal."""
+    ignored, loss = (*config.method.ignores, "loss"), config.loss.gradient_key
+    if not config.weighting.distils(config.alpha):
+        ignored, loss = ("alpha", "method", "granularity", "loss", "weighting"), ()
+    elif "loss" in config.method.ignores:
+        loss = ()
+    elif config.granularity.needs_calibration:
+        # Heads are matched by the loss's value.
+        loss = type(config.loss), *loss
+    settings = {
+        name: value
+        for name, value in relevant(config.resolved, Separates.RUNS).items()
+        if not any(name == setting or name.startswith(f"{setting}.") for setting in ignored)
+    }
+    return json.dumps(settings, sort_keys=True), loss
+
+
+def split(members: Iterable[Candidate], count: int) -> list[list[Candidate]]:
+    """The members of one stack as so many, whose numbers of students differ by one at most."""
+    students = by_student(members)
+    cuts = pairwise(stack * len(students) // count for stack in range(count + 1))
+    return [[*chain.from_iterable(students[start:stop])] for start, stop in cuts]
 
 
 def grouped(candidates: Sequence[Candidate]) -> list[Group]:
@@ -183,7 +216,7 @@ def stack_position(member: Candidate) -> tuple[Any, ...]:
     Those of equal method, granularity, weighting and loss are neighbours, alpha = 1 last.
     """
     if member.place:
-        return (member.place.student,)
+        return (member.place.job,)
     config = member.config.resolved
     # The loss last: those that differ in their temperature alone are compared in one go.
     groups = ("method", "granularity", "weighting", "loss")

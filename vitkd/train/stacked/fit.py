@@ -65,7 +65,8 @@ class StackCheckpointing(Checkpointing):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         accuracies = trainer.callback_metrics.get("val/acc")
-        self.acc_last = None if accuracies is None else accuracies.tolist()
+        students: int = trainer.lightning_module.students  # type: ignore[assignment]
+        self.acc_last = None if accuracies is None else accuracies[:students].tolist()
         if self.acc_last is not None:
             self._keep_best(self.acc_last, validated_weights(trainer), trainer.current_epoch + 1)
         is_last = trainer.current_epoch + 1 == trainer.max_epochs
@@ -101,7 +102,7 @@ def validated_weights(trainer: L.Trainer) -> dict[str, Tensor]:
 
 
 class StudentLines(Callback):
-    """One plain line an epoch in each student's own run.log, and a warning when one fails."""
+    """One plain line an epoch in each job's own run.log, and a warning when one fails."""
 
     def __init__(self, folders: Sequence[RunFolder]) -> None:
         self.folders = folders
@@ -109,16 +110,16 @@ class StudentLines(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         failed: dict[int, str] = pl_module.failed  # type: ignore[assignment]
-        for student in sorted(failed.keys() - self._warned):
-            log.warning("warning: %s: %s", self.folders[student].path, failed[student])
-            self._warned.add(student)
+        for job in sorted(failed.keys() - self._warned):
+            log.warning("warning: %s: %s", self.folders[job].path, failed[job])
+            self._warned.add(job)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: values.tolist() for name, values in trainer.callback_metrics.items()}
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         epoch = f"{now} student: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        for student, folder in enumerate(self.folders):
-            columns = format_metrics({name: values[student] for name, values in metrics.items()})
+        for job, folder in enumerate(self.folders):
+            columns = format_metrics({name: values[job] for name, values in metrics.items()})
             with folder.log.open("a", encoding="utf-8") as file:
                 file.write(f"{epoch}  {columns}\n")
 
@@ -133,7 +134,7 @@ def fit_stack(
 ) -> list[Fitted | str]:
     """Train the stack, from its checkpoint in `place` if there is one.
 
-    Returns for each student what its own fit would, or the line that says why it failed.
+    Returns for each job what its own fit would, or the line that says why it failed.
 
     Raises:
         RunError: the disk is full.
@@ -148,14 +149,14 @@ def fit_stack(
         try:
             run_trainer(trainer, module, data, checkpoint)
         except RunError:
-            if len(module.failed) < module.students:
+            if len(module.failed) < module.jobs:
                 raise
     last = validated_weights(trainer)
     return [
-        module.failed[student]
-        if student in module.failed
-        else fitted(student, own, trainer, checkpointing, last)
-        for student, own in enumerate(loggers)
+        module.failed[job]
+        if job in module.failed
+        else fitted(module.student_of[job], own, trainer, checkpointing, last)
+        for job, own in enumerate(loggers)
     ]
 
 
@@ -198,32 +199,34 @@ def write_checkpoints(folder: RunFolder, student: Fitted) -> None:
         write_checkpoint(path, {**about, "state_dict": weights})
 
 
-def take_students(content: Any, students: Sequence[int], count: int) -> Any:
-    """The part of a checkpoint's `content` that belongs to `students` of its `count`, in that order.
+def take_entries(content: Any, kept: Mapping[int, Sequence[int]]) -> Any:
+    """The part of a checkpoint's `content` that belongs to some of its jobs or students.
 
-    Whatever is a tensor or list of `count` entries has one a student.
+    Args:
+        kept: how many jobs, or students, there are → which of them are wanted, in order. Whatever is
+            a tensor or list of so many entries has one each.
     """
     if isinstance(content, Tensor):
-        is_theirs = content.ndim > 0 and len(content) == count
-        return content[torch.tensor(students, device=content.device)].clone() if is_theirs else content
-    if isinstance(content, list) and len(content) == count:
-        return [content[student] for student in students]
+        wanted = kept.get(len(content)) if content.ndim else None
+        return content if wanted is None else content[torch.tensor(wanted, device=content.device)].clone()
+    if isinstance(content, list) and len(content) in kept:
+        return [content[entry] for entry in kept[len(content)]]
     if isinstance(content, list | tuple):
-        return type(content)(take_students(part, students, count) for part in content)
+        return type(content)(take_entries(part, kept) for part in content)
     if isinstance(content, Mapping):
-        return {
-            key: part if key in SHARED else take_students(part, students, count)
-            for key, part in content.items()
-        }
+        return {key: part if key in SHARED else take_entries(part, kept) for key, part in content.items()}
     return content
 
 
-def carry_over(before: StackFolder, students: Sequence[int], count: int, to: StackFolder) -> None:
-    """Copy `students` of the `count` that are saved in `before` to the checkpoint of another stack."""
+def carry_over(before: StackFolder, jobs: Sequence[int], to: StackFolder) -> None:
+    """Copy some of the jobs that are saved in `before`, in this order, to the checkpoint of another stack."""
     checkpoint = newest_good(before.last)
     if checkpoint is None:
         return
     _, saved = checkpoint
-    content, failed = take_students(saved, students, count), saved["failed"]
-    content["failed"] = {new: failed[old] for new, old in enumerate(students) if old in failed}
+    student_of, failed = saved["student_of"], saved["failed"]
+    students = [*dict.fromkeys(student_of[job] for job in jobs)]
+    content = take_entries(saved, {1 + max(student_of): students, len(student_of): jobs})
+    content["student_of"] = [students.index(student_of[job]) for job in jobs]
+    content["failed"] = {new: failed[old] for new, old in enumerate(jobs) if old in failed}
     write_checkpoint(to.last, content)

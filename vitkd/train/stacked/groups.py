@@ -1,4 +1,4 @@
-"""Which students of a stack are compared with their teacher by one objective, and their share of the outputs.
+"""Which jobs of a stack are compared with their teacher by one objective, and their share of the outputs.
 
 Shapes: S stacked students.
 """
@@ -15,11 +15,11 @@ from vitkd.methods.base import Objective
 from vitkd.methods.maps.losses import DistributionLoss
 from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.weighting import Weighting
-from vitkd.models import Output
+from vitkd.models import Output, Taps
 from vitkd.train.module import DistillModule
 
 
-class StudentGroup(NamedTuple):
+class JobGroup(NamedTuple):
     """Neighbours in the stack that learn the same from their teacher, weighed in the same way."""
 
     start: int
@@ -28,25 +28,47 @@ class StudentGroup(NamedTuple):
     weighting: Weighting
     distils: bool
     """whether their transfer loss counts in any epoch"""
+    students: tuple[int, ...]
+    """the student of each; of followers others train it"""
 
     @property
-    def students(self) -> range:
+    def jobs(self) -> range:
         """Their places in the stack."""
         return range(self.start, self.stop)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the students learn from this group, rather than just being compared with the teacher."""
+        return self.students == (*self.jobs,)
 
-def group_students(modules: Sequence[DistillModule]) -> list[StudentGroup]:
-    """The groups of students that stand in the order of `modules`; those without an objective are in none."""
+    def followed(self, outputs: Output) -> Output:
+        """Of all students' `outputs` what followers are compared by, without gradient."""
+        return tapped(outputs, self.objective.student_taps).map(
+            lambda tensor: rows(tensor.detach(), self.students)
+        )
+
+    def of_teacher(self, answer: Output) -> Output:
+        """Of the teacher's `answer` what this group looks at."""
+        return tapped(answer, self.objective.teacher_taps)
+
+
+def group_jobs(modules: Sequence[DistillModule], students: Sequence[int]) -> list[JobGroup]:
+    """The groups of jobs that stand in the order of `modules`; those without an objective are in none.
+
+    Args:
+        students: the student of each; followers come last and are in groups of their own.
+    """
     groups, start = [], 0
-    for _, neighbours in groupby(modules, key=_group_key):
-        members = list(neighbours)
+    follows = [student != job for job, student in enumerate(students)]
+    pairs = zip(modules, follows, strict=True)
+    for _, neighbours in groupby(pairs, key=lambda pair: (pair[1], _group_key(pair[0]))):
+        members = [module for module, _ in neighbours]
         objectives = [module.objective for module in members if module.objective is not None]
+        stop = start + len(members)
         if objectives:
-            objective, first = shared_objective(objectives), members[0]
-            groups.append(
-                StudentGroup(start, start + len(members), objective, first.weighting, first.distils)
-            )
-        start += len(members)
+            objective, first, theirs = shared_objective(objectives), members[0], (*students[start:stop],)
+            groups.append(JobGroup(start, stop, objective, first.weighting, first.distils, theirs))
+        start = stop
     return groups
 
 
@@ -71,7 +93,7 @@ def shared_objective(objectives: Sequence[Objective]) -> Objective:
     return shared
 
 
-def shares(output: Output, groups: Sequence[StudentGroup], students: int) -> Mapping[int, Output]:
+def shares(output: Output, groups: Sequence[JobGroup], students: int) -> Mapping[int, Output]:
     """The output of all students cut at the groups' ends, by each part's first student."""
     ends = sorted({0, students} | {end for group in groups for end in (group.start, group.stop)})
     sizes = [stop - start for start, stop in pairwise(ends)]
@@ -84,3 +106,23 @@ def _refilled(output: Output, tensors: Sequence[Tensor]) -> Output:
     """An output like `output`, of other tensors in the same order."""
     remaining = iter(tensors)
     return output.map(lambda _: next(remaining))
+
+
+def tapped(output: Output, taps: Taps) -> Output:
+    """Of `output` what `taps` ask for, and all logits that are there."""
+    wanted = {*taps.factors, *taps.qkv}
+    return Output(
+        output.logits,
+        output.heads,
+        {block: output.scores[block] for block in taps.scores},
+        {block: qkv for block, qkv in output.qkv.items() if block in wanted},
+        {name: output.features[name] for name in taps.features},
+    )
+
+
+def rows(tensor: Tensor, indices: Sequence[int]) -> Tensor:
+    """Some of the first axis; a run of neighbours is a view."""
+    first, count = indices[0], len(indices)
+    if [*indices] == [*range(first, first + count)]:
+        return tensor[first : first + count]
+    return torch.stack([tensor[index] for index in indices])

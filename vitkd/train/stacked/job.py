@@ -5,6 +5,7 @@ left there by itself.
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -30,10 +31,13 @@ from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedImages, StackedModule
 from vitkd.train.stacked.candidates import (
     Candidate,
+    by_student,
     candidate,
     deduplicate,
     job_names,
     saved_place,
+    split,
+    stack_position,
     stacks_of,
     start_over,
 )
@@ -149,21 +153,25 @@ def order_of(member: Candidate) -> int:
 
 
 def halves(members: Sequence[Candidate], device: torch.device) -> list[list[Candidate]]:
-    """The members that are not done yet as two stacks; RunError if there was only one."""
-    if len(members) == 1:
+    """The members that are not done yet as two stacks; RunError if there was only one student."""
+    if len(by_student(members)) == 1:
         raise RunError(f"{device}: out of memory even for one student; reduce dataset.batch_size") from None
     left = [member for member in members if member.job.state == "running"]
     log.info("%s: out of memory on %s, trying two stacks of half the size", job_names(left), device)
     for member in left:
         member.place = saved_place(member.config, member.folder)
-    middle = len(left) // 2
-    return [half for half in (left[:middle], left[middle:]) if half]
+    return [half for half in split(left, 2) if half]
 
 
 def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> None:
     """Train one stack; each run folder holds in the end what its job would have left there by itself."""
-    first, data = members[0].config, shared.data
-    stacks = stacks_folder(first.paths.outputs)
+    students = by_student(members)
+    followers = sorted((each for _, *others in students for each in others), key=stack_position)
+    members = [first for first, *_ in students] + followers
+    numbers = {id(member): number for number, alike in enumerate(students) for member in alike}
+    student_of = [numbers[id(member)] for member in members]
+    config, data = members[0].config, shared.data
+    stacks = stacks_folder(config.paths.outputs)
     with ExitStack() as all_runs:
         runs = [all_runs.enter_context(ExitStack()) for _ in members]
         for member, run in zip(members, runs, strict=True):
@@ -175,16 +183,26 @@ def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> N
         modules = [module_of(member, shared) for member in members]
         orders = [data.seeds.index(order_of(member)) for member in members]
         dropout = [seed_of(member.config.seed, DROPOUT, member.config.student) for member in members]
-        stacked = StackedModule(modules, orders, dropout, shared.device)
-        if first.compile:
+        stacked = StackedModule(modules, orders, dropout, shared.device, student_of)
+        if config.compile:
             compile_training(stacked)
-        log.info("%s train as one stack", job_names(members))
+        once = (
+            f"; of {len(members)} students {len(followers)} would become the same as others"
+            if followers
+            else ""
+        )
+        log.info("%s train as one stack%s", job_names(members), once)
         folders = [member.run for member in members]
-        outcomes = fit_stack(stacked, data, place, folders, first, faster_steps(first, data))
-        for member, run, module, outcome in zip(members, runs, modules, outcomes, strict=True):
+        outcomes = fit_stack(stacked, data, place, folders, config, faster_steps(config, data))
+        trained = [members[number] for number in student_of]
+        for member, first, run, module, outcome in zip(
+            members, trained, runs, modules, outcomes, strict=True
+        ):
             if isinstance(outcome, str):
                 fail(member, run, outcome)
             else:
+                if first is not member:
+                    outcome.metrics["stack/trained_as"] = os.path.relpath(first.run.path, member.run.path)
                 finish(member, module, outcome, shared)
                 run.close()
             # Only now: a run that is interrupted before resumes from the stack.
@@ -196,11 +214,11 @@ def settle_place(members: Sequence[Candidate], path: Path) -> StackFolder:
     before = [read_slot(member.run, path.parent) for member in members]
     places = [member.place for member in members if member.place]
     assert len(places) in (0, len(members)), "a stack resumes as a whole"
-    if places and [place.student for place in places] == list(range(places[0].students)):
+    if places and [place.job for place in places] == list(range(places[0].jobs)):
         return places[0].folder
     folder = StackFolder(RunFolder.claim(path).path)
     if places:
-        carry_over(places[0].folder, [place.student for place in places], places[0].students, folder)
+        carry_over(places[0].folder, [place.job for place in places], folder)
     folder.assign([member.run for member in members])
     for left in {place.folder.path for place in before if place}:
         StackFolder(left).remove_if_unused()
