@@ -137,13 +137,18 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
     very node, and a check before `hydra.main` would miss what a job of a sweep composes.
     """
     compose = ConfigLoaderImpl.load_configuration
+    validated: dict[str, DictConfig] = {}
 
     def composed_and_checked(self: ConfigLoaderImpl, **kwargs: Any) -> DictConfig:
+        # A sweep composes each job twice: to validate all of them, and to launch it.
+        if (job := repr(kwargs)) in validated:
+            return validated.pop(job)
         try:
             config = compose(self, **kwargs)
         except (TypeError, ValueError) as error:  # of a group's option that is no text
             raise ConfigError(no_such_option(kwargs["overrides"]) or str(error)) from error
         check(config)
+        validated[job] = config
         return config
 
     setattr(ConfigLoaderImpl, compose.__name__, composed_and_checked)
