@@ -45,6 +45,7 @@ from benchmarks.harness import main as run
 from benchmarks.subject import TINY
 from vitkd.data.library_sets import FOLDERS
 from vitkd.models import ViTConfig
+from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.provenance import device_name
 
 WHOLE = {
@@ -113,7 +114,9 @@ class Run:
 
 def measure(settings: Settings, plan: Plan) -> list[Row]:
     """Run the grid once a round, and the teacher before."""
-    plan = replace(plan, settings=settings, overrides=axes(settings) | plan.overrides)
+    precision = {"matmul_precision": "highest" if settings.on_cpu else "high"}
+    plan = replace(plan, settings=settings, overrides=axes(settings) | precision | plan.overrides)
+    set_matmul_precision(plan.overrides["matmul_precision"])
     images = "CIFAR-100" if plan.has_images else "digits, for CIFAR-100 is not there"
     print(f"grid: {plan.in_words()}; {images}")
     with tempfile.TemporaryDirectory() as folder:

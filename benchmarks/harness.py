@@ -1,6 +1,7 @@
 """What every benchmark shares: interleaved timing, rows with bars, table, JSON file and command line.
 
-A benchmark is a function from `Settings` to `Row`s; `main` does the rest.
+A benchmark is a function from `Settings` to `Row`s; `main` does the rest. All arms multiply matrices in one
+precision, that of runs: float32 on a CPU, TF32 on a GPU. The table's title says which.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vitkd.process.isolation import keep_freed_memory
+from vitkd.process.isolation import isolated, keep_freed_memory, set_matmul_precision
 from vitkd.runs.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -155,6 +156,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@isolated()
 def main(
     name: str,
     description: str | None,
@@ -167,6 +169,7 @@ def main(
     # As every command of vitkd does.
     keep_freed_memory()
     settings = Settings(arguments.device, arguments.quick, 2 if arguments.quick else arguments.rounds)
+    set_matmul_precision("highest" if settings.on_cpu else "high")
     rows = measure(settings)
     facts = provenance(settings.device)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table(name, settings, facts, rows))
@@ -201,7 +204,9 @@ def table(name: str, settings: Settings, facts: Mapping[str, Any], rows: Sequenc
     cores, threads = facts["hardware/cpu_count"], facts["hardware/threads"]
     hardware = f"{facts['hardware/device']}, {cores} cores, {threads} threads"
     quick = ", --quick" if settings.quick else ""
-    title = f"{name}: {hardware}, torch {facts['versions/torch']}, {settings.rounds} rounds{quick}"
+    products = "float32" if facts["precision/float32_matmul"] == "highest" else "TF32"
+    versions = f"torch {facts['versions/torch']}, {products} products"
+    title = f"{name}: {hardware}, {versions}, {settings.rounds} rounds{quick}"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     shown.add_column("")
     for heading in ("median", "quartiles", "ratio", "quartiles", "bar", "met"):

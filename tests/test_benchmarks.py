@@ -30,7 +30,7 @@ def test_a_benchmark_prints_and_writes_its_rows(name, tmp_path, capsys):
     assert written["provenance"]["versions/torch"] == version("torch")
     assert [line["name"] for line in written["rows"]] == [line.name for line in rows]
     assert all(line.name in printed for line in rows)
-    assert f"torch {version('torch')}" in printed
+    assert f"torch {version('torch')}, float32 products" in printed
     assert any(line.bar for line in rows)
     for line in rows:
         assert_sane(line)

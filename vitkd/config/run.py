@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vitkd.config.schema import build, check_group, check_text, instantiate
@@ -138,7 +139,7 @@ class Root:
     decay starts low and grows to this value."""
     matmul_precision: str
     """Precision of float32 matrix products and convolutions: `highest` is float32; `high` and `medium` may
-    round the factors, on NVIDIA GPUs to TF32."""
+    round the factors, on NVIDIA GPUs to TF32. `auto` becomes `high` there, `highest` elsewhere."""
     cuda_graph: str
     """`auto` replays training steps on a GPU from a CUDA graph where possible; `off` never does."""
     compile: bool
@@ -159,7 +160,7 @@ class Root:
         check_choice(self, "resume", ("auto", None))
         is_share = self.ema_decay is None or 0 < self.ema_decay < 1
         check(self, "ema_decay", is_share, "must lie between 0 and 1, or be null")
-        check_choice(self, "matmul_precision", ("highest", "high", "medium"))
+        check_choice(self, "matmul_precision", ("auto", "highest", "high", "medium"))
         if self.name is not None:
             is_one_folder = Path(self.name).name == self.name and self.name not in ("", "..")
             check(self, "name", is_one_folder, "must be one folder name, without slashes")
@@ -199,6 +200,8 @@ def parse(composed: DictConfig) -> Config:
         composed = composed.copy()
         composed.dataset.num_classes = dataset.num_classes
         plain = resolve(composed)
+    if plain.get("matmul_precision") == "auto":
+        plain["matmul_precision"] = "high" if is_on_cuda(plain["trainer"].get("accelerator")) else "highest"
     root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
     built = {group: build(group, plain[group], base) for group, base in BASES.items()}
     if not dataset.validates:
@@ -210,6 +213,11 @@ def parse(composed: DictConfig) -> Config:
     for group, model in (("student", config.student), ("teacher", teacher.model)):
         check_images(group, model, dataset)
     return config
+
+
+def is_on_cuda(accelerator: Any) -> bool:
+    """Whether the Trainer's `accelerator` is an NVIDIA GPU on this machine."""
+    return accelerator in ("gpu", "cuda", "auto", None) and torch.cuda.is_available()
 
 
 def resolve(composed: DictConfig) -> dict[str, Any]:
