@@ -1,56 +1,60 @@
-"""The report's experiment on CIFAR-100, with several seeds: ready to run on one GPU, in stages.
+"""The report's experiment on CIFAR-100 with several seeds, in stages that fit into the time there is.
 
 python -m benchmarks.evidence --data data
-python -m benchmarks.evidence --data data --minutes 9
-
-Both are the same experiment. The second stops in time: what trains then is saved, and the same command goes
-on from there, as often as it takes. It ends with exit code 0 when all is done, 75 when there is more to do,
-and 1 when a stage failed. All that is needed is that `vitkd` and what it needs can be imported (PYTHONPATH
-may say from where; nothing has to be installed), and DIR/cifar-100-python. Call it from the same folder each
-time.
+python -m benchmarks.evidence --data data --minutes 8.5 --epochs fit --export results
 
 Each stage is one command line of `vitkd.train`, printed before it runs:
 
-teacher    the report's teacher, one a seed; the students learn from that of the first seed
-cells      the student alone and the report's three cells, `experiment=report/…`
-protocol-… teacher and cells once more, as the report measures
-grid       granularity × loss × alpha
+teacher      the report's teacher, one a seed (--teachers); none with --teacher FILE
+students-T   what learns from the teacher of seed T, as one stack: granularity × loss × alpha × seed. Among it
+             are the student alone (alpha=1) and the report's cells. ce is left out: it trains just as kl
+protocol-…   both once more, as the report measures: it reads as choosing the best epoch on the test images
 
-The grid leaves out loss=ce, which trains exactly as kl beside a frozen teacher, and alpha=1, the student
-alone; --grid takes other axes. After the stages, or as many as there was time for, the figures of every
-finished run are copied to benchmarks/evidence/DEVICE/runs (metrics.json, and metrics.csv in six digits), and
-a table is written beside them: see `benchmarks.evidence_table` for what its columns are.
+With --minutes, no stage is begun that cannot finish: some steps of its very students are timed first, and a
+line says what it would take and how many epochs fit. --epochs N trains students for fewer, `fit` for as many
+as fit: at the report's constant learning rate, and only then, they are the first N of the whole training, and
+the table says so. --in-parts begins a stage all the same, and stops it in time: the same command on the same
+machine resumes it. After each stage --export has what is worth keeping (`benchmarks.evidence_table`).
 
-The report reads as choosing the best epoch on the test images. A run never does that by itself; the stages
-protocol-… need a data set for it, cifar100_report_protocol in conf/dataset, and are left out where it is not.
-
---quick runs everything in miniature on digits. KEY=VALUE goes to every stage: trainer.precision=bf16-mixed
+The exit code is 0 when all is done, 75 when there is more to do, 1 when a stage failed. --quick runs all in
+miniature, on digits. KEY=VALUE goes to every stage.
 """
 
 import argparse
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
-from benchmarks.command import ROOT, environment, train_command
-from benchmarks.evidence_table import PROTOCOL, TEACHER, collect, read_config, run_folders, state_of
+from benchmarks.command import environment, train_command
+from benchmarks.evidence_table import LOG, PROTOCOL, TEACHER, export, run_folders
+from benchmarks.evidence_time import Axes, Cost, compose, measure
+from vitkd.cli.console import start_logging
+from vitkd.errors import ConfigError, RunError
+from vitkd.models import digest
+from vitkd.optim import Constant
+from vitkd.runs.checkpoints import load_any
 
-STACKED = ("-m", "hydra/launcher=stacked")
-CELLS = "experiment=report/student_alone,report/encoder_mse,report/block_mse,report/block_kl"
-GRID = ("granularity=head,block,encoder", "loss=mse,kl", "alpha=0.00015,0.015,0.5")
-PROTOCOL_DATASET = "cifar100_report_protocol"
+CELL = "experiment=report/block_kl"  # all cells are alike in their other settings
+GRID = "granularity=head,block,encoder loss=mse,kl alpha=0.00015,0.015,0.5,1"
+PROTOCOL_DATASET = "dataset=cifar100_report_protocol"
 QUICK = ("dataset=digits", "trainer.limit_train_batches=3", "student=small")
+# A row of metrics.csv an epoch, and the gradients' norms now and then: the files are to be kept.
+HABITS = ("log_every_n_steps=1000", "pictures_every_n_epochs=0", "checkpoint_minutes=3")
+FIT = 0
+DONE = "done.txt"
+"""Of the commands that have ended well: to find that out from `vitkd.train` takes seconds of imports."""
 UNFINISHED = 75  # sysexits.h: EX_TEMPFAIL, try again
 TERMINATED = 128 + signal.SIGTERM
-# A row of metrics.csv an epoch, and the gradients' norms now and then: the files are to be kept.
-LOG_EVERY = 1000
+RESERVE = 20.0
+"""Seconds before the end at which a stage is stopped, for it to save and the export to be written."""
 
 
 @dataclass(frozen=True)
@@ -58,197 +62,189 @@ class Stage:
     """One command line of `vitkd.train`."""
 
     name: str
-    overrides: tuple[str, ...]
-
-    def is_done(self, outputs: Path) -> bool:
-        """Whether just this command has ended well."""
-        mark = self._mark(outputs)
-        return mark.exists() and mark.read_text("utf-8") == self._text
-
-    def mark_done(self, outputs: Path) -> None:
-        """Remember that it has: to find out from `vitkd.train` takes seconds of imports."""
-        self._mark(outputs).write_text(self._text, "utf-8")
+    settings: tuple[str, ...]
+    axes: Axes
+    epochs: int | None
+    """None for all, FIT for as many as fit"""
 
     @property
-    def _text(self) -> str:
-        return "\n".join(self.overrides) + "\n"
-
-    def _mark(self, outputs: Path) -> Path:
-        return outputs / self.name / "done.txt"
-
-
-class Deadline:
-    """When to stop, and how long before that a stage is asked to stop, so that it can save.
-
-    Args:
-        minutes: from now on; None for never.
-    """
-
-    def __init__(self, minutes: float | None) -> None:
-        seconds = math.inf if minutes is None else minutes * 60
-        self._end = time.monotonic() + seconds
-        self.reserve = min(60.0, seconds / 4)
-
-    @property
-    def left(self) -> float:
-        """Seconds until a stage has to be asked to stop."""
-        return self._end - self.reserve - time.monotonic()
+    def overrides(self) -> tuple[str, ...]:
+        length = (f"trainer.max_epochs={self.epochs}",) if self.epochs else ()
+        swept = (f"{name}={','.join(values)}" for name, values in self.axes.items())
+        return ("-m", "hydra/launcher=stacked", *self.settings, *length, *swept)
 
 
-class Stopped(SystemExit):
-    """The driver itself was asked to end."""
+def stages(options: Namespace) -> Iterator[Stage]:
+    """The stages in order; one that needs a teacher which is not there yet is left out."""
+    habits = (*HABITS, f"paths.data={options.data}", *(QUICK if options.quick else ()), *options.overrides)
+    for prefix, own in {"": ()}.items() if options.quick else {"": (), PROTOCOL: (PROTOCOL_DATASET,)}.items():
+        name = f"{prefix}{TEACHER}"
+        if prefix or not options.teacher:
+            settings = ("experiment=report/teacher", *own, f"paths.outputs={options.outputs / name}", *habits)
+            yield Stage(name, settings, {"seed": numbers(options.teachers)}, options.teacher_epochs)
+        for seed, teacher in teachers_of(options, name).items():
+            name = f"{prefix}students-{seed}"
+            places = (f"teacher.checkpoint={teacher}", f"paths.outputs={options.outputs / name}")
+            yield Stage(name, (CELL, *own, *places, *habits), options.axes, options.epochs)
 
 
-def stages(options: argparse.Namespace, teachers: dict[str, Path]) -> list[Stage]:
-    """The stages in order; one that needs a teacher which is not there yet is left out.
-
-    Args:
-        options: the command line's.
-        teachers: stage → the run folder of its first teacher, of those that are done.
-    """
-    found = teaching_and_cells(options, "", teachers)
-    if has_protocol() and not options.quick:
-        found += teaching_and_cells(options, f"{PROTOCOL}-", teachers, f"dataset={PROTOCOL_DATASET}")
-    if teacher := teachers.get(TEACHER):
-        grid = ("experiment=report/block_kl", *options.grid, f"teacher.checkpoint={teacher}")
-        found.append(Stage("grid", command_of(options, "grid", options.grid_seeds, *grid)))
-    return found
+def teachers_of(options: Namespace, stage: str) -> dict[int, Path]:
+    """Seed → the run folder of a stage's teacher, as far as they are done; or the file that was given."""
+    if options.teacher and stage == TEACHER:
+        return {0: options.teacher}
+    done = (run for run in run_folders(options.outputs / stage) if run.state == "done")
+    return dict(sorted((run.read_config()["seed"], run.path) for run in done))
 
 
-def teaching_and_cells(
-    options: argparse.Namespace, prefix: str, teachers: dict[str, Path], *own: str
-) -> list[Stage]:
-    """A stage of teachers, and one of the report's cells, which learn from the first of them."""
-    name, seeds = f"{prefix}{TEACHER}", options.seeds
-    found = [Stage(name, command_of(options, name, seeds, "experiment=report/teacher", *own))]
-    if teacher := teachers.get(name):
-        learn, name = f"teacher.checkpoint={teacher}", f"{prefix}cells"
-        found.append(Stage(name, command_of(options, name, seeds, CELLS, learn, *own)))
-    return found
-
-
-def command_of(options: argparse.Namespace, stage: str, seeds: int, *own: str) -> tuple[str, ...]:
-    """The overrides of a stage."""
-    seed = f"seed={','.join(map(str, range(seeds)))}"
-    habits = (f"log_every_n_steps={LOG_EVERY}", "pictures_every_n_epochs=0", "checkpoint_minutes=3")
-    places = (f"paths.data={options.data}", f"paths.outputs={options.outputs / stage}")
-    length = f"trainer.max_epochs={options.epochs}"
-    quick = QUICK if options.quick else ()
-    return (*STACKED, *own, seed, *places, *habits, length, *quick, *options.overrides)
-
-
-def has_protocol() -> bool:
-    """Whether there is a data set that validates with the test images."""
-    return (ROOT / "conf" / "dataset" / f"{PROTOCOL_DATASET}.yaml").is_file()
-
-
-def first_teachers(outputs: Path) -> dict[str, Path]:
-    """Stage → the run folder of the teacher of seed 0, where it is done."""
-    return {
-        stage: path
-        for stage in (TEACHER, f"{PROTOCOL}-{TEACHER}")
-        for path in run_folders(outputs / stage)
-        if state_of(path) == "done" and read_config(path)["seed"] == 0
-    }
-
-
-def run_stages(options: argparse.Namespace, deadline: Deadline) -> int:
+def run_stages(options: Namespace) -> int:
     """Run what is not done yet until all is, one fails or the time is up; returns the exit code."""
     failed = set[str]()
-    while stage := next_stage(options, failed):
+    while waiting := next_stage(options, failed):
         # So short a rest would go into starting and saving alone.
-        if deadline.left < deadline.reserve:
-            return UNFINISHED
-        code = run_stage(stage, deadline)
+        admitted = admit(options, waiting) if left(options) > RESERVE else None
+        code = run_stage(options, admitted) if admitted else None
         if code is None:
             return UNFINISHED
         if code:
-            failed.add(stage.name)
+            failed.add(waiting.name)
         else:
-            stage.mark_done(options.outputs)
+            with (options.outputs / DONE).open("a", encoding="utf-8") as file:
+                file.write(f"{waiting.overrides}\n")
+            export(options.outputs, options.export)
     return 1 if failed else 0
 
 
-def next_stage(options: argparse.Namespace, failed: set[str]) -> Stage | None:
+def next_stage(options: Namespace, failed: set[str]) -> Stage | None:
     """The first stage that is neither done nor among those that failed."""
-    known = stages(options, first_teachers(options.outputs))
-    waiting = (s for s in known if s.name not in failed and not s.is_done(options.outputs))
+    path = options.outputs / DONE
+    done = path.read_text("utf-8").splitlines() if path.exists() else []
+    waiting = (s for s in stages(options) if s.name not in failed and str(s.overrides) not in done)
     return next(waiting, None)
 
 
-def run_stage(stage: Stage, deadline: Deadline) -> int | None:
-    """Run a stage's command; its exit code, or None if it was asked to stop before it had ended."""
+def left(options: Namespace) -> float:
+    """Seconds until a stage has to be asked to stop."""
+    return float(options.end - RESERVE - time.monotonic())
+
+
+def admit(options: Namespace, stage: Stage) -> Stage | None:
+    """The stage with the epochs that it is to have; None, and a line, if it cannot finish in time."""
+    config = compose([*stage.settings, *(f"{name}={values[0]}" for name, values in stage.axes.items())])
+    whole: int = config.dataset.max_epochs
+    if stage.epochs is not None and stage.epochs < whole and not isinstance(config.schedule, Constant):
+        name = type(config.schedule).__name__
+        raise ConfigError(f"--epochs: by {name} they are no part of {whole} epochs; set schedule=constant")
+    if options.in_parts or math.isinf(options.end):
+        return replace(stage, epochs=stage.epochs or whole)
+    return fitted(options, stage, measure(stage.settings, stage.axes), whole)
+
+
+def fitted(options: Namespace, stage: Stage, cost: Cost, whole: int) -> Stage | None:
+    """The stage if it finishes in time; a line says what was measured and what fits."""
+    seconds = left(options)
+    room = cost.epochs_in(seconds)
+    epochs = min(max(room, 1), whole) if stage.epochs == FIT else stage.epochs or whole
+    needed = (cost.fixed + epochs * cost.epoch) / 60
+    line = f"{stage.name}: {cost}, {needed:.1f} min for {epochs} of {whole}; {seconds / 60:.1f} min left"
+    say(options, line if epochs <= room else f"{line}, room for {room}: not begun")
+    return replace(stage, epochs=epochs) if epochs <= room else None
+
+
+def run_stage(options: Namespace, stage: Stage) -> int | None:
+    """Run a stage's command; its exit code, or None if it was stopped before it had ended."""
     command = train_command(*stage.overrides)
-    print(f"\n{stage.name}: {' '.join(command[1:])}", flush=True)
-    with subprocess.Popen(command, cwd=Path.cwd(), env=environment()) as process:
+    say(options, f"{stage.name}: python {shlex.join(command[1:])}")
+    start, code = time.monotonic(), None
+    with subprocess.Popen(command, env=environment()) as process:
         try:
-            return process.wait(None if math.isinf(deadline.left) else max(deadline.left, 0))
+            code = process.wait(None if math.isinf(options.end) else max(left(options), 0))
         except subprocess.TimeoutExpired:
-            print(f"{stage.name}: out of time; saving", flush=True)
-            stop(process, deadline.reserve)
-            return None
+            stop(process)
         except BaseException:
-            stop(process, deadline.reserve)
+            stop(process)
             raise
+    outcome = "out of time" if code is None else f"ended with {code}"
+    say(options, f"{stage.name}: {outcome} after {time.monotonic() - start:.0f} s")
+    return code
 
 
-def stop(process: "subprocess.Popen[bytes]", patience: float) -> None:
+def stop(process: "subprocess.Popen[bytes]") -> None:
     """Let a stage save and end; what does not end is killed, and resumes from an earlier save."""
     process.terminate()
     try:
-        process.wait(patience if math.isfinite(patience) else None)
+        process.wait(RESERVE / 2)
     except subprocess.TimeoutExpired:
         process.kill()
 
 
-def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def say(options: Namespace, line: str) -> None:
+    """Print a line, and keep it for the export."""
+    print(line, flush=True)
+    options.outputs.mkdir(parents=True, exist_ok=True)
+    with (options.outputs / LOG).open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+
+
+def read_arguments(argv: Sequence[str] | None) -> Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    data = Path(os.environ.get("VITKD_DATA", "data"))
-    parser.add_argument("--data", type=Path, default=data, metavar="DIR", help=f"holds the images ({data})")
-    parser.add_argument("--minutes", type=float, help="stop in time; the same command resumes")
-    parser.add_argument("--seeds", type=int, default=5, help="of teacher and cells (5)")
-    parser.add_argument("--grid-seeds", type=int, default=3, help="of the grid (3)")
-    parser.add_argument("--grid", default=" ".join(GRID), help="its axes, in quotes")
-    parser.add_argument("--epochs", type=int, help="100; with --quick 2")
-    parser.add_argument("--outputs", type=Path, metavar="DIR", help="run folders (outputs/evidence)")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="figures and table (benchmarks/evidence)")
+    epochs = {"type": lambda text: FIT if text == "fit" else int(text), "metavar": "N"}
+    data, directory = Path(os.environ.get("VITKD_DATA", "data")), {"type": Path, "metavar": "DIR"}
+    parser.add_argument("--data", **directory, default=data, help=f"holds the images ({data})")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no stage that takes longer")
+    parser.add_argument("--in-parts", action="store_true", help="begin it, stop in time, resume next time")
+    parser.add_argument("--teachers", type=int, default=1, help="seeds of teachers (1)")
+    parser.add_argument("--teacher", type=Path, metavar="FILE", help="a run folder or .safetensors instead")
+    parser.add_argument("--seeds", type=int, default=3, help="of the students of each teacher (3)")
+    parser.add_argument("--grid", default=GRID, help="what the students are swept over, in quotes")
+    parser.add_argument("--epochs", **epochs, help="of the students, or fit (all)")
+    parser.add_argument("--teacher-epochs", **epochs, help="of the teachers, or fit (all)")
+    parser.add_argument("--outputs", **directory, help="run folders (outputs/evidence)")
+    parser.add_argument("--export", **directory, help="what is worth keeping (OUTPUTS/export)")
+    parser.add_argument("--note", default="", help="kept too, such as the commit where there is no .git")
     parser.add_argument("--quick", action="store_true", help="in miniature, on digits: does it work?")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every stage")
     options = parser.parse_intermixed_args(argv)
-    outputs = Path("outputs", "evidence-quick" if options.quick else "evidence")
-    options.epochs = options.epochs or (2 if options.quick else 100)
-    options.outputs = (options.outputs or outputs).resolve()
-    options.results = options.results or (
-        outputs / "results" if options.quick else ROOT / "benchmarks" / "evidence"
-    )
-    options.data, options.grid = options.data.resolve(), tuple(options.grid.split())
-    if options.quick:
-        options.seeds, options.grid_seeds = min(options.seeds, 2), min(options.grid_seeds, 2)
+    if options.teacher and options.teachers > 1:
+        parser.error("--teacher is one teacher: leave --teachers out")
+    options.end = time.monotonic() + options.minutes * 60
+    outputs = options.outputs or Path("outputs", "evidence-quick" if options.quick else "evidence")
+    options.outputs, options.data = outputs.resolve(), options.data.resolve()
+    options.export = options.export or options.outputs / "export"
+    options.teacher = options.teacher and options.teacher.resolve()
+    axes = dict(axis.split("=", 1) for axis in options.grid.split())
+    options.axes = {name: tuple(values.split(",")) for name, values in axes.items()}
+    options.axes["seed"] = numbers(options.seeds)
     return options
 
 
+def numbers(count: int) -> tuple[str, ...]:
+    """`0`, `1`, …"""
+    return tuple(map(str, range(count)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages, then say where the table is; returns the exit code."""
+    """Run the stages, then print the table; returns the exit code."""
     options = read_arguments(argv)
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Stopped(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, end)
+    start_logging()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        code = run_stages(options, Deadline(options.minutes))
+        asked = shlex.join(sys.argv[1:] if argv is None else argv)
+        say(options, f"{time.strftime('%Y-%m-%d %H:%M')} python -m benchmarks.evidence {asked}")
+        if options.teacher:
+            say(options, f"teacher: weights {digest(load_any(options.teacher))}, of {options.teacher}")
+        code = run_stages(options)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, ConfigError) else 1
     finally:
         signal.signal(signal.SIGTERM, before)
-        table = collect(options.outputs, options.results)
-    if table:
-        print(f"\n{table.read_text('utf-8')}\n{table}")
-    if code == UNFINISHED:
-        print("unfinished: the same command resumes")
+        table = export(options.outputs, options.export)
+    print(f"{table}\n{options.export}{': the same command does the rest' if code == UNFINISHED else ''}")
     return code
 
 

@@ -1,29 +1,25 @@
-"""The figures of the evidence: run folders → results → a table by arm, with intervals.
+"""What the evidence leaves: a folder of at most 8 files of 16 MiB.
 
-Its columns are test accuracies in percent over seeds:
+table.md               accuracies by arm, with intervals by Student's t
+runs.tar.gz            settings, metrics, curves, state, log of each run; unpacked, `vitkd.report` reads it
+evidence.log           the commands, what was measured before each stage, how long each took
+teacher-S.safetensors  the teachers' weights, as many as there is room for
 
-last epoch           no choice at all
-best on validation   the epoch that was best on the held-out tenth of the training images
-report's protocol    the best epoch on the *test* images, trained on all others. It flatters, and stands here
-                     only because the report's figures read that way.
-
-A gain is the mean over seeds of what an arm has over the student alone with the same seed, with a 95 %
-interval by Student's t. All students have one teacher, so the interval is over students of this teacher.
+python -m benchmarks.evidence_table DIR makes the table again from runs.tar.gz alone.
 """
 
-import csv
+import io
 import json
-import math
-import re
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-from scipy import stats
+from vitkd.report.formatting import mean_interval, mean_std
+from vitkd.report.statistics import paired_gain, summarise
+from vitkd.runs.files import parse_yaml, write_atomically
+from vitkd.runs.folder import RunFolder
 
 REPORTED = {
     "teacher": 46.18,
@@ -33,17 +29,38 @@ REPORTED = {
     "block kl 0.5": 43.33,
 }
 """the report's accuracies in percent, one run each"""
-ALONE, TEACHER = "student alone", "teacher"
-PROTOCOL = "protocol"
+ALONE, TEACHER, PROTOCOL = "student alone", "teacher", "protocol-"
+RUNS, LOG, TABLE = "runs.tar.gz", "evidence.log", "table.md"
+KEPT = ("config.yaml", "metrics.json", "metrics.csv", "status.json", "inputs.json", "command.json", "run.log")
+MOST_FILES, MOST_BYTES = 8, 16 * 2**20
+HEADS = (
+    "",
+    "seeds",
+    "epochs",
+    "report",
+    "last epoch",
+    "gain",
+    "best on validation",
+    "gain",
+    "protocol",
+    "gain",
+)
+LEGEND = """\
+Test accuracy in percent, mean ± standard deviation over seeds; gains over the student alone, paired by seed,
+with their 95 % interval, over students of one teacher. `report` is its figure of one run of 100 epochs.
+`protocol` is how the report reads: the best epoch on the *test* images, trained on all others. It flatters;
+it is there for that figure only. An arm's number is alpha, the weight of the class loss. Rows of fewer epochs
+than all are what the whole training, whose learning rate is constant, has come to by then."""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What one run found, accuracies in percent."""
 
     stage: str
     arm: str
     seed: int
+    epochs: str
+    """`100`, or `19 of 100`"""
     last: float
     best: float
     """of the epoch that was best on whatever it validated with"""
@@ -53,229 +70,118 @@ class Result:
     dataset: str
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds."""
-
-    mean: float
-    std: float | None
-    low: float | None
-    high: float | None
-    """of the mean's 95 % interval; None for a single seed"""
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        mean = statistics.fmean(values)
-        if len(values) < 2:
-            return cls(mean, None, None, None)
-        std = statistics.stdev(values)
-        half = float(stats.t.ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
-        return cls(mean, std, mean - half, mean + half)
-
-
-def run_folders(place: Path) -> list[Path]:
-    """The run folders below a stage's outputs."""
-    return sorted(path.parent for path in place.glob("**/metrics.json"))
-
-
-def state_of(folder: Path) -> str:
-    """As a run's status.json says."""
-    try:
-        return str(json.loads((folder / "status.json").read_text("utf-8"))["state"])
-    except (OSError, ValueError, KeyError):
-        return "unknown"
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A run's configuration."""
-    text = (folder / "config.yaml").read_text("utf-8")
-    content: dict[str, Any] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return content
-
-
-def results_of(outputs: Path) -> dict[Path, Result]:
-    """Run folder → what it found, of all runs that are done."""
-    return {
-        path: read_result(stage.name, path)
-        for stage in sorted(place for place in outputs.glob("*") if place.is_dir())
-        for path in run_folders(stage)
-        if state_of(path) == "done"
-    }
-
-
-def read_result(stage: str, folder: Path) -> Result:
-    """One run's figures."""
-    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-    config = read_config(folder)
+def result_of(stage: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> Result:
+    """From a run's config.yaml and metrics.json."""
+    epochs, whole = config["trainer"]["max_epochs"], config["dataset"]["max_epochs"]
+    accuracies = [metrics[name] for name in ("test/acc_last", "test/acc_best", "val/acc_best")]
     return Result(
         stage,
         TEACHER if stage.endswith(TEACHER) else arm_of(config),
         config["seed"],
-        100 * metrics["test/acc_last"],
-        100 * metrics["test/acc_best"],
-        None if metrics["val/acc_best"] is None else 100 * metrics["val/acc_best"],
+        f"{epochs} of {whole}" if epochs < whole else str(epochs),
+        *(None if accuracy is None else 100 * accuracy for accuracy in accuracies),
         metrics["hardware/device"],
         config["dataset"]["name"],
     )
 
 
-def arm_of(config: dict[str, Any]) -> str:
+def arm_of(config: Mapping[str, Any]) -> str:
     """What a student learned from: `block kl 0.5`."""
     if config["method"]["_target_"].endswith("NoDistillation") or config["alpha"] == 1:
         return ALONE
-    granularity, loss = (
-        config[key]["_target_"].rpartition(".")[2].lower() for key in ("granularity", "loss")
-    )
-    return f"{granularity} {loss} {config['alpha']:g}"
+    names = (config[key]["_target_"].rpartition(".")[2].lower() for key in ("granularity", "loss"))
+    return f"{' '.join(names)} {config['alpha']:g}"
 
 
-@dataclass(frozen=True)
-class Line:
-    """An arm's line of the table."""
-
-    stage: str
-    arm: str
-    seeds: list[int]
-    reported: float | None
-    last: Estimate
-    best: Estimate
-    protocol: Estimate | None
-    """the best epoch on the test images"""
-    gain_last: Estimate | None
-    gain_best: Estimate | None
-    gain_protocol: Estimate | None
+def markdown(results: Sequence[Result]) -> str:
+    """The table: a row an arm, stage by stage, the report's own arms first."""
+    order = {arm: number for number, arm in enumerate(REPORTED)}
+    arms = {(r.stage, r.arm) for r in results if not r.stage.startswith(PROTOCOL)}
+    ranked = sorted((stage != TEACHER, stage, order.get(arm, len(order)), arm) for stage, arm in arms)
+    several = len({stage for stage, _ in arms} - {TEACHER}) > 1
+    rows = [HEADS, ["---", *["---:"] * (len(HEADS) - 1)]]
+    for is_student, stage, _, arm in ranked:
+        name = f"{arm} ({stage})" if several and is_student else arm
+        rows.append([name, *cells_of(results, stage, arm)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"# Evidence: {' and '.join(sorted({r.device for r in results}))}\n\n{table}\n\n{LEGEND}\n"
 
 
-class Table:
-    """All arms, stage by stage."""
-
-    def __init__(self, results: Iterable[Result]) -> None:
-        self.results = sorted(results, key=lambda r: (r.stage, r.arm, r.seed))
-
-    @cached_property
-    def lines(self) -> list[Line]:
-        """One an arm; the report's own come first."""
-        order = [*REPORTED]
-        arms = {(r.stage, r.arm) for r in self.results if not r.stage.startswith(PROTOCOL)}
-        ranked = sorted(
-            (stage == "grid", order.index(arm) if stage != "grid" else 0, stage, arm) for stage, arm in arms
-        )
-        return [self._line(stage, arm) for _, _, stage, arm in ranked]
-
-    def _line(self, stage: str, arm: str) -> Line:
-        own = self._of(stage, arm)
-        alone = {} if arm in (ALONE, TEACHER) else self._of("cells", ALONE)
-        protocol_stage = f"{PROTOCOL}-{stage}"
-        chosen = self._chosen(protocol_stage, arm)
-        chosen_alone = {} if arm in (ALONE, TEACHER) else self._chosen(protocol_stage, ALONE)
-        return Line(
-            stage,
-            arm,
-            sorted(own),
-            REPORTED.get(arm) if all(r.dataset == "cifar100" for r in own.values()) else None,
-            Estimate.of([result.last for result in own.values()]),
-            Estimate.of([result.best for result in own.values()]),
-            Estimate.of([*chosen.values()]) if chosen else None,
-            gain({s: r.last for s, r in own.items()}, {s: r.last for s, r in alone.items()}),
-            gain({s: r.best for s, r in own.items()}, {s: r.best for s, r in alone.items()}),
-            gain(chosen, chosen_alone),
-        )
-
-    def _of(self, stage: str, arm: str) -> dict[int, Result]:
-        """Seed → result; of several alike (alpha = 1 in a grid) one."""
-        return {r.seed: r for r in self.results if (r.stage, r.arm) == (stage, arm)}
-
-    def _chosen(self, stage: str, arm: str) -> dict[int, float]:
-        return {s: r.chosen for s, r in self._of(stage, arm).items() if r.chosen is not None}
-
-    def markdown(self, title: str) -> str:
-        """What a person reads."""
-        heads = [
-            "",
-            "seeds",
-            "report",
-            "last epoch",
-            "gain",
-            "best on validation",
-            "gain",
-            "report's protocol",
-            "gain",
-        ]
-        rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-        rows += [
-            [
-                f"{line.arm} (grid)" if line.stage == "grid" else line.arm,
-                str(len(line.seeds)),
-                "" if line.reported is None else f"{line.reported:.2f}",
-                *(spread(line.last), interval(line.gain_last)),
-                *(spread(line.best), interval(line.gain_best)),
-                *(spread(line.protocol), interval(line.gain_protocol)),
-            ]
-            for line in self.lines
-        ]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-        return f"# {title}\n\n{table}\n\n{LEGEND}\n"
+def cells_of(results: Sequence[Result], stage: str, arm: str) -> list[str]:
+    """An arm's row below `HEADS`, without its name."""
+    own = [r for r in results if (r.stage, r.arm) == (stage, arm)]
+    columns = columns_of(results, stage, arm)
+    alone = [{}] * len(columns) if arm in (ALONE, TEACHER) else columns_of(results, stage, ALONE)
+    reported = REPORTED.get(arm) if all(r.dataset == "cifar100" for r in own) else None
+    cells = [str(len(columns[0])), " and ".join(dict.fromkeys(r.epochs for r in own)), f"{reported or ''}"]
+    for column, baseline in zip(columns, alone, strict=True):
+        cells.append(mean_std(summarise([*column.values()])))
+        cells.append(mean_interval(paired_gain(column, baseline).difference))
+    return cells
 
 
-LEGEND = """\
-Test accuracy in percent, mean ± standard deviation over seeds; gains over the student alone, paired by seed,
-with their 95 % interval. `report` is the report's figure of one run. `report's protocol` is the best epoch on
-the test images, trained without held-out images; empty where that was not run. An arm's number is alpha, the
-weight of the class loss."""
+def columns_of(results: Sequence[Result], stage: str, arm: str) -> list[dict[int, float]]:
+    """Seed → accuracy of the last epoch, the best and by the protocol; of runs alike (alpha=1) one counts."""
+    own = [r for r in results if (r.stage, r.arm) == (stage, arm)]
+    protocol = [r for r in results if (r.stage, r.arm) == (f"{PROTOCOL}{stage}", arm)]
+    chosen = {r.seed: r.chosen for r in protocol if r.chosen is not None}
+    return [{r.seed: r.last for r in own}, {r.seed: r.best for r in own}, chosen]
 
 
-def gain(own: dict[int, float], alone: dict[int, float]) -> Estimate | None:
-    """What `own` has over `alone`, by the seeds that both have; None if there are none."""
-    shared = sorted(own.keys() & alone.keys())
-    return Estimate.of([own[seed] - alone[seed] for seed in shared]) if shared else None
+def run_folders(place: Path) -> list[RunFolder]:
+    """The runs below a folder."""
+    return [RunFolder(path.parent) for path in sorted(place.glob("**/config.yaml"))]
 
 
-def spread(estimate: Estimate | None) -> str:
-    """`42.10 ± 0.31`"""
-    if estimate is None:
-        return ""
-    return f"{estimate.mean:.2f}" + ("" if estimate.std is None else f" ± {estimate.std:.2f}")
+def export(outputs: Path, place: Path) -> str:
+    """Write what is worth keeping of `outputs`, each file whole or not at all; returns the table, if any."""
+    runs = run_folders(outputs)
+    files = {RUNS: packed(runs, outputs), LOG: (outputs / LOG).read_bytes()}
+    for run in runs:
+        stage = run.path.relative_to(outputs).parts[0]
+        if stage.endswith(TEACHER) and run.state == "done":
+            files[f"{stage}-{run.read_config()['seed']}.safetensors"] = run.student.read_bytes()
+    place.mkdir(parents=True, exist_ok=True)
+    room = MOST_FILES - 1  # for the table
+    for name, content in files.items():
+        if room and len(content) <= MOST_BYTES:
+            write_atomically(place / name, content)
+            room -= 1
+        else:
+            print(f"{place / name}: left out, {len(content) / 2**20:.1f} MiB", file=sys.stderr)
+    return write_table(place)
 
 
-def interval(estimate: Estimate | None) -> str:
-    """`+0.52 [−0.10, +1.14]`"""
-    if estimate is None:
-        return ""
-    known = [value for value in (estimate.mean, estimate.low, estimate.high) if value is not None]
-    # Adding 0 turns a rounded −0 into 0.
-    signed = [f"{round(value, 2) + 0.0:+.2f}".replace("-", "−") for value in known]
-    return signed[0] + (f" [{signed[1]}, {signed[2]}]" if len(signed) == 3 else "")
+def packed(runs: Sequence[RunFolder], outputs: Path) -> bytes:
+    """The small files of all runs, done or not, as an archive of folders."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        for path in (run.path / name for run in runs for name in KEPT):
+            if path.exists():
+                archive.add(path, path.relative_to(outputs))
+    return content.getvalue()
 
 
-def collect(outputs: Path, place: Path) -> Path | None:
-    """Copy the figures of all finished runs below `place`, and say where their table is; None without any."""
-    results = results_of(outputs)
-    if not results:
-        return None
-    device = " and ".join(sorted({result.device for result in results.values()}))
-    home = place / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    for folder, result in results.items():
-        copy = home / "runs" / result.stage / f"{result.arm.replace(' ', '_')}-seed_{result.seed}"
-        copy.mkdir(parents=True, exist_ok=True)
-        (copy / "metrics.json").write_bytes((folder / "metrics.json").read_bytes())
-        write_rounded(folder / "metrics.csv", copy / "metrics.csv")
-    table = Table(results.values())
-    epochs = sorted({read_config(folder)["trainer"]["max_epochs"] for folder in results})
-    title = f"Evidence: {device}, {' and '.join(map(str, epochs))} epochs"
-    (home / "table.md").write_text(table.markdown(title), "utf-8")
-    content = {"title": title, "arms": [*map(asdict, table.lines)], "runs": [*map(asdict, table.results)]}
-    (home / "table.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return home / "table.md"
+def read_results(archive: Path) -> list[Result]:
+    """What those of the archive's runs found that are done."""
+    with tarfile.open(archive) as opened:
+        texts = {name: opened.extractfile(name).read().decode() for name in opened.getnames()}  # type: ignore[union-attr]
+    found = []
+    for name in (name for name in texts if name.endswith("/metrics.json")):
+        run = name.rpartition("/")[0]
+        if json.loads(texts[f"{run}/status.json"])["state"] == "done":
+            config = parse_yaml(texts[f"{run}/config.yaml"])
+            found.append(result_of(run.partition("/")[0], config, json.loads(texts[name])))
+    return found
 
 
-def write_rounded(source: Path, target: Path) -> None:
-    """Copy a CSV file of numbers in six digits."""
-    with (
-        source.open(newline="", encoding="utf-8") as read,
-        target.open("w", newline="", encoding="utf-8") as write,
-    ):
-        rows = csv.reader(read)
-        writer = csv.writer(write, lineterminator="\n")
-        writer.writerow(next(rows))
-        for step, *values in rows:
-            writer.writerow([step, *(f"{float(value):.6g}" if value else "" for value in values)])
+def write_table(place: Path) -> str:
+    """Make the table of the archive in `place`; empty if no run is done."""
+    results = read_results(place / RUNS)
+    text = markdown(results) if results else ""
+    write_atomically(place / TABLE, text)
+    return text
+
+
+if __name__ == "__main__":
+    print(write_table(Path(sys.argv[1])))

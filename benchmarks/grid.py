@@ -39,13 +39,13 @@ import torch
 
 from benchmarks import flops
 from benchmarks.command import ROOT, environment, train_command
-from benchmarks.evidence_table import read_config
 from benchmarks.harness import Row, Settings, row
 from benchmarks.harness import main as run
 from benchmarks.subject import TINY
 from vitkd.data.library_sets import FOLDERS
 from vitkd.models import ViTConfig
 from vitkd.process.isolation import set_matmul_precision
+from vitkd.runs.folder import RunFolder
 from vitkd.runs.provenance import device_name
 
 WHOLE = {
@@ -166,7 +166,7 @@ def call(overrides: Sequence[str]) -> float:
 def read_run(folder: Path) -> Run:
     """What a run folder says."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    config = read_config(folder)
+    config = RunFolder(folder).read_config()
     return Run(
         metrics["steps"] * config["dataset"]["batch_size"],
         metrics["images_per_second"],
@@ -179,7 +179,7 @@ def read_run(folder: Path) -> Run:
 def shapes(outputs: Path, teacher: Path) -> list[Mapping[str, Any]]:
     """The settings of the student's and the teacher's model."""
     student = next(outputs.glob("*/*/metrics.json")).parent
-    nodes = [read_config(folder)["student"] for folder in (student, teacher)]
+    nodes = [RunFolder(folder).read_config()["student"] for folder in (student, teacher)]
     return [{k: v for k, v in node.items() if k in ViTConfig.__dataclass_fields__} for node in nodes]
 
 

@@ -1,0 +1,106 @@
+"""What a stage of the evidence would take: some steps of its very students are trained, and timed.
+
+Images, models, objectives, Trainer and CUDA graph are the stage's; only the teacher's weights are random.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import hydra
+import lightning as L
+
+from benchmarks.gpu import Steps
+from vitkd.config.run import CONF_DIR, Config, parse
+from vitkd.process.isolation import isolated, set_matmul_precision
+from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
+from vitkd.train.build import build_module, facts_of
+from vitkd.train.callbacks import faster_steps
+from vitkd.train.cuda_graph import WARM_UP
+from vitkd.train.module import DistillModule
+from vitkd.train.plan import check_trainer
+from vitkd.train.stacked import StackedImages, StackedModule
+
+Axes = Mapping[str, tuple[str, ...]]
+"""setting → the values that it is swept over"""
+
+STARTING, A_JOB = 15.0, 0.4
+"""Seconds that a command takes besides its epochs, and for each of its jobs: an allowance."""
+MARGIN = 1.05
+"""For what an epoch takes besides its steps and validation, such as saving."""
+BEFORE, TIMED = {"cpu": 1, "cuda": WARM_UP + 3}, {"cpu": 2, "cuda": 20}
+"""Steps before those that are timed, and those."""
+
+
+class Cost(NamedTuple):
+    """What a stage takes, in seconds."""
+
+    students: int
+    step: float
+    epoch: float
+    """its steps and validation"""
+    fixed: float
+    """before the first epoch and after the last"""
+
+    def epochs_in(self, seconds: float) -> int:
+        """How many whole epochs fit."""
+        return max(math.floor((seconds - self.fixed) / self.epoch), 0)
+
+    def __str__(self) -> str:
+        return f"S = {self.students}, {self.step * 1e3:.4g} ms a step (measured), {self.epoch:.3g} s an epoch"
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The configuration of one job."""
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return parse(hydra.compose("train", [*overrides]))
+
+
+def learners(settings: Sequence[str], axes: Axes) -> list[Config]:
+    """The students that a multirun trains, in a stack's order; its alpha=1 jobs of one seed are one."""
+    others = {name: values for name, values in axes.items() if name not in ("alpha", "seed")}
+    found: dict[Any, Config] = {}
+    for values in product(*others.values()):
+        cell = compose([*settings, *map("=".join, zip(others, values, strict=True))])
+        for alpha, seed in product(axes.get("alpha", (cell.alpha,)), axes["seed"]):
+            job = replace(cell, alpha=float(alpha), seed=int(seed))
+            found.setdefault(("alone", seed) if job.alpha == 1 else (values, alpha, seed), job)
+    return sorted(found.values(), key=lambda job: job.alpha == 1)
+
+
+@isolated()
+def measure(settings: Sequence[str], axes: Axes) -> Cost:
+    """Train some steps of a multirun's students; raises what training raises."""
+    configs = learners(settings, axes)
+    first, device = configs[0], check_trainer(configs[0].trainer).device.type
+    set_matmul_precision(first.matmul_precision)
+    seeds = [*dict.fromkeys(seed_of(c.seed, ORDER, c.student) for c in configs)]
+    with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
+        batches, held_out = len(data.loader("train", "cpu", rank=0, world_size=1)), data.counts["val"]
+        timer = Steps(timed=max(min(TIMED[device], batches - BEFORE[device]), 1))
+        quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        own = {"max_epochs": 1, "limit_train_batches": BEFORE[device] + timer.timed, "limit_val_batches": 0}
+        own |= dict.fromkeys(quiet, False) | {"log_every_n_steps": 10**6, "use_distributed_sampler": False}
+        trainer = L.Trainer(**{**first.trainer, **own}, callbacks=[*faster_steps(first, data), timer])
+        trainer.fit(module_of(configs, data), data)
+    limit = first.trainer.get("limit_train_batches") or 1.0
+    batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    # Validation is a forward pass, a third of the arithmetic.
+    steps = batches + held_out / first.dataset.batch_size / 3
+    fixed = STARTING + A_JOB * math.prod(map(len, axes.values()))
+    return Cost(len(configs), timer.seconds, steps * timer.seconds * MARGIN, fixed)
+
+
+def module_of(configs: Sequence[Config], data: StackedImages) -> DistillModule:
+    """The students' module, as a run or a stack trains it."""
+    first, facts = configs[0], facts_of(data)
+    teacher = first.teacher.model.build().requires_grad_(False).eval() if first.method.needs_teacher else None
+    modules = [build_module(c, first_weights(c.seed, c.student), teacher, facts) for c in configs]
+    if len(modules) == 1:
+        return modules[0]
+    orders = [data.seeds.index(seed_of(c.seed, ORDER, c.student)) for c in configs]
+    dropout = [seed_of(c.seed, DROPOUT, c.student) for c in configs]
+    return StackedModule(modules, orders, dropout, check_trainer(first.trainer).device)
