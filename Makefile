@@ -50,7 +50,7 @@ tensorboard: $(STAMP) ## watch the runs in outputs/
 bench: $(STAMP) ## one benchmark: make bench NAME=step ARGS=--quick
 	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
-evidence: $(STAMP) ## the report's experiment with several seeds on CIFAR-100, for a GPU: make evidence ARGS="--minutes 9"
+evidence: $(STAMP) ## the report's experiment with several seeds on CIFAR-100, for a GPU: make evidence ARGS="--minutes 9 --epochs fit"
 	$(BIN)/python -m benchmarks.evidence $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format

@@ -1,6 +1,5 @@
 """The report's experiment on CIFAR-100 with several seeds, in stages that fit into the time there is.
 
-python -m benchmarks.evidence --data data
 python -m benchmarks.evidence --data data --minutes 8.5 --epochs fit --export results
 
 Each stage is one command line of `vitkd.train`, printed before it runs:
@@ -30,6 +29,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,12 +76,13 @@ class Stage:
 
 def stages(options: Namespace) -> Iterator[Stage]:
     """The stages in order; one that needs a teacher which is not there yet is left out."""
+    seeds = {"seed": tuple(map(str, range(options.teachers)))}
     habits = (*HABITS, f"paths.data={options.data}", *(QUICK if options.quick else ()), *options.overrides)
     for prefix, own in {"": ()}.items() if options.quick else {"": (), PROTOCOL: (PROTOCOL_DATASET,)}.items():
         name = f"{prefix}{TEACHER}"
         if prefix or not options.teacher:
             settings = ("experiment=report/teacher", *own, f"paths.outputs={options.outputs / name}", *habits)
-            yield Stage(name, settings, {"seed": numbers(options.teachers)}, options.teacher_epochs)
+            yield Stage(name, settings, seeds, options.teacher_epochs)
         for seed, teacher in teachers_of(options, name).items():
             name = f"{prefix}students-{seed}"
             places = (f"teacher.checkpoint={teacher}", f"paths.outputs={options.outputs / name}")
@@ -155,24 +156,23 @@ def run_stage(options: Namespace, stage: Stage) -> int | None:
     command = train_command(*stage.overrides)
     say(options, f"{stage.name}: python {shlex.join(command[1:])}")
     start, code = time.monotonic(), None
+    is_endless = math.isinf(options.end)
     with subprocess.Popen(command, env=environment()) as process:
         try:
-            code = process.wait(None if math.isinf(options.end) else max(left(options), 0))
-        except subprocess.TimeoutExpired:
-            stop(process)
-        except BaseException:
-            stop(process)
-            raise
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(None if is_endless else max(left(options), 0))
+        finally:
+            stop(process, None if is_endless else RESERVE / 2)
     outcome = "out of time" if code is None else f"ended with {code}"
     say(options, f"{stage.name}: {outcome} after {time.monotonic() - start:.0f} s")
     return code
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
-    """Let a stage save and end; what does not end is killed, and resumes from an earlier save."""
+def stop(process: "subprocess.Popen[bytes]", patience: float | None) -> None:
+    """Let a stage that has not ended save and end, or kill it: it resumes from an earlier save."""
     process.terminate()
     try:
-        process.wait(RESERVE / 2)
+        process.wait(patience)
     except subprocess.TimeoutExpired:
         process.kill()
 
@@ -218,13 +218,8 @@ def read_arguments(argv: Sequence[str] | None) -> Namespace:
     options.teacher = options.teacher and options.teacher.resolve()
     axes = dict(axis.split("=", 1) for axis in options.grid.split())
     options.axes = {name: tuple(values.split(",")) for name, values in axes.items()}
-    options.axes["seed"] = numbers(options.seeds)
+    options.axes["seed"] = tuple(map(str, range(options.seeds)))
     return options
-
-
-def numbers(count: int) -> tuple[str, ...]:
-    """`0`, `1`, …"""
-    return tuple(map(str, range(count)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,9 +28,9 @@ Axes = Mapping[str, tuple[str, ...]]
 """setting → the values that it is swept over"""
 
 STARTING, A_JOB = 15.0, 0.4
-"""Seconds that a command takes besides its epochs, and for each of its jobs: an allowance."""
-MARGIN = 1.05
-"""For what an epoch takes besides its steps and validation, such as saving."""
+"""Seconds that a command takes besides epochs and tests, and for each of its jobs: an allowance."""
+MARGIN = 1.1
+"""For what an epoch takes besides its steps and validation, such as saving, and for what is not foreseen."""
 BEFORE, TIMED = {"cpu": 1, "cuda": WARM_UP + 3}, {"cpu": 2, "cuda": 20}
 """Steps before those that are timed, and those."""
 
@@ -79,7 +79,7 @@ def measure(settings: Sequence[str], axes: Axes) -> Cost:
     set_matmul_precision(first.matmul_precision)
     seeds = [*dict.fromkeys(seed_of(c.seed, ORDER, c.student) for c in configs)]
     with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
-        batches, held_out = len(data.loader("train", "cpu", rank=0, world_size=1)), data.counts["val"]
+        batches = len(data.loader("train", "cpu", rank=0, world_size=1))
         timer = Steps(timed=max(min(TIMED[device], batches - BEFORE[device]), 1))
         quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         own = {"max_epochs": 1, "limit_train_batches": BEFORE[device] + timer.timed, "limit_val_batches": 0}
@@ -88,10 +88,10 @@ def measure(settings: Sequence[str], axes: Axes) -> Cost:
         trainer.fit(module_of(configs, data), data)
     limit = first.trainer.get("limit_train_batches") or 1.0
     batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-    # Validation is a forward pass, a third of the arithmetic.
-    steps = batches + held_out / first.dataset.batch_size / 3
-    fixed = STARTING + A_JOB * math.prod(map(len, axes.values()))
-    return Cost(len(configs), timer.seconds, steps * timer.seconds * MARGIN, fixed)
+    # A forward pass is a third of a step's arithmetic; the last and the best weights are tested.
+    val, test = (data.counts[split] / first.dataset.batch_size / 3 for split in ("val", "test"))
+    fixed = STARTING + A_JOB * math.prod(map(len, axes.values())) + 2 * test * timer.seconds
+    return Cost(len(configs), timer.seconds, (batches + val) * timer.seconds * MARGIN, fixed)
 
 
 def module_of(configs: Sequence[Config], data: StackedImages) -> DistillModule:
