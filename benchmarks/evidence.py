@@ -142,11 +142,11 @@ def admit(options: Namespace, stage: Stage) -> Stage | None:
 
 def fitted(options: Namespace, stage: Stage, cost: Cost, whole: int) -> Stage | None:
     """The stage if it finishes in time; a line says what was measured and what fits."""
-    seconds = left(options)
+    seconds = max(left(options), 0)
     room = cost.epochs_in(seconds)
     epochs = min(max(room, 1), whole) if stage.epochs == FIT else stage.epochs or whole
     needed = (cost.fixed + epochs * cost.epoch) / 60
-    line = f"{stage.name}: {cost}, {needed:.1f} min for {epochs} of {whole}; {seconds / 60:.1f} min left"
+    line = f"{stage.name}: {cost}, {needed:,.1f} min for {epochs} of {whole}; {seconds / 60:.1f} min left"
     say(options, line if epochs <= room else f"{line}, room for {room}: not begun")
     return replace(stage, epochs=epochs) if epochs <= room else None
 

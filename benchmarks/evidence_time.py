@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import hydra
@@ -23,6 +23,7 @@ from vitkd.train.cuda_graph import WARM_UP
 from vitkd.train.module import DistillModule
 from vitkd.train.plan import check_trainer
 from vitkd.train.stacked import StackedImages, StackedModule
+from vitkd.train.stacked.candidates import what_trains
 
 Axes = Mapping[str, tuple[str, ...]]
 """setting → the values that it is swept over"""
@@ -50,7 +51,9 @@ class Cost(NamedTuple):
         return max(math.floor((seconds - self.fixed) / self.epoch), 0)
 
     def __str__(self) -> str:
-        return f"S = {self.students}, {self.step * 1e3:.4g} ms a step (measured), {self.epoch:.3g} s an epoch"
+        return (
+            f"S = {self.students}, {self.step * 1e3:,.1f} ms a step (measured), {self.epoch:.1f} s an epoch"
+        )
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -59,25 +62,28 @@ def compose(overrides: Sequence[str]) -> Config:
         return parse(hydra.compose("train", [*overrides]))
 
 
-def learners(settings: Sequence[str], axes: Axes) -> list[Config]:
-    """The students that a multirun trains, in a stack's order; its alpha=1 jobs of one seed are one."""
+def jobs_of(settings: Sequence[str], axes: Axes) -> list[list[Config]]:
+    """The jobs of a multirun by the student that they train, in a stack's order: alpha=1 comes last."""
     others = {name: values for name, values in axes.items() if name not in ("alpha", "seed")}
-    found: dict[Any, Config] = {}
+    jobs = []
     for values in product(*others.values()):
         cell = compose([*settings, *map("=".join, zip(others, values, strict=True))])
         for alpha, seed in product(axes.get("alpha", (cell.alpha,)), axes["seed"]):
-            job = replace(cell, alpha=float(alpha), seed=int(seed))
-            found.setdefault(("alone", seed) if job.alpha == 1 else (values, alpha, seed), job)
-    return sorted(found.values(), key=lambda job: job.alpha == 1)
+            own: dict[str, Any] = {"alpha": float(alpha), "seed": int(seed)}
+            jobs.append(replace(cell, resolved=cell.resolved | own, **own))
+    students: dict[Any, list[Config]] = {}
+    for job in sorted(jobs, key=lambda job: job.alpha == 1):
+        students.setdefault(what_trains(job), []).append(job)
+    return [*students.values()]
 
 
 @isolated()
 def measure(settings: Sequence[str], axes: Axes) -> Cost:
     """Train some steps of a multirun's students; raises what training raises."""
-    configs = learners(settings, axes)
-    first, device = configs[0], check_trainer(configs[0].trainer).device.type
+    students = jobs_of(settings, axes)
+    first, device = students[0][0], check_trainer(students[0][0].trainer).device.type
     set_matmul_precision(first.matmul_precision)
-    seeds = [*dict.fromkeys(seed_of(c.seed, ORDER, c.student) for c in configs)]
+    seeds = [*dict.fromkeys(seed_of(job.seed, ORDER, job.student) for job in chain(*students))]
     with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
         batches = len(data.loader("train", "cpu", rank=0, world_size=1))
         timer = Steps(timed=max(min(TIMED[device], batches - BEFORE[device]), 1))
@@ -85,22 +91,25 @@ def measure(settings: Sequence[str], axes: Axes) -> Cost:
         own = {"max_epochs": 1, "limit_train_batches": BEFORE[device] + timer.timed, "limit_val_batches": 0}
         own |= dict.fromkeys(quiet, False) | {"log_every_n_steps": 10**6, "use_distributed_sampler": False}
         trainer = L.Trainer(**{**first.trainer, **own}, callbacks=[*faster_steps(first, data), timer])
-        trainer.fit(module_of(configs, data), data)
+        trainer.fit(module_of(students, data), data)
     limit = first.trainer.get("limit_train_batches") or 1.0
     batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
     # A forward pass is a third of a step's arithmetic; the last and the best weights are tested.
     val, test = (data.counts[split] / first.dataset.batch_size / 3 for split in ("val", "test"))
-    fixed = STARTING + A_JOB * math.prod(map(len, axes.values())) + 2 * test * timer.seconds
-    return Cost(len(configs), timer.seconds, (batches + val) * timer.seconds * MARGIN, fixed)
+    fixed = STARTING + A_JOB * sum(map(len, students)) + 2 * test * timer.seconds
+    return Cost(len(students), timer.seconds, (batches + val) * timer.seconds * MARGIN, fixed)
 
 
-def module_of(configs: Sequence[Config], data: StackedImages) -> DistillModule:
-    """The students' module, as a run or a stack trains it."""
-    first, facts = configs[0], facts_of(data)
+def module_of(students: Sequence[Sequence[Config]], data: StackedImages) -> DistillModule:
+    """The students' module, as a run or a stack trains it: further jobs of a student follow the first."""
+    followers = [(job, number) for number, (_, *others) in enumerate(students) for job in others]
+    jobs = [first for first, *_ in students] + [job for job, _ in followers]
+    first, facts = jobs[0], facts_of(data)
     teacher = first.teacher.model.build().requires_grad_(False).eval() if first.method.needs_teacher else None
-    modules = [build_module(c, first_weights(c.seed, c.student), teacher, facts) for c in configs]
+    modules = [build_module(job, first_weights(job.seed, job.student), teacher, facts) for job in jobs]
     if len(modules) == 1:
         return modules[0]
-    orders = [data.seeds.index(seed_of(c.seed, ORDER, c.student)) for c in configs]
-    dropout = [seed_of(c.seed, DROPOUT, c.student) for c in configs]
-    return StackedModule(modules, orders, dropout, check_trainer(first.trainer).device)
+    orders = [data.seeds.index(seed_of(job.seed, ORDER, job.student)) for job in jobs]
+    dropout = [seed_of(job.seed, DROPOUT, job.student) for job in jobs]
+    student_of = [*range(len(students)), *(number for _, number in followers)]
+    return StackedModule(modules, orders, dropout, check_trainer(first.trainer).device, student_of)

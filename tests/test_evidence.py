@@ -20,7 +20,7 @@ from benchmarks import evidence, evidence_table
 from benchmarks.command import environment
 from benchmarks.evidence import Stage
 from benchmarks.evidence_table import ALONE, REPORTED, Result, arm_of, markdown, write_table
-from benchmarks.evidence_time import Cost, learners, measure
+from benchmarks.evidence_time import Cost, jobs_of, measure
 from vitkd.config.roles import Separates, relevant
 from vitkd.errors import ConfigError
 from vitkd.models import digest, save_model
@@ -71,11 +71,12 @@ def test_one_stack_trains_the_student_alone_the_reports_cells_and_the_grid(teach
     _, students, *_ = evidence.stages(options())
     settings = [setting for setting in students.settings if not setting.startswith("teacher.checkpoint")]
 
-    trained = learners(settings, students.axes)
+    jobs = jobs_of(settings, students.axes)
 
     # 3 granularities × 2 losses × 3 alphas × 3 seeds, and the student alone once a seed.
-    assert len(trained) == 54 + 3
-    arms = [arm_of(config.resolved | {"alpha": config.alpha}) for config in trained]
+    assert (len(jobs), sum(map(len, jobs))) == (54 + 3, 72)
+    trained = [first for first, *_ in jobs]
+    arms = [arm_of(config.resolved) for config in trained]
     assert {*REPORTED} - {"teacher"} < {*arms}
     assert arms.count(ALONE) == 3
     stacks = [json.dumps(relevant(config.resolved, Separates.STACKS), default=str) for config in trained]
@@ -162,7 +163,7 @@ def test_a_stage_is_begun_only_if_it_can_finish(asked, seconds, admitted, tmp_pa
 
     assert (found and found.epochs) == admitted
     line = (tmp_path / "evidence.log").read_text("utf-8")
-    assert all(text in line for text in ("S = 57", "20 ms a step (measured)", "14 s an epoch"))
+    assert all(text in line for text in ("S = 57", "20.0 ms a step (measured)", "14.0 s an epoch"))
     assert (f"room for {COST.epochs_in(seconds)}: not begun" in line) == (admitted is None)
 
 
@@ -196,11 +197,11 @@ def test_fewer_epochs_are_a_part_of_all_at_a_constant_rate_only():
 def test_the_steps_of_a_stages_own_students_are_timed():
     settings = ["dataset=digits", "student=small", "teacher=small", "trainer.limit_train_batches=5"]
 
-    stack = measure(settings, {"loss": ("mse", "kl"), "alpha": ("0.5", "1"), "seed": ("0", "1")})
+    stack = measure(settings, {"loss": ("mse", "kl", "ce"), "alpha": ("0.5", "1"), "seed": ("0", "1")})
     alone = measure([*settings, "method=none"], {"seed": ("0",)})
 
     assert (stack.students, alone.students) == (6, 1)
-    for cost, jobs in ((stack, 8), (alone, 1)):
+    for cost, jobs in ((stack, 12), (alone, 1)):
         assert 0 < cost.step < math.inf
         # 5 steps, and 144 images held out, of which a forward pass is a third of a step's 64.
         assert cost.epoch / cost.step == pytest.approx(1.1 * (5 + 144 / 64 / 3), rel=0.02)
