@@ -49,12 +49,9 @@ QUICK = ("dataset=digits", "trainer.limit_train_batches=3", "student=small")
 # A row of metrics.csv an epoch, and the gradients' norms now and then: the files are to be kept.
 HABITS = ("log_every_n_steps=1000", "pictures_every_n_epochs=0", "checkpoint_minutes=3")
 FIT = 0
-DONE = "done.txt"
-"""Of the commands that have ended well: to find that out from `vitkd.train` takes seconds of imports."""
-UNFINISHED = 75  # sysexits.h: EX_TEMPFAIL, try again
-TERMINATED = 128 + signal.SIGTERM
-RESERVE = 20.0
-"""Seconds before the end at which a stage is stopped, for it to save and the export to be written."""
+DONE = "done.txt"  # commands that have ended well: to ask vitkd.train takes seconds of imports
+UNFINISHED, TERMINATED = 75, 128 + signal.SIGTERM  # sysexits.h: EX_TEMPFAIL, try again
+RESERVE = 20.0  # seconds before the end at which a stage is stopped, to save, and the export written
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,7 @@ class Stage:
     name: str
     settings: tuple[str, ...]
     axes: Axes
-    epochs: int | None
-    """None for all, FIT for as many as fit"""
+    epochs: int | None  # None for all, FIT for as many as fit
 
     @property
     def overrides(self) -> tuple[str, ...]:

@@ -25,26 +25,21 @@ from vitkd.train.plan import check_trainer
 from vitkd.train.stacked import StackedImages, StackedModule
 from vitkd.train.stacked.candidates import what_trains
 
-Axes = Mapping[str, tuple[str, ...]]
-"""setting → the values that it is swept over"""
-
-STARTING, A_JOB = 15.0, 0.4
-"""Seconds that a command takes besides epochs and tests, and for each of its jobs: an allowance."""
-MARGIN = 1.1
-"""For what an epoch takes besides its steps and validation, such as saving, and for what is not foreseen."""
+Axes = Mapping[str, tuple[str, ...]]  # setting → the values that it is swept over
+# Allowances: seconds that a command takes besides epochs and tests, and for each of its jobs; and what an
+# epoch takes besides its steps and validation, such as saving.
+STARTING, A_JOB, MARGIN = 15.0, 0.4, 1.1
+# Steps before those that are timed, and those.
 BEFORE, TIMED = {"cpu": 1, "cuda": WARM_UP + 3}, {"cpu": 2, "cuda": 20}
-"""Steps before those that are timed, and those."""
 
 
 class Cost(NamedTuple):
-    """What a stage takes, in seconds."""
+    """What a stage takes, in seconds: a step, an epoch with its validation, and all besides epochs."""
 
     students: int
     step: float
     epoch: float
-    """its steps and validation"""
     fixed: float
-    """before the first epoch and after the last"""
 
     def epochs_in(self, seconds: float) -> int:
         """How many whole epochs fit."""
