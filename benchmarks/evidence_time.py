@@ -76,14 +76,18 @@ def jobs_of(settings: Sequence[str], axes: Axes) -> list[list[Config]]:
 def measure(settings: Sequence[str], axes: Axes) -> Cost:
     """Train some steps of a multirun's students; raises what training raises."""
     students = jobs_of(settings, axes)
-    first, device = students[0][0], check_trainer(students[0][0].trainer).device.type
-    set_matmul_precision(first.matmul_precision)
+    first, device = students[0][0], check_trainer(students[0][0].trainer).device
+    set_matmul_precision(first.matmul_precision, device)
     seeds = [*dict.fromkeys(seed_of(job.seed, ORDER, job.student) for job in chain(*students))]
     with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
         batches = len(data.loader("train", "cpu", rank=0, world_size=1))
-        timer = Steps(timed=max(min(TIMED[device], batches - BEFORE[device]), 1))
+        timer = Steps(timed=max(min(TIMED[device.type], batches - BEFORE[device.type]), 1))
         quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-        own = {"max_epochs": 1, "limit_train_batches": BEFORE[device] + timer.timed, "limit_val_batches": 0}
+        own = {
+            "max_epochs": 1,
+            "limit_train_batches": BEFORE[device.type] + timer.timed,
+            "limit_val_batches": 0,
+        }
         own |= dict.fromkeys(quiet, False) | {"log_every_n_steps": 10**6, "use_distributed_sampler": False}
         trainer = L.Trainer(**{**first.trainer, **own}, callbacks=[*faster_steps(first, data), timer])
         trainer.fit(module_of(students, data), data)

@@ -159,7 +159,7 @@ class Subject:
     ) -> Steps:
         """Train on the batches, once, as a run does."""
         trainer_precision, matmul_precision = PRECISIONS[precision]
-        set_matmul_precision(matmul_precision)
+        set_matmul_precision(matmul_precision, self.device)
         trainer = L.Trainer(
             accelerator="gpu" if self.device.type == "cuda" else "cpu",
             devices=1,

@@ -116,7 +116,7 @@ def measure(settings: Settings, plan: Plan) -> list[Row]:
     """Run the grid once a round, and the teacher before."""
     precision = {"matmul_precision": "highest" if settings.on_cpu else "high"}
     plan = replace(plan, settings=settings, overrides=axes(settings) | precision | plan.overrides)
-    set_matmul_precision(plan.overrides["matmul_precision"])
+    set_matmul_precision(plan.overrides["matmul_precision"], settings.device)
     images = "CIFAR-100" if plan.has_images else "digits, for CIFAR-100 is not there"
     print(f"grid: {plan.in_words()}; {images}")
     with tempfile.TemporaryDirectory() as folder:

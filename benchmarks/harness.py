@@ -169,7 +169,7 @@ def main(
     # As every command of vitkd does.
     keep_freed_memory()
     settings = Settings(arguments.device, arguments.quick, 2 if arguments.quick else arguments.rounds)
-    set_matmul_precision("highest" if settings.on_cpu else "high")
+    set_matmul_precision("auto", settings.device)
     rows = measure(settings)
     facts = provenance(settings.device)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table(name, settings, facts, rows))

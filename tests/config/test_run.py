@@ -448,21 +448,3 @@ def test_help_without_choices_explains_every_setting(name, file, flag, command):
     }
     for key in yaml.safe_load(helped.out).keys() - {"seed", "paths", "teacher"}:
         assert re.search(rf"^(# .*\n)+{key}:", helped.out, re.MULTILINE), f"{key} is explained"
-
-
-@pytest.mark.parametrize(
-    ("accelerator", "has_gpu", "precision"),
-    [
-        *[("auto", True, "high"), ("gpu", True, "high"), ("cuda", True, "high"), ("cpu", True, "highest")],
-        *[("auto", False, "highest"), ("gpu", False, "highest")],
-    ],
-)
-def test_products_are_tf32_on_an_nvidia_gpu_alone(accelerator, has_gpu, precision, read, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    setting = f"trainer.accelerator={accelerator}"
-
-    config = read(setting)
-
-    assert config.matmul_precision == config.resolved["matmul_precision"] == precision
-    assert teacher_run(config).matmul_precision == precision
-    assert read(setting, "matmul_precision=medium").matmul_precision == "medium"

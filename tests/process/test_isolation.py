@@ -18,6 +18,7 @@ from vitkd.process.isolation import isolated, set_matmul_precision
 from vitkd.process.signals import set_signal_handlers
 
 backends: Any = torch.backends
+CPU = torch.device("cpu")
 
 Setting = tuple[Callable[[], Any], Callable[[], Any]]
 
@@ -121,7 +122,7 @@ def test_convolutions_are_as_exact_as_products(precision, rounds):
     before = whole_state()
 
     with isolated():
-        set_matmul_precision(precision)
+        set_matmul_precision(precision, CPU)
 
         assert torch.get_float32_matmul_precision() == precision
         assert torch.backends.cudnn.allow_tf32 == rounds
@@ -131,10 +132,21 @@ def test_convolutions_are_as_exact_as_products(precision, rounds):
 
 
 @pytest.mark.usefixtures("without_freeing")
+@pytest.mark.parametrize(
+    ("device", "precision"), [("cuda:0", "high"), ("cpu", "highest"), ("mps", "highest")]
+)
+def test_products_are_tf32_on_an_nvidia_gpu_alone_unless_asked_otherwise(device, precision):
+    with isolated():
+        set_matmul_precision("auto", torch.device(device))
+
+        assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.usefixtures("without_freeing")
 def test_a_precision_can_be_set_again():
     with isolated():
         for precision in ("high", "highest", "medium", "highest"):
-            set_matmul_precision(precision)
+            set_matmul_precision(precision, CPU)
 
         assert not torch.backends.cudnn.allow_tf32
         assert torch.backends.cudnn.conv.fp32_precision != "tf32"
@@ -149,7 +161,7 @@ def test_convolutions_and_products_on_a_gpu_are_as_exact_as_asked(precision, err
     left, right = torch.randn(256, 256, device="cuda"), torch.randn(256, 256, device="cuda")
 
     with isolated():
-        set_matmul_precision(precision)
+        set_matmul_precision(precision, CPU)
         found = [torch.nn.functional.conv2d(images, kernels), left @ right]
 
     exact = [torch.nn.functional.conv2d(images.double(), kernels.double()), left.double() @ right.double()]

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vitkd.config.schema import build, check_group, check_text, instantiate
@@ -139,7 +138,7 @@ class Root:
     decay starts low and grows to this value."""
     matmul_precision: str
     """Precision of float32 matrix products and convolutions: `highest` is float32; `high` and `medium` may
-    round the factors, on NVIDIA GPUs to TF32. `auto` becomes `high` there, `highest` elsewhere."""
+    round the factors, on NVIDIA GPUs to TF32. `auto` is `high` there, `highest` elsewhere."""
     cuda_graph: str
     """`auto` replays training steps on a GPU from a CUDA graph where possible; `off` never does."""
     compile: bool
@@ -200,8 +199,6 @@ def parse(composed: DictConfig) -> Config:
         composed = composed.copy()
         composed.dataset.num_classes = dataset.num_classes
         plain = resolve(composed)
-    if plain.get("matmul_precision") == "auto":
-        plain["matmul_precision"] = "high" if is_on_cuda(plain["trainer"].get("accelerator")) else "highest"
     root = instantiate("", Root, {key: value for key, value in plain.items() if key not in GROUPS})
     built = {group: build(group, plain[group], base) for group, base in BASES.items()}
     if not dataset.validates:
@@ -213,11 +210,6 @@ def parse(composed: DictConfig) -> Config:
     for group, model in (("student", config.student), ("teacher", teacher.model)):
         check_images(group, model, dataset)
     return config
-
-
-def is_on_cuda(accelerator: Any) -> bool:
-    """Whether the Trainer's `accelerator` is an NVIDIA GPU on this machine."""
-    return accelerator in ("gpu", "cuda", "auto", None) and torch.cuda.is_available()
 
 
 def resolve(composed: DictConfig) -> dict[str, Any]:

@@ -59,10 +59,10 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     folder = RunFolder.existing(Path(settings.run))
     reported = folder.read_metrics()
     config = config_of(folder, settings.paths.get("data"), settings.root)
-    set_matmul_precision(config.matmul_precision)
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
     device = device_of(settings.accelerator)
+    set_matmul_precision(config.matmul_precision, device)
     with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
         images = data.loader("test", device)
         known = None

@@ -48,8 +48,13 @@ def set_environment(variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
 
 
-def set_matmul_precision(precision: str) -> None:
-    """Set how exact products and convolutions of float32 are: "highest", "high" or "medium"."""
+def set_matmul_precision(precision: str, device: torch.device) -> None:
+    """Set how exact products and convolutions of float32 are: "highest", "high" or "medium".
+
+    "auto" is "high" on an NVIDIA GPU, whose products of small factors are several times faster then.
+    """
+    if precision == "auto":
+        precision = "high" if device.type == "cuda" else "highest"
     torch.set_float32_matmul_precision(precision)
     # By default cuDNN rounds to TF32 whatever is set for products.
     torch.backends.cudnn.allow_tf32 = precision != "highest"

@@ -30,7 +30,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     plan = make_plan(composed)
     plan.warn()
     config, machine = plan.config, plan.machine
-    set_matmul_precision(config.matmul_precision)
+    set_matmul_precision(config.matmul_precision, machine.device)
     given = read_given_teacher(config)
     check_pair(config, given)
     with joined(machine.processes, machine.hosts, plan.command):

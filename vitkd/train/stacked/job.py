@@ -109,8 +109,8 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
     members = [member for member in members if suits(member, given)]
     if not members:
         return []
-    set_matmul_precision(first.matmul_precision)
     device = members[0].plan.machine.device
+    set_matmul_precision(first.matmul_precision, device)
     seeds = [*dict.fromkeys(order_of(member) for member in members)]
     with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
         if not data.is_resident:
