@@ -27,7 +27,9 @@ from vitkd.runs.stack_folder import restart_alone, stacks_folder
 from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher
 from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps, progress
+from vitkd.train.confusion import confusion_figure
 from vitkd.train.fit import Fitted, fit
+from vitkd.train.pictures import log_picture, rendered
 from vitkd.train.plan import announce, check_trainer
 
 log = logging.getLogger("vitkd")
@@ -186,12 +188,13 @@ def measure_student(
     Returns what `metrics.json` holds.
     """
     batches = data.loader("test", device, rank=0, world_size=1)
-    test, predictions = measure_both(fitted.last, fitted.best, batches, device, teacher.predictions)
+    test = measure_both(fitted.last, fitted.best, batches, device, teacher.predictions)
     about = {"class_names": data.class_names, "contents": folder.read_inputs().get("contents")}
     save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"]), **about})
-    folder.write_predictions(predictions)
+    folder.write_predictions({**test.predictions, "labels": test.last.labels})
+    folder.write_details(test.details(data.class_names))
     metrics = {
-        **test,
+        **test.metrics,
         **fitted.metrics,
         **teacher.metrics,
         "student/parameters": count_parameters(fitted.last),
@@ -200,7 +203,10 @@ def measure_student(
         **provenance(device),
     }
     folder.write_metrics(metrics)
+    if config.pictures_every_n_epochs:
+        picture = confusion_figure(test.last.confusion.numpy(), data.class_names)
+        log_picture(fitted.loggers, "test/confusion", rendered(picture), fitted.metrics["steps"])
     for logger in fitted.loggers:
         if isinstance(logger, TensorBoardCurves):
-            logger.conclude(config.resolved, config.method.ignores, test)
+            logger.conclude(config.resolved, config.method.ignores, test.metrics)
     return metrics
