@@ -18,7 +18,11 @@ from vitkd.train.guard import FiniteGuard
 class Meter:
     """Sums of per-image values over batches; reading costs one host sync, adding none.
 
-    The sums keep their place in memory, so that a CUDA graph can add to them.
+    The sums keep their place in memory, so that a CUDA graph can add to them. torchmetrics, which measures
+    finished runs, does not serve here: `MulticlassAccuracy` puts new tensors in place of its state at each
+    update, a `MeanMetric` makes one mean of what a stack keeps apart, and each metric is reduced and read by
+    itself. Three losses and an accuracy take it 0.27 ms a step, the meter 0.05 ms (two CPU cores, one thread,
+    `OMP_NUM_THREADS=1 python -m benchmarks.overhead`, rows `curves`).
     """
 
     def __init__(self) -> None:
