@@ -74,33 +74,36 @@ class Evaluation(NamedTuple):
 @torch.inference_mode()
 def evaluate(model: Model, batches: Iterable[Batch], device: torch.device) -> Evaluation:
     """Evaluate `model` on all `batches`, which lie on `device`; the model is moved there and back."""
-    home = next(model.parameters()).device
+    home, classes = next(model.parameters()).device, model.config.num_classes
     model = model.to(device).eval()
+    top5 = top_accuracy(classes)
     found: dict[str, list[Tensor]] = defaultdict(list)
     hits: dict[str, list[Tensor]] = defaultdict(list)
-    classes = model.config.num_classes
-    top5 = top_accuracy(classes)
     for batch in batches:
         output = model(batch.image)
-        logits = output.logits
-        for head, of_head in output.heads.items():
-            hits[head].append(of_head.argmax(-1) == batch.label)
-        found["losses"].append(F.cross_entropy(logits, batch.label, reduction="none"))
-        found["predictions"].append(logits.argmax(-1))
-        found["confidences"].append(logits.softmax(-1).amax(-1))
-        found["labels"].append(batch.label)
+        for head, logits in output.heads.items():
+            hits[head].append(logits.argmax(-1) == batch.label)
+        for name, values in per_image(output.logits, batch.label).items():
+            found[name].append(values)
         if top5 is not None:
-            top5.to(device).update(logits, batch.label)
+            top5.to(device).update(output.logits, batch.label)
     model.to(home)
+    # float64 on the CPU: the same mean whatever the device, and MPS has no float64.
+    means = {head: torch.cat(parts).cpu().double().mean().item() for head, parts in hits.items()}
     whole = {name: torch.cat(parts).cpu() for name, parts in found.items()}
-    # float64 on the CPU: the same sum whatever the device, and MPS has no float64.
-    return Evaluation(
-        loss=whole.pop("losses").double().mean().item(),
-        **whole,
-        classes=classes,
-        top5=None if top5 is None else round(top5.compute().item(), DIGITS),
-        by_head={head: torch.cat(parts).cpu().double().mean().item() for head, parts in hits.items()},
-    )
+    loss = whole.pop("losses").double().mean().item()
+    share = None if top5 is None else round(top5.compute().item(), DIGITS)
+    return Evaluation(loss=loss, **whole, classes=classes, top5=share, by_head=means)
+
+
+def per_image(logits: Tensor, label: Tensor) -> dict[str, Tensor]:
+    """What is kept of a batch's logits [B, C] and labels [B], [B] each."""
+    return {
+        "losses": F.cross_entropy(logits, label, reduction="none"),
+        "labels": label,
+        "predictions": logits.argmax(-1),
+        "confidences": logits.softmax(-1).amax(-1),
+    }
 
 
 class Measured(NamedTuple):

@@ -1,10 +1,10 @@
 """Train one student in its run folder, from first weights to test metrics; its teacher first, if need be.
 
-Shapes: N test images.
+Shapes: N test images, C classes.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -204,9 +204,14 @@ def measure_student(
     }
     folder.write_metrics(metrics)
     if config.pictures_every_n_epochs:
-        picture = confusion_figure(test.last.confusion.numpy(), data.class_names)
-        log_picture(fitted.loggers, "test/confusion", rendered(picture), fitted.metrics["steps"])
+        log_confusion(fitted, test.last.confusion, data.class_names)
     for logger in fitted.loggers:
         if isinstance(logger, TensorBoardCurves):
             logger.conclude(config.resolved, config.method.ignores, test.metrics)
     return metrics
+
+
+def log_confusion(fitted: Fitted, confusion: Tensor, class_names: Sequence[str]) -> None:
+    """Show the confusion matrix [C, C] of the last epoch."""
+    picture = rendered(confusion_figure(confusion.numpy(), class_names))
+    log_picture(fitted.loggers, "test/confusion", picture, fitted.metrics["steps"])
