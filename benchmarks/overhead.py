@@ -7,6 +7,10 @@ Steps: a model so small that the arithmetic is next to nothing, alone and beside
 that a run has: TensorBoard, metrics.csv, checkpoints, signals. The first steps and what comes at an epoch's
 end (validation, checkpoints) are left out. The last three are shown less the bare loop of the same round.
 
+Curves: what it takes to add a step's three losses and its accuracy to their means, by vitkd's meter and by
+torchmetrics' `MeanMetric` and `MulticlassAccuracy`, whose checks for NaN and of arguments are switched off.
+The ratio is to the meter.
+
 Start: `python -m vitkd.train` in a new process, the teacher stored already and every setting the default,
 from before the process begins until the student's first training step; and the imports' part of it.
 """
@@ -27,9 +31,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks import subject
-from benchmarks.harness import Bar, Row, Settings, in_turns, row, synchronize
+from benchmarks.harness import Bar, Row, Settings, divided, in_turns, interleave, row, synchronize
 from benchmarks.harness import main as run
 from vitkd.cli.console import start_logging
 from vitkd.config.run import Config
@@ -38,6 +44,8 @@ from vitkd.methods.base import DataFacts
 from vitkd.runs.folder import RunFolder
 from vitkd.train.build import build_module
 from vitkd.train.fit import fit
+from vitkd.train.logged import Meter
+from vitkd.train.losses import share_equal
 from vitkd.train.module import DistillModule, trained_by
 from vitkd.train.student import load_data
 
@@ -54,7 +62,7 @@ def measure(settings: Settings) -> list[Row]:
     """A step's extra milliseconds, for a model alone and for a distilled student, and a start's seconds."""
     with quiet():
         per_step = [*steps(settings, "alone", "none"), *steps(settings, "distilled", "attention")]
-    return per_step + start(settings)
+    return per_step + curves(settings) + start(settings)
 
 
 @contextmanager
@@ -91,6 +99,30 @@ def steps(settings: Settings, title: str, method: str) -> list[Row]:
         bar = STEP_BAR if name == "run" and settings.on_cpu else None
         rows.append(row(f"{title}: {name}, a step's extra", extra, bar=bar))
     return rows
+
+
+def curves(settings: Settings) -> list[Row]:
+    """The rows of a step's means, by the meter and by torchmetrics."""
+    device, meter = settings.device, Meter()
+    logits, label = torch.randn(64, 10, device=device), torch.randint(10, (64,), device=device)
+    losses = dict(
+        zip(("class_loss", "transfer_loss", "total_loss"), torch.rand(3, device=device), strict=True)
+    )
+    means = {name: MeanMetric(nan_strategy="disable").to(device) for name in losses}
+    accuracy = MulticlassAccuracy(10, average="micro", validate_args=False).to(device)
+
+    def by_meter() -> None:
+        meter.add({**losses, "acc": share_equal(logits.argmax(-1), label)}, len(label))
+
+    def by_torchmetrics() -> None:
+        for name, loss in losses.items():
+            means[name].update(loss, len(label))
+        accuracy.update(logits, label)
+
+    arms = {"curves: vitkd's meter": by_meter, "curves: torchmetrics": by_torchmetrics}
+    samples = interleave(arms, settings, repeat=5 if settings.quick else 500)
+    base = samples["curves: vitkd's meter"]
+    return [row(name, times, ratio=divided(times, base)) for name, times in samples.items()]
 
 
 def build(config: Config, device: torch.device) -> DistillModule:

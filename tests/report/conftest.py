@@ -32,6 +32,7 @@ class Runs:
         curves: str = "",
         metrics: dict[str, Any] | None = None,
         inputs: dict[str, Any] | None = None,
+        details: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Path:
         """One run. `settings` are dotted names with __ for dots; acc and best are shares of 1."""
@@ -61,6 +62,8 @@ class Runs:
             (path / "metrics.json").write_text(json.dumps(written))
         if inputs is not None:
             (path / "inputs.json").write_text(json.dumps(inputs))
+        if details is not None:
+            (path / "test_details.json").write_text(json.dumps(details))
         if curves:
             (path / "metrics.csv").write_text(curves)
         return path

@@ -134,7 +134,7 @@ def test_a_configuration_that_grows_when_it_is_read(runs):
 
 NAMES = (
     *("config.yaml", "status.json", "metrics.json"),
-    *("metrics.csv", "explain/fidelity.json", "command.json", "inputs.json"),
+    *("metrics.csv", "explain/fidelity.json", "command.json", "inputs.json", "test_details.json"),
 )
 
 

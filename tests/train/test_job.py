@@ -162,6 +162,23 @@ class TestRunFolder:
         assert torch.equal(student(images).logits, best(images).logits)
         assert epoch == metrics_of(run)["best_epoch"]
 
+    def test_its_details_follow_from_its_predictions(self, run):
+        details, arrays = (
+            json.loads((run / "test_details.json").read_text()),
+            np.load(run / "test_predictions.npz"),
+        )
+        labels = arrays["labels"]
+
+        assert details["class_names"] == [*"0123456789"]
+        assert details["class_images"] == np.bincount(labels).tolist()
+        for epoch in ("last", "best"):
+            right = arrays[epoch] == labels
+            assert details[epoch]["class_accuracy"] == [right[labels == c].mean() for c in range(10)]
+            bins = details[epoch]["confidence_bins"]
+            hits = [n * a for n, a in zip(bins["images"], bins["accuracy"], strict=True) if n]
+            assert sum(hits) == pytest.approx(right.sum())
+            assert metrics_of(run)[f"test/acc_{epoch}"] == right.mean()
+
     def test_log_tells_of_every_epoch_and_of_the_teacher_first(self, run):
         log = (run / "run.log").read_text()
 
@@ -222,12 +239,12 @@ class TestTensorBoard:
         assert transfer == pytest.approx([sum(step) / 4 for step in zip(*maps, strict=True)])
 
     def test_pictures(self, events):
-        (tag,) = events.Tags()["images"]
+        tag, confusion = sorted(events.Tags()["images"])
 
         pictures = events.Images(tag)
 
-        assert tag.startswith("attention/")
-        assert len(pictures) == 2
+        assert (tag.partition("/")[0], confusion) == ("attention", "test/confusion")
+        assert (len(pictures), len(events.Images(confusion))) == (2, 1)
         assert all(picture.encoded_image_string.startswith(PNG) for picture in pictures)
 
     def test_hyperparameters_and_layout(self, events):
@@ -236,6 +253,19 @@ class TestTensorBoard:
 
         assert {"hparams", "custom_scalars"} <= names
         assert events.Scalars("test/acc_last")[0].value == pytest.approx(0.1, abs=0.1)
+
+    def test_what_is_measured_at_the_end(self, events, run):
+        measured = {n: v for n, v in metrics_of(run).items() if n.startswith("test/")}
+
+        assert {"test/acc_top5", "test/f1_macro", "test/ece_best"} <= measured.keys()
+        for name, value in measured.items():
+            assert [each.value for each in events.Scalars(name)] == pytest.approx([value])
+
+    def test_without_pictures_nothing_is_drawn(self, outputs):
+        folder = outputs.run("without_pictures", "method=none")
+
+        assert EventAccumulator(str(folder)).Reload().Tags()["images"] == []
+        assert (folder / "test_details.json").exists()
 
 
 class TestTeacher:
@@ -566,6 +596,16 @@ class TestEvaluate:
         assert ended.code == 1
         figures = self.figures(ended.out)
         assert figures["test/acc_best"] == (repr(metrics["test/acc_best"]), "0.123", "differs")
+
+    def test_shows_the_hardest_classes(self, run, command):
+        *_, table = command("evaluate", f"run={run}").out.partition("hardest classes")
+        arrays = np.load(run / "test_predictions.npz")
+        right = arrays["last"] == arrays["labels"]
+        accuracies = sorted(right[arrays["labels"] == c].mean() for c in range(10))
+
+        rows = [line.split() for line in table.splitlines()[1:]]
+
+        assert [row[2] for row in rows] == [f"{accuracy:.2%}" for accuracy in accuracies[:5]]
 
     @pytest.mark.parametrize("name", ["test_predictions.npz", "metrics.json", "student.safetensors"])
     def test_a_damaged_file_is_one_line(self, name, run, command, tmp_path):

@@ -1,6 +1,7 @@
 """What the terminal shows of a run: what was chosen, one line an epoch, and a table at the end."""
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +23,9 @@ JOB_COLUMNS = {
     "test/acc_best": "test best",
     "test/acc_last": "test last",
 }
+
+MAX_CLASSES, MAX_MISTAKES = 5, 3
+"""The classes shown as the hardest, and what else each is taken for."""
 
 EXPECTED_WARNINGS = (
     # The data lies on the device already; loader workers would only slow it down.
@@ -151,9 +155,28 @@ def new_table(first: str, *columns: str, text: Collection[str] = ()) -> Table:
 
 def print_comparison(reported: Mapping[str, Any], measured: Mapping[str, float]) -> bool:
     """Print the metrics measured again beside the reported ones; returns whether all are equal."""
+    # What is not a number is null in metrics.json.
+    plain = {name: None if math.isnan(value) else value for name, value in measured.items()}
+    equals = {name: name in reported and value == reported[name] for name, value in plain.items()}
     table = new_table("", "measured now", "reported by the run", "")
     for name, value in measured.items():
-        verdict = "equal" if value == reported.get(name) else "differs"
+        verdict = "equal" if equals[name] else "differs"
         table.add_row(name, repr(value), repr(reported.get(name)), verdict)
     show(table)
-    return all(value == reported.get(name) for name, value in measured.items())
+    return all(equals.values())
+
+
+def print_hardest_classes(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> None:
+    """Print the classes of lowest accuracy, and what their images are taken for most often.
+
+    `confusion` [C, C] holds how many images of each class (rows) were predicted as each class (columns).
+    """
+    accuracies = {true: row[true] / sum(row) for true, row in enumerate(confusion) if any(row)}
+    hardest = sorted(accuracies, key=lambda true: (accuracies[true], true))[:MAX_CLASSES]
+    table = new_table("hardest classes", "images", "accuracy", "taken for", text=("taken for",))
+    for true in hardest:
+        mistakes = {other: images for other, images in enumerate(confusion[true]) if images and other != true}
+        most = sorted(mistakes, key=lambda other: (-mistakes[other], other))[:MAX_MISTAKES]
+        named = ", ".join(f"{class_names[other]} ({mistakes[other]:,})" for other in most)
+        table.add_row(class_names[true], f"{sum(confusion[true]):,}", percent(accuracies[true]), named)
+    show("", table)

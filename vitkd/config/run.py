@@ -128,7 +128,7 @@ class Root:
     """The run folder's name; null makes one from the overrides."""
     log_every_n_steps: int
     pictures_every_n_epochs: int
-    """Epochs between attention pictures in TensorBoard, besides the one at the end; 0 for none at all."""
+    """Epochs between attention pictures in TensorBoard, besides those at the end; 0 for no picture at all."""
     checkpoint_minutes: float
     """A checkpoint is written at every epoch's end and when this much time has passed since the last one."""
     resume: str | None

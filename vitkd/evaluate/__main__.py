@@ -20,7 +20,7 @@ import torch
 from omegaconf import DictConfig
 
 from vitkd.cli.command import run_command
-from vitkd.cli.console import Job, print_comparison, start_logging
+from vitkd.cli.console import Job, print_comparison, print_hardest_classes, start_logging
 from vitkd.config.schema import instantiate
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
@@ -72,8 +72,10 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
                 folder.predictions, len(images.sampler.index), last.config.num_classes
             )
         teacher = None if known is None else torch.from_numpy(known)
-        test, _ = measure_both(last, best, images, device, teacher)
-    if not print_comparison(reported, test):
+        test = measure_both(last, best, images, device, teacher)
+    all_equal = print_comparison(reported, test.metrics)
+    print_hardest_classes(test.last.confusion.tolist(), data.class_names)
+    if not all_equal:
         sys.exit(1)
 
 

@@ -10,6 +10,8 @@ from matplotlib.colors import to_hex
 
 from vitkd.report import notes, tables
 from vitkd.report.comparison import Comparison
+from vitkd.report.figures.calibration import calibration
+from vitkd.report.figures.classes import class_gains
 from vitkd.report.figures.fidelity import fidelity
 from vitkd.report.figures.gains import gains, heat_map
 from vitkd.report.figures.lines import accuracy_over_alpha, gradient_ratios, learning_curves
@@ -48,9 +50,10 @@ def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Seque
 
 def plot_groups(comparison: Comparison) -> list[PlotGroup]:
     """All plots for which the runs of an experiment have data."""
-    makers = [gains, heat_map, accuracy_over_alpha, learning_curves, gradient_ratios, fidelity]
+    makers = [gains, heat_map, accuracy_over_alpha, class_gains, calibration]
+    makers += [learning_curves, gradient_ratios, fidelity]
     if len(comparison.rows) == 1:
-        makers = [learning_curves]
+        makers = [calibration, learning_curves]
     with matplotlib.rc_context(STYLE):
         groups = [make(comparison) for make in makers]
     runs = sum(len(arm.runs) for arm in comparison.experiment.rows)

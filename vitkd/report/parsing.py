@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from vitkd.config.roles import flatten
 from vitkd.report.formatting import shortened
-from vitkd.runs.files import read_rows
+from vitkd.runs.files import read_mapping, read_rows
 
 Value: TypeAlias = str | int | float | bool | None
 Settings: TypeAlias = dict[str, Value]
@@ -34,6 +35,26 @@ class Curves(NamedTuple):
     """transfer loss on the validation images, in the loss's own unit"""
     ratio: dict[int, float]
     """gradient norm of the weighted transfer loss over that of the weighted class loss"""
+
+
+class Bins(NamedTuple):
+    """Test images in bins of their confidence, [B] each."""
+
+    images: tuple[int, ...]
+    confidence: tuple[float | None, ...]
+    """mean, in percent; None for a bin without images"""
+    accuracy: tuple[float | None, ...]
+    """in percent; None for a bin without images"""
+
+
+class Details(NamedTuple):
+    """Where a student is right on its test images, at its last epoch."""
+
+    class_names: tuple[str, ...]
+    class_images: tuple[int, ...]
+    class_accuracy: tuple[float | None, ...]
+    """in percent; None for a class without images"""
+    bins: Bins
 
 
 def is_of_a_run(config: Mapping[str, Any]) -> bool:
@@ -100,3 +121,37 @@ def median_ratio(curves: Curves) -> float | None:
     """The median of a run's gradient ratio over its training; None if it was never measured or is 0."""
     median = float(np.median([*curves.ratio.values()])) if curves.ratio else 0.0
     return median if median > 0 else None
+
+
+def read_details(path: Path) -> Details | None:
+    """What the file `path` says of a student's last epoch; None without it, or if it holds something else."""
+    content = read_mapping(path)
+    with suppress(TypeError, KeyError, ValueError):
+        last = content["last"]
+        bins = last["confidence_bins"]
+        classes = counts(content["class_images"]), shares(last["class_accuracy"])
+        details = Details(
+            tuple(map(one_line, content["class_names"])),
+            *classes,
+            Bins(counts(bins["images"]), shares(bins["confidence"]), shares(bins["accuracy"])),
+        )
+        lengths = [{*map(len, columns)} for columns in (details[:3], details.bins)]
+        return details if all(len(length) == 1 and 0 not in length for length in lengths) else None
+    return None
+
+
+def counts(values: Iterable[Any]) -> tuple[int, ...]:
+    """Numbers of images; ValueError if they are none."""
+    numbers = tuple(values)
+    if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+        raise ValueError("no numbers of images")
+    return numbers
+
+
+def shares(values: Iterable[Any]) -> tuple[float | None, ...]:
+    """Fractions in 0..1 as percentages, None for None; ValueError if they are none."""
+    given = tuple(values)
+    percentages = tuple(map(percent, given))
+    if [value is None for value in given] != [value is None for value in percentages]:
+        raise ValueError("no fractions")
+    return percentages

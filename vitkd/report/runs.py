@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vitkd.errors import ConfigError
 from vitkd.report import parsing
-from vitkd.report.parsing import Curves, Settings, number
+from vitkd.report.parsing import Curves, Details, Settings, number
 from vitkd.report.settings import CONSTANT, comparable, option, weighting_of
 from vitkd.runs.files import parse_yaml, read_mapping, read_plain
 from vitkd.runs.folder import RunFolder, version_problem
@@ -25,6 +25,9 @@ STORED_TEACHER = re.compile(r".*/teachers/[^/]+/[0-9a-f]{12}(\.unfinished(-\d+)?
 METRICS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "acc_last": ("test/acc_last", parsing.percent),
     "acc_best": ("test/acc_best", parsing.percent),
+    "acc_top5": ("test/acc_top5", parsing.percent),
+    "f1_macro": ("test/f1_macro", parsing.percent),
+    "ece": ("test/ece", parsing.percent),
     "agreement": ("test/teacher_agreement", parsing.percent),
     "wall_seconds": ("wall_seconds", number),
     "epochs": ("epochs", parsing.integer),
@@ -67,6 +70,12 @@ class Run:
     """test accuracy at the last epoch"""
     acc_best: float | None = None
     """test accuracy at the epoch with the best validation accuracy"""
+    acc_top5: float | None = None
+    """test accuracy of the five likeliest classes at the last epoch; None for five classes or fewer"""
+    f1_macro: float | None = None
+    """mean F1 of the classes at the last epoch, in percent"""
+    ece: float | None = None
+    """expected calibration error at the last epoch, in percentage points"""
     agreement: float | None = None
     """with the teacher, on the test split, at the last epoch"""
     wall_seconds: float | None = None
@@ -89,6 +98,11 @@ class Run:
     @cached_property
     def curves(self) -> Curves:
         return parsing.read_curves(self.path / "metrics.csv")
+
+    @cached_property
+    def details(self) -> Details | None:
+        """By class and by confidence; None for a run that left none."""
+        return parsing.read_details(self.path / "test_details.json")
 
     @property
     def attention_weight(self) -> float:

@@ -50,6 +50,9 @@ DETAILS = (
     Column("p, uncorrected", lambda row: p_text(row.gain.p) if row.gain else ""),
     Column("gain at best [95 %]", lambda row: mean_interval(row.gain_best.difference) if row.gain else ""),
     Column("p (Holm) at best", lambda row: p_text(row.p_holm_best) if row.gain else ""),
+    Column("top-5", lambda row: mean_std(row.arm.summary("acc_top5"))),
+    Column("macro-F1", lambda row: mean_std(row.arm.summary("f1_macro"))),
+    Column("ECE", lambda row: mean_std(row.arm.summary("ece"))),
     Column("wall time", lambda row: wall_time(row)),
 )
 

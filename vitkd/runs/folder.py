@@ -61,6 +61,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.ckpt"
         self.student = path / "student.safetensors"
         self.predictions = path / "test_predictions.npz"
+        self.details = path / "test_details.json"
         self.pictures = path / "attention.png"
         self.pairs = path / "pairs.json"
         self.command = path / "command.json"
@@ -265,8 +266,12 @@ class RunFolder:
         """Write which student map learned from which teacher maps."""
         write_atomically(self.pairs, json.dumps([asdict(pair) for pair in pairs], indent=2) + "\n")
 
+    def write_details(self, details: Mapping[str, Any]) -> None:
+        """Write how the student does on each class and at each confidence (`vitkd.evaluate.measure`)."""
+        write_atomically(self.details, json.dumps(details, allow_nan=False) + "\n")
+
     def write_predictions(self, predictions: "Mapping[str, Tensor]") -> None:
-        """Write each model's predicted class [N] for every test image, in the split's order."""
+        """Write the classes [N] of all test images by each model and by label, in the split's order."""
         arrays: dict[str, Any] = {name: p.numpy().astype(np.int32) for name, p in predictions.items()}
         np.savez_compressed(self.predictions, **arrays)
 

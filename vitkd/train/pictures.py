@@ -123,10 +123,7 @@ class AttentionPictures(Callback):
     def _log(self, module: DistillModule, loggers: Sequence[Logger], picture: np.ndarray, step: int) -> None:
         pair, _ = shown_blocks(module)
         tag = f"attention/block{pair.student_block}_from_{pair.teacher_block}"
-        for logger in loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # Not add_figure: it imports pyplot, which looks for a display.
-                logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+        log_picture(loggers, tag, picture, step)
         self._logged_step = step
 
 
@@ -174,6 +171,14 @@ def look(
         scores = output.scores[block]
         maps[block] = cls_attention(scores, layout.grid[0], of_block, layout.prefix, mask).cpu()
     return maps, output.predicted.tolist()
+
+
+def log_picture(loggers: Sequence[Logger], tag: str, picture: np.ndarray, step: int) -> None:
+    """Show a picture [H, W, 3] uint8 in TensorBoard."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # Not add_figure: it imports pyplot, which looks for a display.
+            logger.experiment.add_image(tag, picture, step, dataformats="HWC")
 
 
 def rendered(figure: Figure) -> np.ndarray:

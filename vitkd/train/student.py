@@ -1,10 +1,10 @@
 """Train one student in its run folder, from first weights to test metrics; its teacher first, if need be.
 
-Shapes: N test images.
+Shapes: N test images, C classes.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -27,7 +27,9 @@ from vitkd.runs.stack_folder import restart_alone, stacks_folder
 from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher
 from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps, progress
+from vitkd.train.confusion import confusion_figure
 from vitkd.train.fit import Fitted, fit
+from vitkd.train.pictures import log_picture, rendered
 from vitkd.train.plan import announce, check_trainer
 
 log = logging.getLogger("vitkd")
@@ -186,12 +188,13 @@ def measure_student(
     Returns what `metrics.json` holds.
     """
     batches = data.loader("test", device, rank=0, world_size=1)
-    test, predictions = measure_both(fitted.last, fitted.best, batches, device, teacher.predictions)
+    test = measure_both(fitted.last, fitted.best, batches, device, teacher.predictions)
     about = {"class_names": data.class_names, "contents": folder.read_inputs().get("contents")}
     save_model(fitted.best, folder.student, {"epoch": str(fitted.metrics["best_epoch"]), **about})
-    folder.write_predictions(predictions)
+    folder.write_predictions({**test.predictions, "labels": test.last.labels})
+    folder.write_details(test.details(data.class_names))
     metrics = {
-        **test,
+        **test.metrics,
         **fitted.metrics,
         **teacher.metrics,
         "student/parameters": count_parameters(fitted.last),
@@ -200,7 +203,15 @@ def measure_student(
         **provenance(device),
     }
     folder.write_metrics(metrics)
+    if config.pictures_every_n_epochs:
+        log_confusion(fitted, test.last.confusion, data.class_names)
     for logger in fitted.loggers:
         if isinstance(logger, TensorBoardCurves):
-            logger.conclude(config.resolved, config.method.ignores, test)
+            logger.conclude(config.resolved, config.method.ignores, test.metrics)
     return metrics
+
+
+def log_confusion(fitted: Fitted, confusion: Tensor, class_names: Sequence[str]) -> None:
+    """Show the confusion matrix [C, C] of the last epoch."""
+    picture = rendered(confusion_figure(confusion.numpy(), class_names))
+    log_picture(fitted.loggers, "test/confusion", picture, fitted.metrics["steps"])

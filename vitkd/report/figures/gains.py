@@ -12,6 +12,7 @@ from vitkd.report.comparison import Comparison, Row
 from vitkd.report.figures.lines import ALPHA_LABEL
 from vitkd.report.figures.plots import BAD, GOOD, INK, QUIET, PlotGroup, limits, new_axes, render, wrapped
 from vitkd.report.formatting import signed
+from vitkd.report.statistics import Summary
 from vitkd.report.verdicts import SIGNIFICANT, Outcome
 
 MAX_ROWS = 60
@@ -36,30 +37,42 @@ def gains(comparison: Comparison) -> PlotGroup:
 
 def draw_gains(figure: Figure, rows: Sequence[Row]) -> None:
     """A circle and a bar for each row."""
-    labels = [wrapped(row.arm.label) for row in rows]
-    lines = len(labels) + sum(label.count("\n") for label in labels)
-    figure.set_figheight(0.75 + 0.12 * (len(rows) + lines))
-    axes = new_axes(figure, "gain, percentage points", "")
-    axes.grid(visible=False, axis="y")
-    axes.axvline(0, color=INK, linewidth=0.8)
+    axes = gain_axes(figure, [wrapped(row.arm.label) for row in rows])
     for y, row in enumerate(rows):
         draw_gain(axes, y, row)
     axes.set_xlim(*limits([0.0, *(d for row in rows if row.gain for d in row.gain.differences)], 0.35))
-    axes.set_yticks(range(len(rows)), labels, linespacing=0.95)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+
+
+def gain_axes(figure: Figure, labels: Sequence[str], title: str = "") -> Axes:
+    """Axes with a row for each label, for which the figure grows, and a line at 0."""
+    lines = len(labels) + sum(label.count("\n") for label in labels)
+    figure.set_figheight(0.75 + 0.12 * (len(labels) + lines) + (0.2 if title else 0))
+    axes = new_axes(figure, "gain, percentage points", "", title)
+    axes.grid(visible=False, axis="y")
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels, linespacing=0.95, parse_math=False)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
+    return axes
 
 
 def draw_gain(axes: Axes, y: int, row: Row) -> None:
-    """Mean, interval and single seeds at height `y`."""
+    """An arm's gain at height `y`."""
     assert row.gain is not None
-    difference, singles, outcome = row.gain.difference, row.gain.differences, row.verdict.outcome
-    assert difference.mean is not None
+    outcome = row.verdict.outcome
     colour = {Outcome.REAL: GOOD, Outcome.HURTS: BAD}.get(outcome, QUIET)
+    draw_interval(axes, y, row.gain.difference, row.gain.differences, colour, outcome in SIGNIFICANT)
+
+
+def draw_interval(
+    axes: Axes, y: int, difference: Summary, singles: Sequence[float], colour: str, is_filled: bool
+) -> None:
+    """Mean, interval and single seeds at height `y`."""
+    assert difference.mean is not None
     if difference.interval:
         axes.plot(difference.interval, (y, y), color=colour, solid_capstyle="butt")
     axes.plot(singles, [y] * len(singles), ".", color=colour, markersize=3, alpha=0.55)
-    filling = colour if outcome in SIGNIFICANT else "none"
+    filling = colour if is_filled else "none"
     axes.plot(difference.mean, y, "o", color=colour, markerfacecolor=filling, markersize=5.5)
 
 
