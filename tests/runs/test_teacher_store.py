@@ -77,6 +77,7 @@ def test_what_determines_the_teacher_changes_its_name(setting):
         "label_smoothing=0.1",
         "ema_decay=0.9",
         "cuda_graph=off",
+        "kernels=off",
         "log_every_n_steps=3",
         "dataset.eval_batch_size=64",
         "teacher.cache=off",

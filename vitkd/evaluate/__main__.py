@@ -26,6 +26,7 @@ from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.evaluate.measure import measure_both
 from vitkd.models import load_model
+from vitkd.models.kernels import allow_kernels
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
@@ -60,6 +61,7 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     reported = folder.read_metrics()
     config = config_of(folder, settings.paths.get("data"), settings.root)
     set_matmul_precision(config.matmul_precision)
+    allow_kernels(config.kernels)
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
     device = device_of(settings.accelerator)

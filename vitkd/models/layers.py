@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd.models import kernels
 from vitkd.models.dropout import Dropout
 from vitkd.models.output import NO_BLOCK_TAPS, QKV, BlockTaps
 
@@ -75,10 +76,10 @@ class AttentionOutput(NamedTuple):
 
     @classmethod
     def tapped(
-        cls, taps: BlockTaps, qkv: QKV, scores: Tensor | None, weights: Tensor | None = None
+        cls, taps: BlockTaps, qkv: QKV | None, scores: Tensor | None, weights: Tensor | None = None
     ) -> "AttentionOutput":
         """What `taps` asks for, out of all that was computed."""
-        factors = qkv if taps.qkv else qkv.factors() if taps.factors else None
+        factors = qkv if taps.qkv else qkv.factors() if taps.factors and qkv else None
         return cls(scores if taps.scores else None, factors, weights if taps.weights else None)
 
 
@@ -93,9 +94,9 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
         self.out = Linear(num_heads * head_dim, dim)
 
-    def scale(self, q: Tensor) -> Tensor:
-        """Queries [*S, B, H, T, head_dim] at the attention's temperature, if it has one of its own."""
-        return q
+    def inverse_temperature(self) -> Tensor | None:
+        """What each head's scores are multiplied with [*S, H], if the attention has such a thing."""
+        return None
 
     @staticmethod
     def allowed(tokens: int, device: torch.device | None = None) -> Tensor | None:
@@ -105,11 +106,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
         """Map tokens [*S, B, T, D] to tokens, and to what is asked for by `taps`.
 
-        Only a block whose scores or weights are asked for pays for its T×T matrix. The others use PyTorch's
-        fused attention, which draws dropout's mask in another order. That has no masks of ours, so where
-        dropout draws these (on CPUs and in stacks) every block makes its matrix.
+        On a GPU one kernel attends over few tokens. Elsewhere only a block whose scores or weights are asked
+        for pays for its T×T matrix. The others use PyTorch's fused attention, which draws dropout's mask in
+        another order. That has no masks of ours, so where dropout draws these (on CPUs and in stacks) every
+        block makes its matrix.
         """
-        qkv = self._qkv(x)
+        projected = self._project(x)
+        if self._has_kernel(projected, taps):
+            values, scores = self._attend(projected, taps)
+            qkv = self._split(projected) if taps.qkv or taps.factors else None
+            return self._leave(values), AttentionOutput.tapped(taps, qkv, scores)
+        qkv = self._split(projected)
         assert qkv.v is not None
         if not (taps.scores or taps.weights or self.dropout.has_own_masks(qkv.q)):
             return self._merge(self._fused(qkv)), AttentionOutput.tapped(taps, qkv, None)
@@ -119,18 +126,43 @@ class Attention(nn.Module):
 
     def tapped(self, x: Tensor, taps: BlockTaps) -> AttentionOutput:
         """What is asked for by `taps` of tokens [*S, B, T, D], and nothing more: no output projection."""
-        qkv = self._qkv(x, with_values=taps.qkv)
+        qkv = self._split(self._project(x, with_values=taps.qkv))
         return AttentionOutput.tapped(taps, qkv, qkv.scores() if taps.scores else None)
 
-    def _qkv(self, x: Tensor, with_values: bool = True) -> QKV:
-        """Queries at this attention's temperature, keys and, if wanted, values."""
-        count = 3 if with_values else 2
-        width = count * self.num_heads * self.head_dim
+    def _project(self, x: Tensor, with_values: bool = True) -> Tensor:
+        """Queries, keys and, if wanted, values side by side [*S, B, T, 3·H·head_dim]."""
+        width = (3 if with_values else 2) * self.num_heads * self.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[..., :width]
-        projected = project(self.norm(x), self.qkv.weight[..., :width, :], bias)
-        split = projected.unflatten(-1, (count, self.num_heads, self.head_dim))
+        return project(self.norm(x), self.qkv.weight[..., :width, :], bias)
+
+    def _split(self, projected: Tensor) -> QKV:
+        """Queries at this attention's temperature, keys and, if they are there, values."""
+        split = projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
         q, *others = split.transpose(-4, -2).unbind(-3)
-        return QKV(self.scale(q), *others)
+        inverse = self.inverse_temperature()
+        if inverse is not None:
+            # Rounded once, not twice: 1/τ in bf16 would be off by up to 0.4 % for every token alike.
+            q = (q * inverse[..., None, :, None, None]).to(q.dtype)
+        return QKV(q, *others)
+
+    def _has_kernel(self, projected: Tensor, taps: BlockTaps) -> bool:
+        """Whether the kernel computes what is wanted; it never writes the weights."""
+        is_small = projected.shape[-2] <= kernels.MOST_TOKENS and self.head_dim <= kernels.MOST_HEAD_DIM
+        is_known = self.dropout.suits_kernels and not taps.weights
+        return is_small and is_known and kernels.can_compute(projected)
+
+    def _attend(self, projected: Tensor, taps: BlockTaps) -> tuple[Tensor, Tensor | None]:
+        """The heads' merged values [*S, B, T, H·head_dim] and, if asked for, the scores, by the kernel."""
+        from vitkd.models.kernels.attention import attend
+
+        return attend(
+            projected,
+            self.num_heads,
+            self.inverse_temperature(),
+            self.allowed(projected.shape[-2], projected.device),
+            self.dropout.masks(),
+            taps.scores,
+        )
 
     def _fused(self, qkv: QKV) -> Tensor:
         """The attended values [*S, B, H, T, head_dim] by PyTorch's fused kernels."""
@@ -149,7 +181,11 @@ class Attention(nn.Module):
 
     def _merge(self, values: Tensor) -> Tensor:
         """All heads' values [*S, B, H, T, head_dim] as tokens [*S, B, T, D]."""
-        return self.dropout(self.out(values.transpose(-3, -2).flatten(-2)))
+        return self._leave(values.transpose(-3, -2).flatten(-2))
+
+    def _leave(self, merged: Tensor) -> Tensor:
+        """All heads' values side by side [*S, B, T, H·head_dim] as tokens [*S, B, T, D]."""
+        return self.dropout(self.out(merged))
 
 
 class MLP(nn.Module):
