@@ -1,17 +1,20 @@
 """The kernels by Triton's interpreter, against plain PyTorch in float64; `test_kernels.py` runs this file."""
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd.models import Taps, ViT, ViTConfig, kernels
 from vitkd.models.dropout import Masks, drop_by
 from vitkd.models.kernels.attention import attend
 from vitkd.models.kernels.philox import dropped
+from vitkd.models.kernels.pointwise import finished, normed
 from vitkd.train.stacked.dropout import KeyedStreams
 
 SEEDS = [5, 2**40 + 5]
@@ -123,6 +126,49 @@ def test_attention_in_half_precision_has_exact_scores():
     torch.testing.assert_close(qkv.grad.double(), exact.grad, atol=6e-3, rtol=6e-3)
 
 
+def assert_close(compute: Callable, plain: Callable, inputs: list[Tensor]) -> None:
+    """Values and gradients of both, the plain one's in float64."""
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    found, expected = compute(*inputs), plain(*exact)
+    weights = torch.randn_like(expected)
+
+    torch.testing.assert_close(found, expected.to(found.dtype), **CLOSE)
+    gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    for gradient, other in zip(
+        gradients, torch.autograd.grad((expected * weights).sum(), exact), strict=True
+    ):
+        torch.testing.assert_close(gradient, other.float(), **CLOSE)
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("columns", [12, 65])
+def test_layer_norm(columns):
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        normalised = F.layer_norm(x, (columns,), eps=1e-3)
+        return normalised * weight[:, None, None] + bias[:, None, None]
+
+    inputs = tensors((2, 3, 23, columns), (2, columns), (2, columns))
+    assert_close(lambda x, weight, bias: normed(x, weight, bias, 1e-3), plain, inputs)
+
+
+@pytest.mark.parametrize("its_masks", [None, masks()], ids=["dry", "dropout"])
+@pytest.mark.parametrize("columns", [12, 132])
+@pytest.mark.parametrize("has_residual", [False, True], ids=["activated", "added"])
+def test_what_follows_a_product(has_residual, columns, its_masks):
+    def plain(h: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = h + bias[:, None, None]
+        y = F.gelu(y) if residual is None else y
+        y = y if its_masks is None else dropped(y, its_masks)
+        return y if residual is None else residual + y
+
+    shape = (2, 3, 23, columns)
+    inputs = tensors(shape, (2, columns), *([shape] if has_residual else []))
+    assert_close(lambda h, bias, *residual: finished(h, bias, its_masks, *residual), plain, inputs)
+
+
 SHAPE = {"image_size": 8, "channels": 3, "num_classes": 5, "patch_size": 4, "embed_dim": 12, "depth": 2}
 SHAPE |= {"num_heads": 2, "head_dim": 4, "mlp_dim": 16}
 IMAGES_OF_MODELS = torch.randn(3, 3, 8, 8)
@@ -146,9 +192,8 @@ def both_ways(model: ViT, monkeypatch: pytest.MonkeyPatch, students: int) -> lis
     return results
 
 
-@pytest.mark.parametrize("attention", ["msa", "lsa"])
-def test_a_model_is_the_same_with_and_without(attention, monkeypatch):
-    model = ViTConfig(**SHAPE, attention=attention).build()
+def test_a_model_is_the_same_with_and_without(monkeypatch):
+    model = ViTConfig(**SHAPE).build()
 
     for plain, by_kernels in zip(*both_ways(model, monkeypatch, students=0), strict=True):
         torch.testing.assert_close(by_kernels, plain, **CLOSE)

@@ -39,12 +39,42 @@ class Linear(nn.Linear):
         return project(x, self.weight, self.bias)
 
 
+def activated(x: Tensor, linear: Linear, dropout: Dropout) -> Tensor:
+    """dropout(GELU(linear(x))), of stacked students on a GPU in one pass after the product."""
+    if not _has_kernel(x, linear, dropout):
+        return dropout(F.gelu(linear(x)))
+    from vitkd.models.kernels.pointwise import finished
+
+    return finished(project(x, linear.weight, None), linear.bias, dropout.masks())
+
+
+def added(residual: Tensor | None, x: Tensor, linear: Linear, dropout: Dropout) -> Tensor:
+    """residual + dropout(linear(x)), of stacked students on a GPU in one pass after the product."""
+    if residual is None:
+        return dropout(linear(x))
+    if not _has_kernel(x, linear, dropout):
+        return residual + dropout(linear(x))
+    from vitkd.models.kernels.pointwise import finished
+
+    return finished(project(x, linear.weight, None), linear.bias, dropout.masks(), residual)
+
+
+def _has_kernel(x: Tensor, linear: Linear, dropout: Dropout) -> bool:
+    """Whether what follows a product is one kernel: PyTorch fuses a solo model's bias by itself."""
+    is_stacked, is_even = linear.weight.ndim == 3, linear.out_features % 4 == 0
+    return is_stacked and is_even and dropout.suits_kernels and kernels.can_compute(x)
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over D; weight and bias are [D], or [S, D] for `x` [S, B, …, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.ndim == 1:
             return super().forward(x)
+        if self.weight.shape[-1] <= kernels.MOST_COLUMNS and kernels.can_compute(x):
+            from vitkd.models.kernels.pointwise import normed
+
+            return normed(x, self.weight, self.bias, self.eps)
         normalised = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         return torch.addcmul(per_student(self.bias, x), normalised, per_student(self.weight, x))
 
@@ -103,8 +133,10 @@ class Attention(nn.Module):
         """[T, T], False where a query may not look at a key; None where it may look at all."""
         return None
 
-    def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
-        """Map tokens [*S, B, T, D] to tokens, and to what is asked for by `taps`.
+    def forward(
+        self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS, residual: Tensor | None = None
+    ) -> tuple[Tensor, AttentionOutput]:
+        """Map tokens [*S, B, T, D] to tokens, plus the residual if any, and to what is asked for by `taps`.
 
         On a GPU one kernel attends over few tokens. Elsewhere only a block whose scores or weights are asked
         for pays for its T×T matrix. The others use PyTorch's fused attention, which draws dropout's mask in
@@ -115,14 +147,14 @@ class Attention(nn.Module):
         if self._has_kernel(projected, taps):
             values, scores = self._attend(projected, taps)
             qkv = self._split(projected) if taps.qkv or taps.factors else None
-            return self._leave(values), AttentionOutput.tapped(taps, qkv, scores)
+            return self._leave(values, residual), AttentionOutput.tapped(taps, qkv, scores)
         qkv = self._split(projected)
         assert qkv.v is not None
         if not (taps.scores or taps.weights or self.dropout.has_own_masks(qkv.q)):
-            return self._merge(self._fused(qkv)), AttentionOutput.tapped(taps, qkv, None)
+            return self._merge(self._fused(qkv), residual), AttentionOutput.tapped(taps, qkv, None)
         scores = qkv.scores()
         weights = self._weights(scores, qkv.v.dtype)
-        return self._merge(weights @ qkv.v), AttentionOutput.tapped(taps, qkv, scores, weights)
+        return self._merge(weights @ qkv.v, residual), AttentionOutput.tapped(taps, qkv, scores, weights)
 
     def tapped(self, x: Tensor, taps: BlockTaps) -> AttentionOutput:
         """What is asked for by `taps` of tokens [*S, B, T, D], and nothing more: no output projection."""
@@ -179,13 +211,13 @@ class Attention(nn.Module):
             scores = scores.masked_fill(~allowed, -math.inf)
         return self.dropout(scores.softmax(-1)).to(dtype)
 
-    def _merge(self, values: Tensor) -> Tensor:
-        """All heads' values [*S, B, H, T, head_dim] as tokens [*S, B, T, D]."""
-        return self._leave(values.transpose(-3, -2).flatten(-2))
+    def _merge(self, values: Tensor, residual: Tensor | None) -> Tensor:
+        """All heads' values [*S, B, H, T, head_dim] as tokens [*S, B, T, D], plus the residual if any."""
+        return self._leave(values.transpose(-3, -2).flatten(-2), residual)
 
-    def _leave(self, merged: Tensor) -> Tensor:
-        """All heads' values side by side [*S, B, T, H·head_dim] as tokens [*S, B, T, D]."""
-        return self.dropout(self.out(merged))
+    def _leave(self, merged: Tensor, residual: Tensor | None) -> Tensor:
+        """All heads' values side by side [*S, B, T, H·head_dim] as tokens, plus the residual if any."""
+        return added(residual, merged, self.out, self.dropout)
 
 
 class MLP(nn.Module):
@@ -198,8 +230,9 @@ class MLP(nn.Module):
         self.expand = Linear(dim, hidden)
         self.contract = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.contract(self.dropout(F.gelu(self.expand(self.norm(x))))))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        hidden = activated(self.norm(x), self.expand, self.dropout)
+        return added(residual, hidden, self.contract, self.dropout)
 
 
 class Block(nn.Module):
@@ -212,6 +245,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
         """Map tokens [*S, B, T, D] to tokens, and to what `taps` asks of the attention."""
-        attended, tapped = self.attention(x, taps)
-        x = x + attended
-        return x + self.mlp(x), tapped
+        x, tapped = self.attention(x, taps, residual=x)
+        return self.mlp(x, residual=x), tapped

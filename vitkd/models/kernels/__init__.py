@@ -14,6 +14,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_TOKENS, MOST_HEAD_DIM = 32, 64
 """Of more a head does not stay on the chip; PyTorch's own attention is made for those."""
 
+MOST_COLUMNS = 1024
+"""Of more a row to be normalised does not."""
+
 _allowed = True
 
 
