@@ -11,11 +11,12 @@ eager      that a few replays leave the weights of as many steps without a graph
 dropout    that two replays on one batch have different losses (dropout 0.1, learning rate 0)
 rate       that weights stop where the schedule's rate becomes 0
 NaN        that a batch that is not finite leaves the weights as they were, and is reported
+kernels    that Triton kernels lead to the losses of PyTorch's (kernels=off), dropout included in a stack
 
 and then measures milliseconds a replay and the peak of memory, by precision: fp32, TF32
-(matmul_precision=high) and bf16-mixed. --profiles writes the kernels' times of the teacher's step and of two
-stacks, as text. The exit code is 1 where a check has failed. On a CPU there is nothing to capture: --quick
-shows that the rest works.
+(matmul_precision=high) and bf16-mixed; and on a line of their own those with kernels=off. --profiles writes
+the kernels' times of the teacher's step and of two stacks, as text. The exit code is 1 where a check has
+failed. On a CPU there is nothing to capture, nor are there Triton kernels: --quick shows that the rest works.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +46,7 @@ from vitkd.config.run import Config
 from vitkd.data import Batch
 from vitkd.errors import RunError
 from vitkd.models import ViT
+from vitkd.models.kernels import allow_kernels
 from vitkd.optim import Constant, Schedule
 from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
 from vitkd.train.callbacks import CudaGraphs
@@ -201,7 +204,31 @@ def checks(dry: Subject, wet: Subject) -> dict[str, str]:
         not torch.equal(stopped[-3], stopped[-4]) and torch.equal(stopped[-1], stopped[-2])
     )
     outcomes["NaN"] = held_back(dry, batches)
+    # A student by itself draws its masks from PyTorch's generator, others each time.
+    outcomes["kernels"] = same_losses(dry if dry.students == 1 else wet, count)
     return outcomes
+
+
+def same_losses(probe: Subject, count: int) -> str:
+    """Whether `count` steps have the losses that they have without kernels.
+
+    Not their weights: AdamW makes whole steps of gradients that are nothing but rounding.
+    """
+    losses = []
+    for choice in ("auto", "off"):
+        with kernels(choice):
+            losses.append(probe.train(probe.module(), probe.batches(count), Steps()).losses[-2])
+    by_kernels, plain = losses
+    off = float(((by_kernels - plain) / plain).abs().max())
+    return verdict(off < CLOSE, f"{off:.1g}")
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """With the setting kernels=`choice`."""
+    allow_kernels(choice)
+    yield
+    allow_kernels("off")
 
 
 def held_back(probe: Subject, batches: Sequence[Batch]) -> str:
@@ -228,6 +255,12 @@ def probe_of(students: int, dropout: float, settings: Settings) -> Subject:
     """So many students beside the report's teacher."""
     config = subject.configure(settings, f"student.dropout={dropout}", f"student.emb_dropout={dropout}")
     return Subject(config, subject.build_teacher(config, settings.device), students, settings.device)
+
+
+def speeds(probe: Subject, choice: str, settings: Settings) -> dict[str, str]:
+    """By precision, with kernels or without."""
+    with kernels(choice):
+        return {name: speed(probe, name, settings) for name in PRECISIONS}
 
 
 def speed(probe: Subject, precision: str, settings: Settings) -> str:
@@ -298,17 +331,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for students in QUICK_SIZES if options.quick else SIZES:
         try:
             dry, wet = (probe_of(students, dropout, settings) for dropout in (0.0, 0.1))
-            found = checks(dry, wet) | {name: speed(wet, name, settings) for name in PRECISIONS}
+            outcomes = checks(dry, wet)
+            lines.append((str(students), outcomes | speeds(wet, "auto", settings)))
+            if not settings.on_cpu:
+                plain = speeds(wet, "off", settings)
+                lines.append((f"{students}, kernels=off", dict.fromkeys(outcomes, "") | plain))
         except torch.OutOfMemoryError:
             print(f"S = {students}: out of memory")
             break
-        lines.append((students, found))
         free_memory()
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("S", *lines[0][1]):
         table.add_column(heading, justify="right")
     for students, found in lines:
-        table.add_row(str(students), *found.values())
+        table.add_row(students, *found.values())
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     return int(any(value.startswith("NO") for _, found in lines for value in found.values()))
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Bar, Row, Settings, Spread
-from vitkd.models import Taps, ViTConfig
+from vitkd.models import Taps, ViTConfig, kernels
 from vitkd.process.isolation import isolated
 
 BENCHMARKS = ["step", "data", pytest.param("overhead", marks=pytest.mark.slow), "peers"]
@@ -138,11 +138,13 @@ def test_the_probe_of_a_gpu_passes_where_there_is_nothing_to_capture(tmp_path, c
 
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert all(check in printed for check in ("captured", "eager", "dropout", "rate", "NaN", "bf16"))
+    assert all(
+        check in printed for check in ("captured", "eager", "dropout", "rate", "NaN", "kernels", "bf16")
+    )
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"teacher.txt", "stack-3.txt"}
 
 
-@pytest.mark.parametrize("broken", ["eager", "dropout", "rate", "NaN"])
+@pytest.mark.parametrize("broken", ["eager", "dropout", "rate", "NaN", "kernels"])
 def test_the_probe_of_a_gpu_fails_with_each_of_its_checks(broken, monkeypatch):
     probe = import_module("benchmarks.gpu")
     train = probe.Subject.train
@@ -155,6 +157,8 @@ def test_the_probe_of_a_gpu_fails_with_each_of_its_checks(broken, monkeypatch):
             steps.weights[-1] += 1
         if broken == "dropout" and len({id(batch) for batch in batches}) == 1:
             steps.losses[:] = [torch.full_like(steps.losses[0], step) for step in range(len(steps.losses))]
+        if broken == "kernels" and not kernels._allowed:
+            steps.losses[-2] *= 1.01
         if broken == "rate" and isinstance(module.schedule, probe.Drop):
             steps.weights[-1] += 1
         return steps

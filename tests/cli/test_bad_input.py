@@ -97,6 +97,7 @@ TRAIN = [
     ("checkpoint_minutes=-1", "checkpoint_minutes", "0 (every step)"),
     ("resume=always", "resume=always", "auto or null"),
     ("ema_decay=1", "ema_decay", "between 0 and 1"),
+    ("kernels=on", "kernels=on", "auto or off"),
     ("matmul_precision=low", "matmul_precision=low", "highest, high or medium"),
     ("compile=maybe", "compile=maybe"),
     ("teacher.cache=ram", "teacher.cache=ram", "auto or off"),

@@ -52,7 +52,7 @@ SHARED = {
     Separates.TEACHERS: {
         *("alpha", "cuda_graph", "compile", "log_every_n_steps", "trainer.accelerator", "trainer.strategy"),
         *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
-        *("dataset.max_epochs", "dataset.root"),
+        *("kernels", "dataset.max_epochs", "dataset.root"),
     },
     Separates.STACKS: {
         *("alpha", "label_smoothing", "seed", "optimizer.lr", "optimizer.weight_decay", "schedule"),
@@ -63,7 +63,8 @@ SHARED = {
         *("alpha", "granularity", "loss", "method", "teacher", "weighting", "seed"),
     },
     Separates.ARMS: {
-        *("seed", "cuda_graph", "compile", "log_every_n_steps", "teacher.cache", "teacher.cache_gib"),
+        *("seed", "cuda_graph", "kernels", "compile", "log_every_n_steps"),
+        *("teacher.cache", "teacher.cache_gib"),
         *("trainer.accelerator", "trainer.deterministic", "trainer.strategy", "dataset.max_epochs"),
         *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
     },

@@ -77,11 +77,12 @@ def test_what_determines_the_teacher_changes_its_name(setting):
         "label_smoothing=0.1",
         "ema_decay=0.9",
         "cuda_graph=off",
+        "kernels=auto",
         "log_every_n_steps=3",
         "dataset.eval_batch_size=64",
         "teacher.cache=off",
         "teacher.cache_gib=0.5",
-        "matmul_precision=highest",
+        "matmul_precision=auto",
         "compile=true",
     ],
 )

@@ -48,6 +48,7 @@ ROLES: dict[str, Separates] = {
     # How a result is computed.
     "log_every_n_steps": Separates.SPEED & ~Separates.NAMES,
     "cuda_graph": Separates.SPEED,
+    "kernels": Separates.SPEED,
     "compile": Separates.SPEED,
     "trainer.accelerator": Separates.SPEED & ~Separates.NAMES,
     "trainer.strategy": Separates.SPEED,

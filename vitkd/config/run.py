@@ -141,6 +141,8 @@ class Root:
     round the factors, on NVIDIA GPUs to TF32. `auto` is `high` there, `highest` elsewhere."""
     cuda_graph: str
     """`auto` replays training steps on a GPU from a CUDA graph where possible; `off` never does."""
+    kernels: str
+    """`auto` computes layers on a GPU by Triton kernels of this package where there are any; `off` never."""
     compile: bool
     """torch.compile the losses of a training step, models included."""
     sweep: SweepSettings
@@ -154,8 +156,9 @@ class Root:
         check_at_least(1, self, "log_every_n_steps")
         check(self, "pictures_every_n_epochs", self.pictures_every_n_epochs >= 0, "must be 0 (never) or more")
         check(self, "checkpoint_minutes", self.checkpoint_minutes >= 0, "must be 0 (every step) or more")
-        self.cuda_graph = unquoted(self.cuda_graph)
-        check_choice(self, "cuda_graph", ("auto", "off"))
+        for name in ("cuda_graph", "kernels"):
+            setattr(self, name, unquoted(getattr(self, name)))
+            check_choice(self, name, ("auto", "off"))
         check_choice(self, "resume", ("auto", None))
         is_share = self.ema_decay is None or 0 < self.ema_decay < 1
         check(self, "ema_decay", is_share, "must lie between 0 and 1, or be null")

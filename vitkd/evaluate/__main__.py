@@ -26,6 +26,7 @@ from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.evaluate.measure import measure_both
 from vitkd.models import load_model
+from vitkd.models.kernels import allow_kernels
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
@@ -63,6 +64,7 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     best = load_model(folder.student)
     device = device_of(settings.accelerator)
     set_matmul_precision(config.matmul_precision, device)
+    allow_kernels(config.kernels)
     with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
         images = data.loader("test", device)
         known = None

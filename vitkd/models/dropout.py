@@ -4,10 +4,27 @@ Shapes: S stacked students.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Masks(NamedTuple):
+    """What the masks of one dropout layer are a function of, where a kernel draws them.
+
+    A student's are the same in any stack.
+    """
+
+    seeds: Tensor
+    """[S] int64"""
+    step: Tensor
+    """0-dim int64 on the device, the same in the backward pass"""
+    place: int
+    """number of the layer within a step"""
+    p: float
+    """the probability that a value becomes 0"""
 
 
 class Dropout(nn.Module):
@@ -21,6 +38,7 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
         self.drop: Callable[[Tensor, float], Tensor] | None = None
+        self.next_masks: Callable[[float], Masks] | None = None
 
     @property
     def rate(self) -> float:
@@ -30,6 +48,15 @@ class Dropout(nn.Module):
     def has_own_masks(self, x: Tensor) -> bool:
         """Whether `forward` would drop values of `x` by other masks than PyTorch's fused kernels draw."""
         return self.rate > 0 and (self.drop is not None or x.device.type == "cpu")
+
+    @property
+    def suits_kernels(self) -> bool:
+        """Whether a kernel can apply it: it does nothing, or its masks can be drawn anywhere."""
+        return self.rate == 0 or self.next_masks is not None
+
+    def masks(self) -> Masks | None:
+        """In place of `forward`: the masks that a kernel is to draw; None where nothing is dropped."""
+        return self.next_masks(self.p) if self.rate > 0 and self.next_masks is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.has_own_masks(x):
@@ -57,11 +84,16 @@ def quick_mask(x: Tensor, p: float, generators: Sequence[torch.Generator | None]
     return mask.to(x.dtype).view(x.shape)
 
 
-def drop_by(drop: Callable[[Tensor, float], Tensor], modules: Iterable[nn.Module]) -> None:
+def drop_by(
+    drop: Callable[[Tensor, float], Tensor],
+    modules: Iterable[nn.Module],
+    next_masks: Callable[[float], Masks] | None = None,
+) -> None:
     """Let every `Dropout` among `modules` call `drop(x, p)` in training.
 
-    It zeroes each value of `x` [S, …] with probability `p` and scales the others by 1/(1 − p).
+    It zeroes each value of `x` [S, …] with probability `p` and scales the others by 1/(1 − p). A kernel that
+    does that itself calls `next_masks(p)` instead.
     """
     for module in modules:
         if isinstance(module, Dropout):
-            module.drop = drop
+            module.drop, module.next_masks = drop, next_masks

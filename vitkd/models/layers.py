@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitkd.models import kernels
 from vitkd.models.dropout import Dropout
 from vitkd.models.output import NO_BLOCK_TAPS, QKV, BlockTaps
 
@@ -38,12 +39,42 @@ class Linear(nn.Linear):
         return project(x, self.weight, self.bias)
 
 
+def activated(x: Tensor, linear: Linear, dropout: Dropout) -> Tensor:
+    """dropout(GELU(linear(x))), of stacked students on a GPU in one pass after the product."""
+    if not _has_kernel(x, linear, dropout):
+        return dropout(F.gelu(linear(x)))
+    from vitkd.models.kernels.pointwise import finished
+
+    return finished(project(x, linear.weight, None), linear.bias, dropout.masks())
+
+
+def added(residual: Tensor | None, x: Tensor, linear: Linear, dropout: Dropout) -> Tensor:
+    """residual + dropout(linear(x)), of stacked students on a GPU in one pass after the product."""
+    if residual is None:
+        return dropout(linear(x))
+    if not _has_kernel(x, linear, dropout):
+        return residual + dropout(linear(x))
+    from vitkd.models.kernels.pointwise import finished
+
+    return finished(project(x, linear.weight, None), linear.bias, dropout.masks(), residual)
+
+
+def _has_kernel(x: Tensor, linear: Linear, dropout: Dropout) -> bool:
+    """Whether what follows a product is one kernel: PyTorch fuses a solo model's bias by itself."""
+    is_stacked, is_even = linear.weight.ndim == 3, linear.out_features % 4 == 0
+    return is_stacked and is_even and dropout.suits_kernels and kernels.can_compute(x)
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over D; weight and bias are [D], or [S, D] for `x` [S, B, …, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.ndim == 1:
             return super().forward(x)
+        if self.weight.shape[-1] <= kernels.MOST_COLUMNS and kernels.can_compute(x):
+            from vitkd.models.kernels.pointwise import normed
+
+            return normed(x, self.weight, self.bias, self.eps)
         normalised = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         return torch.addcmul(per_student(self.bias, x), normalised, per_student(self.weight, x))
 
@@ -75,10 +106,10 @@ class AttentionOutput(NamedTuple):
 
     @classmethod
     def tapped(
-        cls, taps: BlockTaps, qkv: QKV, scores: Tensor | None, weights: Tensor | None = None
+        cls, taps: BlockTaps, qkv: QKV | None, scores: Tensor | None, weights: Tensor | None = None
     ) -> "AttentionOutput":
         """What `taps` asks for, out of all that was computed."""
-        factors = qkv if taps.qkv else qkv.factors() if taps.factors else None
+        factors = qkv if taps.qkv else qkv.factors() if taps.factors and qkv else None
         return cls(scores if taps.scores else None, factors, weights if taps.weights else None)
 
 
@@ -93,44 +124,77 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * num_heads * head_dim, bias=qkv_bias)
         self.out = Linear(num_heads * head_dim, dim)
 
-    def scale(self, q: Tensor) -> Tensor:
-        """Queries [*S, B, H, T, head_dim] at the attention's temperature, if it has one of its own."""
-        return q
+    def inverse_temperature(self) -> Tensor | None:
+        """What each head's scores are multiplied with [*S, H], if the attention has such a thing."""
+        return None
 
     @staticmethod
     def allowed(tokens: int, device: torch.device | None = None) -> Tensor | None:
         """[T, T], False where a query may not look at a key; None where it may look at all."""
         return None
 
-    def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
-        """Map tokens [*S, B, T, D] to tokens, and to what is asked for by `taps`.
+    def forward(
+        self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS, residual: Tensor | None = None
+    ) -> tuple[Tensor, AttentionOutput]:
+        """Map tokens [*S, B, T, D] to tokens, plus the residual if any, and to what is asked for by `taps`.
 
-        Only a block whose scores or weights are asked for pays for its T×T matrix. The others use PyTorch's
-        fused attention, which draws dropout's mask in another order. That has no masks of ours, so where
-        dropout draws these (on CPUs and in stacks) every block makes its matrix.
+        On a GPU one kernel attends over few tokens. Elsewhere only a block whose scores or weights are asked
+        for pays for its T×T matrix. The others use PyTorch's fused attention, which draws dropout's mask in
+        another order. That has no masks of ours, so where dropout draws these (on CPUs and in stacks) every
+        block makes its matrix.
         """
-        qkv = self._qkv(x)
+        projected = self._project(x)
+        if self._has_kernel(projected, taps):
+            values, scores = self._attend(projected, taps)
+            qkv = self._split(projected) if taps.qkv or taps.factors else None
+            return self._leave(values, residual), AttentionOutput.tapped(taps, qkv, scores)
+        qkv = self._split(projected)
         assert qkv.v is not None
         if not (taps.scores or taps.weights or self.dropout.has_own_masks(qkv.q)):
-            return self._merge(self._fused(qkv)), AttentionOutput.tapped(taps, qkv, None)
+            return self._merge(self._fused(qkv), residual), AttentionOutput.tapped(taps, qkv, None)
         scores = qkv.scores()
         weights = self._weights(scores, qkv.v.dtype)
-        return self._merge(weights @ qkv.v), AttentionOutput.tapped(taps, qkv, scores, weights)
+        return self._merge(weights @ qkv.v, residual), AttentionOutput.tapped(taps, qkv, scores, weights)
 
     def tapped(self, x: Tensor, taps: BlockTaps) -> AttentionOutput:
         """What is asked for by `taps` of tokens [*S, B, T, D], and nothing more: no output projection."""
-        qkv = self._qkv(x, with_values=taps.qkv)
+        qkv = self._split(self._project(x, with_values=taps.qkv))
         return AttentionOutput.tapped(taps, qkv, qkv.scores() if taps.scores else None)
 
-    def _qkv(self, x: Tensor, with_values: bool = True) -> QKV:
-        """Queries at this attention's temperature, keys and, if wanted, values."""
-        count = 3 if with_values else 2
-        width = count * self.num_heads * self.head_dim
+    def _project(self, x: Tensor, with_values: bool = True) -> Tensor:
+        """Queries, keys and, if wanted, values side by side [*S, B, T, 3·H·head_dim]."""
+        width = (3 if with_values else 2) * self.num_heads * self.head_dim
         bias = None if self.qkv.bias is None else self.qkv.bias[..., :width]
-        projected = project(self.norm(x), self.qkv.weight[..., :width, :], bias)
-        split = projected.unflatten(-1, (count, self.num_heads, self.head_dim))
+        return project(self.norm(x), self.qkv.weight[..., :width, :], bias)
+
+    def _split(self, projected: Tensor) -> QKV:
+        """Queries at this attention's temperature, keys and, if they are there, values."""
+        split = projected.unflatten(-1, (-1, self.num_heads, self.head_dim))
         q, *others = split.transpose(-4, -2).unbind(-3)
-        return QKV(self.scale(q), *others)
+        inverse = self.inverse_temperature()
+        if inverse is not None:
+            # Rounded once, not twice: 1/τ in bf16 would be off by up to 0.4 % for every token alike.
+            q = (q * inverse[..., None, :, None, None]).to(q.dtype)
+        return QKV(q, *others)
+
+    def _has_kernel(self, projected: Tensor, taps: BlockTaps) -> bool:
+        """Whether the kernel computes what is wanted; it never writes the weights."""
+        is_small = projected.shape[-2] <= kernels.MOST_TOKENS and self.head_dim <= kernels.MOST_HEAD_DIM
+        is_known = self.dropout.suits_kernels and not taps.weights
+        return is_small and is_known and kernels.can_compute(projected)
+
+    def _attend(self, projected: Tensor, taps: BlockTaps) -> tuple[Tensor, Tensor | None]:
+        """The heads' merged values [*S, B, T, H·head_dim] and, if asked for, the scores, by the kernel."""
+        from vitkd.models.kernels.attention import attend
+
+        return attend(
+            projected,
+            self.num_heads,
+            self.inverse_temperature(),
+            self.allowed(projected.shape[-2], projected.device),
+            self.dropout.masks(),
+            taps.scores,
+        )
 
     def _fused(self, qkv: QKV) -> Tensor:
         """The attended values [*S, B, H, T, head_dim] by PyTorch's fused kernels."""
@@ -147,9 +211,13 @@ class Attention(nn.Module):
             scores = scores.masked_fill(~allowed, -math.inf)
         return self.dropout(scores.softmax(-1)).to(dtype)
 
-    def _merge(self, values: Tensor) -> Tensor:
-        """All heads' values [*S, B, H, T, head_dim] as tokens [*S, B, T, D]."""
-        return self.dropout(self.out(values.transpose(-3, -2).flatten(-2)))
+    def _merge(self, values: Tensor, residual: Tensor | None) -> Tensor:
+        """All heads' values [*S, B, H, T, head_dim] as tokens [*S, B, T, D], plus the residual if any."""
+        return self._leave(values.transpose(-3, -2).flatten(-2), residual)
+
+    def _leave(self, merged: Tensor, residual: Tensor | None) -> Tensor:
+        """All heads' values side by side [*S, B, T, H·head_dim] as tokens, plus the residual if any."""
+        return added(residual, merged, self.out, self.dropout)
 
 
 class MLP(nn.Module):
@@ -162,8 +230,9 @@ class MLP(nn.Module):
         self.expand = Linear(dim, hidden)
         self.contract = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.contract(self.dropout(F.gelu(self.expand(self.norm(x))))))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        hidden = activated(self.norm(x), self.expand, self.dropout)
+        return added(residual, hidden, self.contract, self.dropout)
 
 
 class Block(nn.Module):
@@ -176,6 +245,5 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
         """Map tokens [*S, B, T, D] to tokens, and to what `taps` asks of the attention."""
-        attended, tapped = self.attention(x, taps)
-        x = x + attended
-        return x + self.mlp(x), tapped
+        x, tapped = self.attention(x, taps, residual=x)
+        return self.mlp(x, residual=x), tapped

@@ -6,6 +6,7 @@ from contextlib import closing
 from omegaconf import DictConfig
 
 from vitkd.cli.console import Job, print_results, start_logging
+from vitkd.models.kernels import allow_kernels
 from vitkd.process.distributed import agree, is_first, joined
 from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.folder import RunFolder
@@ -31,6 +32,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     plan.warn()
     config, machine = plan.config, plan.machine
     set_matmul_precision(config.matmul_precision, machine.device)
+    allow_kernels(config.kernels)
     given = read_given_teacher(config)
     check_pair(config, given)
     with joined(machine.processes, machine.hosts, plan.command):

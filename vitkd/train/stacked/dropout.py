@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vitkd.models.dropout import quick_mask
+from vitkd.models.dropout import Masks, quick_mask
 
 
 def streams_on(device: torch.device, seeds: Sequence[int]) -> "GeneratorStreams | KeyedStreams":
@@ -33,6 +33,7 @@ class GeneratorStreams:
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.step = 0
+        self.next_masks = None
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         """`x` [S, …] with each value zeroed with probability `p`, the others scaled by 1/(1 − p)."""
@@ -82,10 +83,14 @@ class KeyedStreams:
     def drop(self, x: Tensor, p: float) -> Tensor:
         """`x` [S, …] with each value zeroed with probability `p`, the others scaled by 1/(1 − p)."""
         # It needs Triton, which comes with PyTorch for GPUs alone.
-        from vitkd.train.stacked.philox import dropped
+        from vitkd.models.kernels.philox import dropped
 
+        return dropped(x, self.next_masks(p))
+
+    def next_masks(self, p: float) -> Masks:
+        """The masks of the next dropout layer, for a kernel that draws them."""
         self._place += 1
-        return dropped(x, self.seeds, self.step, self._place, p)
+        return Masks(self.seeds, self.step, self._place, p)
 
     def state_dict(self) -> dict[str, Any]:
         """The step; seeds stand in the runs' configurations."""

@@ -19,6 +19,7 @@ from vitkd.cli.console import start_logging
 from vitkd.cli.jobs import all_recorded
 from vitkd.errors import ConfigError, RunError
 from vitkd.models import Model
+from vitkd.models.kernels import allow_kernels
 from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import contents_of, inputs_of
@@ -111,6 +112,7 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
         return []
     device = members[0].plan.machine.device
     set_matmul_precision(first.matmul_precision, device)
+    allow_kernels(first.kernels)
     seeds = [*dict.fromkeys(order_of(member) for member in members)]
     with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
         if not data.is_resident:

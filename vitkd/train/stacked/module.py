@@ -81,7 +81,7 @@ class StackedModule(DistillModule):
         self.weights_change = any(module.weights_change for module in modules)
         self._most_values = max((len(group.objective.curves) or 1 for group in self.groups), default=0)
         self.streams = streams_on(torch.device(device), seeds[: self.students])
-        drop_by(self.streams.drop, self.model.modules())
+        drop_by(self.streams.drop, self.model.modules(), self.streams.next_masks)
         self.term_weights = TermWeights([module.alpha for module in modules])
         # Not a buffer: that would be rounded by trainer.precision=bf16-true.
         smoothings = [module.label_smoothing for module in trained]
