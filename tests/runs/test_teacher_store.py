@@ -135,7 +135,7 @@ STORED = [(), ("teacher.depth=2", "teacher.seed=1", "dataset.batch_size=32")]
          " with teacher.trainer.gradient_clip_val=1 (the nearest stored one has null)"),
         (["trainer.devices=2"], " with trainer.devices=2 (the nearest stored one has 1)"),
         (["trainer.devices=[0,1]"], " with trainer.devices=2 (the nearest stored one has 1)"),
-        (["matmul_precision=high"], " with matmul_precision=high (the nearest stored one has highest)"),
+        (["matmul_precision=high"], " with matmul_precision=high (the nearest stored one has auto)"),
         (["schedule@teacher.schedule=constant", "teacher.patch_norm=true"],
          " with teacher.patch_norm=true, teacher.schedule=Constant"
          " (the nearest stored one has false, WarmupCosine)"),
