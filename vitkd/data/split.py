@@ -1,7 +1,7 @@
 """The images of one official split, in memory or as files, and how to hold out a part of them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,8 +127,31 @@ def hold_out(labels: Tensor, random_keys: Tensor, fraction: float) -> tuple[Tens
         Two sorted int64 tensors, disjoint, which together have all positions.
     """
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique() if fraction > 0 else ():
-        members = (labels == label).nonzero().flatten()
+    for members in classes_by_key(labels, random_keys) if fraction > 0 else ():
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held[members[random_keys[members].argsort(stable=True)[:count]]] = True
+        held[members[:count]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def share_of_each_class(labels: Tensor, random_keys: Tensor, fraction: float) -> Tensor:
+    """The positions of a share of the images 0..N−1, stratified by class and sorted: [M] int64.
+
+    Of each class with n images, it is the max(round(fraction·n), 1) with the lowest keys, so a smaller share
+    is a part of every larger one.
+
+    Args:
+        labels: [N] int64.
+        random_keys: [N] int64, a random number for each image.
+        fraction: 0 < fraction ≤ 1.
+    """
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    for members in classes_by_key(labels, random_keys):
+        kept[members[: max(round(fraction * len(members)), 1)]] = True
+    return kept.nonzero().flatten()
+
+
+def classes_by_key(labels: Tensor, random_keys: Tensor) -> Iterator[Tensor]:
+    """The positions of each class's images ([n] int64), lowest key first."""
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        yield members[random_keys[members].argsort(stable=True)]
