@@ -66,9 +66,9 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def archive_of(content: bytes, url: str, images: int = 0) -> Archive:
+def archive_of(content: bytes, url: str, folder: str = "flower_photos") -> Archive:
     checksum, size = hashlib.sha256(content).hexdigest(), len(content)
-    return Archive((url,), "sha256", checksum, size=size, folder="flower_photos", images=images)
+    return Archive((url,), "sha256", checksum, size=size, folder=folder)
 
 
 def _offer_flowers(server: Server, patch: pytest.MonkeyPatch) -> Official:
@@ -77,8 +77,9 @@ def _offer_flowers(server: Server, patch: pytest.MonkeyPatch) -> Official:
         Image.fromarray(_RNG.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(out := io.BytesIO(), "jpeg")
         photos[f"flower_photos/{kind}/{number}.jpg"] = out.getvalue()
     server.files = {"flower_photos.tgz": (content := tar_of(photos))}
-    archive = archive_of(content, f"{server.url}flower_photos.tgz", images=100)
+    archive = archive_of(content, f"{server.url}flower_photos.tgz")
     patch.setattr(vitkd.data.folders, "FLOWERS", archive)
+    patch.setattr(vitkd.data.folders, "FLOWERS_IMAGES", 100)
     return Official([*archive.urls], [archive.checksum], "flower_photos", "")
 
 

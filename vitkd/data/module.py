@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitkd.data.contents import FileHashes
-from vitkd.data.file_notes import duplicates, summary
+from vitkd.data.file_notes import duplicates, skipped, summary
 from vitkd.data.loader import Batch, DecodedPixels, EpochOrder, Loader, Pixels
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, Split, hold_out, share_of_each_class
@@ -121,11 +121,16 @@ class ImageDataModule(L.LightningDataModule):
             for name, indices in (self._indices | {"train": self._not_held_out}).items()
             if isinstance(official := self._splits[self._official(name)], FileSplit)
         }
-        on_files = [summary(files), *duplicates(files, known or {})] if files else []
+        on_files = self._notes_on_files(files, known or {}) if files else []
         if (fraction := self.dataset.train_fraction) == 1:
             return on_files
         counts = f"{len(self._indices['train']):,} of {len(self._not_held_out):,} training images"
         return [*on_files, f"train_fraction={fraction:g}: {counts}, the same share of each class"]
+
+    def _notes_on_files(self, files: Mapping[str, FileSplit], known: FileHashes) -> list[str]:
+        if published := self.dataset.published_classes:
+            return [summary(files, published)]
+        return [f"{summary(files)}{skipped(files)}", *duplicates(files, known)]
 
     def close(self) -> None:
         """Stop the workers of all loaders; a loader that is used again starts new ones."""

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from vitkd.data.augment import Augment
 from vitkd.data.contents import FileHashes
@@ -38,6 +39,9 @@ class Dataset(ABC):
     Raises:
         ConfigError: a setting is out of range.
     """
+
+    published_classes: ClassVar[int | None] = None
+    """Classes of a published set of image files, of which there may be fewer; the files are its own."""
 
     name: str
     num_classes: int | None
