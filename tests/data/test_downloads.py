@@ -84,7 +84,7 @@ def test_a_good_server(
     assert not server.asked
 
 
-@pytest.mark.parametrize("option", ["tf_flowers", "mnist", "cifar10"])
+@pytest.mark.parametrize("option", ["tf_flowers", "tiny_imagenet", "mnist", "cifar10"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_server(
     option: str,

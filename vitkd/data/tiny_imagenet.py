@@ -24,16 +24,20 @@ TRAIN_IMAGES, VAL_IMAGES = 500, 50
 """Of each class."""
 
 
-class _Files(NamedTuple):
+class _Images(NamedTuple):
     """The images of one folder."""
 
     folder: Path
     by_class: Mapping[str, list[str]]
-    """WordNet id → paths relative to `folder`, in the order of the ids"""
+    """WordNet id → paths relative to `folder`; both sorted"""
 
-    @property
-    def ids(self) -> list[str]:
-        return [*self.by_class]
+
+class _Copy(NamedTuple):
+    """What a complete folder has; its classes are those of `train`."""
+
+    train: _Images
+    val: _Images
+    class_names: list[str]
 
 
 @dataclass(kw_only=True)
@@ -52,81 +56,82 @@ class TinyImageNet(ImageFiles):
     published_classes: ClassVar[int] = 200
 
     def inspect(self, root: Path) -> int:
-        train, _ = self._find(root)
-        return self._checked_count(train)
+        return len(self._find(root).class_names)
 
     def load(self, root: Path) -> dict[str, FileSplit]:
-        train, val = self._find(root)
-        self._checked_count(train)
-        names = _first_synonyms(train.folder.parent / "words.txt")
-        class_names = [names[wordnet_id] for wordnet_id in train.ids]
-        return {"train": self._split(train, class_names), "test": self._split(val, class_names)}
+        copy = self._find(root)
+        return {
+            "train": self._split(copy.train, copy.class_names),
+            "test": self._split(copy.val, copy.class_names),
+        }
 
     def contents(self, root: Path, known: FileHashes | None = None) -> str | None:
         """None for all classes, else a short hash of which ones are there."""
-        train, _ = self._find(root)
-        if len(train.ids) == self.published_classes:
-            return None
-        return hashlib.sha256(" ".join(train.ids).encode()).hexdigest()[:12]
+        ids = [*self._find(root).train.by_class]
+        return (
+            None
+            if len(ids) == self.published_classes
+            else hashlib.sha256(" ".join(ids).encode()).hexdigest()[:12]
+        )
 
-    def _find(self, root: Path) -> tuple[_Files, _Files]:
-        """Training and official validation images, downloaded if they are absent."""
+    def _find(self, root: Path) -> _Copy:
+        """The official files, downloaded if they are absent; raises ConfigError as `inspect` does."""
         try:
-            return _complete(TINY_IMAGENET.install(root, self.download))
+            copy = _complete(TINY_IMAGENET.install(root, self.download))
         # A file is missing, is no text, or has lines of another form.
         except (DownloadError, OSError, ValueError) as error:
             place, manual = root / TINY_IMAGENET.folder, f"{TINY_IMAGENET} in {root}"
             raise unavailable_error(self.name, place, manual, one_line(error)) from error
-
-    def _checked_count(self, train: _Files) -> int:
-        """The number of classes; ConfigError if `num_classes` is another."""
-        if self.num_classes not in (None, count := len(train.ids)):
+        if self.num_classes not in (None, count := len(copy.class_names)):
             raise ConfigError(
-                f"dataset.num_classes={self.num_classes}, but {train.folder} has {count} of Tiny ImageNet's"
+                f"dataset.num_classes={self.num_classes}, but {copy.train.folder} has {count} of"
                 f" {self.published_classes} classes; set {count} or null to train on these"
             )
-        return count
+        return copy
 
-    def _split(self, files: _Files, class_names: list[str]) -> FileSplit:
-        labels = [label for label, paths in enumerate(files.by_class.values()) for _ in paths]
-        paths = [path for paths in files.by_class.values() for path in paths]
-        return self.files(labels, class_names, files.folder, paths, keeps_pixels=True)
+    def _split(self, images: _Images, class_names: list[str]) -> FileSplit:
+        labels = [label for label, paths in enumerate(images.by_class.values()) for _ in paths]
+        paths = [path for paths in images.by_class.values() for path in paths]
+        return self.files(labels, class_names, images.folder, paths, keeps_pixels=True)
 
 
-def _complete(folder: Path) -> tuple[_Files, _Files]:
-    """The images in `folder`; DownloadError, OSError or ValueError if some of a class are missing."""
-    known = set((folder / "wnids.txt").read_text("utf-8").split())
-    train, val = _training_files(folder / "train"), _validation_files(folder / "val")
-    if unknown := {*train.ids} - known:
-        raise DownloadError(f"wnids.txt does not name {min(unknown)}")
-    if different := {*train.ids} ^ {*val.ids}:
+def _complete(folder: Path) -> _Copy:
+    """What is in `folder`; DownloadError, OSError or ValueError if some of a class are missing."""
+    train, val = _training_images(folder / "train"), _validation_images(folder / "val")
+    ids = [*train.by_class]
+    if different := {*ids} ^ {*val.by_class}:
         raise DownloadError(f"only one of train and val has images of {min(different)}")
-    if len(train.ids) < 2:
-        raise DownloadError(f"{len(train.ids)} of the classes; 2 are needed")
-    for files, expected in ((train, TRAIN_IMAGES), (val, VAL_IMAGES)):
-        for wordnet_id, paths in files.by_class.items():
+    if len(ids) < 2:
+        raise DownloadError(f"{len(ids)} of the classes; 2 are needed")
+    for images, expected in ((train, TRAIN_IMAGES), (val, VAL_IMAGES)):
+        for wordnet_id, paths in images.by_class.items():
             if len(paths) != expected:
-                raise DownloadError(
-                    f"{files.folder.name} has {len(paths)} of {expected} images of {wordnet_id}"
-                )
-    return train, val
+                there = f"{images.folder.name} has {len(paths)} of {expected} images"
+                raise DownloadError(f"{there} of {wordnet_id}")
+    known, words = {*_lines(folder / "wnids.txt")}, _first_synonyms(folder / "words.txt")
+    for names, file in ((known, "wnids.txt"), (words, "words.txt")):
+        if unknown := {*ids}.difference(names):
+            raise DownloadError(f"{file} does not name {min(unknown)}")
+    return _Copy(train, val, [words[wordnet_id] for wordnet_id in ids])
 
 
-def _training_files(folder: Path) -> _Files:
+def _training_images(folder: Path) -> _Images:
     """train/ID/images/ID_NUMBER.JPEG"""
     ids = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    return _Files(folder, {each: [f"{each}/images/{name}" for name in _jpegs(folder / each)] for each in ids})
+    return _Images(
+        folder, {each: [f"{each}/images/{name}" for name in _jpegs(folder / each)] for each in ids}
+    )
 
 
-def _validation_files(folder: Path) -> _Files:
+def _validation_images(folder: Path) -> _Images:
     """val/images/val_NUMBER.JPEG, whose classes val/val_annotations.txt names."""
     there = {*_jpegs(folder)}
     by_class = defaultdict(list)
-    for line in (folder / "val_annotations.txt").read_text("utf-8").splitlines():
+    for line in _lines(folder / "val_annotations.txt"):
         name, wordnet_id, *_box = line.split("\t")
         if name in there:
             by_class[wordnet_id].append(f"images/{name}")
-    return _Files(folder, {each: sorted(by_class[each]) for each in sorted(by_class)})
+    return _Images(folder, {each: sorted(by_class[each]) for each in sorted(by_class)})
 
 
 def _jpegs(folder: Path) -> list[str]:
@@ -137,5 +142,9 @@ def _jpegs(folder: Path) -> list[str]:
 
 def _first_synonyms(file: Path) -> dict[str, str]:
     """WordNet id → the first of its words: n01443537 → goldfish."""
-    lines = (line.split("\t") for line in file.read_text("utf-8").splitlines())
+    lines = (line.split("\t") for line in _lines(file))
     return {wordnet_id: words.partition(",")[0] for wordnet_id, words in lines}
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text("utf-8").splitlines()
