@@ -229,7 +229,7 @@ def test_bytes_that_are_no_text_are_refused(read, root):
 def test_one_class_is_none(read, root):
     for number in (0, 1, 2):
         remove_class(root, number)
-    with pytest.raises(ConfigError, match="1 of the classes; 2 are needed"):
+    with pytest.raises(ConfigError, match="it has one class; two are needed"):
         read()
 
 

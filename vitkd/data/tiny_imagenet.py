@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -68,11 +68,9 @@ class TinyImageNet(ImageFiles):
     def contents(self, root: Path, known: FileHashes | None = None) -> str | None:
         """None for all classes, else a short hash of which ones are there."""
         ids = [*self._find(root).train.by_class]
-        return (
-            None
-            if len(ids) == self.published_classes
-            else hashlib.sha256(" ".join(ids).encode()).hexdigest()[:12]
-        )
+        if len(ids) == self.published_classes:
+            return None
+        return hashlib.sha256(" ".join(ids).encode()).hexdigest()[:12]
 
     def _find(self, root: Path) -> _Copy:
         """The official files, downloaded if they are absent; raises ConfigError as `inspect` does."""
@@ -98,29 +96,33 @@ class TinyImageNet(ImageFiles):
 def _complete(folder: Path) -> _Copy:
     """What is in `folder`; DownloadError, OSError or ValueError if some of a class are missing."""
     train, val = _training_images(folder / "train"), _validation_images(folder / "val")
-    ids = [*train.by_class]
-    if different := {*ids} ^ {*val.by_class}:
-        raise DownloadError(f"only one of train and val has images of {min(different)}")
-    if len(ids) < 2:
-        raise DownloadError(f"{len(ids)} of the classes; 2 are needed")
+    listed, words = _lines(folder / "wnids.txt"), _first_synonyms(folder / "words.txt")
+    if problem := next(_problems(train, val, {"wnids.txt": listed, "words.txt": words}), None):
+        raise DownloadError(problem)
+    return _Copy(train, val, [words[wordnet_id] for wordnet_id in train.by_class])
+
+
+def _problems(train: _Images, val: _Images, lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """What is missing, in words; `lists` are files and the classes that they name."""
+    ids = train.by_class.keys()
+    for each in sorted(ids ^ val.by_class.keys()):
+        yield f"only one of train and val has images of {each}"
     for images, expected in ((train, TRAIN_IMAGES), (val, VAL_IMAGES)):
-        for wordnet_id, paths in images.by_class.items():
+        for each, paths in images.by_class.items():
             if len(paths) != expected:
-                there = f"{images.folder.name} has {len(paths)} of {expected} images"
-                raise DownloadError(f"{there} of {wordnet_id}")
-    known, words = {*_lines(folder / "wnids.txt")}, _first_synonyms(folder / "words.txt")
-    for names, file in ((known, "wnids.txt"), (words, "words.txt")):
-        if unknown := {*ids}.difference(names):
-            raise DownloadError(f"{file} does not name {min(unknown)}")
-    return _Copy(train, val, [words[wordnet_id] for wordnet_id in ids])
+                yield f"{images.folder.name} has {len(paths)} of {expected} images of {each}"
+    for file, named in lists.items():
+        for each in sorted(ids - {*named}):
+            yield f"{file} does not name {each}"
+    if len(ids) < 2:
+        yield "it has one class; two are needed"
 
 
 def _training_images(folder: Path) -> _Images:
     """train/ID/images/ID_NUMBER.JPEG"""
     ids = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-    return _Images(
-        folder, {each: [f"{each}/images/{name}" for name in _jpegs(folder / each)] for each in ids}
-    )
+    by_class = {each: [f"{each}/images/{name}" for name in _jpegs(folder / each)] for each in ids}
+    return _Images(folder, by_class)
 
 
 def _validation_images(folder: Path) -> _Images:

@@ -75,10 +75,10 @@ def check_fractions(config: Config, data: ImageDataModule, processes: int) -> No
         fractions["teacher.train_fraction"] = config.teacher.train_fraction
     batch = config.dataset.batch_size * processes
     for setting, fraction in fractions.items():
-        count, of = (len(data.training_images(each)) for each in (fraction, 1))
-        if fraction < 1 and count < batch:
-            left = f"{setting}={fraction:g}: leaves {count:,} of {of:,} training images"
-            raise ConfigError(f"{left}, less than a batch of {batch:,}; raise it or lower dataset.batch_size")
+        if fraction < 1 and (count := len(data.training_images(fraction))) < batch:
+            left = f"leaves {count:,} of {len(data.training_images(1)):,} training images"
+            fix = f"less than a batch of {batch:,}; raise it or lower dataset.batch_size"
+            raise ConfigError(f"{setting}={fraction:g}: {left}, {fix}")
 
 
 def read_given_teacher(config: Config) -> Model | None:
