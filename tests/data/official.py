@@ -97,7 +97,6 @@ def tiny_imagenet_files(classes: int, train: int = 2, val: int = 1, size: int = 
         files[f"val/images/val_{number}.JPEG"] = picture()
         labels.append(f"val_{number}.JPEG\t{each}\t0\t0\t3\t3\n")
     files["val/val_annotations.txt"] = "".join(labels).encode()
-    files["test/images/test_0.JPEG"] = picture()
     files["wnids.txt"] = "\n".join(reversed(ids)).encode()
     words = [f"{each}\tname of {each}, another name\n" for each in (*ids, "n99999999")]
     files["words.txt"] = "".join(words).encode()

@@ -241,6 +241,12 @@ def test_what_file_managers_leave_is_no_image(read, root):
     assert read().counts == {"train": 32, "val": 8, "test": 12}
 
 
+def test_the_official_test_images_have_no_labels_and_are_not_used(read, root):
+    (root / TOP / "test" / "images").mkdir(parents=True)
+    (root / TOP / "test" / "images" / "test_0.JPEG").write_bytes(b"no image either")
+    assert read().counts == {"train": 32, "val": 8, "test": 12}
+
+
 def test_a_damaged_image_is_named(read, root):
     file = root / TOP / "train" / ONE / "images" / f"{ONE}_3.JPEG"
     file.write_bytes(b"no image")
