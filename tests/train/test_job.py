@@ -443,7 +443,7 @@ class TestVariants:
         ]
 
         inputs = [json.loads((folder / "inputs.json").read_text()) for folder in folders]
-        assert [each["images/train"] for each in inputs] == [129, 258, 1295]
+        assert [each["images/train"] for each in inputs] == [129, 259, 1295]
         assert {(each["images/val"], each["images/test"]) for each in inputs} == {(143, 359)}
         assert len({each["teacher/fingerprint"] for each in inputs}) == len(fresh.teachers) == 1
         assert json.loads((fresh.teachers[0] / "inputs.json").read_text())["images/train"] == 1295
