@@ -40,6 +40,7 @@ BESIDES = {
     ("student", "vit"): SMALL,
     ("student", "report"): SMALL,
     ("student", "mnist"): SMALL,
+    ("student", "tiny_imagenet"): [*SMALL, "student.embed_dim=32"],
     ("student", "report_teacher"): ["granularity=head", *SMALL],
 }
 BRIEF = [

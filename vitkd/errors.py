@@ -39,6 +39,11 @@ def check_positive(settings: object, *names: str) -> None:
         check(settings, name, 0 < getattr(settings, name) < math.inf, "must be a finite number above 0")
 
 
+def check_fraction(settings: object, name: str) -> None:
+    """ConfigError if the setting `name` is no share of something, above 0 and at most 1."""
+    check(settings, name, 0 < getattr(settings, name) <= 1, "must be above 0 and at most 1")
+
+
 def check_at_least(least: int, settings: object, *names: str, most: int = 10**9) -> None:
     """ConfigError if one of the settings `names` is below `least`, or above `most`."""
     for name in names:

@@ -169,7 +169,7 @@ def check_all(option: str, values: list[str], each: int, photos: Path, outcome) 
             assert not any(Path().iterdir()), (name, value)
 
 
-NOT_HERE = ("cifar", "mnist", "gpu", "fsdp")
+NOT_HERE = ("cifar", "mnist", "dataset=tiny_imagenet", "gpu", "fsdp")
 HERE = [option for option in OPTIONS if not any(word in option for word in NOT_HERE) or "student" in option]
 
 

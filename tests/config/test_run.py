@@ -273,6 +273,7 @@ def test_an_experiment_states_its_command_and_the_reports_result(path):
         ("cifar10", 10, 5, 100),
         ("cifar100", 10, 5, 100),
         ("tf_flowers", 10, 5, 50),
+        ("tiny_imagenet", 9, 6, 100),
     ],
 )
 def test_models_and_epochs_follow_the_data_set(dataset, teacher_depth, student_depth, epochs, read):
@@ -341,6 +342,15 @@ def test_the_teachers_run_is_the_teacher_without_distillation(read):
     assert own.resolved["student"]["depth"] == config.teacher.model.depth
 
 
+def test_the_teacher_trains_on_its_own_share_of_the_images(read):
+    config = read("dataset.train_fraction=0.1")
+
+    assert config.dataset.train_fraction == 0.1
+    assert teacher_run(config).dataset.train_fraction == 1
+    assert teacher_run(read("teacher.train_fraction=0.3")).dataset.train_fraction == 0.3
+    assert read("teacher.train_fraction=0.3").dataset.train_fraction == 1
+
+
 def test_the_teacher_has_its_own_trainer_on_the_students_machine(read):
     students = [
         "trainer.precision=bf16-mixed",
@@ -372,6 +382,7 @@ def test_the_teacher_has_its_own_trainer_on_the_students_machine(read):
         ("schedule.warmup", "teacher.schedule.warmup"),
         ("seed", "teacher.seed"),
         ("trainer.max_epochs", "teacher.max_epochs"),
+        ("dataset.train_fraction", "teacher.train_fraction"),
         ("trainer.precision", "teacher.trainer.precision"),
         ("trainer.devices", "trainer.devices"),
         ("dataset.batch_size", "dataset.batch_size"),
@@ -381,6 +392,7 @@ def test_the_teacher_has_its_own_trainer_on_the_students_machine(read):
 def test_a_setting_of_the_teachers_run_is_named_as_a_job_sets_it(setting, in_job, read):
     """What the job sets there is what the teacher's run has here."""
     values = {"trainer.devices": 2, "matmul_precision": "high", "trainer.precision": "bf16-mixed"}
+    values |= {"dataset.train_fraction": 0.5}
     value = values.get(setting, 7 if "warmup" not in setting else 0.7)
 
     own = OmegaConf.create(teacher_run(read(f"{in_job}={value}")).resolved)

@@ -5,6 +5,7 @@ import hashlib
 import io
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torchvision
 from PIL import Image
 
 import vitkd.data.folders
+import vitkd.data.tiny_imagenet
 from vitkd.data.library_sets import FOLDERS
 from vitkd.data.staging import Archive
 
@@ -22,6 +24,7 @@ from .server import Server
 
 OPTIONS = {
     "tf_flowers": "flower_photos",
+    "tiny_imagenet": "tiny-imagenet-200",
     "mnist": FOLDERS["MNIST"],
     "fashion_mnist": FOLDERS["FashionMNIST"],
     "cifar10": FOLDERS["CIFAR10"],
@@ -47,6 +50,8 @@ def offer(server: Server, option: str, patch: pytest.MonkeyPatch) -> Official:
     """Serve the data set, and make vitkd and torchvision download it from `server`."""
     if option == "tf_flowers":
         return _offer_flowers(server, patch)
+    if option == "tiny_imagenet":
+        return offer_tiny_imagenet(server, patch, zip_of(tiny_imagenet_files(200)))
     return (_offer_cifar if "cifar" in option else _offer_mnist)(server, _CLASSES[option], patch)
 
 
@@ -62,13 +67,59 @@ def tar_of(files: Mapping[str, bytes], first: Iterable[tarfile.TarInfo] = ()) ->
     return out.getvalue()
 
 
+def zip_of(files: Mapping[str, bytes], first: Iterable[zipfile.ZipInfo] = ()) -> bytes:
+    """A zip file of `files`, behind the members `first`, of which each holds its own name."""
+    with zipfile.ZipFile(out := io.BytesIO(), "w") as archive:
+        for member in first:
+            archive.writestr(member, "" if member.is_dir() else member.filename)
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def tiny_imagenet_files(classes: int, train: int = 2, val: int = 1, size: int = 4) -> dict[str, bytes]:
+    """The layout of Tiny ImageNet, with so many images a class; every fifth is grey, no two are alike."""
+    ids = [f"n{number:08}" for number in range(classes)]
+    files, labels, count = {}, [], 0
+
+    def picture() -> bytes:
+        nonlocal count
+        count += 1
+        image = Image.fromarray(_RNG.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        image.convert("L" if count % 5 == 0 else "RGB").save(out := io.BytesIO(), "jpeg")
+        return out.getvalue()
+
+    for each in ids:
+        files |= {f"train/{each}/images/{each}_{n}.JPEG": picture() for n in range(train)}
+        files[f"train/{each}/{each}_boxes.txt"] = b""
+    # In the official set, too, the validation images of a class are no neighbours.
+    for number, each in enumerate(ids * val):
+        files[f"val/images/val_{number}.JPEG"] = picture()
+        labels.append(f"val_{number}.JPEG\t{each}\t0\t0\t3\t3\n")
+    files["val/val_annotations.txt"] = "".join(labels).encode()
+    files["wnids.txt"] = "\n".join(reversed(ids)).encode()
+    words = [f"{each}\tname of {each}, another name\n" for each in (*ids, "n99999999")]
+    files["words.txt"] = "".join(words).encode()
+    return {f"tiny-imagenet-200/{name}": content for name, content in files.items()}
+
+
+def offer_tiny_imagenet(server: Server, patch: pytest.MonkeyPatch, content: bytes) -> Official:
+    """Serve this zip file, and make vitkd take it for the official one, of 2 + 1 images a class."""
+    server.files = {"tiny.zip": content}
+    archive = archive_of(content, f"{server.url}tiny.zip", "tiny-imagenet-200")
+    patch.setattr(vitkd.data.tiny_imagenet, "TINY_IMAGENET", archive)
+    patch.setattr(vitkd.data.tiny_imagenet, "TRAIN_IMAGES", 2)
+    patch.setattr(vitkd.data.tiny_imagenet, "VAL_IMAGES", 1)
+    return Official([*archive.urls], [archive.checksum], archive.folder, "")
+
+
 def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def archive_of(content: bytes, url: str, images: int = 0) -> Archive:
+def archive_of(content: bytes, url: str, folder: str = "flower_photos") -> Archive:
     checksum, size = hashlib.sha256(content).hexdigest(), len(content)
-    return Archive((url,), "sha256", checksum, size=size, folder="flower_photos", images=images)
+    return Archive((url,), "sha256", checksum, size=size, folder=folder)
 
 
 def _offer_flowers(server: Server, patch: pytest.MonkeyPatch) -> Official:
@@ -77,8 +128,9 @@ def _offer_flowers(server: Server, patch: pytest.MonkeyPatch) -> Official:
         Image.fromarray(_RNG.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(out := io.BytesIO(), "jpeg")
         photos[f"flower_photos/{kind}/{number}.jpg"] = out.getvalue()
     server.files = {"flower_photos.tgz": (content := tar_of(photos))}
-    archive = archive_of(content, f"{server.url}flower_photos.tgz", images=100)
+    archive = archive_of(content, f"{server.url}flower_photos.tgz")
     patch.setattr(vitkd.data.folders, "FLOWERS", archive)
+    patch.setattr(vitkd.data.folders, "FLOWERS_IMAGES", 100)
     return Official([*archive.urls], [archive.checksum], "flower_photos", "")
 
 
@@ -139,6 +191,9 @@ def unpack(server: Server, option: str, root: Path) -> Path:
     for name, content in server.files.items():
         if "mnist" in option:
             (folder / name.removesuffix(".gz")).write_bytes(gzip.decompress(content))
+        elif name.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                archive.extractall(root)
         else:
             with tarfile.open(fileobj=io.BytesIO(content)) as tar:
                 tar.extraction_filter = getattr(tarfile, "data_filter", None)

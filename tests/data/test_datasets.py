@@ -24,7 +24,7 @@ def digest(*tensors: torch.Tensor) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
 
-def test_there_are_eight() -> None:
+def test_there_are_nine() -> None:
     assert OPTIONS == [
         "cifar10",
         "cifar100",
@@ -34,6 +34,7 @@ def test_there_are_eight() -> None:
         "image_folder",
         "mnist",
         "tf_flowers",
+        "tiny_imagenet",
     ]
 
 
@@ -59,6 +60,9 @@ def test_option_file_fits_its_schema(option: str, make: Make) -> None:
         ({"eval_batch_size": -1}, "eval_batch_size=-1"),
         ({"val_fraction": 1.0}, "val_fraction=1.0"),
         ({"val_fraction": float("nan")}, "val_fraction=nan"),
+        ({"train_fraction": 0.0}, "train_fraction=0.0: must be above 0 and at most 1"),
+        ({"train_fraction": 1.01}, "train_fraction=1.01: must be above 0 and at most 1"),
+        ({"train_fraction": float("nan")}, "train_fraction=nan"),
         ({"split_seed": -1}, "split_seed=-1"),
         ({"name": "../../esc"}, "name=../../esc: must be one folder name"),
         ({"name": "a/b"}, "name=a/b: must be one folder name"),
@@ -124,6 +128,10 @@ def test_absent_and_not_to_be_downloaded(option: str, make: Make, tmp_path: Path
         ("fashion_mnist", "/train-labels-idx1-ubyte.gz (md5 25c81989df183df01b3e8a0aad5dffbe)"),
         ("cifar10", "kriz/cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a) in "),
         ("cifar100", "kriz/cifar-100-python.tar.gz (md5 eb9058c3a382ffc7106e4002c42a8d85) in "),
+        (
+            "tiny_imagenet",
+            "edu/tiny-imagenet-200.zip (sha256 6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462",
+        ),
         ("tf_flowers", "example_images/flower_photos.tgz (sha256 4c54ace7911aaffe13a365c34f650e71dd5bf1be"),
     ],
 )

@@ -84,7 +84,7 @@ def test_a_good_server(
     assert not server.asked
 
 
-@pytest.mark.parametrize("option", ["tf_flowers", "mnist", "cifar10"])
+@pytest.mark.parametrize("option", ["tf_flowers", "tiny_imagenet", "mnist", "cifar10"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_server(
     option: str,
@@ -345,7 +345,7 @@ def together(dataset: Dataset, root: Path) -> Iterator[list[str]]:
 
 def waiting(caplog: pytest.LogCaptureFixture) -> list[Path]:
     """The targets that a process waits for."""
-    return [record.args[0] for record in caplog.records if "waiting for it" in record.msg]  # type: ignore[index, misc]
+    return [record.args[-1] for record in caplog.records if "waiting for it" in record.msg]  # type: ignore[index, misc]
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -364,7 +364,7 @@ spec = importlib.util.spec_from_file_location("staging", {str(staging.__file__)!
 sys.modules["staging"] = staging = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(staging)
 url, size, sha256, folder, root = sys.argv[1:]
-archive = staging.Archive((url,), "sha256", sha256, size=int(size), folder=folder, images=0)
+archive = staging.Archive((url,), "sha256", sha256, size=int(size), folder=folder)
 archive.install(Path(root))
 """
 

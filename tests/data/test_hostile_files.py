@@ -6,7 +6,9 @@ An archive writes inside its own folder alone, whatever its members are named.
 import gzip
 import io
 import pickle
+import stat
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,17 @@ from tests.bombs import Bomb
 from vitkd.data import Dataset
 from vitkd.errors import ConfigError
 
-from .official import cifar_files, md5, offer, publish_cifar, tar_of, unpack
+from .official import (
+    cifar_files,
+    md5,
+    offer,
+    offer_tiny_imagenet,
+    publish_cifar,
+    tar_of,
+    tiny_imagenet_files,
+    unpack,
+    zip_of,
+)
 from .server import Server
 
 Make = Callable[..., Dataset]
@@ -151,6 +163,88 @@ def test_a_member_of_a_torchvision_archive_does_not_escape(
 
     assert tree(tmp_path) == before
     assert f"its member {members[0].name!r}" in line
+
+
+ZIP_ESCAPES = {
+    "beside its folder": "../escaped",
+    "three folders up": "../../../escaped",
+    "from inside its folder": "BASE/../../escaped",
+    "an absolute path": "OUTSIDE/escaped",
+    "over a file": "OUTSIDE/victim",
+    "a folder": "../escaped/",
+}
+# The upper 16 bits of a member's attributes are a file's mode, as Unix has it.
+ZIP_KINDS = {"a symlink": stat.S_IFLNK, "a device": stat.S_IFCHR, "a pipe": stat.S_IFIFO}
+
+
+@pytest.mark.parametrize("escape", [*ZIP_ESCAPES, *ZIP_KINDS])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_member_of_a_zip_file_does_not_escape(
+    escape: str, place: str, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, outside = tmp_path / "deep" / "data", tmp_path / "outside"
+    root.mkdir(parents=True)
+    outside.mkdir()
+    (outside / "victim").write_text("untouched")
+    name = ZIP_ESCAPES.get(escape, "BASE/link")
+    hostile = zipfile.ZipInfo(name.replace("BASE", "tiny-imagenet-200").replace("OUTSIDE", str(outside)))
+    if escape in ZIP_KINDS:
+        hostile.external_attr = (ZIP_KINDS[escape] | 0o777) << 16
+    files = tiny_imagenet_files(2)
+    good = [zipfile.ZipInfo(name) for name in files]
+    # All else about the archive is good, its checksum too.
+    content = zip_of(files, first=[hostile]) if place == "first" else zip_of({}, first=[*good, hostile])
+    offer_tiny_imagenet(server, monkeypatch, content)
+    before = tree(tmp_path)
+
+    line = refusal(make("tiny_imagenet", num_classes=None), root)
+
+    assert tree(tmp_path) == before
+    assert f"its member {hostile.filename!r}" in line
+
+
+def test_what_a_link_of_a_zip_file_would_lead_to_is_not_written_through(
+    server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outside").mkdir()
+    link, through = zipfile.ZipInfo("../../outside"), zipfile.ZipInfo("tiny-imagenet-200/link/escaped")
+    link.filename, link.external_attr = "tiny-imagenet-200/link", (stat.S_IFLNK | 0o777) << 16
+    offer_tiny_imagenet(server, monkeypatch, zip_of({}, first=[link, through]))
+    assert "is a link" in refusal(make("tiny_imagenet"), tmp_path / "data")
+    assert not any((tmp_path / "outside").iterdir())
+
+
+def test_permissions_in_a_zip_file_are_ignored(
+    server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = zipfile.ZipInfo("tiny-imagenet-200/program")
+    program.external_attr = (stat.S_IFREG | 0o6777) << 16
+    offer_tiny_imagenet(server, monkeypatch, zip_of(tiny_imagenet_files(2), first=[program]))
+    make("tiny_imagenet", num_classes=2).load(tmp_path / "data")
+    (tmp_path / "mine").touch()
+    written = tmp_path / "data" / "tiny-imagenet-200" / "program"
+    assert written.stat().st_mode == (tmp_path / "mine").stat().st_mode
+
+
+@pytest.mark.parametrize("cut", [30, -30])
+def test_a_zip_file_that_is_cut_is_refused(
+    cut: int, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = zip_of(tiny_imagenet_files(2))
+    offer_tiny_imagenet(server, monkeypatch, content[cut:] if cut > 0 else content[:cut])
+    assert "could not be downloaded" in refusal(make("tiny_imagenet"), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_kept_pixels_are_no_way_in(
+    bomb: bytes, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer_tiny_imagenet(server, monkeypatch, zip_of(tiny_imagenet_files(2)))
+    dataset = make("tiny_imagenet", num_classes=2)
+    pixels = dataset.load(tmp_path / "data")["train"].read_all()
+    (kept,) = (tmp_path / "data").rglob("pixels.npy")
+    kept.write_bytes(bomb)
+    assert torch.equal(dataset.load(tmp_path / "data")["train"].read_all(), pixels)
 
 
 def test_the_archive_with_nothing_added_is_accepted(

@@ -1,6 +1,7 @@
 """Loaders: the same batches resident or decoded, alone or shared, straight through or resumed."""
 
 import multiprocessing
+import re
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -347,3 +348,56 @@ def test_validated_on_the_test_images_all_others_train(make: Make, tmp_path: Pat
 def test_nothing_is_held_out_where_the_test_images_validate(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"val_fraction=0\.1: must be 0 with validate_on=test"):
         make("digits", validate_on="test")
+
+
+def positions(module: ImageDataModule) -> dict[str, set[int]]:
+    module.setup()
+    return {name: {*indices.tolist()} for name, indices in module._indices.items()}
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_share_of_the_training_images_is_nested_and_leaves_the_others_as_they_are(
+    make: Make, tmp_path: Path, seed: int
+) -> None:
+    whole = ImageDataModule(make("digits"), tmp_path, seed=0)
+    everything, before = positions(whole), set()
+    for fraction, count in ((0.05, 65), (0.1, 130), (0.5, 648), (1.0, 1295)):
+        module = ImageDataModule(make("digits", train_fraction=fraction), tmp_path, seed=seed)
+        divided = positions(module)
+        assert {name: divided[name] for name in ("val", "test")} == {
+            name: everything[name] for name in ("val", "test")
+        }
+        assert before <= divided["train"] <= everything["train"]
+        assert len(divided["train"]) == pytest.approx(count, abs=5)
+        labels = whole._splits["train"].labels
+        sizes, kept = (labels[[*each]].bincount() for each in (everything["train"], divided["train"]))
+        assert (kept - fraction * sizes).abs().max() <= 0.5
+        assert torch.equal(whole.training_images(fraction), module._indices["train"])
+        before = divided["train"]
+
+
+def test_an_epoch_has_only_its_share(make: Make, tmp_path: Path) -> None:
+    module = ImageDataModule(make("digits", train_fraction=0.1), tmp_path, seed=3)
+    seen = torch.cat([batch.index for epoch in range(4) for batch in epoch_of(module.loader("train"), epoch)])
+    assert {*seen.tolist()} <= {*module._indices["train"].tolist()}
+    assert module.num_images == 1438, "an index counts in the official split"
+    assert [len(batch) for batch in epoch_of(module.loader("train"))[0]] == [64] * 3
+
+
+def test_another_split_seed_chooses_another_share(make: Make, tmp_path: Path) -> None:
+    shares = [
+        positions(ImageDataModule(make("digits", train_fraction=0.1, split_seed=seed), tmp_path, seed=0))
+        for seed in (0, 1)
+    ]
+    assert shares[0]["train"] != shares[1]["train"]
+
+
+def test_a_line_says_how_many_images_are_trained_on(make: Make, photos: Path, tmp_path: Path) -> None:
+    (line,) = ImageDataModule(make("digits", train_fraction=0.5), tmp_path, seed=0).notes()
+    assert re.fullmatch(
+        r"train_fraction=0\.5: 6\d\d of 1,295 training images, the same share of each class", line
+    )
+    dataset = make("image_folder", root=str(photos), train_fraction=0.5)
+    first, second = ImageDataModule(dataset, photos, seed=0).notes()
+    assert "skipped" not in first, "what is left out belongs to the training images"
+    assert "24 of 48" in second

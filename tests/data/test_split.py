@@ -1,9 +1,11 @@
 """Held-out images: the same share of each class, the same images for ever."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from vitkd.data.split import FileSplit, Split, hold_out
+from vitkd.data.split import FileSplit, Split, hold_out, share_of_each_class
 
 
 def split_of(labels: torch.Tensor) -> Split:
@@ -40,3 +42,26 @@ def test_a_file_keeps_its_lot_when_others_come_and_go(tmp_path) -> None:
 
     assert lots("a/1.png", "a/2.png", "a/3.png")[2] == lots("a/3.png")[0]
     assert lots("a/1.png", "b/1.png")[0] != lots("a/1.png", "b/1.png")[1]
+
+
+FRACTIONS = [1e-9, 0.01, 0.1, 0.2, 1 / 3, 0.5, 0.9, 0.99, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_are_stratified_and_nested(seed: int) -> None:
+    labels = torch.tensor([0] * 100 + [1] * 37 + [2] * 2 + [3])[torch.randperm(140)]
+    keys = split_of(labels).random_keys(seed)
+    shares = [share_of_each_class(labels, keys, fraction) for fraction in FRACTIONS]
+    for share, fraction in zip(shares, FRACTIONS, strict=True):
+        counts = [max(round(fraction * size), 1) for size in (100, 37, 2, 1)]
+        assert labels[share].bincount().tolist() == counts
+        assert share.tolist() == sorted({*share.tolist()})
+    assert all({*a.tolist()} <= {*b.tolist()} for a, b in pairwise(shares))
+    assert torch.equal(shares[-1], torch.arange(140))
+
+
+def test_a_share_of_one_class_does_not_depend_on_the_others() -> None:
+    labels, keys = torch.tensor([0, 1] * 30), torch.randperm(60)
+    share = share_of_each_class(labels, keys, 0.3)
+    of_the_first = share[labels[share] == 0]
+    assert torch.equal(of_the_first // 2, share_of_each_class(labels[::2], keys[::2], 0.3))

@@ -466,6 +466,18 @@ class TestVariants:
         assert "student, last epoch (1)" in ended.out
         assert "best-on-val" not in ended.out
 
+    def test_students_of_a_few_images_share_the_teacher_of_all(self, fresh):
+        settings = ["dataset.batch_size=16", "pictures_every_n_epochs=0"]
+        folders = [
+            fresh.run(f"run{share}", *settings, f"dataset.train_fraction={share}") for share in (0.1, 0.2, 1)
+        ]
+
+        inputs = [json.loads((folder / "inputs.json").read_text()) for folder in folders]
+        assert [each["images/train"] for each in inputs] == [129, 259, 1295]
+        assert {(each["images/val"], each["images/test"]) for each in inputs} == {(143, 359)}
+        assert len({each["teacher/fingerprint"] for each in inputs}) == len(fresh.teachers) == 1
+        assert json.loads((fresh.teachers[0] / "inputs.json").read_text())["images/train"] == 1295
+
     def test_a_setting_without_effect_earns_a_warning(self, fresh):
         ended = fresh.train("method=none", "alpha=0.3", "granularity.head_map=hungarian", "seed=1")
 

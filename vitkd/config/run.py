@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from vitkd.config.schema import build, check_group, check_text, instantiate
 from vitkd.data import Dataset
 from vitkd.data.spec import differences
-from vitkd.errors import ConfigError, check, check_at_least, check_choice
+from vitkd.errors import ConfigError, check, check_at_least, check_choice, check_fraction
 from vitkd.methods.base import Method
 from vitkd.methods.maps.granularity import Granularity
 from vitkd.methods.maps.losses import AttentionLoss
@@ -74,6 +74,8 @@ class TeacherSource:
     """A run folder, .safetensors or .ckpt file; null takes the stored teacher, trained first if need be."""
     seed: int
     max_epochs: int
+    train_fraction: float
+    """As `dataset.train_fraction`, which is the student's."""
     trained: bool
     """False leaves it with the random weights that training would start from: a control arm."""
     cache: str
@@ -86,6 +88,7 @@ class TeacherSource:
     def __post_init__(self) -> None:
         check_seed(self)
         check_at_least(1, self, "max_epochs")
+        check_fraction(self, "train_fraction")
         for name in self.trainer:
             if name == "max_epochs":
                 raise ConfigError("trainer.max_epochs: leave it out; teacher.max_epochs is that setting")
@@ -278,13 +281,14 @@ def teacher_run(config: Config) -> Config:
     trainer = machine | node["trainer"] | {"max_epochs": node["max_epochs"]}
     own = {"student": model, "method": none, "trainer": trainer, "ema_decay": None, "label_smoothing": 0.0}
     own |= {key: node[key] for key in ("optimizer", "schedule", "seed")}
+    own["dataset"] = config.resolved["dataset"] | {"train_fraction": node["train_fraction"]}
     return parse(OmegaConf.create(config.resolved | own))
 
 
 def name_in_job(setting: str) -> str:
     """A setting of the teacher's own run as a job sets it that needs the teacher: student.x is teacher.x."""
     group, _, key = setting.partition(".")
-    if group == "student" or setting == "trainer.max_epochs":
+    if group == "student" or setting in ("trainer.max_epochs", "dataset.train_fraction"):
         return f"teacher.{key}"
     is_teachers = group in ("optimizer", "schedule", "seed") or (group == "trainer" and key not in MACHINE)
     return f"teacher.{setting}" if is_teachers else setting

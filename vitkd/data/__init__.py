@@ -13,3 +13,4 @@ from vitkd.data.loader import Batch as Batch
 from vitkd.data.loader import Loader as Loader
 from vitkd.data.module import ImageDataModule as ImageDataModule
 from vitkd.data.spec import Dataset as Dataset
+from vitkd.data.tiny_imagenet import TinyImageNet as TinyImageNet

@@ -14,21 +14,27 @@ from vitkd.errors import ConfigError
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
-def summary(splits: Mapping[str, FileSplit]) -> str:
-    """One line: how many images of which classes are in each split, and which files beside them in none."""
+def summary(splits: Mapping[str, FileSplit], published: int | None = None) -> str:
+    """How many images of which classes are in each split; of how many classes, if more are `published`."""
     train = splits["train"]
     counts = [f"{len(train):,} training"]
     for name in ("val", "test"):
         source = "held out" if splits[name].folder == train.folder else printable(splits[name].folder.name)
         counts.append(f"{len(splits[name]):,} {_NAMES[name]} ({source})")
     classes = shorten(", ".join(train.class_names), 80, placeholder=" …")
-    line = f"images: {', '.join(counts)}; {len(train.class_names)} classes: {classes}"
+    number = len(train.class_names)
+    part = f"{number} of {published}" if published not in (None, number) else f"{number}"
+    return f"images: {', '.join(counts)}; {part} classes: {classes}"
+
+
+def skipped(splits: Mapping[str, FileSplit]) -> str:
+    """How many files lie beside the images and are in no split, to end a line with; empty without any."""
     used = {split.folder / path for split in splits.values() for path in split.paths}
     root = Path(os.path.commonpath([split.folder for split in splits.values()]))
-    skipped = Counter(map(_suffix, visible_files(root))) - Counter(map(_suffix, used))
-    suffixes = shorten(", ".join(suffix for suffix, _ in skipped.most_common()), 40, placeholder=" …")
-    files = "1 file" if skipped.total() == 1 else f"{skipped.total():,} files"
-    return f"{line}; {files} skipped ({suffixes})" if skipped else line
+    others = Counter(map(_suffix, visible_files(root))) - Counter(map(_suffix, used))
+    suffixes = shorten(", ".join(suffix for suffix, _ in others.most_common()), 40, placeholder=" …")
+    files = "1 file" if others.total() == 1 else f"{others.total():,} files"
+    return f"; {files} skipped ({suffixes})" if others else ""
 
 
 def _suffix(file: Path) -> str:

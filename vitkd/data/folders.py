@@ -18,14 +18,53 @@ FLOWERS = Archive(
     checksum="4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c",
     size=228_813_984,
     folder="flower_photos",
-    images=3_670,
 )
+FLOWERS_IMAGES = 3_670
 _TEST_FRACTION = 0.1
 _TEST_SEED = 0
 
 
 @dataclass(kw_only=True)
-class ImageFolder(Dataset):
+class ImageFiles(Dataset):
+    """A data set of image files.
+
+    Args:
+        resident_limit_gib: a split that would take more memory than this, in GiB, is decoded batch by batch.
+        workers: processes that decode batches.
+    """
+
+    resident_limit_gib: float = 8.0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(0, self, "resident_limit_gib")
+        check_at_least(0, self, "workers", most=1024)
+
+    def files(
+        self,
+        labels: list[int],
+        class_names: list[str],
+        folder: Path,
+        paths: list[str],
+        keeps_pixels: bool = False,
+    ) -> FileSplit:
+        """A split of the images at `paths`, relative to `folder`."""
+        return FileSplit(
+            torch.tensor(labels),
+            class_names,
+            folder,
+            paths,
+            self.channels,
+            self.image_size,
+            self.resident_limit_gib,
+            self.workers,
+            keeps_pixels,
+        )
+
+
+@dataclass(kw_only=True)
+class ImageFolder(ImageFiles):
     """Your own images: `root/CLASS/*`, or `root/train/CLASS/*` and the like in `root/val` and `root/test`.
 
     Without a test folder, a tenth of every class is the test split, chosen by a hash of each file's path. A
@@ -34,18 +73,9 @@ class ImageFolder(Dataset):
 
     Args:
         root: the folder.
-        resident_limit_gib: a split that would take more memory than this, in GiB, is decoded batch by batch.
-        workers: processes that decode batches.
     """
 
     root: str | None = None
-    resident_limit_gib: float = 8.0
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(0, self, "resident_limit_gib")
-        check_at_least(0, self, "workers", most=1024)
 
     def inspect(self, root: Path) -> int:
         folder = self._folder(root)
@@ -97,16 +127,7 @@ class ImageFolder(Dataset):
             files = image_files(class_folder)
             paths += [file.relative_to(folder).as_posix() for file in files]
             labels += [class_names.index(name)] * len(files)
-        return FileSplit(
-            torch.tensor(labels),
-            class_names,
-            folder,
-            paths,
-            self.channels,
-            self.image_size,
-            self.resident_limit_gib,
-            self.workers,
-        )
+        return self.files(labels, class_names, folder, paths)
 
 
 @dataclass(kw_only=True)
@@ -131,8 +152,8 @@ class TfFlowers(ImageFolder):
         try:
             folder = FLOWERS.install(root, self.download)
             # An incomplete folder is left for the user to remove.
-            if (count := len(image_files(folder))) < FLOWERS.images:
-                raise DownloadError(f"{count:,} of {FLOWERS.images:,} images")
+            if (count := len(image_files(folder))) < FLOWERS_IMAGES:
+                raise DownloadError(f"{count:,} of {FLOWERS_IMAGES:,} images")
         except DownloadError as error:
             place = root / FLOWERS.folder
             raise unavailable_error(self.name, place, f"{FLOWERS} in {root}", error) from error

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vitkd.data.contents import FileHashes
-from vitkd.data.file_notes import duplicates, summary
+from vitkd.data.file_notes import duplicates, skipped, summary
 from vitkd.data.loader import Batch, DecodedPixels, EpochOrder, Loader, Pixels
 from vitkd.data.spec import Dataset
-from vitkd.data.split import FileSplit, Split, hold_out
+from vitkd.data.split import FileSplit, Split, hold_out, share_of_each_class
 from vitkd.errors import ConfigError
 
 
@@ -45,6 +45,7 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         self.dataset, self.root, self.seed = dataset, Path(root), seed
         self._splits: Mapping[str, Split | FileSplit] = {}
+        self._not_held_out = torch.empty(0, dtype=torch.int64)
         self._indices: dict[str, Tensor] = {}
         self._images: dict[str, Tensor] = {}
         self._resident: dict[tuple[str, torch.device], Pixels] = {}
@@ -92,7 +93,8 @@ class ImageDataModule(L.LightningDataModule):
         splits = self.dataset.load(self.root)
         keys = splits["train"].random_keys(self.dataset.split_seed)
         fraction = 0 if "val" in splits else self.dataset.val_fraction
-        train, val = hold_out(splits["train"].labels, keys, fraction)
+        self._not_held_out, val = hold_out(splits["train"].labels, keys, fraction)
+        train = _share(splits["train"], self._not_held_out, self.dataset, self.dataset.train_fraction)
         self._indices = {"train": train, "val": val, "test": torch.arange(len(splits["test"]))}
         if self.dataset.validate_on == "test":
             self._indices["val"] = self._indices["test"]
@@ -103,6 +105,11 @@ class ImageDataModule(L.LightningDataModule):
                 raise ConfigError(f"dataset={self.dataset.name}: its {name} split is empty; add images")
         self._splits = splits
 
+    def training_images(self, fraction: float) -> Tensor:
+        """The positions of the training images with another `dataset.train_fraction`: [N] int64, sorted."""
+        self._divide()
+        return _share(self._splits["train"], self._not_held_out, self.dataset, fraction)
+
     def notes(self, known: FileHashes | None = None) -> list[str]:
         """Lines on the image files: how many are in which split, and what is odd; raises as `setup`.
 
@@ -111,10 +118,19 @@ class ImageDataModule(L.LightningDataModule):
         self._divide()
         files = {
             name: official.subset(indices)
-            for name, indices in self._indices.items()
+            for name, indices in (self._indices | {"train": self._not_held_out}).items()
             if isinstance(official := self._splits[self._official(name)], FileSplit)
         }
-        return [summary(files), *duplicates(files, known or {})] if files else []
+        on_files = self._notes_on_files(files, known or {}) if files else []
+        if (fraction := self.dataset.train_fraction) == 1:
+            return on_files
+        counts = f"{len(self._indices['train']):,} of {len(self._not_held_out):,} training images"
+        return [*on_files, f"train_fraction={fraction:g}: {counts}, the same share of each class"]
+
+    def _notes_on_files(self, files: Mapping[str, FileSplit], known: FileHashes) -> list[str]:
+        if published := self.dataset.published_classes:
+            return [summary(files, published)]
+        return [f"{summary(files)}{skipped(files)}", *duplicates(files, known)]
 
     def close(self) -> None:
         """Stop the workers of all loaders; a loader that is used again starts new ones."""
@@ -243,3 +259,9 @@ class ImageDataModule(L.LightningDataModule):
         if (official, device) not in self._resident:
             self._resident[official, device] = Pixels(self._images[official].to(device))
         return self._resident[official, device]
+
+
+def _share(official: Split | FileSplit, positions: Tensor, dataset: Dataset, fraction: float) -> Tensor:
+    """Those of `positions` ([N] int64, of an official split) that make up a fraction of each class."""
+    keys = official.random_keys(dataset.split_seed)[positions]
+    return positions[share_of_each_class(official.labels[positions], keys, fraction)]

@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from vitkd.data.augment import Augment
 from vitkd.data.contents import FileHashes
 from vitkd.data.split import FileSplit, Split
-from vitkd.errors import ConfigError, check, check_at_least, check_choice
+from vitkd.errors import ConfigError, check, check_at_least, check_choice, check_fraction
 
 
 @dataclass(kw_only=True)
@@ -31,11 +32,16 @@ class Dataset(ABC):
             published results, and the accuracy is biased upwards.
         split_seed: chooses the held-out images. It is not the run's seed: a teacher must not be trained on
             the images that its student is validated on.
+        train_fraction: share of each class's remaining training images to train on, at least one image.
+            `split_seed` chooses them, and a smaller share is a part of every larger one.
         max_epochs: the default number of epochs.
 
     Raises:
         ConfigError: a setting is out of range.
     """
+
+    published_classes: ClassVar[int | None] = None
+    """Classes of a published set of image files, of which there may be fewer; the files are its own."""
 
     name: str
     num_classes: int | None
@@ -50,6 +56,7 @@ class Dataset(ABC):
     val_fraction: float = 0.1
     validate_on: str = "held_out"
     split_seed: int = 0
+    train_fraction: float = 1.0
     max_epochs: int = 20
 
     def __post_init__(self) -> None:
@@ -61,6 +68,7 @@ class Dataset(ABC):
         check_at_least(1, self, "batch_size", "eval_batch_size", "max_epochs", most=10**6)
         check_at_least(0, self, "split_seed")
         check(self, "val_fraction", 0 <= self.val_fraction < 1, "must be in [0, 1); 0 trains on every image")
+        check_fraction(self, "train_fraction")
         check_choice(self, "validate_on", ("held_out", "test"))
         if self.validate_on == "test":
             rule = "must be 0 with validate_on=test, which holds nothing out"

@@ -1,7 +1,8 @@
 """The images of one official split, in memory or as files, and how to hold out a part of them."""
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vitkd.data.decoded import kept_pixels
 from vitkd.data.decoding import decode
 from vitkd.data.hashing import fold, key_of
 
 _DECODING_THREADS = 8
+# Images that a thread decodes before another has its turn: small ones take less time than to change turns.
+_AT_ONCE = 16
 
 
 @dataclass
@@ -57,6 +61,7 @@ class FileSplit:
         image_size: height and width after resizing, in pixels.
         resident_limit_gib: the most memory that all pixels may take, in GiB.
         workers: processes that decode each batch if the pixels would take more.
+        keeps_pixels: whether all pixels, once decoded, are kept in a file beside `folder`.
     """
 
     labels: Tensor
@@ -67,6 +72,7 @@ class FileSplit:
     image_size: int
     resident_limit_gib: float
     workers: int
+    keeps_pixels: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,7 +80,12 @@ class FileSplit:
     @property
     def resident(self) -> bool:
         """Whether all pixels are kept in memory."""
-        return len(self) * self.channels * self.image_size**2 <= self.resident_limit_gib * 2**30
+        return math.prod(self.shape) <= self.resident_limit_gib * 2**30
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, C, H and W."""
+        return len(self), self.channels, self.image_size, self.image_size
 
     def read(self, positions: Sequence[int]) -> Tensor:
         """Decode the images at `positions`: [len(positions), C, H, W] uint8.
@@ -85,12 +96,18 @@ class FileSplit:
         return torch.stack([self._decode(self.folder / self.paths[position]) for position in positions])
 
     def read_all(self) -> Tensor:
-        """Decode all images in a pool of threads: [N, C, H, W] uint8; raises as `read` does."""
-        pixels = torch.empty(len(self), self.channels, self.image_size, self.image_size, dtype=torch.uint8)
-        files = (self.folder / path for path in self.paths)
+        """Decode all images, unless their pixels are kept: [N, C, H, W] uint8; raises as `read` does."""
+        if self.keeps_pixels:
+            return kept_pixels(self.folder, self.paths, self.shape, self._decode_all)
+        return self._decode_all()
+
+    def _decode_all(self) -> Tensor:
+        """Decode all images in a pool of threads."""
+        pixels = torch.empty(self.shape, dtype=torch.uint8)
+        parts = [range(len(self))[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE)]
         with ThreadPoolExecutor(_DECODING_THREADS) as pool:
-            for position, image in enumerate(pool.map(self._decode, files)):
-                pixels[position] = image
+            for part, images in zip(parts, pool.map(self.read, parts), strict=True):
+                pixels[part.start : part.stop] = images
         return pixels
 
     def random_keys(self, seed: int) -> Tensor:
@@ -101,7 +118,7 @@ class FileSplit:
     def subset(self, positions: Tensor) -> "FileSplit":
         """A split of the images at `positions` ([M] int64), in that order."""
         paths = [self.paths[position] for position in positions.tolist()]
-        return replace(self, labels=self.labels[positions], paths=paths)
+        return replace(self, labels=self.labels[positions], paths=paths, keeps_pixels=False)
 
     def _decode(self, file: Path) -> Tensor:
         return decode(file, self.image_size, self.channels)
@@ -127,8 +144,31 @@ def hold_out(labels: Tensor, random_keys: Tensor, fraction: float) -> tuple[Tens
         Two sorted int64 tensors, disjoint, which together have all positions.
     """
     held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique() if fraction > 0 else ():
-        members = (labels == label).nonzero().flatten()
+    for members in classes_by_key(labels, random_keys) if fraction > 0 else ():
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held[members[random_keys[members].argsort(stable=True)[:count]]] = True
+        held[members[:count]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+def share_of_each_class(labels: Tensor, random_keys: Tensor, fraction: float) -> Tensor:
+    """The positions of a share of the images 0..N−1, stratified by class and sorted: [M] int64.
+
+    Of each class with n images, it is the max(round(fraction·n), 1) with the lowest keys, so a smaller share
+    is a part of every larger one.
+
+    Args:
+        labels: [N] int64.
+        random_keys: [N] int64, a random number for each image.
+        fraction: 0 < fraction ≤ 1.
+    """
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    for members in classes_by_key(labels, random_keys):
+        kept[members[: max(round(fraction * len(members)), 1)]] = True
+    return kept.nonzero().flatten()
+
+
+def classes_by_key(labels: Tensor, random_keys: Tensor) -> Iterator[Tensor]:
+    """The positions of each class's images ([n] int64), lowest key first."""
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        yield members[random_keys[members].argsort(stable=True)]

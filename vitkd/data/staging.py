@@ -4,13 +4,16 @@ import contextlib
 import hashlib
 import logging
 import shutil
+import stat
 import tarfile
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
+from typing import IO
 from urllib.error import HTTPError
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -20,7 +23,10 @@ from vitkd.errors import ConfigError, one_line
 TIMEOUT_SECONDS = 30
 _CHUNK_BYTES = 1 << 20
 # Raised by servers, networks, disks and archives; torchvision raises RuntimeError for a wrong checksum.
-_FAILURES = (HTTPException, OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zlib.error)
+_FAILURES = (
+    *(HTTPException, OSError, EOFError, RuntimeError, ValueError),
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error),
+)
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +81,8 @@ def install(target: Path, fetch: Callable[[Path], Path], download: bool = True) 
 
 
 @contextlib.contextmanager
-def staging_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, locked against other processes.
+def staging_folder(target: Path, doing: str = "downloading") -> Iterator[Path]:
+    """An empty folder beside `target`, locked against other processes, which say what this one is `doing`.
 
     It is on the file system of `target`, so that renaming is atomic. What a killed process left in it is
     removed first. On exit it is removed, and so are the parents that were made, if they are still empty.
@@ -84,7 +90,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
     stage = target.with_name(f".download-{target.name}")
     new_parents = [folder for folder in target.parents if not folder.exists()]
     try:
-        with _acquire(lock := FileLock(f"{stage}.lock"), target):
+        with _acquire(lock := FileLock(f"{stage}.lock"), target, doing):
             try:
                 if stage.exists():
                     shutil.rmtree(stage)
@@ -100,7 +106,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _acquire(lock: FileLock, target: Path) -> AcquireReturnProxy:
+def _acquire(lock: FileLock, target: Path, doing: str) -> AcquireReturnProxy:
     """Take the lock; log a line if another process holds it."""
     timeout = 0
     while True:
@@ -108,7 +114,7 @@ def _acquire(lock: FileLock, target: Path) -> AcquireReturnProxy:
         try:
             return lock.acquire(timeout)
         except Timeout:
-            log.info("another process is downloading %s; waiting for it", target)
+            log.info("another process is %s %s; waiting for it", doing, target)
             timeout = -1
         except FileNotFoundError:
             continue  # the other process failed, and removed the parent folder it had made
@@ -177,16 +183,14 @@ class RemoteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Archive(RemoteFile):
-    """A tar file on the web with one folder of images.
+    """A tar or zip file on the web with one folder of images.
 
     Args:
         folder: at its top.
-        images: how many images that folder has.
     """
 
     size: int
     folder: str
-    images: int
 
     def install(self, root: Path, download: bool = True) -> Path:
         """Download, check and unpack to `root/folder`, which is returned.
@@ -200,7 +204,8 @@ class Archive(RemoteFile):
     def _fetch(self, stage: Path) -> Path:
         log.info("downloading %s (%.0f MB)", self.urls[0], self.size / 1e6)
         self.download(stage / "archive")
-        unpack_tar(stage / "archive", stage / "unpacked")
+        unpack = unpack_zip if self.urls[0].endswith(".zip") else unpack_tar
+        unpack(stage / "archive", stage / "unpacked")
         return stage / "unpacked" / self.folder
 
 
@@ -220,22 +225,39 @@ def unpack_tar(archive: Path, folder: Path) -> None:
     """
     with tarfile.open(archive) as tar:
         for member in tar:
-            target = folder / _checked_path(member)
+            target = folder / _checked_path(member.name, member.isfile() or member.isdir())
             if member.isdir():
                 target.mkdir(parents=True, exist_ok=True)
                 continue
-            target.parent.mkdir(parents=True, exist_ok=True)
             content = tar.extractfile(member)
             assert content is not None, "only links and devices have no content"
-            with content, target.open("wb") as out:
-                shutil.copyfileobj(content, out, _CHUNK_BYTES)
+            _write(content, target)
 
 
-def _checked_path(member: tarfile.TarInfo) -> PurePosixPath:
-    """The member's path, relative and without `..`; it is a file or a folder."""
-    if not (member.isfile() or member.isdir()):
-        raise DownloadError(f"its member {member.name!r} is a link or a device; refused")
-    path = PurePosixPath(member.name)
+def unpack_zip(archive: Path, folder: Path) -> None:
+    """As `unpack_tar`, of a zip file; raises zipfile.BadZipFile if that is damaged."""
+    with zipfile.ZipFile(archive) as members:
+        for member in members.infolist():
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            target = folder / _checked_path(member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+            if member.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            _write(members.open(member), target)
+
+
+def _checked_path(name: str, is_plain: bool) -> PurePosixPath:
+    """A member's path, relative and without `..`; it is a file or a folder."""
+    if not is_plain:
+        raise DownloadError(f"its member {name!r} is a link or a device; refused")
+    path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise DownloadError(f"its member {member.name!r} would lie outside its folder; refused")
+        raise DownloadError(f"its member {name!r} would lie outside its folder; refused")
     return path
+
+
+def _write(content: IO[bytes], target: Path) -> None:
+    with content:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as out:
+            shutil.copyfileobj(content, out, _CHUNK_BYTES)

@@ -60,10 +60,15 @@ def fingerprint(run: Config, contents: str | None) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def uses_store(config: Config) -> bool:
+    """Whether a run learns from a stored teacher, which is trained first if need be."""
+    source = config.teacher
+    return config.method.needs_teacher and source.checkpoint is None and source.trained
+
+
 def store_of(config: Config, contents: str | None) -> Path | None:
     """The folder of the stored teacher of a run, trained or not yet; None if it learns from no such one."""
-    source = config.teacher
-    if not config.method.needs_teacher or source.checkpoint is not None or not source.trained:
+    if not uses_store(config):
         return None
     own = teacher_run(config)
     return Path(config.paths.outputs, "teachers", own.dataset.name, fingerprint(own, contents))

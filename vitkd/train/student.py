@@ -24,7 +24,7 @@ from vitkd.runs.inputs import check_teacher_classes, inputs_of
 from vitkd.runs.provenance import provenance
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_generators, seed_of
 from vitkd.runs.stack_folder import restart_alone, stacks_folder
-from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher
+from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher, uses_store
 from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps, progress
 from vitkd.train.confusion import confusion_figure
@@ -53,6 +53,7 @@ def read_data(config: Config, given: Model | None, data: ImageDataModule, proces
     announce(config, given, data)
     data.setup()
     check_shares(config, data, processes)
+    check_fractions(config, data, processes)
     check_teacher_classes(config, data)
 
 
@@ -67,6 +68,19 @@ def check_shares(config: Config, data: ImageDataModule, processes: int) -> None:
             if int(share * batches) == 0:
                 setting = f"{key}.{name}"
                 raise ConfigError(f"{setting}={share}: is not one of {batches} batches; set {setting}=1")
+
+
+def check_fractions(config: Config, data: ImageDataModule, processes: int) -> None:
+    """ConfigError for a share of the training images, the teacher's training too, that fills no batch."""
+    fractions = {"dataset.train_fraction": config.dataset.train_fraction}
+    if uses_store(config):
+        fractions["teacher.train_fraction"] = config.teacher.train_fraction
+    batch = config.dataset.batch_size * processes
+    for setting, fraction in fractions.items():
+        if fraction < 1 and (count := len(data.training_images(fraction))) < batch:
+            left = f"leaves {count:,} of {len(data.training_images(1)):,} training images"
+            fix = f"less than a batch of {batch:,}; raise it or lower dataset.batch_size"
+            raise ConfigError(f"{setting}={fraction:g}: {left}, {fix}")
 
 
 def read_given_teacher(config: Config) -> Model | None:
