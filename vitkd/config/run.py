@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from vitkd.config.loggers import LoggerOption
 from vitkd.config.schema import build, check_group, check_text, instantiate
 from vitkd.data import Dataset
 from vitkd.data.spec import differences
@@ -36,7 +37,7 @@ BASES: dict[str, type] = {
     **{"loss": AttentionLoss, "optimizer": AdamW, "schedule": Schedule},
 }
 """group → what its options are, where the group's node describes nothing else"""
-GROUPS = ("dataset", "teacher", "trainer", *BASES)
+GROUPS = ("dataset", "teacher", "trainer", "logger", *BASES)
 
 
 @dataclass
@@ -182,6 +183,8 @@ class Config(Root):
     schedule: Schedule
     trainer: dict[str, Any]
     """Arguments of Lightning's Trainer."""
+    loggers: dict[str, LoggerOption]
+    """by name; empty for metrics.csv alone"""
     resolved: dict[str, Any] = field(repr=False)
     """The configuration as plain values, with every interpolation resolved: what config.yaml holds."""
 
@@ -204,7 +207,9 @@ def parse(composed: DictConfig) -> Config:
     if not dataset.validates:
         plain["trainer"]["limit_val_batches"] = 0
     teacher, trainer = _teacher(plain["teacher"]), plain["trainer"]
-    config = Config(**vars(root), **built, dataset=dataset, teacher=teacher, trainer=trainer, resolved=plain)
+    loggers = {name: build(f"logger.{name}", node, LoggerOption) for name, node in plain["logger"].items()}
+    parts = {"dataset": dataset, "teacher": teacher, "trainer": trainer, "loggers": loggers}
+    config = Config(**vars(root), **built, **parts, resolved=plain)
     config.resolved = recorded(plain, config)
     check_batch_size(dataset.batch_size, config.student, config.method)
     for group, model in (("student", config.student), ("teacher", teacher.model)):
@@ -216,6 +221,7 @@ def resolve(composed: DictConfig) -> dict[str, Any]:
     """A composed configuration as plain values, with absolute paths; ConfigError where a group is none."""
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     check_text(plain)
+    plain.setdefault("logger", {})  # absent with logger=[]
     for group in (*GROUPS, "paths"):
         if plain.get(group) is None:
             raise ConfigError(f"{group}: is missing and required")

@@ -135,7 +135,8 @@ def run_folders(top: Path) -> Iterator[Path]:
                 yield path
             elif parent not in runs and not name.startswith("."):
                 yield path
-        subfolders.sort()
+        # Weights & Biases keeps a config.yaml of its own below a run.
+        subfolders[:] = sorted(name for name in subfolders if (name, folder in runs) != ("wandb", True))
         yield from recorded_folders(path)
 
 

@@ -34,7 +34,7 @@ log = logging.getLogger("vitkd")
 EPOCHS = "set {owner}max_epochs; nothing stops a run earlier"
 # What Lightning's Trainer takes but vitkd sets, and what to set instead.
 SET_BY_VITKD = {
-    "logger": "curves go to metrics.csv and TensorBoard in the run's folder",
+    "logger": "choose logger=tensorboard, wandb or mlflow",
     "default_root_dir": "set paths.outputs",
     "log_every_n_steps": "set log_every_n_steps",
     "enable_checkpointing": "set checkpoint_minutes",
@@ -131,6 +131,8 @@ def make_plan(composed: DictConfig) -> Plan:
     config = parse(composed)
     check_memory(config)
     machine = check_trainer(config.trainer)
+    for option in config.loggers.values():
+        option.check_ready()
     check_device(machine.device)
     if config.compile:
         check_compiler(machine.device)

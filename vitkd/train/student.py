@@ -18,7 +18,7 @@ from vitkd.errors import ConfigError
 from vitkd.evaluate.measure import evaluate, measure_both
 from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
 from vitkd.process.distributed import agree, is_first, rank, wait_for_all
-from vitkd.runs.curves import TensorBoardCurves
+from vitkd.runs.curves import CurveLogger
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import check_teacher_classes, inputs_of
 from vitkd.runs.provenance import provenance
@@ -201,6 +201,6 @@ def measure_student(
     }
     folder.write_metrics(metrics)
     for logger in fitted.loggers:
-        if isinstance(logger, TensorBoardCurves):
+        if isinstance(logger, CurveLogger):
             logger.conclude(config.resolved, config.method.ignores, test)
     return metrics
