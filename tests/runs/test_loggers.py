@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,8 @@ def _alone(tmp_path):
 def run(tmp_path) -> Callable[..., LoggedRun]:
     (tmp_path / "run").mkdir()
 
-    def run(start: int = 0, logged: dict[int, set[str]] | None = None) -> LoggedRun:
-        return LoggedRun(tmp_path / "run", "digits/run", SETTINGS, start, logged or {})
+    def run(start: int = 0, rows: Any = None, logged: Any = None) -> LoggedRun:
+        return LoggedRun(tmp_path / "run", "digits/run", SETTINGS, start, rows or {}, logged or {})
 
     return run
 
@@ -95,10 +94,9 @@ def test_a_resumed_run_continues_with_each_step_once(tracker, run, tmp_path):
     killed.log_picture("attention/block1", PICTURE, 4)
     killed.finalize("failed")
     before = (tmp_path / "run" / "loggers.json").read_bytes()
-    time.sleep(1.1)  # wandb names its folders after the second
 
     # The checkpoint is of step 2; step 6 was logged in part.
-    resumed = option.open(run(2, {4: {"train/acc"}, 6: {"train/acc"}}))
+    resumed = option.open(run(2, {2: {"train/acc": 0.2}}, {4: {"train/acc"}, 6: {"train/acc"}}))
     for step in (4, 6, 8):
         resumed.log_metrics({"train/acc": step / 10, **({"val/acc": 0.1} if step > 4 else {})}, step)
         resumed.log_picture("attention/block1", PICTURE, step)
@@ -109,7 +107,9 @@ def test_a_resumed_run_continues_with_each_step_once(tracker, run, tmp_path):
         "train/acc": [(2, 0.2), (4, 0.4), (6, 0.6), (8, 0.8)],
         "val/acc": [(6, 0.1), (8, 0.1)],
     }
-    assert tracked.pictures == [("attention/block1", 4), ("attention/block1", 8)]
+    # wandb's offline record is written once more: of a process that was killed there may be none.
+    steps = [4, 6, 8] if isinstance(option, Wandb) else [4, 8]
+    assert tracked.pictures == [("attention/block1", step) for step in steps]
     assert (tmp_path / "run" / "loggers.json").read_bytes() == before
 
 
@@ -165,9 +165,9 @@ class Unreliable:
         return call
 
 
-@pytest.mark.parametrize("calls", range(5))
+@pytest.mark.parametrize("calls", range(4))
 def test_one_that_fails_is_one_warning_and_no_more(calls, run, caplog):
-    """Settings, a value, a picture, results and the end: each may be where it fails."""
+    """A value, a picture, results and the end: each may be where it fails."""
     run_there = Unreliable(calls)
     caplog.set_level("WARNING", logger="vitkd")
     opened = Tracker("wandb", lambda _: run_there, run())
@@ -195,7 +195,10 @@ def test_what_an_interrupted_attempt_logged_is_known_from_its_rows(tmp_path):
     file = tmp_path / "metrics.csv"
     file.write_text("step,a,b\n1,0.1,\n2,0.2,0.3\n3,,0.4\n")
 
-    assert MetricsFile(file, start=1).dropped == {2: {"a", "b"}, 3: {"b"}}
+    opened = MetricsFile(file, start=1)
+
+    assert opened.kept == {1: {"a": 0.1}}
+    assert opened.dropped == {2: {"a", "b"}, 3: {"b"}}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +267,8 @@ def assert_tracked(run: Path, outputs: Path) -> None:
         assert tracked.curves.keys() == curves.keys()
         for name, points in curves.items():
             assert [step for step, _ in tracked.curves[name]] == [step for step, _ in points], name
-            assert dict(tracked.curves[name]) == pytest.approx(dict(points)), name
+            if name != "train/images_per_second":  # of a step that was taken twice there are two
+                assert dict(tracked.curves[name]) == pytest.approx(dict(points)), name
         assert tracked.results["test/acc_last"] == metrics["test/acc_last"]
         assert len({*tracked.pictures}) == len(tracked.pictures)
         assert "alpha" in tracked.settings
@@ -298,7 +302,7 @@ def test_a_run_that_was_killed_continues_in_the_same_runs(tmp_path):
 
     assert (struck.code, resumed.code) == (-9, 0), resumed
     assert "resuming" in resumed.out
-    assert len([*run.glob("wandb/offline-run-*")]) == 2
+    assert len([*run.glob("wandb/offline-run-*")]) == len([*run.glob("wandb/replaced-*")]) == 1
     assert json.loads((run / "loggers.json").read_text()) == before
     assert_tracked(run, tmp_path / "outputs")
 

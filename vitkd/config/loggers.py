@@ -23,6 +23,8 @@ class LoggedRun(NamedTuple):
     """all of them, resolved and nested, as in config.yaml"""
     start: int
     """the step to resume from, 0 for a new run"""
+    rows: Mapping[int, Mapping[str, float]]
+    """step → the values of its curves up to `start`"""
     logged: Mapping[int, Collection[str]]
     """step → the curves that an interrupted attempt has logged after `start`"""
 

@@ -65,11 +65,12 @@ class MetricsFile(CurveLogger):
         self._row_begins = 0
         before = self._rows_before()
         rows = [row for row in before if int(row["step"]) <= start]
-        self.dropped = {
-            int(row["step"]): {name for name, value in row.items() if value and name != "step"}
-            for row in before
-            if int(row["step"]) > start
+        values = {int(row["step"]): {n: v for n, v in row.items() if v and n != "step"} for row in before}
+        self.kept = {
+            step: {n: float(v) for n, v in row.items()} for step, row in values.items() if step <= start
         }
+        """step → the values of the curves up to `start`"""
+        self.dropped = {step: {*row} for step, row in values.items() if step > start}
         """step → the curves that an interrupted attempt has logged after `start`"""
         self._columns += [name for row in rows[:1] for name in row if name != "step"]
         self._rewrite(rows)

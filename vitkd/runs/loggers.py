@@ -68,8 +68,13 @@ class Wandb(LoggerOption):
             raise ConfigError("logger=wandb: is not logged in; wandb login, or logger.wandb.mode=offline")
 
     def open(self, run: LoggedRun) -> "Tracker":
-        """As `LoggerOption.open`."""
-        return Tracker("wandb", lambda run_id: WandbRun(self, run, run_id), run)
+        """As `LoggerOption.open`; an offline run that is resumed is written once more, from its beginning."""
+        rewrites = self.mode == "offline" and set_aside(run.folder / "wandb")
+        resumed = run._replace(logged={}) if rewrites else run
+        tracker = Tracker("wandb", lambda run_id: WandbRun(self, run, run_id), resumed)
+        for step, values in run.rows.items() if rewrites else ():
+            tracker.log_metrics(values, step)
+        return tracker
 
 
 @dataclass
@@ -125,6 +130,7 @@ class WandbRun(WandbLogger):
         opened.define_metric(STEP)
         opened.define_metric("*", step_metric=STEP, step_sync=True)
         super().__init__(project=option.project, experiment=opened)
+        self.log_hyperparams(dict(run.settings))
         folder = str(run.folder).removesuffix(".unfinished")
         self.place = opened.url if option.mode == "online" else f"wandb sync {folder}/wandb/offline-run-*"
 
@@ -139,6 +145,17 @@ class WandbRun(WandbLogger):
     def end(self, status: str) -> None:
         """Close the run, as "success" or something else."""
         self.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
+def set_aside(folder: Path) -> bool:
+    """Rename the offline runs of earlier attempts, so that they are not uploaded; returns if there were any.
+
+    Of an attempt that was killed, Weights & Biases may have written nothing yet.
+    """
+    earlier = [*folder.glob("offline-run-*")]
+    for attempt in earlier:
+        attempt.rename(attempt.with_name(f"replaced-{attempt.name}"))
+    return bool(earlier)
 
 
 class MLflowRun(MLFlowLogger):
@@ -157,6 +174,8 @@ class MLflowRun(MLFlowLogger):
             with FileLock(store / ".lock"):
                 make_experiment(uri, option.experiment_name)
         super().__init__(option.experiment_name, run.name, uri, run_id=run_id)
+        if run_id is None:  # MLflow refuses values that have changed, such as a path
+            self.log_hyperparams(dict(run.settings))
         self.place = f"mlflow ui --backend-store-uri {store or uri}"
 
     def log_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
@@ -206,8 +225,6 @@ class Tracker(CurveLogger):
         ids = read_mapping(file)
         tracked = connect(ids.get(self._name))
         if self._name not in ids:
-            # Not those of a resumed run: MLflow refuses values that have changed, such as paths.
-            tracked.log_hyperparams(dict(self._run.settings))
             write_atomically(file, json.dumps(ids | {self._name: tracked.version}, indent=2) + "\n")
         self._tracked = tracked
         log.info("%s: %s", self._name, tracked.place)

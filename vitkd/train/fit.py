@@ -110,7 +110,7 @@ def curve_loggers(folder: RunFolder, settings: Config, start: int) -> list[Logge
     """What writes a run's curves, from step `start` on; of a stack `settings` are any student's."""
     file = MetricsFile(folder.csv, start)
     name = folder.path.relative_to(settings.paths.outputs).as_posix().removesuffix(".unfinished")
-    run = LoggedRun(folder.path, name, folder.read_config(), start, file.dropped)
+    run = LoggedRun(folder.path, name, folder.read_config(), start, file.kept, file.dropped)
     return [*(option.open(run) for option in settings.loggers.values()), file]
 
 
