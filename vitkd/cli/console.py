@@ -87,7 +87,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
 
 
-def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: str) -> None:
+def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: Path) -> None:
     """The closing table: every model's accuracy, then where everything lies."""
     table = new_table("", "parameters", "val acc", "test acc", "agrees with teacher")
     if metrics["teacher/parameters"]:

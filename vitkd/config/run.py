@@ -127,6 +127,8 @@ class Root:
     seed: int
     name: str | None
     """The run folder's name; null makes one from the overrides."""
+    debug: str | None
+    """The option chosen in conf/debug: a run to look for mistakes by, and no result; null for none."""
     log_every_n_steps: int
     pictures_every_n_epochs: int
     """Epochs between attention pictures in TensorBoard, besides the one at the end; 0 for none at all."""
@@ -158,6 +160,7 @@ class Root:
         self.cuda_graph = unquoted(self.cuda_graph)
         check_choice(self, "cuda_graph", ("auto", "off"))
         check_choice(self, "resume", ("auto", None))
+        check_choice(self, "debug", ("fast", "overfit", "profile", None))
         is_share = self.ema_decay is None or 0 < self.ema_decay < 1
         check(self, "ema_decay", is_share, "must lie between 0 and 1, or be null")
         check_choice(self, "matmul_precision", ("highest", "high", "medium"))
@@ -187,6 +190,11 @@ class Config(Root):
     """by name; empty for metrics.csv alone"""
     resolved: dict[str, Any] = field(repr=False)
     """The configuration as plain values, with every interpolation resolved: what config.yaml holds."""
+
+    @property
+    def outputs(self) -> Path:
+        """The folder of its run and its teacher; a debug run's is apart from all others."""
+        return Path(self.paths.outputs, "debug") if self.debug else Path(self.paths.outputs)
 
 
 def parse(composed: DictConfig) -> Config:
@@ -227,7 +235,16 @@ def resolve(composed: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"{group}: is missing and required")
         check_group(group, plain[group])
     make_paths_absolute(plain)
+    if plain.get("debug") == "overfit":
+        leave_out_randomness(plain)
     return plain
+
+
+def leave_out_randomness(plain: dict[str, Any]) -> None:
+    """Set augmentation and dropout of plain settings to none, whatever models there are."""
+    plain["dataset"].pop("augment", None)
+    for model in (plain["student"], plain["teacher"]):
+        model |= {key: 0.0 for key, value in model.items() if "drop" in key and type(value) in (int, float)}
 
 
 def recorded(node: Mapping[str, Any], settings: Any) -> dict[str, Any]:

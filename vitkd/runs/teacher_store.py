@@ -66,7 +66,7 @@ def store_of(config: Config, contents: str | None) -> Path | None:
     if not config.method.needs_teacher or source.checkpoint is not None or not source.trained:
         return None
     own = teacher_run(config)
-    return Path(config.paths.outputs, "teachers", own.dataset.name, fingerprint(own, contents))
+    return Path(config.outputs, "teachers", own.dataset.name, fingerprint(own, contents))
 
 
 def determining(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,9 @@ SET_BY_VITKD = {
     "default_root_dir": "set paths.outputs",
     "log_every_n_steps": "set log_every_n_steps",
     "enable_checkpointing": "set checkpoint_minutes",
-    "fast_dev_run": "set {owner}max_epochs=1 {key}.limit_train_batches=1",
-    "overfit_batches": "set {key}.limit_train_batches",
+    "fast_dev_run": "set debug=fast",
+    "overfit_batches": "set debug=overfit",
+    "profiler": "set debug=profile",
     "max_steps": EPOCHS,
     "max_time": EPOCHS,
     "min_steps": EPOCHS,
@@ -49,7 +50,7 @@ SET_BY_VITKD = {
     "enable_progress_bar": "a terminal has one, a file has not",
     "enable_model_summary": "a line says what each model is",
     "use_distributed_sampler": "each process has its own images",
-    **dict.fromkeys(("callbacks", "plugins", "profiler", "barebones"), "nothing replaces it"),
+    **dict.fromkeys(("callbacks", "plugins", "barebones"), "nothing replaces it"),
 }
 # What it takes and nothing here asks for: the test split is measured whole, once, without it.
 WITHOUT_EFFECT = {

@@ -4,6 +4,7 @@ Shapes: N test images.
 """
 
 import logging
+import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from vitkd.runs.stack_folder import restart_alone, stacks_folder
 from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher
 from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps, progress
+from vitkd.train.debugging import debug_callbacks
 from vitkd.train.fit import Fitted, fit
 from vitkd.train.plan import announce, check_trainer
 
@@ -43,7 +45,8 @@ def prepare(group: str, model: ModelConfig) -> None:
 
 def load_data(config: Config) -> ImageDataModule:
     """The configuration's data set, which is read when it is first used."""
-    return ImageDataModule(config.dataset, config.paths.data, seed_of(config.seed, ORDER, config.student))
+    seed, overfits = seed_of(config.seed, ORDER, config.student), config.debug == "overfit"
+    return ImageDataModule(config.dataset, config.paths.data, seed, one_batch=overfits)
 
 
 def read_data(config: Config, given: Model | None, data: ImageDataModule, processes: int = 1) -> None:
@@ -138,6 +141,7 @@ def train_student(
         if config.compile:
             compile_training(module)
         callbacks = [*([pictures] if pictures else []), *faster_steps(config, data), *progress(whose)]
+        callbacks += debug_callbacks(config, folder) if whose == "student" else []
         fitted = fit(module, data, folder, config, callbacks)
         metrics = {}
         if is_first():
@@ -145,6 +149,8 @@ def train_student(
                 # An earlier attempt was interrupted between its last step and here.
                 pictures.on_train_end(fitted.trainer, module)
             metrics = measure_student(config, fitted, measured_teacher, data, device, folder)
+            if config.debug:
+                shutil.rmtree(folder.checkpoints)
         wait_for_all()
     return metrics
 
