@@ -12,8 +12,10 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from vitkd.config.debug import OPTIONS as DEBUG_OPTIONS
+from vitkd.config.debug import leave_out_randomness
 from vitkd.config.loggers import LoggerOption
-from vitkd.config.schema import build, check_group, check_text, instantiate
+from vitkd.config.schema import build, check_group, check_text, instantiate, unquoted
 from vitkd.data import Dataset
 from vitkd.data.spec import differences
 from vitkd.errors import ConfigError, check, check_at_least, check_choice
@@ -160,7 +162,7 @@ class Root:
         self.cuda_graph = unquoted(self.cuda_graph)
         check_choice(self, "cuda_graph", ("auto", "off"))
         check_choice(self, "resume", ("auto", None))
-        check_choice(self, "debug", ("fast", "overfit", "profile", None))
+        check_choice(self, "debug", (*DEBUG_OPTIONS, None))
         is_share = self.ema_decay is None or 0 < self.ema_decay < 1
         check(self, "ema_decay", is_share, "must lie between 0 and 1, or be null")
         check_choice(self, "matmul_precision", ("highest", "high", "medium"))
@@ -215,9 +217,8 @@ def parse(composed: DictConfig) -> Config:
     if not dataset.validates:
         plain["trainer"]["limit_val_batches"] = 0
     teacher, trainer = _teacher(plain["teacher"]), plain["trainer"]
-    loggers = {name: build(f"logger.{name}", node, LoggerOption) for name, node in plain["logger"].items()}
-    parts = {"dataset": dataset, "teacher": teacher, "trainer": trainer, "loggers": loggers}
-    config = Config(**vars(root), **built, **parts, resolved=plain)
+    built["loggers"] = {n: build(f"logger.{n}", node, LoggerOption) for n, node in plain["logger"].items()}
+    config = Config(**vars(root), **built, dataset=dataset, teacher=teacher, trainer=trainer, resolved=plain)
     config.resolved = recorded(plain, config)
     check_batch_size(dataset.batch_size, config.student, config.method)
     for group, model in (("student", config.student), ("teacher", teacher.model)):
@@ -238,13 +239,6 @@ def resolve(composed: DictConfig) -> dict[str, Any]:
     if plain.get("debug") == "overfit":
         leave_out_randomness(plain)
     return plain
-
-
-def leave_out_randomness(plain: dict[str, Any]) -> None:
-    """Set augmentation and dropout of plain settings to none, whatever models there are."""
-    plain["dataset"].pop("augment", None)
-    for model in (plain["student"], plain["teacher"]):
-        model |= {key: 0.0 for key, value in model.items() if "drop" in key and type(value) in (int, float)}
 
 
 def recorded(node: Mapping[str, Any], settings: Any) -> dict[str, Any]:
@@ -308,11 +302,6 @@ def name_in_job(setting: str) -> str:
         return f"teacher.{key}"
     is_teachers = group in ("optimizer", "schedule", "seed") or (group == "trainer" and key not in MACHINE)
     return f"teacher.{setting}" if is_teachers else setting
-
-
-def unquoted(choice: str) -> str:
-    """A choice as text: an unquoted `off` in a YAML file is read as false."""
-    return "off" if choice == "False" else choice
 
 
 def check_seed(settings: Root | TeacherSource) -> None:

@@ -143,6 +143,11 @@ def _converted(value: Any, hint: Any) -> Any:
     return SCALARS[hint](value, is_optional=False)._value()
 
 
+def unquoted(choice: str) -> str:
+    """A choice as text: an unquoted `off` in a YAML file is read as false."""
+    return "off" if choice == "False" else choice
+
+
 def in_words(hint: Any) -> str:
     """A type in plain English."""
     container, inner = get_origin(hint), get_args(hint)
