@@ -180,6 +180,7 @@ def test_only_whole_datasets_of_vitkds_are_datasets(target):
     with pytest.raises(ConfigError, match="only vitkd's own Dataset classes") as error:
         allowed_class("dataset", target, Dataset)
     assert "\n" not in str(error.value)
+    assert "entry points in the group vitkd.plugins" in str(error.value)
 
 
 @pytest.mark.parametrize("base", [AttentionLoss, Dataset, Method])

@@ -55,7 +55,13 @@ SECONDS = 10
 GIB = 2**30
 OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF_DIR / group).glob("*.yaml"))]
 # With one of these every option is of a run that works on this machine.
-COMPANIONS = ([], ["method=logit"], ["method=none"], ["trainer.accelerator=cpu"])
+COMPANIONS = (
+    [],
+    ["method=logit"],
+    ["method=none"],
+    ["trainer.accelerator=cpu"],
+    ["logger.wandb.mode=offline"],
+)
 
 
 class ValidError(Exception):

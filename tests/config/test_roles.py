@@ -48,6 +48,7 @@ SHARED = {
     Separates.RUNS: {
         *("checkpoint_minutes", "name", "paths.data", "paths.outputs", "pictures_every_n_epochs", "resume"),
         *("sweep.rerun", "sweep", "paths", "version"),
+        *("logger", "logger.tensorboard", "logger.tensorboard._target_"),
     },
     Separates.TEACHERS: {
         *("alpha", "cuda_graph", "compile", "log_every_n_steps", "trainer.accelerator", "trainer.strategy"),
@@ -96,7 +97,18 @@ def test_what_is_shared_is_just_what_is_on_record(what, known):
         *[(name, True) for name in ("alpha", "seed", "loss", "teacher.cache", "dataset.workers", "student")],
         *[(name, True) for name in ("trainer.precision", "optimizer@teacher.optimizer", "compile")],
         *[(name, False) for name in ("trainer", "trainer.accelerator", "experiment", "log_every_n_steps")],
-        *[(name, False) for name in ("name", "resume", "sweep", "sweep.rerun", "paths.outputs")],
+        *[
+            (name, False)
+            for name in (
+                "logger",
+                "logger.wandb.mode",
+                "name",
+                "resume",
+                "sweep",
+                "sweep.rerun",
+                "paths.outputs",
+            )
+        ],
         *[(name, False) for name in ("checkpoint_minutes", "pictures_every_n_epochs")],
     ],
 )

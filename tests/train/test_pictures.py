@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,6 +22,7 @@ from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.token import TokenObjective
 from vitkd.models import Taps, ViTConfig
 from vitkd.optim import AdamW, Constant
+from vitkd.runs.curves import TensorBoardCurves
 from vitkd.train.module import DistillModule
 from vitkd.train.pictures import AttentionPictures, look, rendered
 
@@ -98,7 +98,7 @@ def fit(module, batches, folder, callbacks, max_epochs=1):
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=max_epochs,
-        logger=TensorBoardLogger(folder, name="", version=""),
+        logger=TensorBoardCurves(folder),
         callbacks=callbacks,
         log_every_n_steps=1,
         enable_progress_bar=False,

@@ -255,7 +255,8 @@ def job_command() -> list[str]:
 
 def should_resume(config: Config) -> bool:
     """Whether a job skips a run that is done and resumes one that was interrupted."""
-    return config.resume == "auto" or (is_multirun() and config.sweep.rerun == "missing")
+    wants_to = config.resume == "auto" or (is_multirun() and config.sweep.rerun == "missing")
+    return wants_to and not config.debug  # a mistake is looked for by trying again
 
 
 def run_path(config: Config) -> Path:
@@ -263,7 +264,7 @@ def run_path(config: Config) -> Path:
     experiment = HydraConfig.get().runtime.choices.get("experiment")
     group, in_path = (experiment, "experiment") if experiment else (config.dataset.name, "dataset")
     named = {key: value for key, value in overridden().items() if key != in_path and names_folder(key)}
-    return Path(config.paths.outputs, group, config.name or folder_name(named))
+    return Path(config.outputs, group, config.name or folder_name(named))
 
 
 def folder_name(settings: dict[str, str]) -> str:

@@ -91,7 +91,7 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
 
 
-def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: str) -> None:
+def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: Path) -> None:
     """The closing table: every model's accuracy, then where everything lies."""
     table = new_table("", "parameters", "val acc", "test acc", "agrees with teacher")
     if metrics["teacher/parameters"]:
@@ -116,7 +116,9 @@ def print_results(metrics: Mapping[str, Any], folder: RunFolder, outputs: str) -
                 table.add_row(f"  its {token.replace('_', ' ')} alone", "", "", percent(alone), "")
     places = {"run": folder.path, "pictures": folder.pictures, "model": folder.student}
     lines = [f"{name:<9} {path}" for name, path in places.items() if path.exists()]
-    show("", table, "", *lines, f"curves    tensorboard --logdir {outputs}")
+    has_events = any(folder.path.glob("events.out.tfevents.*"))
+    curves = f"tensorboard --logdir {outputs}" if has_events else folder.csv
+    show("", table, "", *lines, f"curves    {curves}")
 
 
 def print_jobs(jobs: Sequence[Job]) -> None:

@@ -132,13 +132,15 @@ def _settings_of(option: Path) -> set[str]:
     bases = [base.partition("@")[0] for base in content.get("defaults", []) if isinstance(base, str)]
     files = [CONF_DIR / base[1:] if base[0] == "/" else option.parent / base for base in bases]
     inherited = [_settings_of(file.with_suffix(".yaml")) for file in files if file.name != "_self_"]
-    return set(content).union(*inherited)
+    return {*_keys(content)}.union(*inherited)
 
 
 def _composed(config_name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The configuration with just the options chosen on the command line, to see which keys there are."""
     choices = [
-        a for a in arguments if "," not in a and (CONF_DIR / a.partition("=")[0]).is_dir() and "=" in a
+        argument
+        for argument in arguments
+        if is_group(argument.partition("=")[0]) and re.search(r"=(\[.*\]|[^,]*)$", argument)
     ]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

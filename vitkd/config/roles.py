@@ -40,6 +40,7 @@ ROLES: dict[str, Separates] = {
     "version": Separates.NOTHING,
     # Where files lie and how often to look. A stack reads its images from one place.
     "paths": Separates.STACKS,
+    "logger": Separates.STACKS,
     "name": Separates.NOTHING,
     "resume": Separates.NOTHING,
     "sweep": Separates.NOTHING,

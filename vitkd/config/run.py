@@ -12,7 +12,10 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from vitkd.config.schema import build, check_group, check_text, instantiate
+from vitkd.config.debug import OPTIONS as DEBUG_OPTIONS
+from vitkd.config.debug import leave_out_randomness
+from vitkd.config.loggers import LoggerOption
+from vitkd.config.schema import build, check_group, check_text, instantiate, unquoted
 from vitkd.data import Dataset
 from vitkd.data.spec import differences
 from vitkd.errors import ConfigError, check, check_at_least, check_choice, check_fraction
@@ -36,7 +39,7 @@ BASES: dict[str, type] = {
     **{"loss": AttentionLoss, "optimizer": AdamW, "schedule": Schedule},
 }
 """group → what its options are, where the group's node describes nothing else"""
-GROUPS = ("dataset", "teacher", "trainer", *BASES)
+GROUPS = ("dataset", "teacher", "trainer", "logger", *BASES)
 
 
 @dataclass
@@ -129,6 +132,8 @@ class Root:
     seed: int
     name: str | None
     """The run folder's name; null makes one from the overrides."""
+    debug: str | None
+    """The option chosen in conf/debug: a run to look for mistakes by, and no result; null for none."""
     log_every_n_steps: int
     pictures_every_n_epochs: int
     """Epochs between attention pictures in TensorBoard, besides those at the end; 0 for no picture at all."""
@@ -163,6 +168,7 @@ class Root:
             setattr(self, name, unquoted(getattr(self, name)))
             check_choice(self, name, ("auto", "off"))
         check_choice(self, "resume", ("auto", None))
+        check_choice(self, "debug", (*DEBUG_OPTIONS, None))
         is_share = self.ema_decay is None or 0 < self.ema_decay < 1
         check(self, "ema_decay", is_share, "must lie between 0 and 1, or be null")
         check_choice(self, "matmul_precision", ("auto", "highest", "high", "medium"))
@@ -188,8 +194,15 @@ class Config(Root):
     schedule: Schedule
     trainer: dict[str, Any]
     """Arguments of Lightning's Trainer."""
+    loggers: dict[str, LoggerOption]
+    """by name; empty for metrics.csv alone"""
     resolved: dict[str, Any] = field(repr=False)
     """The configuration as plain values, with every interpolation resolved: what config.yaml holds."""
+
+    @property
+    def outputs(self) -> Path:
+        """The folder of its run and its teacher; a debug run's is apart from all others."""
+        return Path(self.paths.outputs, "debug") if self.debug else Path(self.paths.outputs)
 
 
 def parse(composed: DictConfig) -> Config:
@@ -210,6 +223,7 @@ def parse(composed: DictConfig) -> Config:
     if not dataset.validates:
         plain["trainer"]["limit_val_batches"] = 0
     teacher, trainer = _teacher(plain["teacher"]), plain["trainer"]
+    built["loggers"] = {n: build(f"logger.{n}", node, LoggerOption) for n, node in plain["logger"].items()}
     config = Config(**vars(root), **built, dataset=dataset, teacher=teacher, trainer=trainer, resolved=plain)
     config.resolved = recorded(plain, config)
     check_batch_size(dataset.batch_size, config.student, config.method)
@@ -222,11 +236,14 @@ def resolve(composed: DictConfig) -> dict[str, Any]:
     """A composed configuration as plain values, with absolute paths; ConfigError where a group is none."""
     plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     check_text(plain)
+    plain.setdefault("logger", {})  # absent with logger=[]
     for group in (*GROUPS, "paths"):
         if plain.get(group) is None:
             raise ConfigError(f"{group}: is missing and required")
         check_group(group, plain[group])
     make_paths_absolute(plain)
+    if plain.get("debug") == "overfit":
+        leave_out_randomness(plain)
     return plain
 
 
@@ -292,11 +309,6 @@ def name_in_job(setting: str) -> str:
         return f"teacher.{key}"
     is_teachers = group in ("optimizer", "schedule", "seed") or (group == "trainer" and key not in MACHINE)
     return f"teacher.{setting}" if is_teachers else setting
-
-
-def unquoted(choice: str) -> str:
-    """A choice as text: an unquoted `off` in a YAML file is read as false."""
-    return "off" if choice == "False" else choice
 
 
 def check_seed(settings: Root | TeacherSource) -> None:

@@ -7,13 +7,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, OmegaConf, StringNode
 from omegaconf.errors import ValidationError
 
 from vitkd.errors import ConfigError, suggest
+from vitkd.process.plugins import GROUP as PLUGINS
+from vitkd.process.plugins import import_plugin, is_plugin
 
 # What Hydra's own node may name: a sweep's record, launchers, sweepers and their samplers, log handlers.
 ALLOWED_TO_HYDRA = (
@@ -52,18 +54,34 @@ def check_group(key: str, node: Any) -> None:
 def allowed_class(key: str, target: str, base: type) -> type:
     """The subclass of `base` that `target` names.
 
-    Only vitkd's own modules are ever imported, so a configuration file cannot name code to run.
+    Only vitkd's own modules and those of installed plugins are ever imported, so a configuration file cannot
+    name code to run.
     """
     module, _, name = target.rpartition(".")
-    if module.split(".")[0] == "vitkd":
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ImportError:
-            found = None
-        is_subclass = inspect.isclass(found) and issubclass(found, base) and not inspect.isabstract(found)
-        if is_subclass and found.__module__.startswith("vitkd."):
-            return cast(type, found)
-    raise ConfigError(f"{key}._target_={target}: only vitkd's own {base.__name__} classes are allowed")
+    try:
+        found = getattr(allowed_module(module), name, None)
+    except ConfigError as error:
+        raise ConfigError(f"{key}._target_={error}") from error
+    is_subclass = inspect.isclass(found) and issubclass(found, base) and not inspect.isabstract(found)
+    if is_subclass and is_allowed(found.__module__):
+        return cast(type, found)
+    allowed = f"only vitkd's own {base.__name__} classes are allowed, and those of installed plugins"
+    raise ConfigError(f"{key}._target_={target}: {allowed} (entry points in the group {PLUGINS})")
+
+
+def is_allowed(module: str) -> bool:
+    """Whether a configuration may name classes of a module."""
+    return module.startswith("vitkd.") or is_plugin(module)
+
+
+def allowed_module(module: str) -> ModuleType | None:
+    """A module of vitkd's or of a plugin; None if it is neither, or not there."""
+    if is_plugin(module):
+        return import_plugin(module)
+    try:
+        return importlib.import_module(module) if is_allowed(module) else None
+    except ImportError:
+        return None
 
 
 def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
@@ -123,6 +141,11 @@ def _converted(value: Any, hint: Any) -> Any:
     if hint not in SCALARS or is_number:
         raise ValueError
     return SCALARS[hint](value, is_optional=False)._value()
+
+
+def unquoted(choice: str) -> str:
+    """A choice as text: an unquoted `off` in a YAML file is read as false."""
+    return "off" if choice == "False" else choice
 
 
 def in_words(hint: Any) -> str:

@@ -28,6 +28,9 @@ class StatefulLoader(Protocol):
 
 AnyLoader = TypeVar("AnyLoader", bound=StatefulLoader)
 
+REPEATS = 20
+"""How often an epoch shows the images of `one_batch`."""
+
 
 class ImageDataModule(L.LightningDataModule):
     """Loads a data set once, and makes loaders whose batches are on the device.
@@ -39,11 +42,13 @@ class ImageDataModule(L.LightningDataModule):
         dataset: the data set.
         root: the folder with all data sets.
         seed: of the order and the augmentation; `dataset.split_seed` chooses the validation images.
+        one_batch: train on one and the same batch of images, REPEATS times an epoch, to see whether a model
+            learns them.
     """
 
-    def __init__(self, dataset: Dataset, root: str | Path, seed: int) -> None:
+    def __init__(self, dataset: Dataset, root: str | Path, seed: int, one_batch: bool = False) -> None:
         super().__init__()
-        self.dataset, self.root, self.seed = dataset, Path(root), seed
+        self.dataset, self.root, self.seed, self.one_batch = dataset, Path(root), seed, one_batch
         self._splits: Mapping[str, Split | FileSplit] = {}
         self._not_held_out = torch.empty(0, dtype=torch.int64)
         self._indices: dict[str, Tensor] = {}
@@ -95,6 +100,8 @@ class ImageDataModule(L.LightningDataModule):
         fraction = 0 if "val" in splits else self.dataset.val_fraction
         self._not_held_out, val = hold_out(splits["train"].labels, keys, fraction)
         train = _share(splits["train"], self._not_held_out, self.dataset, self.dataset.train_fraction)
+        if self.one_batch:
+            train = train[keys[train].argsort()[: self.dataset.batch_size]].repeat(REPEATS)
         self._indices = {"train": train, "val": val, "test": torch.arange(len(splits["test"]))}
         if self.dataset.validate_on == "test":
             self._indices["val"] = self._indices["test"]
@@ -206,7 +213,7 @@ class ImageDataModule(L.LightningDataModule):
             self._indices[split].to(order_device),
             self.dataset.batch_size if training else self.dataset.eval_batch_size,
             seed=self.seed if seed is None else seed,
-            shuffle=training,
+            shuffle=training and not self.one_batch,
             rank=(trainer.global_rank if trainer else 0) if rank is None else rank,
             world_size=(trainer.world_size if trainer else 1) if world_size is None else world_size,
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from vitkd.errors import ConfigError
 from vitkd.models.base import Model, ModelConfig
 from vitkd.models.resnet import ResNetConfig
 from vitkd.models.vit import ViTConfig
+from vitkd.process.plugins import import_plugin, is_plugin
 
 CONFIGS: dict[str, type[ModelConfig]] = {config.__name__: config for config in (ViTConfig, ResNetConfig)}
 HEADER = "vitkd"
@@ -37,7 +38,10 @@ def save_model(model: Model, path: Path, about: Mapping[str, Any] | None = None)
 
 def describe(model: Model) -> dict[str, Any]:
     """The header from which `build_from_header` builds a model like `model`."""
-    return {"config": type(model.config).__name__, "model": asdict(model.config)}
+    config = type(model.config)
+    is_own = CONFIGS.get(config.__name__) is config
+    name = config.__name__ if is_own else f"{config.__module__}.{config.__name__}"
+    return {"config": name, "model": asdict(model.config)}
 
 
 def load_model(path: Path | str) -> Model:
@@ -81,7 +85,7 @@ def build_from_header(
     Raises ConfigError if it describes none, or one that the weights do not fit.
     """
     try:
-        config = CONFIGS[header["config"]](**header["model"])
+        config = config_class(header["config"])(**header["model"])
         if weights is not None and getattr(config, "depth", 0) > len(weights):
             raise ValueError("a block has weights; to build a billion blocks takes hours")
         with torch.device("meta"):
@@ -97,6 +101,16 @@ def build_from_header(
     except RuntimeError as error:
         raise ConfigError(f"{path}: its weights do not fit the model that its header describes") from error
     return model
+
+
+def config_class(name: str) -> type[ModelConfig]:
+    """The configuration class that a header names: one of vitkd's, or `module.Class` of a plugin."""
+    module, _, plugin_class = name.rpartition(".")
+    if not is_plugin(module):
+        return CONFIGS[name]
+    found = getattr(import_plugin(module), plugin_class)
+    assert issubclass(found, ModelConfig)
+    return cast(type[ModelConfig], found)
 
 
 def digest(model: nn.Module) -> str:

@@ -54,7 +54,7 @@ class Run:
 
     path: Path
     state: str
-    """done | running | stopped (also if killed) | failed | damaged | incompatible | foreign"""
+    """done | running | stopped (also if killed) | failed | damaged | incompatible | foreign | debug"""
     problem: str = ""
     """why, where `state` is not enough"""
     settings: Settings = field(default_factory=dict)
@@ -149,7 +149,8 @@ def run_folders(top: Path) -> Iterator[Path]:
                 yield path
             elif parent not in runs and not name.startswith("."):
                 yield path
-        subfolders.sort()
+        # Weights & Biases keeps a config.yaml of its own below a run.
+        subfolders[:] = sorted(name for name in subfolders if (name, folder in runs) != ("wandb", True))
         yield from recorded_folders(path)
 
 
@@ -179,6 +180,8 @@ def read_run(path: Path) -> Run:
         return Run(path, "incompatible", other_version)
     if problem:
         return Run(path, "damaged", problem)
+    if config.get("debug"):
+        return Run(path, "debug", f"debug={parsing.one_line(config['debug'])} is no result")
     settings, state, place = parsing.settings_of(config), folder.state, path.resolve().as_posix()
     contents = folder.read_inputs().get("contents")
     settings["dataset.contents"] = parsing.one_line(contents) if isinstance(contents, str) else None

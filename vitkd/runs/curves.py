@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -36,7 +37,19 @@ CHARTS = {
 """TensorBoard's custom scalar page: the curves that share a chart."""
 
 
-class MetricsFile(Logger):
+class CurveLogger(Logger):
+    """A logger that takes pictures too, and what is known only at a run's end."""
+
+    def log_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """Log a picture [H, W, 3] uint8."""
+
+    def conclude(
+        self, settings: Mapping[str, Any], ignored: Collection[str], metrics: Mapping[str, float]
+    ) -> None:
+        """Log a finished run's test metrics; `ignored` are those of its settings that had no effect."""
+
+
+class MetricsFile(CurveLogger):
     """metrics.csv: one row a step, one column a curve, each row on disk as soon as it is known.
 
     Args:
@@ -50,7 +63,15 @@ class MetricsFile(Logger):
         self._columns: list[str] = ["step"]
         self._row: dict[str, Any] = {}
         self._row_begins = 0
-        rows = [row for row in self._rows_before() if int(row["step"]) <= start]
+        before = self._rows_before()
+        rows = [row for row in before if int(row["step"]) <= start]
+        values = {int(row["step"]): {n: v for n, v in row.items() if v and n != "step"} for row in before}
+        self.kept = {
+            step: {n: float(v) for n, v in row.items()} for step, row in values.items() if step <= start
+        }
+        """step → the values of the curves up to `start`"""
+        self.dropped = {step: {*row} for step, row in values.items() if step > start}
+        """step → the curves that an interrupted attempt has logged after `start`"""
         self._columns += [name for row in rows[:1] for name in row if name != "step"]
         self._rewrite(rows)
 
@@ -110,7 +131,7 @@ class MetricsFile(Logger):
         write_atomically(self.path, text.getvalue())
 
 
-class TensorBoardCurves(TensorBoardLogger):
+class TensorBoardCurves(TensorBoardLogger, CurveLogger):
     """TensorBoard events in the run folder itself.
 
     Args:
@@ -131,6 +152,11 @@ class TensorBoardCurves(TensorBoardLogger):
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         # Opens the file again where Lightning has closed it.
         self.experiment._get_file_writer().add_summary(Summary(value=values), step)
+
+    def log_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """As `CurveLogger.log_picture`."""
+        # Not add_figure: it imports pyplot, which looks for a display.
+        self.experiment.add_image(tag, picture, step, dataformats="HWC")
 
     def save(self) -> None:
         """Write the events out; config.yaml holds what Lightning would write here a second time."""

@@ -71,7 +71,7 @@ def store_of(config: Config, contents: str | None) -> Path | None:
     if not uses_store(config):
         return None
     own = teacher_run(config)
-    return Path(config.paths.outputs, "teachers", own.dataset.name, fingerprint(own, contents))
+    return Path(config.outputs, "teachers", own.dataset.name, fingerprint(own, contents))
 
 
 def determining(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
+from vitkd.config.loggers import LoggedRun
 from vitkd.config.run import Config
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, RunError, one_line
@@ -18,7 +19,7 @@ from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first, wait_for_all
 from vitkd.process.signals import PostponedSignals
 from vitkd.runs.checkpoints import DurableCheckpointIO, load_from_checkpoint, newest_good
-from vitkd.runs.curves import MetricsFile, TensorBoardCurves
+from vitkd.runs.curves import MetricsFile
 from vitkd.runs.folder import RunFolder
 from vitkd.train.averaging import WarmAverage
 from vitkd.train.checkpointing import Checkpointing
@@ -54,7 +55,7 @@ def fit(
     checkpoint, start = agree(lambda: find_checkpoint(folder.last))
     with PostponedSignals() as signals:
         checkpointing = Checkpointing(folder, settings.checkpoint_minutes, signals)
-        loggers = curve_loggers(folder, start) if is_first() else []
+        loggers = curve_loggers(folder, settings, start) if is_first() else []
         trainer = build_trainer(settings, callbacks, checkpointing, loggers)
         run_trainer(trainer, module, data, checkpoint)
     if start and is_first():
@@ -105,9 +106,12 @@ def find_checkpoint(last: Path) -> tuple[Path | None, int]:
     return path, content["global_step"]
 
 
-def curve_loggers(folder: RunFolder, start: int) -> list[Logger]:
-    """What writes a run's curves, from step `start` on."""
-    return [TensorBoardCurves(folder.path, start), MetricsFile(folder.csv, start)]
+def curve_loggers(folder: RunFolder, settings: Config, start: int) -> list[Logger]:
+    """What writes a run's curves, from step `start` on; of a stack `settings` are any student's."""
+    file = MetricsFile(folder.csv, start)
+    name = folder.path.relative_to(settings.paths.outputs).as_posix().removesuffix(".unfinished")
+    run = LoggedRun(folder.path, name, folder.read_config(), start, file.kept, file.dropped)
+    return [*(option.open(run) for option in settings.loggers.values()), file]
 
 
 def build_trainer(

@@ -51,7 +51,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
             metrics = train_student(config, teacher, data, machine.device, folder, inputs)
     if not is_first():
         return None
-    print_results(metrics, folder, config.paths.outputs)
+    print_results(metrics, folder, config.outputs)
     return job.take_metrics(metrics)
 
 

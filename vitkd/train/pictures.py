@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,6 +22,7 @@ from vitkd.explain.maps.attention import cls_attention
 from vitkd.explain.maps.recording import evaluating, layout, who_reads
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.models import Model, Taps
+from vitkd.runs.curves import CurveLogger
 from vitkd.runs.files import write_atomically
 from vitkd.train.module import DistillModule
 
@@ -41,7 +42,7 @@ class AttentionPictures(Callback):
         labels: [B], what they show.
         class_names: what each label means.
         mean, std: one value a channel, to undo the normalisation.
-        every_n_epochs: how often a picture goes to TensorBoard, besides the end.
+        every_n_epochs: how often a picture goes to the loggers, besides the end.
         path: the PNG file to write at the end; None for none.
     """
 
@@ -76,7 +77,7 @@ class AttentionPictures(Callback):
             self.conclude(module, trainer.loggers, trainer.current_epoch, trainer.global_step)
 
     def conclude(self, module: DistillModule, loggers: Sequence[Logger], epoch: int, step: int) -> None:
-        """Draw the trained `module`, for TensorBoard and as a file."""
+        """Draw the trained `module`, for the loggers and as a file."""
         is_logged = self._logged_step == step
         if is_logged and self.path is None:
             return
@@ -174,11 +175,10 @@ def look(
 
 
 def log_picture(loggers: Sequence[Logger], tag: str, picture: np.ndarray, step: int) -> None:
-    """Show a picture [H, W, 3] uint8 in TensorBoard."""
+    """Show a picture [H, W, 3] uint8 in all loggers that take any."""
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            # Not add_figure: it imports pyplot, which looks for a display.
-            logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+        if isinstance(logger, CurveLogger):
+            logger.log_picture(tag, picture, step)
 
 
 def rendered(figure: Figure) -> np.ndarray:

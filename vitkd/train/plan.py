@@ -34,12 +34,13 @@ log = logging.getLogger("vitkd")
 EPOCHS = "set {owner}max_epochs; nothing stops a run earlier"
 # What Lightning's Trainer takes but vitkd sets, and what to set instead.
 SET_BY_VITKD = {
-    "logger": "curves go to metrics.csv and TensorBoard in the run's folder",
+    "logger": "choose logger=tensorboard, wandb or mlflow",
     "default_root_dir": "set paths.outputs",
     "log_every_n_steps": "set log_every_n_steps",
     "enable_checkpointing": "set checkpoint_minutes",
-    "fast_dev_run": "set {owner}max_epochs=1 {key}.limit_train_batches=1",
-    "overfit_batches": "set {key}.limit_train_batches",
+    "fast_dev_run": "set debug=fast",
+    "overfit_batches": "set debug=overfit",
+    "profiler": "set debug=profile",
     "max_steps": EPOCHS,
     "max_time": EPOCHS,
     "min_steps": EPOCHS,
@@ -49,7 +50,7 @@ SET_BY_VITKD = {
     "enable_progress_bar": "a terminal has one, a file has not",
     "enable_model_summary": "a line says what each model is",
     "use_distributed_sampler": "each process has its own images",
-    **dict.fromkeys(("callbacks", "plugins", "profiler", "barebones"), "nothing replaces it"),
+    **dict.fromkeys(("callbacks", "plugins", "barebones"), "nothing replaces it"),
 }
 # What it takes and nothing here asks for: the test split is measured whole, once, without it.
 WITHOUT_EFFECT = {
@@ -131,6 +132,8 @@ def make_plan(composed: DictConfig) -> Plan:
     config = parse(composed)
     check_memory(config)
     machine = check_trainer(config.trainer)
+    for option in config.loggers.values():
+        option.check_ready()
     check_device(machine.device)
     if config.compile:
         check_compiler(machine.device)

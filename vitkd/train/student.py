@@ -4,6 +4,7 @@ Shapes: N test images, C classes.
 """
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from vitkd.errors import ConfigError
 from vitkd.evaluate.measure import evaluate, measure_both
 from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
 from vitkd.process.distributed import agree, is_first, rank, wait_for_all
-from vitkd.runs.curves import TensorBoardCurves
+from vitkd.runs.curves import CurveLogger
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import check_teacher_classes, inputs_of
 from vitkd.runs.provenance import provenance
@@ -28,6 +29,7 @@ from vitkd.runs.teacher_store import given_teacher, store_of, stored_teacher, us
 from vitkd.train.build import build_module, compile_training, facts_of
 from vitkd.train.callbacks import attention_pictures, faster_steps, progress
 from vitkd.train.confusion import confusion_figure
+from vitkd.train.debugging import debug_callbacks
 from vitkd.train.fit import Fitted, fit
 from vitkd.train.pictures import log_picture, rendered
 from vitkd.train.plan import announce, check_trainer
@@ -45,7 +47,8 @@ def prepare(group: str, model: ModelConfig) -> None:
 
 def load_data(config: Config) -> ImageDataModule:
     """The configuration's data set, which is read when it is first used."""
-    return ImageDataModule(config.dataset, config.paths.data, seed_of(config.seed, ORDER, config.student))
+    seed, overfits = seed_of(config.seed, ORDER, config.student), config.debug == "overfit"
+    return ImageDataModule(config.dataset, config.paths.data, seed, one_batch=overfits)
 
 
 def read_data(config: Config, given: Model | None, data: ImageDataModule, processes: int = 1) -> None:
@@ -154,6 +157,7 @@ def train_student(
         if config.compile:
             compile_training(module)
         callbacks = [*([pictures] if pictures else []), *faster_steps(config, data), *progress(whose)]
+        callbacks += debug_callbacks(config, folder) if whose == "student" else []
         fitted = fit(module, data, folder, config, callbacks)
         metrics = {}
         if is_first():
@@ -161,6 +165,8 @@ def train_student(
                 # An earlier attempt was interrupted between its last step and here.
                 pictures.on_train_end(fitted.trainer, module)
             metrics = measure_student(config, fitted, measured_teacher, data, device, folder)
+            if config.debug:
+                shutil.rmtree(folder.checkpoints)
         wait_for_all()
     return metrics
 
@@ -220,7 +226,7 @@ def measure_student(
     if config.pictures_every_n_epochs:
         log_confusion(fitted, test.last.confusion, data.class_names)
     for logger in fitted.loggers:
-        if isinstance(logger, TensorBoardCurves):
+        if isinstance(logger, CurveLogger):
             logger.conclude(config.resolved, config.method.ignores, test.metrics)
     return metrics
 

@@ -80,6 +80,8 @@ def why_alone(member: Candidate) -> str | None:
     """What keeps a job from being stacked with any other, or None."""
     student, machine = member.config.student, member.plan.machine
     precision = str(member.config.trainer.get("precision"))
+    if member.config.debug:
+        return f"debug={member.config.debug} looks at one student"
     if not student.stacks:
         return f"student={student}: its batch normalisation would mix the students of a stack"
     if member.config.method.trains_parameters:

@@ -141,7 +141,7 @@ def fit_stack(
         ConfigError: a setting of the Trainer does not suit it after all.
     """
     checkpoint, start = find_checkpoint(place.last)
-    loggers: list[list[Logger]] = [curve_loggers(folder, start) for folder in folders]
+    loggers: list[list[Logger]] = [curve_loggers(folder, settings, start) for folder in folders]
     with PostponedSignals() as signals:
         checkpointing = StackCheckpointing(place, settings.checkpoint_minutes, signals)
         callbacks = [*callbacks, StudentLines(folders), *progress("students")]
@@ -151,6 +151,9 @@ def fit_stack(
         except RunError:
             if len(module.failed) < module.jobs:
                 raise
+    for student in module.failed:
+        for logger in loggers[student]:
+            logger.finalize("failed")
     last = validated_weights(trainer)
     return [
         module.failed[job]
