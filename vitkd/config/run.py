@@ -12,12 +12,12 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from vitkd.config.agreement import check_batch_size, check_images
 from vitkd.config.debug import OPTIONS as DEBUG_OPTIONS
 from vitkd.config.debug import leave_out_randomness
 from vitkd.config.loggers import LoggerOption
 from vitkd.config.schema import build, check_group, check_text, instantiate, unquoted
 from vitkd.data import Dataset
-from vitkd.data.spec import differences
 from vitkd.errors import ConfigError, check, check_at_least, check_choice, check_fraction
 from vitkd.methods.base import Method
 from vitkd.methods.maps.granularity import Granularity
@@ -252,29 +252,6 @@ def recorded(node: Mapping[str, Any], settings: Any) -> dict[str, Any]:
     values = vars(settings) | (vars(settings.model) if isinstance(settings, Teacher) else {})
     built = {key: values.get(key, value) for key, value in node.items()}
     return {key: recorded(node[key], each) if is_dataclass(each) else each for key, each in built.items()}
-
-
-def check_images(group: str, model: ModelConfig, dataset: Dataset) -> None:
-    """ConfigError unless the model in `group` takes the data set's images and tells its classes apart."""
-    for name, own, expected in differences(dataset, model):
-        raise ConfigError(
-            f"{group}.{name}={own}: dataset={dataset.name} has {expected}; leave it out, it follows "
-            f"dataset.{name}"
-        )
-
-
-def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> None:
-    """ConfigError if a step has fewer images than the student or the method can train on."""
-    if batch_size < student.MIN_BATCH_SIZE:
-        raise ConfigError(
-            f"dataset.batch_size={batch_size}: {student} trains on at least {student.MIN_BATCH_SIZE} "
-            "images a step, for its batch normalisation"
-        )
-    if batch_size < method.min_batch_size:
-        raise ConfigError(
-            f"dataset.batch_size={batch_size}: method.control=shuffled teaches the maps of another image of "
-            f"the batch; use at least {method.min_batch_size} images a step"
-        )
 
 
 def make_paths_absolute(plain: dict[str, Any]) -> None:
