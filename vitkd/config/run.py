@@ -36,6 +36,8 @@ BASES: dict[str, type] = {
     **{"loss": AttentionLoss, "optimizer": AdamW, "schedule": Schedule},
 }
 """group → what its options are, where the group's node describes nothing else"""
+READ_BY_MODELS = (("teacher", "checkpoint"), ("teacher", "weights"), ("student", "weights"))
+"""settings that name files with weights"""
 GROUPS = ("dataset", "teacher", "trainer", *BASES)
 
 
@@ -242,9 +244,9 @@ def check_images(group: str, model: ModelConfig, dataset: Dataset) -> None:
 
 def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> None:
     """ConfigError if a step has fewer images than the student or the method can train on."""
-    if batch_size < student.MIN_BATCH_SIZE:
+    if batch_size < student.min_batch_size:
         raise ConfigError(
-            f"dataset.batch_size={batch_size}: {student} trains on at least {student.MIN_BATCH_SIZE} "
+            f"dataset.batch_size={batch_size}: {student} trains on at least {student.min_batch_size} "
             "images a step, for its batch normalisation"
         )
     if batch_size < method.min_batch_size:
@@ -259,7 +261,7 @@ def make_paths_absolute(plain: dict[str, Any]) -> None:
 
     Raises ConfigError for a path that is no text.
     """
-    for group, key in (("paths", "data"), ("dataset", "root"), ("teacher", "checkpoint")):
+    for group, key in (("paths", "data"), ("dataset", "root"), *READ_BY_MODELS):
         if (place := plain[group].get(key)) is not None:
             if not isinstance(place, str) or not place:
                 raise ConfigError(f"{group}.{key}={place}: must be text, the path of a file or folder")

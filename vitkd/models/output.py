@@ -47,6 +47,21 @@ class Taps(NamedTuple):
         """All blocks whose attention is asked for anything."""
         return {*self.scores, *self.factors, *self.qkv}
 
+    @property
+    def needs_all_blocks(self) -> bool:
+        """Whether something is wanted that takes the last block: logits, or what they are made of."""
+        return self.logits or "pre_logits" in self.features
+
+    def last_whole_block(self, depth: int) -> int:
+        """The last of `depth` blocks that is computed as a whole, −1 for none; of the next at most QKᵀ.
+
+        For a model whose features are "embed", "block0", … and "pre_logits".
+        """
+        if self.needs_all_blocks:
+            return depth - 1
+        outputs = [int(name.removeprefix("block")) for name in self.features if name != "embed"]
+        return max(*outputs, max(self.blocks, default=0) - 1, -1)
+
     def assert_exist(self, num_blocks: int, features: Collection[str]) -> None:
         """AssertionError unless a model of `num_blocks` attention blocks and these features has all of it."""
         blocks = sorted(block for block in self.blocks if not 0 <= block < num_blocks)
