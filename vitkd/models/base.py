@@ -56,6 +56,15 @@ class ModelConfig(ABC):
     def prepare(self) -> None:  # noqa: B027, most take nothing
         """Fetch what `build` takes from a network; ConfigError where that is unavailable."""
 
+    def untrained(self) -> str:
+        """Which weights training begins with, in words; ConfigError if no model could be used with them."""
+        return "random weights"
+
+    @property
+    def file(self) -> str | None:
+        """The file with the weights that training begins with; None if there is no such file."""
+        return None
+
     why_alone: ClassVar[str | None] = "its layers compute one student"
     """why parameters may not carry a leading axis, a student each; None if they may"""
 

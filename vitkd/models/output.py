@@ -171,13 +171,15 @@ class AttentionLayout(NamedTuple):
     grid: tuple[int, int]
     """patches from top to bottom and from left to right"""
     prefix: int
-    """tokens before the patches, the class token first"""
+    """tokens before the patches, the class token first, if there is one"""
     readers: tuple[int, ...]
     """the tokens from which the model classifies"""
     mask: Tensor | None = None
     """[Q, K], False where a query may not look at a key; None where all is allowed"""
     windows: int = 1
     """groups of tokens that attend among themselves, the rows of one after those of another"""
+    has_class_token: bool = True
+    """whether a class token is the first of the prefix"""
 
     @property
     def tokens(self) -> int:

@@ -49,10 +49,9 @@ class Encoder(ABC):
         """The layout of each block's attention."""
         prefix, grid = self.network.num_prefix_tokens, tuple(self.network.patch_embed.grid_size)
         attentions = [self.attention(block) for block in range(len(self))]
-        return tuple(
-            AttentionLayout(each.num_heads, each.head_dim, grid, prefix, self.readers())
-            for each in attentions
-        )
+        layouts = [AttentionLayout(a.num_heads, a.head_dim, grid, prefix, self.readers()) for a in attentions]
+        has_class_token = self.network.cls_token is not None
+        return tuple(layout._replace(has_class_token=has_class_token) for layout in layouts)
 
     def readers(self) -> tuple[int, ...]:
         """The tokens from which the network classifies."""

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import PatchEmbed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -69,8 +70,10 @@ def size_of(network: nn.Module, cfg: dict[str, Any]) -> tuple[int, int]:
 
 def check_patches(network: nn.Module, size: tuple[int, int]) -> None:
     """ConfigError if the patches of a network leave out a rest of images of this size."""
-    patches = getattr(getattr(network, "patch_embed", None), "patch_size", (1, 1))
-    for pixels, patch in zip(size, patches, strict=True):
+    embed = getattr(network, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+        return
+    for pixels, patch in zip(size, embed.patch_size, strict=True):
         if pixels % patch:
             below, above = pixels - pixels % patch, pixels + -pixels % patch
             fits = f"{below} or {above}" if below else str(above)

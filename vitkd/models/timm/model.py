@@ -55,13 +55,15 @@ class TimmConfig(ModelConfig):
     def __str__(self) -> str:
         facts, layouts = self.facts, self.facts.layouts
         origin = f" from {self.weights}" if self.weights else ", pretrained" if self.pretrained else ""
-        images = "×".join(map(str, facts.size))
+        pixels = f"{facts.size[0]}×{facts.size[1]} pixels"
+        if facts.size != (self.image_size, self.image_size):
+            pixels += f" made of {self.image_size}×{self.image_size}"
         if not layouts:
-            return f"{self.name} ({facts.architecture}){origin}, {images} pixels"
-        rows, columns = layouts[0].grid
+            return f"{self.name} ({facts.architecture}){origin}, {pixels}"
+        heads, (rows, columns), prefix = layouts[0].heads, layouts[0].grid, layouts[0].prefix
         return (
-            f"{self.name}{origin}, {len(layouts)}×{layouts[0].heads} blocks×heads, {images} pixels, "
-            f"{rows}×{columns} patches + {layouts[0].prefix}"
+            f"{self.name}{origin}, {len(layouts)}×{heads} blocks×heads, {pixels}, {rows}×{columns} patches + "
+            f"{prefix} other token{'' if prefix == 1 else 's'}"
         )
 
     @property
@@ -95,6 +97,23 @@ class TimmConfig(ModelConfig):
     def prepare(self) -> None:
         if self.pretrained or self.weights:
             self.first_network()
+
+    def untrained(self) -> str:
+        from vitkd.models.timm.weights import classes_of
+
+        if not (self.weights or self.pretrained):
+            return super().untrained()
+        classes = classes_of(self.name, self.weights)
+        if classes != self.num_classes:
+            raise ConfigError(
+                f"trained=false: the weights of {self.name} are of {classes} classes, not "
+                f"{self.num_classes}; its new head has to be trained: set trained=true"
+            )
+        return f"weights {f'of {self.weights}' if self.weights else 'as published'}"
+
+    @property
+    def file(self) -> str | None:
+        return self.weights
 
     def architecture(self) -> "TimmModel":
         from vitkd.models.timm.create import created

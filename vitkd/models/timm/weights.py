@@ -3,6 +3,7 @@
 import logging
 import warnings
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,8 @@ def from_file(name: str, num_classes: int, options: Options, file: str) -> nn.Mo
     """
     weights = read_weights(Path(file))
     network = created(name, num_classes, options)
-    heads = classifiers_of(network)
-    rows = [len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights]
-    classes = rows[0] if rows else 0
+    heads = heads_of(name)
+    classes = classes_in(weights, heads)
     given = {"state_dict": weights, "num_classes": classes}
     try:
         # All of them have to fit, so they are loaded with their own head first.
@@ -72,16 +72,34 @@ def from_file(name: str, num_classes: int, options: Options, file: str) -> nn.Mo
     return network
 
 
-def classifiers_of(network: nn.Module) -> tuple[str, ...]:
-    """The names of the layers that give the logits."""
-    names = network.pretrained_cfg["classifier"]  # type: ignore[index]
+def classes_of(name: str, file: str | None) -> int:
+    """The number of classes of the weights in a file, or of the published ones; 0 if they have no head."""
+    if file is not None:
+        return classes_in(read_weights(Path(file)), heads_of(name))
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg.num_classes if cfg else 0
+
+
+def classes_in(weights: Mapping[str, Tensor], heads: Sequence[str]) -> int:
+    """The number of classes of weights, by the names of their heads; 0 if they have none."""
+    rows = [len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights]
+    return rows[0] if rows else 0
+
+
+def heads_of(name: str) -> tuple[str, ...]:
+    """The names of the layers from which a network's logits come."""
+    cfg = timm.get_pretrained_cfg(name)
+    names = (cfg and cfg.classifier) or "head"
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def say_new_head(name: str, before: int, now: int) -> None:
     """Log that the classifier is a new one, to be trained on the data set, if it is."""
     if before != now:
-        log.info("%s: the head of its %d classes is replaced by a new one of %d", name, before, now)
+        had = (
+            f"its head of {before} classes is replaced by" if before else "its weights have no head, it gets"
+        )
+        log.info("%s: %s a new one of %d, to be trained", name, had, now)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -99,11 +117,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ) from error
     wrapper = next((key for key in WRAPPERS if isinstance(content, dict) and key in content), None)
     weights = content if wrapper is None else content[wrapper]
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(v, Tensor) for v in weights.values())
-    ):
+    tensors = weights.values() if isinstance(weights, dict) else ()
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors):
         raise ConfigError(f"weights={file}: holds no weights by their names")
     return {str(key).removeprefix("module."): value for key, value in weights.items()}
 
