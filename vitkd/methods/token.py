@@ -106,6 +106,11 @@ class TokenDistillation(Method):
 
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         if not student.has_distillation_token:
+            if not hasattr(student, "distillation_token"):
+                raise ConfigError(
+                    f"student={student}: has no distillation token, which method=token teaches; choose "
+                    "method=logit, or one of timm's distilled models"
+                )
             raise ConfigError(
                 "student.distillation_token=false: method=token teaches that token; set it to true, or "
                 "choose method=logit"

@@ -34,6 +34,8 @@ class ModelConfig(ABC):
 
     REST: ClassVar[str | None] = None
     """the field, a dict, that takes settings which are no fields"""
+    why_alone: ClassVar[str | None] = "its layers compute one student"
+    """why parameters may not carry a leading axis, a student each; None if they may"""
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "channels", "num_classes")
@@ -56,17 +58,14 @@ class ModelConfig(ABC):
     def prepare(self) -> None:  # noqa: B027, most take nothing
         """Fetch what `build` takes from a network; ConfigError where that is unavailable."""
 
-    def untrained(self) -> str:
-        """Which weights training begins with, in words; ConfigError if no model could be used with them."""
-        return "random weights"
-
     @property
-    def file(self) -> str | None:
-        """The file with the weights that training begins with; None if there is no such file."""
+    def weights_file(self) -> str | None:
+        """The file with the weights that training begins with, if it begins with those of a file."""
         return None
 
-    why_alone: ClassVar[str | None] = "its layers compute one student"
-    """why parameters may not carry a leading axis, a student each; None if they may"""
+    def untrained(self) -> str:
+        """Which weights training begins with, in words; ConfigError if they are of no use without it."""
+        return "random weights"
 
     @property
     def min_batch_size(self) -> int:

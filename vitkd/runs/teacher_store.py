@@ -59,8 +59,8 @@ def fingerprint(run: Config, contents: str | None) -> str:
     with weights to begin with, wherever that lies.
     """
     facts = {"settings": determining(run.resolved), "contents": contents, "version": vitkd.__version__}
-    if run.student.file is not None:
-        facts["weights"] = file_digest(Path(run.student.file))
+    if run.student.weights_file is not None:
+        facts["weights"] = file_digest(Path(run.student.weights_file))
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,7 +1,9 @@
 """Networks of timm's by name and options, with random weights."""
 
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +22,20 @@ SET_BY_VITKD = {
 }
 """What timm's models take but vitkd sets, and why."""
 MOST, MOST_BLOCKS = 2**16, 1000
+
+
+@contextmanager
+def only_errors() -> Iterator[None]:
+    """Without timm's remarks on what it does, and those of the hub that it asks."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def check_name(name: str) -> None:
@@ -60,11 +76,12 @@ def arguments_of(architecture: type[nn.Module]) -> set[str]:
     return names - {"device", "dtype"}
 
 
-def created(name: str, num_classes: int, options: Options, **more: Any) -> nn.Module:
+def created(name: str, num_classes: int, options: Options) -> nn.Module:
     """timm's network from PyTorch's global generator; ConfigError if timm cannot build it."""
     check_name(name)
     try:
-        network: nn.Module = timm.create_model(name, num_classes=num_classes, **options, **more)
+        with only_errors():
+            network: nn.Module = timm.create_model(name, num_classes=num_classes, **options)
     # Sizes that do not go together make timm and PyTorch raise almost anything.
     except Exception as error:
         shown = "".join(f", {key}={value}" for key, value in options.items())

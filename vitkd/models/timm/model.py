@@ -112,7 +112,7 @@ class TimmConfig(ModelConfig):
         return f"weights {f'of {self.weights}' if self.weights else 'as published'}"
 
     @property
-    def file(self) -> str | None:
+    def weights_file(self) -> str | None:
         return self.weights
 
     def architecture(self) -> "TimmModel":
@@ -121,6 +121,10 @@ class TimmConfig(ModelConfig):
         return TimmModel(self, created(self.name, self.num_classes, self.options))
 
     def build(self) -> "TimmModel":
+        from vitkd.models.timm.weights import classes_of, say_new_head
+
+        if self.pretrained or self.weights:
+            say_new_head(self.name, classes_of(self.name, self.weights), self.num_classes)
         return TimmModel(self, self.first_network())
 
     def first_network(self) -> nn.Module:

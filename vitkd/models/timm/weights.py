@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, one_line
-from vitkd.models.timm.create import Options, created
+from vitkd.models.timm.create import Options, created, only_errors
 
 log = logging.getLogger("vitkd")
 
@@ -30,13 +30,13 @@ def pretrained(name: str, num_classes: int, options: Options) -> nn.Module:
             f"pretrained=true: timm knows no weights of {name}; set weights=FILE, or pretrained=false"
         )
     try:
-        network: nn.Module = timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
+        with only_errors():
+            network: nn.Module = timm.create_model(name, pretrained=True, num_classes=num_classes, **options)
     except Exception as error:  # of Hugging Face's hub, of urllib, and for lack of space
         raise ConfigError(
             f"pretrained=true: the weights of {name} are unavailable ({shortened(error)}); connect to a "
             "network, put them into Hugging Face's cache (HF_HOME), set weights=FILE, or pretrained=false"
         ) from error
-    say_new_head(name, cfg.num_classes, num_classes)
     return network
 
 
@@ -60,12 +60,12 @@ def from_file(name: str, num_classes: int, options: Options, file: str) -> nn.Mo
     given = {"state_dict": weights, "num_classes": classes}
     try:
         # All of them have to fit, so they are loaded with their own head first.
-        whole = timm.create_model(
-            name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=given, **options
-        )
+        with only_errors():
+            whole = timm.create_model(
+                name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=given, **options
+            )
     except Exception as error:
         raise ConfigError(f"weights={file}: are not those of {name} ({shortened(error)})") from error
-    say_new_head(name, classes, num_classes)
     is_new = classes != num_classes
     kept = {k: v for k, v in whole.state_dict().items() if not (is_new and k.rpartition(".")[0] in heads)}
     network.load_state_dict(kept, strict=not is_new)
