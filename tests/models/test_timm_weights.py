@@ -1,6 +1,7 @@
 """Where the weights of timm's models come from, and what is refused; no network is needed."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.bombs import Bomb
 from vitkd.errors import ConfigError, MissingPackageError
-from vitkd.models import Taps, TimmConfig
+from vitkd.models import Taps, TimmConfig, build_from_header, describe
 
 NAME = "vit_tiny_patch16_224"
 OPTIONS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
@@ -195,6 +196,7 @@ class TestRefused:
             ({"options": {"checkpoint_path": "x.pth"}}, "is no setting"),
             ({"options": {"pretrained_cfg": {"file": "x.pth"}}}, "is no setting"),
             ({"options": {"in_chans": 1}}, "is set by vitkd"),
+            ({"options": {"distillation_token": True}}, "deit_tiny_distilled_patch16_224"),
             ({"options": {"img_size": 30}}, "patch_size=16 does not divide it; choose 16 or 32"),
             ({"options": {"depth": 10**9}}, "at most 1,000"),
             ({"options": {"drop_path_rate": 1.5}}, r"must be a number in \[0, 1\)"),
@@ -210,7 +212,7 @@ class TestRefused:
         assert "\n" not in str(error.value)
 
     def test_without_timm(self, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "timm", None)
+        monkeypatch.setitem(sys.modules, "timm", None)
         with pytest.raises(MissingPackageError, match=r"pip install 'vitkd\[timm\]'"):
             config_of()
 
@@ -222,3 +224,30 @@ class TestRefused:
 
         assert config.attention_layouts() == ()
         assert name in str(config)
+
+
+class TestAHeader:
+    """Of a student.safetensors that anybody may have made."""
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"name": "hf-hub:someone/model"},
+            {"options": {"depth": 10**9}},
+            {"options": {"checkpoint_path": "x.pth"}},
+            {"options": [1]},
+        ],
+    )
+    def test_that_asks_for_what_is_refused_is_one_line(self, changes):
+        header = describe(config_of().build())
+        header["model"] |= changes
+
+        with pytest.raises(ConfigError, match="does not describe a vitkd model"):
+            build_from_header(header, Path("student.safetensors"))
+
+    def test_without_timm_says_what_to_install(self, monkeypatch):
+        header = describe(config_of().build())
+        monkeypatch.setitem(sys.modules, "timm", None)
+
+        with pytest.raises(MissingPackageError, match=r"student.safetensors: .*pip install 'vitkd\[timm\]'"):
+            build_from_header(header, Path("student.safetensors"))

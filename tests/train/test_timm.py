@@ -124,3 +124,32 @@ def test_a_stack_leaves_it_to_a_run_of_its_own(command, tmp_path):
 
     assert ended.code == 0, ended.err
     assert ended.err.count("compute one student") + ended.out.count("compute one student") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "student",
+    [
+        ["student.name=deit_tiny_distilled_patch16_224", "method=token", "method.attention_weight=0.5"],
+        ["student.name=vit_base_patch16_siglip_224", "granularity=encoder"],
+        ["student.name=vit_small_patch16_dinov3", "method=relation"],
+        ["student.name=vit_tiny_patch16_224", "teacher=timm", "teacher.name=resnet10t", "method=logit"],
+    ],
+)
+def test_every_form_is_trained_drawn_and_explained(student, command, tmp_path):
+    sizes = [
+        f"student.{size}" for size in ("img_size=8", "patch_size=2", "embed_dim=16", "depth=2", "num_heads=2")
+    ]
+    brief = ["trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "teacher.trained=false"]
+
+    ended = command(
+        "train", "student=timm", *student, *sizes, *brief, "name=run", f"paths.outputs={tmp_path}"
+    )
+    assert ended.code == 0, ended.err
+
+    run = tmp_path / "digits" / "run"
+    assert (run / "attention.png").is_file() or "method=logit" in student
+    ended = command(
+        "explain", f"run={run}", "images=2", "faithfulness_images=0", "methods=[attention,relevance]"
+    )
+    assert ended.code == 0, ended.err

@@ -108,8 +108,8 @@ class TokenDistillation(Method):
         if not student.has_distillation_token:
             if not hasattr(student, "distillation_token"):
                 raise ConfigError(
-                    f"student={student}: has no distillation token, which method=token teaches; choose "
-                    "method=logit, or one of timm's distilled models"
+                    f"student.distillation_token=false: {student} has no such token, which method=token "
+                    "teaches; choose one of timm's distilled models, or method=logit"
                 )
             raise ConfigError(
                 "student.distillation_token=false: method=token teaches that token; set it to true, or "

@@ -48,8 +48,16 @@ class TimmConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.options = {name: value for name, value in self.options.items() if value is not None}
+        wants_token = self.options.pop(
+            "distillation_token", False
+        )  # as method=token has it for every student
         if self.pretrained and self.weights is not None:
             raise ConfigError(f"pretrained=true: weights={self.weights} is given too; set one of the two")
+        if wants_token and not self.has_distillation_token:
+            raise ConfigError(
+                f"distillation_token=true: {self.name} has none; choose a distilled model of timm's, such as "
+                "deit_tiny_distilled_patch16_224, or method=logit"
+            )
         assert self.facts
 
     def __str__(self) -> str:
