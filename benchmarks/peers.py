@@ -24,14 +24,18 @@ which takes its whole forward; they are set beside vitkd's `last block`.
       ties head_dim to embed_dim / num_heads, so it cannot have the report's shape).
   vit-pytorch's DistillWrapper with its DistillableViT: a distillation token more, which learns from logits
       (18 tokens; 64 + 64·100 + 100 parameters more).
+
+`timm` is `teacher=timm student=timm`, two vision transformers on 65 tokens, beside the same step `by hand`:
+timm's networks, whose last blocks give up fused attention for a hook on what their softmax gives.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.task import FeatureDistillationTask, LogitDistillationTask
@@ -55,8 +59,32 @@ from vitkd.models import ViT, ViTConfig, count_parameters
 from vitkd.train.cuda_graph import WARM_UP
 
 NO_SLOWER, TRUNCATED = Bar(1, at_least=True), Bar(1.5, at_least=True)
+# timm's own step may take 1/1.05 of ours.
+AS_FAST = Bar(round(1 / 1.05, 3), at_least=True)
 ON_GPU = Bar(10, at_least=True)
 GRAPHED = "vitkd, CUDA graph"
+
+TIMM = [
+    *(
+        "teacher=timm",
+        "teacher.img_size=32",
+        "teacher.patch_size=4",
+        "teacher.embed_dim=192",
+        "teacher.depth=12",
+    ),
+    *("teacher.num_heads=3", "student=timm", "student.img_size=32", "student.patch_size=4"),
+    *("student.embed_dim=96", "student.depth=6", "student.num_heads=3"),
+]
+"""ViT-Tiny, and a student of half its width and depth"""
+TINY_TIMM = [
+    *(
+        f"{model}.{size}"
+        for model in ("teacher", "student")
+        for size in ("embed_dim=12", "depth=2", "num_heads=3")
+    ),
+    *("teacher=timm", "teacher.img_size=32", "teacher.patch_size=8", "dataset.batch_size=4"),
+    *("student=timm", "student.img_size=32", "student.patch_size=8"),
+]
 
 Loss = Callable[[], Tensor]
 
@@ -87,7 +115,10 @@ def measure(settings: Settings) -> list[Row]:
             rows += compare(name, suffix, arms, config, settings, bar)
         arms = {**vitkd_arms(config, teacher, batch, Block()), **on_logits(config, teacher, batch)}
         rows += compare("logits", suffix, arms, config, settings, NO_SLOWER)
-    return rows
+    config = subject.configure(replace(settings, quick=False), *(TINY_TIMM if settings.quick else TIMM))
+    arms = on_timm(config, settings.device)
+    assert_equal_losses({library: arm for library, arm in arms.items() if library != GRAPHED})
+    return rows + compare("timm", "", arms, config, settings, AS_FAST)
 
 
 def compare(
@@ -144,6 +175,40 @@ def ours(config: Config, teacher: ViT, batch: Batch, granularity: Granularity) -
     objective = subject.objective_of(student, teacher, granularity, KL())
     scores = partial(subject.recorded, teacher, objective.teacher_taps.scores)
     return Arm(student, partial(subject.distilled_loss, student, objective, scores, batch, config.alpha))
+
+
+def on_timm(config: Config, device: torch.device) -> dict[str, Arm]:
+    """Two of timm's transformers, by vitkd and by hand."""
+    batch, teacher = subject.random_batch(config, device), subject.build_teacher(config, device)
+    return {**vitkd_arms(config, teacher, batch, Block()), "by hand": timm_by_hand(config, teacher, batch)}
+
+
+def timm_by_hand(config: Config, teacher: Any, batch: Batch) -> Arm:
+    """The step that one writes with timm alone: its networks, and a hook on each last block's softmax."""
+    kept: dict[int, Tensor] = {}
+    networks = []
+    for number, model in enumerate((subject.build_student(config, batch.image.device), teacher)):
+        c: Any = model.config
+        network = timm.create_model(c.name, num_classes=c.num_classes, **c.options).to(batch.image.device)
+        network.load_state_dict(model.network.state_dict())
+        attention = network.blocks[-1].attn
+        attention.fused_attn = False
+        attention.attn_drop.register_forward_hook(partial(keep, kept, number))
+        networks.append(network)
+    student, their_teacher = networks
+    their_teacher.requires_grad_(False).eval()
+    # The same affine change of the images: here CIFAR's normalisation becomes that of timm's configuration.
+    inputs = teacher.inputs
+
+    def loss() -> Tensor:
+        images = inputs(batch.image)
+        logits = student(images)
+        with torch.no_grad():
+            their_teacher(images)
+        attention = divergence(kept[1], kept[0])
+        return config.alpha * F.cross_entropy(logits, batch.label) + (1 - config.alpha) * attention
+
+    return Arm(student, loss)
 
 
 def torchdistill_box(config: Config, teacher: ViT, batch: Batch, granularity: Granularity) -> Arm:

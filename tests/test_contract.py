@@ -42,6 +42,10 @@ BESIDES = {
     ("student", "mnist"): SMALL,
     ("student", "tiny_imagenet"): [*SMALL, "student.embed_dim=32"],
     ("student", "report_teacher"): ["granularity=head", *SMALL],
+    ("student", "timm"): [
+        *("student.img_size=8", "student.patch_size=2", "student.embed_dim=32", "student.num_heads=4"),
+        *("student.depth=2", "student.drop_path_rate=0.1"),
+    ],
 }
 BRIEF = [
     *("trainer=cpu", "dataset.batch_size=16", "log_every_n_steps=2", "label_smoothing=0.1"),
@@ -55,7 +59,8 @@ CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 @cache
 def composed(group: str, option: str) -> Config:
     """`python -m vitkd.train group=option`, briefly, on digits; whoever changes it works on a copy."""
-    dropout = [] if option == "resnet" else ["student.dropout=0.1", "student.emb_dropout=0.1"]
+    has_own = option in ("resnet", "timm")
+    dropout = [] if has_own else ["student.dropout=0.1", "student.emb_dropout=0.1"]
     besides = BESIDES.get((group, option), [])
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return parse(hydra.compose("train", [*BRIEF, *dropout, *besides, f"{group}={option}"]))
@@ -214,7 +219,7 @@ def test_resumed_is_uninterrupted(config, tmp_path):
 
 
 def test_stacked_is_alone_or_refused(option, config):
-    if not config.student.stacks or config.method.trains_parameters:
+    if config.student.why_alone or config.method.trains_parameters:
         # `candidates.why_alone` gives the reason; its tests hold that.
         return
     data = load_data(config)

@@ -36,6 +36,15 @@ def third_party(folder: str) -> set[str]:
     return names - sys.stdlib_module_names - OWN - OPTIONAL
 
 
+def test_what_an_extra_brings_is_imported_by_one_room():
+    """Which nothing imports before it has said what to install where that is missing."""
+    room = ROOT / "vitkd" / "models" / "timm"
+    others = [file for file in (ROOT / "vitkd").rglob("*.py") if room not in file.parents]
+
+    assert not [file for file in others for name in modules_of(file) if name.split(".")[0] == "timm"]
+    assert "timm" not in {name.split(".")[0] for name in modules_of(room / "model.py")}
+
+
 def names_of(requirements: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(text).name) for text in requirements}
 
@@ -62,7 +71,7 @@ def locked(python: str, machine: dict[str, str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folder", "declared"),
     [
-        ("vitkd", PROJECT["dependencies"]),
+        ("vitkd", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["timm"]]),
         ("hydra_plugins", PROJECT["dependencies"]),
         ("benchmarks", [*PROJECT["dependencies"], *EXTRAS]),
         ("tests", [*PROJECT["dependencies"], *EXTRAS]),

@@ -36,7 +36,7 @@ def with_groups(setting: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def known() -> set[str]:
-    return settings_of() | settings_of("dataset=tf_flowers") | {"sweep", "version"}
+    return settings_of() | settings_of("dataset=tf_flowers", "student=timm") | {"sweep", "version"}
 
 
 def test_every_entry_is_a_setting_or_a_group(known):
@@ -53,7 +53,7 @@ SHARED = {
     Separates.TEACHERS: {
         *("alpha", "cuda_graph", "compile", "log_every_n_steps", "trainer.accelerator", "trainer.strategy"),
         *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
-        *("kernels", "dataset.max_epochs", "dataset.root"),
+        *("kernels", "dataset.max_epochs", "dataset.root", "student.weights"),
     },
     Separates.STACKS: {
         *("alpha", "label_smoothing", "seed", "optimizer.lr", "optimizer.weight_decay", "schedule"),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import yaml
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
+from timm.models.vision_transformer import VisionTransformer
 
 from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
@@ -24,7 +26,7 @@ from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
 from vitkd.methods.none import NoDistillation
 from vitkd.methods.token import TokenDistillation
-from vitkd.models import ResNetConfig, count_parameters
+from vitkd.models import ResNetConfig, TimmConfig, count_parameters
 from vitkd.optim import AdamW, Constant, WarmupCosine
 from vitkd.train.plan import check_trainer
 
@@ -96,9 +98,9 @@ def test_every_option_composes_and_fits(path, read):
     if group == "trainer" and option == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="gpu"):
             check_trainer(read(choice(path)).trainer)
-    elif group == "student" and option in ("report_teacher", "resnet"):
+    elif group == "student" and option in ("report_teacher", "resnet", "timm"):
         read(choice(path), "method=none")
-    elif group == "teacher" and option == "resnet":
+    elif option in ("resnet", "timm"):
         config = read(choice(path), "method=logit")
         config.method.check(config.student, config.teacher.model, config)
     else:
@@ -129,7 +131,13 @@ def test_an_option_sets_exactly_what_its_class_takes(path):
     # The whole encoder is every block, so it offers no choice of them.
     inherited = {"blocks"} if cls is Encoder else set()
 
-    assert {*settings} == {field.name for field in fields(cls)} - inherited
+    expected = {field.name for field in fields(cls)} - inherited
+    if cls is TimmConfig:
+        # The others are arguments of most of timm's models.
+        others = {*settings} - expected
+        assert others < {*signature(VisionTransformer).parameters}
+        expected = expected - {cls.REST} | others
+    assert {*settings} == expected
 
 
 def test_trainers_set_the_same_and_what_lightning_takes():

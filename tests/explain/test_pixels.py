@@ -59,7 +59,7 @@ def test_a_distillation_token_looks_as_much_as_the_class_token():
     scores = torch.full((1, 1, 6, 6), 7.0)
     scores[..., :2, :] = rows
     expected = torch.tensor([[[9.0, 4], [3, 4]]]) / 20
-    torch.testing.assert_close(cls_attention(scores, grid=2, prefix=2), expected)
+    torch.testing.assert_close(cls_attention(scores, grid=2, prefix=2, readers=(0, 1)), expected)
 
 
 def test_what_is_masked_gets_nothing():
@@ -91,3 +91,16 @@ def test_denormalise_undoes_normalisation():
     images, mean, std = torch.rand(2, 3, 4, 4), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     normalised = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(denormalise(normalised, mean, std), images)
+
+
+def test_the_tokens_that_are_read_are_averaged_on_any_grid():
+    """Registers before the patches are not read; where there is no class token, all patches are."""
+    scores = torch.randn(2, 3, 8, 8)
+    weights = scores.softmax(-1).mean(1)[..., 2:]
+
+    of_first = cls_attention(scores, (2, 3), prefix=2, readers=(0,))
+    of_patches = cls_attention(scores, (2, 3), prefix=2, readers=range(2, 8))
+
+    for maps, rows in ((of_first, weights[:, :1]), (of_patches, weights[:, 2:])):
+        mean = rows.mean(1)
+        torch.testing.assert_close(maps, (mean / mean.sum(-1, keepdim=True)).unflatten(-1, (2, 3)))

@@ -284,7 +284,7 @@ class TestResize:
 
         of_mse, of_kl = (comparison(PAIR, loss, alignment)({0: ours}, {0: theirs}) for loss in (MSE(), KL()))
 
-        assert alignment[2:] == tuple(int(has_token) for has_token in tokens)
+        assert alignment[2:] == (*(int(has_token) for has_token in tokens), 1)
         counts = 1 - torch.eye(5, dtype=torch.float64) if attention == "lsa" else torch.ones(5, 5).double()
         matrix = token_interpolation((4, 4), (2, 2)).double()
         taught = matrix @ kept(theirs[:, [1, 0]], tokens[1]) @ matrix.mT
@@ -303,7 +303,7 @@ class TestResize:
         alignment = align(student, teacher)
 
         assert torch.equal(alignment.resize, token_interpolation((4, 3), (2, 1)))
-        assert alignment[1:] == (None, 1, 1)
+        assert alignment[1:] == (None, 1, 1, 1)
         assert align(student, student._replace(grid=(1, 2))).resize.shape == (3, 3)
 
     def test_of_a_teacher_with_a_mask_is_refused(self, tiny):
@@ -313,6 +313,36 @@ class TestResize:
             method.check(tiny(), teacher, plan())
         method.check(tiny(patch_size=2), teacher, plan())
         method.check(tiny(attention="lsa"), tiny(patch_size=2), plan())
+
+
+class TestClassTokens:
+    """Some models have none, but registers perhaps."""
+
+    WITH = AttentionLayout(2, 4, (2, 2), 3, (0,))
+    WITHOUT = AttentionLayout(2, 4, (2, 2), 1, (1, 2, 3, 4), has_class_token=False)
+
+    @pytest.mark.parametrize("loss", [MSE(), KL()])
+    @pytest.mark.parametrize("layouts", [(WITH, WITHOUT), (WITHOUT, WITH)])
+    def test_what_only_one_has_is_left_out(self, layouts, loss):
+        student, teacher = (scores(2, layout.tokens) for layout in layouts)
+        patches = [
+            maps[..., layout.prefix :, layout.prefix :]
+            for maps, layout in zip((student, teacher), layouts, strict=True)
+        ]
+
+        value = comparison(PAIR, loss, align(*layouts))({0: student}, {0: teacher})
+
+        expected = comparison(PAIR, loss, Alignment())({0: patches[0]}, {0: patches[1]})
+        torch.testing.assert_close(value, expected, **EXACT)
+
+    def test_registers_of_both_are_compared(self):
+        assert align(self.WITHOUT, self.WITHOUT) == Alignment(kept=0)
+        assert align(self.WITH, self.WITH) == Alignment()
+
+    def test_resizing_without_one_is_of_patches_alone(self):
+        matrix = token_interpolation((4, 4), (2, 2), prefix=0)
+
+        assert torch.equal(matrix, token_interpolation((4, 4), (2, 2))[1:, 1:])
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

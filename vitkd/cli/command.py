@@ -39,7 +39,18 @@ HYDRA_OPTIONS = {
     *("--info", "--shell-completion", "--config-path", "--config-name", "--config-dir"),
 }
 # The paths among the settings of all commands.
-PATHS = ("paths.data", "paths.outputs", "dataset.root", "teacher.checkpoint", "root", "run", "image", "out")
+PATHS = (
+    "paths.data",
+    "paths.outputs",
+    "dataset.root",
+    "teacher.checkpoint",
+    "teacher.weights",
+    "student.weights",
+    "root",
+    "run",
+    "image",
+    "out",
+)
 # Commands whose settings come in groups, which Hydra's own help lists.
 WITH_CHOICES = {"train"}
 

@@ -18,9 +18,9 @@ def check_images(group: str, model: ModelConfig, dataset: Dataset) -> None:
 
 def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> None:
     """ConfigError if a step has fewer images than the student or the method can train on."""
-    if batch_size < student.MIN_BATCH_SIZE:
+    if batch_size < student.min_batch_size:
         raise ConfigError(
-            f"dataset.batch_size={batch_size}: {student} trains on at least {student.MIN_BATCH_SIZE} "
+            f"dataset.batch_size={batch_size}: {student} trains on at least {student.min_batch_size} "
             "images a step, for its batch normalisation"
         )
     if batch_size < method.min_batch_size:

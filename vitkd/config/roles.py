@@ -64,6 +64,8 @@ ROLES: dict[str, Separates] = {
     "dataset.max_epochs": Separates.SPEED,
     # A stored teacher is found by its images' contents, wherever they lie.
     "dataset.root": Separates.ALL & ~Separates.TEACHERS,
+    # Likewise a file with weights to begin with.
+    "student.weights": Separates.ALL & ~Separates.TEACHERS,
     # What a student learns from.
     "alpha": Separates.LEARNING,
     "method": Separates.LEARNING,

@@ -39,6 +39,8 @@ BASES: dict[str, type] = {
     **{"loss": AttentionLoss, "optimizer": AdamW, "schedule": Schedule},
 }
 """group → what its options are, where the group's node describes nothing else"""
+READ_BY_MODELS = (("teacher", "checkpoint"), ("teacher", "weights"), ("student", "weights"))
+"""settings that name files with weights"""
 GROUPS = ("dataset", "teacher", "trainer", "logger", *BASES)
 
 
@@ -259,7 +261,7 @@ def make_paths_absolute(plain: dict[str, Any]) -> None:
 
     Raises ConfigError for a path that is no text.
     """
-    for group, key in (("paths", "data"), ("dataset", "root"), ("teacher", "checkpoint")):
+    for group, key in (("paths", "data"), ("dataset", "root"), *READ_BY_MODELS):
         if (place := plain[group].get(key)) is not None:
             if not isinstance(place, str) or not place:
                 raise ConfigError(f"{group}.{key}={place}: must be text, the path of a file or folder")

@@ -90,6 +90,7 @@ def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
         settings = cast(dict[str, Any], OmegaConf.to_container(settings, resolve=True))
     prefix = f"{key}." if key else ""
     known = [f.name for f in fields(cls)]
+    settings = with_rest(cls, settings)
     for name in settings:
         if name not in known:
             raise ConfigError(f"{prefix}{name}: no such setting; {suggest(name, known)}")
@@ -106,6 +107,16 @@ def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{prefix}{name}={value}: must be finite")
     return built
+
+
+def with_rest(cls: type, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings, those that are no fields of `cls` in its field that takes all others, if it has one."""
+    rest = getattr(cls, "REST", None)
+    if rest is None:
+        return settings
+    own = {f.name for f in fields(cls)} - {rest}
+    others = {name: value for name, value in settings.items() if name not in own}
+    return {name: value for name, value in settings.items() if name in own} | {rest: others}
 
 
 def converted(key: str, value: Any, hint: Any) -> Any:

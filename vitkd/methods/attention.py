@@ -43,6 +43,10 @@ class AttentionDistillation(Method):
             check_grids(pairs, student, teacher, "method.resize=bilinear")
         elif any(layout.mask is not None for layout in teacher.attention_layouts()):
             check_grids(pairs, student, teacher, "no teacher.attention=lsa, whose mask cannot be resized")
+        elif not all(
+            each.has_class_token for model in (student, teacher) for each in model.attention_layouts()
+        ):
+            check_grids(pairs, student, teacher, "models with a class token, beside which maps are resized")
 
     def objective(
         self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts

@@ -42,9 +42,11 @@ class RelatedBlocks(NamedTuple):
     teacher_block: int
     relation_heads: int
     dropped_from_student: int
-    """how many tokens after the class token only the student has"""
+    """how many tokens after the `kept` first only the student has"""
     dropped_from_teacher: int
     """how many only the teacher has"""
+    kept: int
+    """1, the class token, or 0 where a model has none"""
 
 
 class RelationObjective(Objective):
@@ -79,8 +81,8 @@ class RelationObjective(Objective):
 
     def _compare(self, pair: RelatedBlocks, student: QKV, teacher: QKV) -> Tensor:
         """The divergence of each relation of one pair of blocks [*S, B, relations]."""
-        students = split_heads(student, pair.dropped_from_student, pair.relation_heads)
-        teachers = split_heads(teacher, pair.dropped_from_teacher, pair.relation_heads)
+        students = split_heads(student, pair.dropped_from_student, pair.relation_heads, pair.kept)
+        teachers = split_heads(teacher, pair.dropped_from_teacher, pair.relation_heads, pair.kept)
         with torch.autocast(student.q.device.type, enabled=False):
             rows = [
                 kl_divergence(log_relation(teachers, relation), log_relation(students, relation))
@@ -89,11 +91,14 @@ class RelationObjective(Objective):
             return torch.stack([values.mean((-2, -1)) for values in rows], dim=-1)
 
 
-def split_heads(qkv: QKV, dropped: int, count: int) -> dict[str, Tensor]:
-    """Q, K and V [*S, B, H, dropped + T, head_dim] as `count` heads each, [*S, B, R, T, H·head_dim/R]."""
+def split_heads(qkv: QKV, dropped: int, count: int, kept: int = 1) -> dict[str, Tensor]:
+    """Q, K and V [*S, B, H, dropped + T, head_dim] as `count` heads each, [*S, B, R, T, H·head_dim/R].
+
+    Left out are the `dropped` tokens after the `kept` first.
+    """
 
     def split(x: Tensor) -> Tensor:
-        tokens = without_tokens(at_least_float32(x), 1, 1 + dropped).transpose(-3, -2).flatten(-2)
+        tokens = without_tokens(at_least_float32(x), kept, kept + dropped).transpose(-3, -2).flatten(-2)
         return tokens.unflatten(-1, (count, tokens.shape[-1] // count)).transpose(-3, -2)
 
     assert qkv.v is not None
@@ -139,8 +144,8 @@ class RelationDistillation(Method):
         pairs = settings.granularity.block_pairs(len(students), len(teachers))
         return [RelatedBlocks(s, t, *self._fit(students[s], teachers[t])) for s, t in pairs]
 
-    def _fit(self, student: AttentionLayout, teacher: AttentionLayout) -> tuple[int, int, int]:
-        """The relation heads of a pair of blocks, and the tokens that each side leaves out."""
+    def _fit(self, student: AttentionLayout, teacher: AttentionLayout) -> tuple[int, int, int, int]:
+        """The relation heads of a pair of blocks, the tokens that each side leaves out, and those before."""
         check_equal_grids(student, teacher, "method=relation needs equal patch sizes")
         heads = self.relation_heads or student.heads
         for owner, layout in (("student", student), ("teacher", teacher)):
@@ -150,4 +155,4 @@ class RelationDistillation(Method):
                     "(num_heads·head_dim); choose a divisor of both models' widths"
                 )
         alignment = align(student, teacher)
-        return heads, alignment.dropped_from_student, alignment.dropped_from_teacher
+        return heads, alignment.dropped_from_student, alignment.dropped_from_teacher, alignment.kept

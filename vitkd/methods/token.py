@@ -106,6 +106,11 @@ class TokenDistillation(Method):
 
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         if not student.has_distillation_token:
+            if not hasattr(student, "distillation_token"):
+                raise ConfigError(
+                    f"student.distillation_token=false: {student} has no such token, which method=token "
+                    "teaches; choose one of timm's distilled models, or method=logit"
+                )
             raise ConfigError(
                 "student.distillation_token=false: method=token teaches that token; set it to true, or "
                 "choose method=logit"

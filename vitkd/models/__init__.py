@@ -8,6 +8,7 @@ from vitkd.models.output import Output as Output
 from vitkd.models.output import Taps as Taps
 from vitkd.models.resnet import ResNet as ResNet
 from vitkd.models.resnet import ResNetConfig as ResNetConfig
+from vitkd.models.timm.model import TimmConfig as TimmConfig
 from vitkd.models.vit import ViT as ViT
 from vitkd.models.vit import ViTConfig as ViTConfig
 from vitkd.models.weights import build_from_header as build_from_header

@@ -32,8 +32,10 @@ class ModelConfig(ABC):
     channels: int
     num_classes: int
 
-    # A model cannot train on fewer images a step.
-    MIN_BATCH_SIZE: ClassVar[int] = 1
+    REST: ClassVar[str | None] = None
+    """the field, a dict, that takes settings which are no fields"""
+    why_alone: ClassVar[str | None] = "its layers compute one student"
+    """why parameters may not carry a leading axis, a student each; None if they may"""
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "channels", "num_classes")
@@ -44,8 +46,8 @@ class ModelConfig(ABC):
 
         Seeds are made from it (`vitkd.runs.seeding`), so a new variant leaves those of other models alone.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        default = {f.name for f in fields(self) if f.kw_only and values[f.name] == f.default}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        default = {f.name for f in fields(self) if f.kw_only and values.get(f.name) == f.default}
         shown = [f"{name}={value!r}" for name, value in values.items() if name not in default]
         return f"{type(self).__qualname__}({', '.join(shown)})"
 
@@ -56,8 +58,19 @@ class ModelConfig(ABC):
     def prepare(self) -> None:  # noqa: B027, most take nothing
         """Fetch what `build` takes from a network; ConfigError where that is unavailable."""
 
-    stacks: ClassVar[bool] = False
-    """whether parameters may carry a leading axis, a student each"""
+    @property
+    def weights_file(self) -> str | None:
+        """The file with the weights that training begins with, if it begins with those of a file."""
+        return None
+
+    def untrained(self) -> str:
+        """Which weights training begins with, in words; ConfigError if they are of no use without it."""
+        return "random weights"
+
+    @property
+    def min_batch_size(self) -> int:
+        """A model cannot train on fewer images a step."""
+        return 1
 
     @property
     def least_bytes(self) -> int:

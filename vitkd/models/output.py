@@ -47,6 +47,21 @@ class Taps(NamedTuple):
         """All blocks whose attention is asked for anything."""
         return {*self.scores, *self.factors, *self.qkv}
 
+    @property
+    def needs_all_blocks(self) -> bool:
+        """Whether something is wanted that takes the last block: logits, or what they are made of."""
+        return self.logits or "pre_logits" in self.features
+
+    def last_whole_block(self, depth: int) -> int:
+        """The last of `depth` blocks that is computed as a whole, −1 for none; of the next at most QKᵀ.
+
+        For a model whose features are "embed", "block0", … and "pre_logits".
+        """
+        if self.needs_all_blocks:
+            return depth - 1
+        outputs = [int(name.removeprefix("block")) for name in self.features if name != "embed"]
+        return max(*outputs, max(self.blocks, default=0) - 1, -1)
+
     def assert_exist(self, num_blocks: int, features: Collection[str]) -> None:
         """AssertionError unless a model of `num_blocks` attention blocks and these features has all of it."""
         blocks = sorted(block for block in self.blocks if not 0 <= block < num_blocks)
@@ -156,13 +171,15 @@ class AttentionLayout(NamedTuple):
     grid: tuple[int, int]
     """patches from top to bottom and from left to right"""
     prefix: int
-    """tokens before the patches, the class token first"""
+    """tokens before the patches, the class token first, if there is one"""
     readers: tuple[int, ...]
     """the tokens from which the model classifies"""
     mask: Tensor | None = None
     """[Q, K], False where a query may not look at a key; None where all is allowed"""
     windows: int = 1
     """groups of tokens that attend among themselves, the rows of one after those of another"""
+    has_class_token: bool = True
+    """whether a class token is the first of the prefix"""
 
     @property
     def tokens(self) -> int:

@@ -27,8 +27,7 @@ FEATURES = ("stage1", "stage2", "stage3", "stage4", "pre_logits")
 class ResNetConfig(ModelConfig):
     """Everything that determines a residual network."""
 
-    # Batch normalisation compares images.
-    MIN_BATCH_SIZE = 2
+    why_alone = "its batch normalisation would mix the students of a stack"
 
     variant: str = "resnet18"
     """resnet18 | resnet34 | resnet50 | resnet101 | resnet152"""
@@ -51,6 +50,10 @@ class ResNetConfig(ModelConfig):
     def __str__(self) -> str:
         stem = ", stem for small images" if self.stem == "small" else ""
         return f"{self.variant}{stem}{', from ImageNet' if self.pretrained else ''}"
+
+    @property
+    def min_batch_size(self) -> int:
+        return 2  # batch normalisation compares images
 
     def prepare(self) -> None:
         if self.pretrained:

@@ -28,7 +28,7 @@ TOKENIZERS = ("patch", "spt")
 class ViTConfig(ModelConfig):
     """Everything that determines a ViT's shape."""
 
-    stacks = True
+    why_alone = None
 
     patch_size: int
     embed_dim: int = 64
@@ -160,7 +160,7 @@ class ViT(Model):
         """
         depth = len(self.blocks)
         taps.assert_exist(depth, ("embed", *(f"block{i}" for i in range(depth)), "pre_logits"))
-        x, last = self.embed(images), self._last_whole_block(taps)
+        x, last = self.embed(images), taps.last_whole_block(depth)
         features, attention = {"embed": x}, {}
         for i, block in enumerate(self.blocks[: last + 1]):
             x, attention[i] = block(x, taps.of_block(i))
@@ -168,19 +168,12 @@ class ViT(Model):
                 features[f"block{i}"] = x
         for i in (block for block in taps.blocks if block > last):
             attention[i] = self.blocks[i].attention.tapped(x, taps.of_block(i))  # type: ignore[union-attr,operator]
-        classes = self._classify(x, taps, features) if needs_all_blocks(taps) else Output()
+        classes = self._classify(x, taps, features) if taps.needs_all_blocks else Output()
         return classes._replace(
             scores={i: output.scores for i, output in attention.items() if output.scores is not None},
             qkv={i: output.qkv for i, output in attention.items() if output.qkv is not None},
             features={name: features[name] for name in taps.features},
         )
-
-    def _last_whole_block(self, taps: Taps) -> int:
-        """The last block that is computed as a whole, −1 for none; of the next at most QKᵀ is wanted."""
-        if needs_all_blocks(taps):
-            return len(self.blocks) - 1
-        outputs = [int(name.removeprefix("block")) for name in taps.features if name != "embed"]
-        return max(*outputs, max(taps.blocks, default=0) - 1, -1)
 
     def trace(self, images: Tensor) -> Trace:
         """As `Model.trace`: nothing is fused, and every block's T×T matrix stays in memory."""
@@ -213,8 +206,3 @@ class ViT(Model):
             return Output(logits)
         distilled = self.distillation_head(self.norm(x[..., 1, :]))
         return Output((logits + distilled) / 2, {"class_token": logits, "distillation_token": distilled})
-
-
-def needs_all_blocks(taps: Taps) -> bool:
-    """Whether `taps` asks for what the final norm gives: logits, or what they are made of."""
-    return taps.logits or "pre_logits" in taps.features

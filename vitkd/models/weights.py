@@ -16,13 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, MissingPackageError
 from vitkd.models.base import Model, ModelConfig
 from vitkd.models.resnet import ResNetConfig
+from vitkd.models.timm.model import TimmConfig
 from vitkd.models.vit import ViTConfig
 from vitkd.process.plugins import import_plugin, is_plugin
 
-CONFIGS: dict[str, type[ModelConfig]] = {config.__name__: config for config in (ViTConfig, ResNetConfig)}
+CONFIGS: dict[str, type[ModelConfig]] = {
+    config.__name__: config for config in (ViTConfig, ResNetConfig, TimmConfig)
+}
 HEADER = "vitkd"
 """The one key of the file's metadata."""
 
@@ -90,6 +93,8 @@ def build_from_header(
             raise ValueError("a block has weights; to build a billion blocks takes hours")
         with torch.device("meta"):
             model = config.architecture()
+    except MissingPackageError as error:
+        raise MissingPackageError(f"{path}: {error}") from error
     # Numbers that no machine holds make PyTorch raise almost anything.
     except Exception as error:
         raise ConfigError(

@@ -20,6 +20,7 @@ from vitkd.errors import ConfigError
 from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first
 from vitkd.runs.checkpoints import load_any
+from vitkd.runs.files import open_regular
 from vitkd.runs.folder import RunFolder
 
 log = logging.getLogger("vitkd")
@@ -54,9 +55,12 @@ def given_teacher(
 def fingerprint(run: Config, contents: str | None) -> str:
     """A short hash of everything that determines the teacher that `run` trains, the version of vitkd too.
 
-    `contents` stands for the images themselves, where the data set's name does not.
+    `contents` stands for the images themselves, where the data set's name does not; a hash does so for a file
+    with weights to begin with, wherever that lies.
     """
     facts = {"settings": determining(run.resolved), "contents": contents, "version": vitkd.__version__}
+    if run.student.weights_file is not None:
+        facts["weights"] = file_digest(Path(run.student.weights_file))
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -64,6 +68,13 @@ def uses_store(config: Config) -> bool:
     """Whether a run learns from a stored teacher, which is trained first if need be."""
     source = config.teacher
     return config.method.needs_teacher and source.checkpoint is None and source.trained
+
+
+def file_digest(path: Path) -> str | None:
+    """A hash of a file; None if there is none to read."""
+    with suppress(OSError), open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 def store_of(config: Config, contents: str | None) -> Path | None:

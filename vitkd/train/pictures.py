@@ -160,7 +160,7 @@ def look(
         heads: block → the heads whose attention is averaged.
 
     Returns:
-        block → [B, g, g] on the CPU, and B labels.
+        block → [B, h, w] on the CPU, and B labels.
     """
     weight = next(model.parameters())
     with evaluating(model):
@@ -169,8 +169,8 @@ def look(
     for block, of_block in heads.items():
         layout = model.attention[block]
         mask = None if layout.mask is None else layout.mask.to(weight.device)
-        scores = output.scores[block]
-        maps[block] = cls_attention(scores, layout.grid[0], of_block, layout.prefix, mask).cpu()
+        place = layout.grid, of_block, layout.prefix, mask, layout.readers
+        maps[block] = cls_attention(output.scores[block], *place).cpu()
     return maps, output.predicted.tolist()
 
 

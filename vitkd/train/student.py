@@ -45,6 +45,14 @@ def prepare(group: str, model: ModelConfig) -> None:
         raise ConfigError(f"{group}.{error}") from error
 
 
+def untrained(group: str, model: ModelConfig) -> str:
+    """Which weights `model` has without training; ConfigError, naming its group, if none that are of use."""
+    try:
+        return model.untrained()
+    except ConfigError as error:
+        raise ConfigError(f"{group}.{error}") from error
+
+
 def load_data(config: Config) -> ImageDataModule:
     """The configuration's data set, which is read when it is first used."""
     seed, overfits = seed_of(config.seed, ORDER, config.student), config.debug == "overfit"
@@ -112,7 +120,7 @@ def obtain_teacher(
     own = teacher_run(config)
     if not config.teacher.trained:
         agree(lambda: prepare("teacher", own.student))
-        log.info("teacher: not trained, random weights (teacher.trained=false), as a control")
+        log.info("teacher: not trained, %s (teacher.trained=false)", untrained("teacher", own.student))
         return first_weights(own.seed, own.student)
     check_trainer(own.trainer, "teacher.trainer")
     store = store_of(config, contents)

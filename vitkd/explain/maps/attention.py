@@ -73,32 +73,33 @@ def token_map(
 
 def cls_attention(
     scores: Tensor,
-    grid: int,
+    grid: int | tuple[int, int],
     heads: Sequence[int] | None = None,
     prefix: int = 1,
     allowed: Tensor | None = None,
+    readers: Sequence[int] = (0,),
 ) -> Tensor:
-    """How the class token's attention is spread over the patches, or its mean with a distillation token's.
+    """How the class token's attention is spread over the patches, or that of all tokens that are read.
 
     Args:
         scores: [B, H, T, T] before softmax, the class token first.
-        grid: g.
+        grid: (h, w), or h where w is h.
         heads: those to average, a head named twice counting twice; None for all.
-        prefix: tokens before the patches, all of which the classifier reads: the class token, or that and the
-            distillation token.
+        prefix: tokens before the patches.
         allowed: [T, T], False where the model masks attention; None where it does not.
+        readers: the tokens that the classifier reads.
 
     Returns:
-        [B, g, g]: the mean over heads and these tokens of their weights, scaled to sum 1 over the patches.
+        [B, h, w]: the mean over heads and readers of their weights, scaled to sum 1 over the patches.
 
     Raises:
-        ConfigError: T is not prefix + g².
+        ConfigError: T is not prefix + h·w.
     """
-    rows = at_least_float32(scores[..., :prefix, :])
-    rows = rows if heads is None else rows[..., list(heads), :, :]
+    scores = at_least_float32(scores if heads is None else scores[..., list(heads), :, :])
     if allowed is not None:
-        rows = rows.masked_fill(~allowed[:prefix], -math.inf)
-    return token_map(rows.softmax(-1).mean(-3), (grid, grid), prefix, range(prefix), normalise=True)
+        scores = scores.masked_fill(~allowed, -math.inf)
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    return token_map(scores.softmax(-1).mean(-3), (height, width), prefix, readers, normalise=True)
 
 
 def attention_features(

@@ -177,7 +177,8 @@ def comparable(*recordings: Recording) -> list[Recording]:
     """
     grid = recordings[0].grid
     has_one_grid = all(recording.grid == grid for recording in recordings)
-    prefix = min(recording.prefix for recording in recordings) if has_one_grid else 1
+    prefix = min(recording.prefix for recording in recordings)
+    prefix = prefix if has_one_grid else min(prefix, 1)
     reduced = [_on_grid(_with_prefix(recording, prefix), grid) for recording in recordings]
     if len({recording.sees_itself for recording in reduced}) == 1:
         return reduced
@@ -204,12 +205,12 @@ def _with_prefix(recording: Recording, kept: int) -> Recording:
 
 
 def _on_grid(recording: Recording, grid: tuple[int, int]) -> Recording:
-    """A recording of the class token and a square of patches, resized to `grid`."""
+    """A recording of the class token, if there is one, and a square of patches, resized to `grid`."""
     if recording.grid == grid:
         return recording
-    matrix = token_interpolation(recording.grid, grid).to(recording.weights[0])
+    matrix = token_interpolation(recording.grid, grid, recording.prefix).to(recording.weights[0])
     return recording._replace(
-        weights=tuple(resized_weights(each, matrix) for each in recording.weights),
+        weights=tuple(resized_weights(each, matrix, recording.prefix) for each in recording.weights),
         tokens=tuple(matrix @ each for each in recording.tokens),
         grid=grid,
     )

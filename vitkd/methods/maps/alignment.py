@@ -22,9 +22,11 @@ class Alignment(NamedTuple):
     allowed: Tensor | None = None
     """[N, N]: False where either model masks attention; those entries stay out of every mean"""
     dropped_from_student: int = 0
-    """how many tokens after the class token have their rows and columns left out"""
+    """how many tokens have their rows and columns left out, after the `kept` first"""
     dropped_from_teacher: int = 0
     """the same of the teacher's"""
+    kept: int = 1
+    """1, the class token, or 0 where a model has none"""
 
     def to(self, device: torch.device) -> "Alignment":
         """The same on `device`."""
@@ -39,25 +41,28 @@ def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:
     """How to compare the maps of two blocks.
 
     Tokens between the class token and the patches, a distillation token for example, are left out unless both
-    have as many and equal grids. Where one model masks attention, as locality attention does a token's to
-    itself, the other's there is not compared either. Losses on weights normalise what is left of a row.
+    have as many and equal grids; so is the class token if only one model has it. Where one model masks
+    attention, as locality attention does a token's to itself, the other's there is not compared either.
+    Losses on weights normalise what is left of a row.
     """
     resize = None if student.grid == teacher.grid else token_interpolation(teacher.grid, student.grid)
-    keep = student.prefix == teacher.prefix and resize is None
-    dropped = [0 if keep else layout.prefix - 1 for layout in (student, teacher)]
+    kept = int(student.has_class_token and teacher.has_class_token)
+    prefixes = [(layout.prefix, layout.has_class_token) for layout in (student, teacher)]
+    keeps_all = prefixes[0] == prefixes[1] and resize is None
+    dropped = [0 if keeps_all else layout.prefix - kept for layout in (student, teacher)]
     masks = [
-        without_tokens(layout.mask, 1, 1 + count, (-2, -1))
+        without_tokens(layout.mask, kept, kept + count, (-2, -1))
         for layout, count in zip((student, teacher), dropped, strict=True)
         if layout.mask is not None
     ]
-    return Alignment(resize, torch.stack(masks).all(0) if masks else None, *dropped)
+    return Alignment(resize, torch.stack(masks).all(0) if masks else None, *dropped)._replace(kept=kept)
 
 
-def without_prefix(maps: Tensor | QKV, count: int) -> Tensor | QKV:
-    """Scores [*S, B, H, T, T], or their factors, without the first `count` tokens after the class token."""
+def without_prefix(maps: Tensor | QKV, count: int, kept: int = 1) -> Tensor | QKV:
+    """Scores [*S, B, H, T, T], or their factors, without the `count` tokens after the `kept` first."""
     if isinstance(maps, QKV):
-        return maps.map(lambda factor: without_tokens(factor, 1, 1 + count))
-    return without_tokens(maps, 1, 1 + count, (-2, -1))
+        return maps.map(lambda factor: without_tokens(factor, kept, kept + count))
+    return without_tokens(maps, kept, kept + count, (-2, -1))
 
 
 def without_tokens(x: Tensor, start: int, stop: int, axes: tuple[int, ...] = (-2,)) -> Tensor:
@@ -68,24 +73,24 @@ def without_tokens(x: Tensor, start: int, stop: int, axes: tuple[int, ...] = (-2
     return x
 
 
-def token_interpolation(from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
-    """The matrix [1 + patches of to_grid, 1 + patches of from_grid] that resizes a token axis bilinearly.
+def token_interpolation(from_grid: tuple[int, int], to_grid: tuple[int, int], prefix: int = 1) -> Tensor:
+    """The matrix [prefix + patches of to_grid, prefix + patches of from_grid] that resizes tokens bilinearly.
 
-    The class token stays as it is. Each row sums to 1.
+    The prefix, as a rule the class token, stays as it is. Each row sums to 1.
     """
     patches = prod(from_grid)
     basis = torch.eye(patches).reshape(patches, 1, *from_grid)
     resized = F.interpolate(basis, size=to_grid, mode="bilinear", align_corners=False)
-    return torch.block_diag(torch.ones(1, 1), resized.reshape(patches, prod(to_grid)).T)
+    return torch.block_diag(torch.eye(prefix), resized.reshape(patches, prod(to_grid)).T)
 
 
-def resized_weights(weights: Tensor, matrix: Tensor) -> Tensor:
+def resized_weights(weights: Tensor, matrix: Tensor, prefix: int = 1) -> Tensor:
     """Attention weights [..., N, N] on another token grid, rows summing to 1: [..., N', N'].
 
     Queries are interpolated by `matrix` [N', N] of `token_interpolation`. A key's weight is spread over the
     patches of its area, so that the class token keeps its share.
     """
     area = torch.ones_like(matrix[:, :1])
-    area[1:] = (matrix.shape[1] - 1) / (matrix.shape[0] - 1)
+    area[prefix:] = (matrix.shape[1] - prefix) / (matrix.shape[0] - prefix)
     mixed = matrix @ weights @ (area * matrix).mT
     return mixed / mixed.sum(-1, keepdim=True)

@@ -115,9 +115,10 @@ class AttentionObjective(Objective):
 
     def _compare(self, pair: BlockPair, alignment: Alignment, student: Maps, teacher: Maps) -> Tensor:
         """One value per image and map of `pair` [*S, B, P]."""
-        students = without_prefix(take_heads(student, pair.student_heads), alignment.dropped_from_student)
+        dropped, kept = alignment.dropped_from_student, alignment.kept
+        students = without_prefix(take_heads(student, pair.student_heads), dropped, kept)
         teachers = [
-            without_prefix(take_heads(teacher, heads), alignment.dropped_from_teacher)
+            without_prefix(take_heads(teacher, heads), alignment.dropped_from_teacher, kept)
             for heads in zip(*pair.teacher_heads, strict=True)
         ]
         if isinstance(students, Tensor):

@@ -82,8 +82,8 @@ def why_alone(member: Candidate) -> str | None:
     precision = str(member.config.trainer.get("precision"))
     if member.config.debug:
         return f"debug={member.config.debug} looks at one student"
-    if not student.stacks:
-        return f"student={student}: its batch normalisation would mix the students of a stack"
+    if student.why_alone:
+        return f"student={student}: {student.why_alone}"
     if member.config.method.trains_parameters:
         return "its method trains parameters of its own, which a stack does not"
     if machine.processes > 1:

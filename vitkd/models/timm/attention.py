@@ -1,0 +1,111 @@
+"""timm's attention modules, which return their scores where a tap asks for them.
+
+A tapped module is of a subclass of its class in timm: its parameters and their names are the same, and where
+nothing is asked of it timm's own forward runs, with fused attention.
+
+Shapes: B images, T tokens, H heads, D embed_dim.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from vitkd.models.layers import AttentionOutput
+from vitkd.models.output import NO_BLOCK_TAPS, QKV, BlockTaps
+
+
+class Tapped(nn.Module):
+    """What a subclass of a softmax attention adds to it: `taps`, and `output`, which they ask for."""
+
+    num_heads: int
+    head_dim: int
+    attn_drop: Any
+    taps: BlockTaps = NO_BLOCK_TAPS
+    """what is asked of the forward pass under way"""
+    output: AttentionOutput | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map normalised tokens [B, T, D] to what a block adds to its own."""
+        if self.taps == NO_BLOCK_TAPS:
+            return super().forward(x, *args, **kwargs)
+        assert kwargs.get("attn_mask") is None, "no encoder here masks attention"
+        qkv = project(self, x, kwargs.get("rope"))
+        assert qkv.v is not None
+        if not (self.taps.scores or self.taps.weights):
+            self.output = AttentionOutput.tapped(self.taps, qkv, None)
+            rate = self.attn_drop.p if self.training else 0.0
+            return merge(self, F.scaled_dot_product_attention(qkv.q, qkv.k, qkv.v, dropout_p=rate), x)
+        scores = qkv.scores()
+        weights = self.attn_drop(scores.softmax(-1)).to(qkv.v.dtype)
+        self.output = AttentionOutput.tapped(self.taps, qkv, scores, weights)
+        return merge(self, weights @ qkv.v, x)
+
+    def tapped(self, x: Tensor, taps: BlockTaps, rope: Tensor | None = None) -> AttentionOutput:
+        """What `taps` asks for of normalised tokens [B, T, D], and nothing more: no output projection."""
+        qkv = project(self, x, rope)
+        return AttentionOutput.tapped(taps, qkv, qkv.scores() if taps.scores else None)
+
+
+def project(attention: Any, x: Tensor, rope: Tensor | None) -> QKV:
+    """Queries, keys and values [B, H, T, head_dim], after the norms of queries and keys and the rotation."""
+    if attention.qkv is None:
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        split = [each(x).unflatten(-1, (-1, attention.head_dim)) for each in projections]
+    else:
+        rows = F.linear(x, attention.qkv.weight, bias_of(attention))
+        split = [*rows.unflatten(-1, (3, attention.num_heads, attention.head_dim)).unbind(-3)]
+    q, k, v = (rows.transpose(1, 2) for rows in split)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if rope is not None:
+        q, k = (rotated(each, rope, attention).type_as(v) for each in (q, k))
+    if (groups := attention.num_heads // k.shape[1]) > 1:
+        k, v = (each.repeat_interleave(groups, dim=1) for each in (k, v))
+    return QKV(q, k, v)
+
+
+def bias_of(attention: Any) -> Tensor | None:
+    """[3 · H · head_dim]; EVA keeps the keys' at 0, apart from the others."""
+    if getattr(attention, "q_bias", None) is None:
+        return attention.qkv.bias
+    return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+
+
+def rotated(x: Tensor, rope: Tensor, attention: Any) -> Tensor:
+    """Queries or keys [B, H, T, head_dim] after the rotary embedding (Su et al. 2021) of the patches."""
+    prefix, patches = x.tensor_split([attention.num_prefix_tokens], dim=2)
+    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=attention.rotate_half)], dim=2)
+
+
+def merge(attention: Any, values: Tensor, x: Tensor) -> Tensor:
+    """All heads' values [B, H, T, head_dim] as tokens [B, T, D], gated by the input `x` where that is so."""
+    tokens = attention.norm(values.transpose(1, 2).flatten(2))
+    if (gate := getattr(attention, "gate", None)) is not None:
+        tokens = tokens * gate(x).sigmoid()
+    return attention.proj_drop(attention.proj(tokens))
+
+
+class TappedAttention(Tapped, Attention):
+    """Of a VisionTransformer."""
+
+
+class TappedAttentionRope(Tapped, AttentionRope):
+    """With rotary embeddings, and perhaps fewer keys than queries."""
+
+
+class TappedEvaAttention(Tapped, EvaAttention):
+    """Of EVA, whose keys have no bias."""
+
+
+TAPPED: dict[type, type[Tapped]] = {
+    tapped.__bases__[1]: tapped for tapped in (TappedAttention, TappedAttentionRope, TappedEvaAttention)
+}
+
+
+def make_tapped(attention: nn.Module) -> Tapped:
+    """The very module, from now on of the subclass that can be tapped."""
+    attention.__class__ = TAPPED[type(attention)]
+    return attention  # type: ignore[return-value]

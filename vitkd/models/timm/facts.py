@@ -1,0 +1,90 @@
+"""What timm's code says of a model before any of its weights has memory."""
+
+import json
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import PatchEmbed
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vitkd.errors import ConfigError
+from vitkd.models.base import count_parameters
+from vitkd.models.output import AttentionLayout
+from vitkd.models.timm.create import check_options, created
+from vitkd.models.timm.encoders import encoder_of
+
+
+class Facts(NamedTuple):
+    """What a model is, and which images it was trained to see."""
+
+    architecture: str
+    """its class in timm"""
+    layouts: tuple[AttentionLayout, ...]
+    """of each block's attention; none if that cannot be read"""
+    size: tuple[int, int]
+    """of its images, in pixels from top to bottom and from left to right"""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    parameters: int
+    drops: bool
+    """whether training draws random numbers"""
+    normalises_batches: bool
+    has_distillation_token: bool
+
+
+@lru_cache(maxsize=32)
+def facts_of(name: str, num_classes: int, options: str) -> Facts:
+    """The facts of `timm.create_model(name, …)` with JSON `options`; ConfigError if it cannot be built."""
+    settings = json.loads(options)
+    with torch.device("meta"):
+        check_options(name, settings)
+        network = created(name, num_classes, settings).eval()
+    cfg: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    size = size_of(network, cfg)
+    check_patches(network, size)
+    check_answer(name, network, (cfg["input_size"][0], *size), num_classes)
+    encoder, modules = encoder_of(network), [*network.modules()]
+    return Facts(
+        type(network).__name__,
+        encoder.layouts() if encoder else (),
+        size,
+        tuple(cfg["mean"]),
+        tuple(cfg["std"]),
+        cfg["interpolation"],
+        count_parameters(network),
+        drops=any(getattr(each, "p", 0) or getattr(each, "drop_prob", 0) for each in modules),
+        normalises_batches=any(isinstance(each, _BatchNorm) for each in modules),
+        has_distillation_token=encoder is not None and hasattr(network, "head_dist"),
+    )
+
+
+def size_of(network: nn.Module, cfg: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the images that a network takes."""
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    height, width = size or cfg["input_size"][-2:]
+    return height, width
+
+
+def check_patches(network: nn.Module, size: tuple[int, int]) -> None:
+    """ConfigError if the patches of a network leave out a rest of images of this size."""
+    embed = getattr(network, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+        return
+    for pixels, patch in zip(size, embed.patch_size, strict=True):
+        if pixels % patch:
+            below, above = pixels - pixels % patch, pixels + -pixels % patch
+            fits = f"{below} or {above}" if below else str(above)
+            raise ConfigError(f"img_size={pixels}: patch_size={patch} does not divide it; choose {fits}")
+
+
+def check_answer(name: str, network: nn.Module, image: tuple[int, int, int], num_classes: int) -> None:
+    """ConfigError unless the network, which has no memory, answers an image [C, H, W] with logits."""
+    try:
+        logits = network(torch.empty(1, *image, device="meta"))
+    except Exception as error:
+        raise ConfigError(f"name={name}: does not take images of {image[1]}×{image[2]} pixels") from error
+    if getattr(logits, "shape", None) != (1, num_classes):
+        raise ConfigError(f"name={name}: does not answer with one logit a class; choose a classifier")
