@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
 
 
 class ConfigError(ValueError):
@@ -11,6 +13,10 @@ class ConfigError(ValueError):
     Its message is one line: the value found, what is allowed, the fix. The commands print that line alone. It
     does not depend on Hydra, so data sets and models raise it in a notebook as well.
     """
+
+
+class MissingPackageError(ConfigError):
+    """A package that an extra installs is needed and not there."""
 
 
 class RunError(RuntimeError):
@@ -55,3 +61,14 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: the closest known one, or all of them."""
     close = get_close_matches(name, known := sorted(known), n=1)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+
+
+def from_extra(module: str, extra: str) -> ModuleType:
+    """Import `module`, which the optional `extra` installs; MissingPackageError, with the fix, without it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingPackageError(
+            f"{package} cannot be imported ({one_line(error)}): pip install 'vitkd[{extra}]'"
+        ) from error

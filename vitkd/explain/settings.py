@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vitkd.data.decoding import is_image
-from vitkd.errors import ConfigError, check_choice, suggest
+from vitkd.errors import ConfigError, check_choice, from_extra, suggest
 from vitkd.explain.maps.methods import EXTRAS, METHODS
-from vitkd.explain.maps.recording import from_extra
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vitkd.errors import ConfigError, suggest
+from vitkd.errors import ConfigError, from_extra, suggest
 from vitkd.explain.maps.attention import fuse, token_map
 from vitkd.explain.maps.flow import (
     attention_grad_cam,
@@ -23,7 +23,7 @@ from vitkd.explain.maps.flow import (
     relevance,
     rollout,
 )
-from vitkd.explain.maps.recording import Recording, evaluating, from_extra, layout, logits_of, record
+from vitkd.explain.maps.recording import Recording, evaluating, layout, logits_of, record
 from vitkd.models.output import at_least_float32
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]

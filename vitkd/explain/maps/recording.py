@@ -6,14 +6,12 @@ Shapes: B images, C channels, H heads, T tokens (prefix + h·w), h × w patches,
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from difflib import get_close_matches
-from importlib import import_module
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vitkd.errors import ConfigError, one_line
+from vitkd.errors import ConfigError, from_extra, one_line
 from vitkd.models import Model
 from vitkd.models.base import Trace
 
@@ -151,17 +149,6 @@ def timm_model(name: str, pretrained: bool = False) -> nn.Module:
             "random ones do not"
         ) from error
     return model.eval()
-
-
-def from_extra(module: str, extra: str) -> ModuleType:
-    """Import `module`, which the optional `extra` installs, or raise ConfigError saying how to get it."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ConfigError(
-            f"{package} cannot be imported ({one_line(error)}): pip install 'vitkd[{extra}]'"
-        ) from error
 
 
 def _check_size(given: Sequence[int], taken: Sequence[int]) -> None:
