@@ -30,6 +30,7 @@ OPTIONS = [
     ("train", ["method=logit", "teacher=resnet", "dataset=image_folder", "hydra/launcher=stacked"]),
     ("explain", ["run=outputs"]),
     ("evaluate", ["run=outputs"]),
+    ("export", ["run=outputs"]),
 ]
 
 
@@ -175,7 +176,7 @@ def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", text_of(ROOT / "Makefile"), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("extra", ["sweep", "explain"])
+@pytest.mark.parametrize("extra", ["sweep", "explain", "onnx"])
 def test_every_extra_exists_and_is_named(extra):
     assert re.search(rf"^{extra} = \[", text_of(ROOT / "pyproject.toml"), flags=re.MULTILINE)
     assert any(f"pip install 'vitkd[{extra}]'" in lines_of_code(page) for page in PAGES)

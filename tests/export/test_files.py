@@ -145,7 +145,7 @@ def assert_program_agrees(exported: Exported, tmp_path: Path) -> None:
 
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, encoding="utf-8")
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     names = predicted(exported.sources, pictures)
     assert done.stdout.splitlines() == [f"{p} {name}" for p, name in zip(pictures, names, strict=True)]
 
@@ -159,6 +159,15 @@ def test_the_program_beside_it_needs_no_vitkd(exported, tmp_path):
 @pytest.mark.parametrize("exported", ["torch_export"], indirect=True)
 def test_nor_does_that_of_the_other_format(exported, tmp_path):
     assert_program_agrees(exported, tmp_path)
+
+
+def test_the_docs_show_the_program(tmp_path):
+    shown = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+
+    student = sources_of(ViTConfig(**(SHAPE | {"channels": 1}), **SIZES)).student
+    write_program(tmp_path / "use.py", Path("student.onnx"), FORMATS["onnx"], student)
+
+    assert f"```py\n{(tmp_path / 'use.py').read_text(encoding='utf-8')}```\n" in shown
 
 
 def broken(change: Callable[[Tensor, int], Tensor]) -> Format:

@@ -42,7 +42,7 @@ def comparison(
         )
     rounds = " and ".join(str(count) for _, count in measured)
     return table, (
-        f"medians of {rounds} rounds in turns; {device_name(torch.device('cpu'))}, "
+        f"medians of {rounds} rounds; {device_name(torch.device('cpu'))}, "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"
     )
 

@@ -30,7 +30,8 @@ def check_parity(exported: Classify, classifier: Classifier, pixels: Tensor) -> 
         if not difference <= TOLERANCE:  # nor may it be no number
             raise RunError(
                 f"logits of the exported student differ from PyTorch's by {difference:.1e} at batch size "
-                f"{len(batch)}, more than {TOLERANCE:g}; no file is left, choose another format"
+                f"{len(batch)}, more than {TOLERANCE:g}, so no file is left; choose another format or newer "
+                "packages"
             )
         differences.append(difference)
     return max(differences)
