@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from vitkd.data import ImageDataModule, Torchvision
-from vitkd.export.sources import IMAGES, read_sources
-from vitkd.export.sources import test_pixels as pixels_of
+from vitkd.export.sources import IMAGES, read_sources, sample_pixels
 from vitkd.models import digest, load_model, save_model
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
@@ -183,7 +182,7 @@ def test_images_that_are_not_here_are_not_downloaded(finished, tmp_path, monkeyp
     config.dataset = Torchvision(name="mnist", num_classes=10, source="MNIST", **facts)
     config.paths.data = str(tmp_path)
 
-    first, second = pixels_of(config), pixels_of(config)
+    first, second = sample_pixels(config), sample_pixels(config)
 
     assert (first.shape, first.dtype) == ((IMAGES, 1, 28, 28), torch.uint8)
     assert not torch.equal(first, second)
@@ -192,7 +191,7 @@ def test_images_that_are_not_here_are_not_downloaded(finished, tmp_path, monkeyp
 def test_images_that_are_here_are_the_first_of_the_test_split(finished):
     config = config_of(RunFolder(finished), None, None)
 
-    assert torch.equal(pixels_of(config), config.dataset.load(Path())["test"].images[:IMAGES])
+    assert torch.equal(sample_pixels(config), config.dataset.load(Path())["test"].images[:IMAGES])
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from vitkd.cli.command import run_command
 from vitkd.cli.console import Job, show, start_logging
 from vitkd.config.schema import instantiate
 from vitkd.errors import ConfigError, check, check_choice
+from vitkd.export.classifier import Classifier, Classify
 from vitkd.export.files import write_program, write_student
 from vitkd.export.formats import FORMATS
 from vitkd.export.latency import comparison
@@ -63,18 +64,24 @@ def export_run(composed: DictConfig, job: Job) -> None:
     settings = instantiate("", Settings, composed)
     form, file, program = FORMATS[settings.format], settings.file, settings.program
     form.check_installed()
-    for library in ("onnx_ir", "onnxscript"):
-        logging.getLogger(library).setLevel(logging.WARNING)  # which name every change to the graph
+    for library in ("onnx_ir", "onnxscript"):  # they log every change to the graph
+        logging.getLogger(library).setLevel(logging.WARNING)
     sources = read_sources(Path(settings.run), settings.epoch, settings.paths.get("data"), settings.root)
     check_place(settings)
     job.folder = settings.run
     difference = write_student(file, form, sources)
     write_program(program, file, form, sources.student)
-    exported, num_bytes = form.open(file), file.stat().st_size
-    show(*comparison(sources.student, sources.teacher, exported, form.runtime, num_bytes), "")
+    models = in_pytorch("student", sources.student)
+    models[f"student, {form.runtime}"] = form.open(file), file.stat().st_size
+    show(*comparison(models | in_pytorch("teacher", sources.teacher), sources.student.size), "")
     log.info("parity    logits differ from PyTorch's by at most %.1e", difference)
     log.info("model     %s", file)
     log.info("use       python %s PICTURE ...", program)
+
+
+def in_pytorch(name: str, model: Classifier | None) -> dict[str, tuple[Classify, int]]:
+    """A row of the comparison, if there is such a model: the bytes are its weights'."""
+    return {} if model is None else {f"{name}, PyTorch": (model, model.num_bytes)}
 
 
 def check_place(settings: Settings) -> None:

@@ -69,5 +69,5 @@ def write_program(program: Path, file: Path, form: Format, student: Classifier) 
         keep_trailing_newline=True,
     )
     channels, size, _ = student.size
-    facts = {"file": file.name, "package": form.package, "channels": channels, "size": size}
+    facts = {"file": file.name, "module": form.module, "channels": channels, "size": size}
     write_atomically(program, environment.get_template("program.py.jinja").render(facts))

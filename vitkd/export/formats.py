@@ -21,20 +21,20 @@ class Format:
 
     suffix: str
     runtime: str
-    """what runs the file"""
-    package: str
-    """which has that"""
-    packages: tuple[str, ...]
-    """of the extra vitkd[onnx], which it takes to make and to check a file"""
+    """what runs a file"""
+    module: str
+    """of which that is a part"""
+    extra_modules: tuple[str, ...]
+    """of the extra vitkd[onnx], which it takes to make a file and to check it"""
     to_bytes: Callable[[Classifier, Mapping[str, str]], bytes]
     """a file's content, with texts about the classifier by their names"""
     open: Callable[[Path], Classify]
     """what a file computes"""
 
     def check_installed(self) -> None:
-        """ConfigError if a package that it needs is absent."""
-        for package in self.packages:
-            from_extra(package, "onnx")
+        """ConfigError if a module that it needs is absent."""
+        for module in self.extra_modules:
+            from_extra(module, "onnx")
 
 
 def to_onnx(classifier: Classifier, about: Mapping[str, str]) -> bytes:
@@ -51,7 +51,7 @@ def to_onnx(classifier: Classifier, about: Mapping[str, str]) -> bytes:
     )
     assert program is not None
     model = program.model_proto
-    # Each node's origin, in source files of this machine: more bytes than a small student's weights.
+    # They name files on this machine, in more bytes than a small student's weights take.
     for part in (model.graph, *model.graph.node, *model.graph.value_info):
         part.ClearField("metadata_props")
     from_extra("onnx.helper", "onnx").set_model_props(model, {**about})
@@ -74,7 +74,7 @@ def to_torch_export(classifier: Classifier, about: Mapping[str, str]) -> bytes:
         classifier, (_example(classifier),), dynamic_shapes={"images": batch}, strict=False
     )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # in source files of this machine
+        node.meta.pop("stack_trace", None)  # it names files on this machine
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={**about})
     return buffer.getvalue()
@@ -93,7 +93,19 @@ def _example(classifier: Classifier) -> Tensor:
 
 FORMATS = {
     "onnx": Format(
-        ".onnx", "ONNX Runtime", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), to_onnx, run_onnx
+        suffix=".onnx",
+        runtime="ONNX Runtime",
+        module="onnxruntime",
+        extra_modules=("onnx", "onnxscript", "onnxruntime"),
+        to_bytes=to_onnx,
+        open=run_onnx,
     ),
-    "torch_export": Format(".pt2", "torch.export", "torch", (), to_torch_export, run_torch_export),
+    "torch_export": Format(
+        suffix=".pt2",
+        runtime="torch.export",
+        module="torch",
+        extra_modules=(),
+        to_bytes=to_torch_export,
+        open=run_torch_export,
+    ),
 }

@@ -5,46 +5,38 @@ Shapes: B images, C channels, H × W pixels.
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
 from vitkd.cli.console import new_table
-from vitkd.export.classifier import Classifier, Classify
+from vitkd.export.classifier import Classify
 from vitkd.runs.provenance import device_name
 
 BATCH_SIZES = (1, 64)
-
 MOST_ROUNDS, FEWEST_ROUNDS = 30, 3
 SECONDS = 5.0
 """after which no more than the fewest rounds are made"""
 
 
-def comparison(
-    student: Classifier, teacher: Classifier | None, exported: Classify, runtime: str, file_bytes: int
-) -> tuple[Table, str]:
-    """A table of sizes and latencies on the CPU, and how they were measured.
+def comparison(models: Mapping[str, tuple[Classify, int]], size: Sequence[int]) -> tuple[Table, str]:
+    """A table of sizes and latencies of models on the CPU, and how they were measured.
 
-    In PyTorch a model's size is that of its weights; the exported student's, `file_bytes`, that of its file.
+    Args:
+        models: by name, what classifies and its bytes.
+        size: an image's C, H and W.
     """
-    models: dict[str, tuple[Classify, int]] = {"student, PyTorch": (student, student.num_bytes)}
-    models[f"student, {runtime}"] = exported, file_bytes
-    if teacher is not None:
-        models["teacher, PyTorch"] = teacher, teacher.num_bytes
     classifiers = {name: classify for name, (classify, _) in models.items()}
-    measured = [latencies(classifiers, torch.rand(size, *student.size)) for size in BATCH_SIZES]
-    table = new_table("", "size", *(f"batch of {size}" for size in BATCH_SIZES))
+    measured = [latencies(classifiers, torch.rand(batch, *size)) for batch in BATCH_SIZES]
+    table = new_table("", "size", *(f"batch of {batch}" for batch in BATCH_SIZES))
     for name, (_, num_bytes) in models.items():
-        table.add_row(
-            name, f"{num_bytes / 1e6:.2f} MB", *(f"{each[name] * 1e3:.2f} ms" for each, _ in measured)
-        )
+        milliseconds = (f"{medians[name] * 1e3:.2f} ms" for medians, _ in measured)
+        table.add_row(name, f"{num_bytes / 1e6:.2f} MB", *milliseconds)
     rounds = " and ".join(str(count) for _, count in measured)
-    return table, (
-        f"medians of {rounds} rounds; {device_name(torch.device('cpu'))}, "
-        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    )
+    machine = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} thread(s)"
+    return table, f"medians of {rounds} rounds; {machine}, torch {torch.__version__}"
 
 
 @torch.inference_mode()

@@ -61,7 +61,7 @@ def read_sources(path: Path, epoch: str, data: str | None, root: str | None) -> 
             "train it again"
         )
     student = Classifier(model, *normalisation).eval()
-    return Sources(student, teacher_of(folder, config), names, test_pixels(config))
+    return Sources(student, teacher_of(folder, config), names, sample_pixels(config))
 
 
 def teacher_of(folder: RunFolder, config: Config) -> Classifier | None:
@@ -74,7 +74,7 @@ def teacher_of(folder: RunFolder, config: Config) -> Classifier | None:
     return teacher if teacher is None else Classifier(teacher, config.dataset.mean, config.dataset.std).eval()
 
 
-def test_pixels(config: Config) -> Tensor:
+def sample_pixels(config: Config) -> Tensor:
     """The first test images, [B, C, H, W] uint8; where they are not on this machine, random ones."""
     dataset, folder = config.dataset, Path(config.paths.data)
     offline: dict[str, Any] = {"download": False} if hasattr(dataset, "download") else {}
