@@ -64,8 +64,8 @@ def export_run(composed: DictConfig, job: Job) -> None:
     settings = instantiate("", Settings, composed)
     form, file, program = FORMATS[settings.format], settings.file, settings.program
     form.check_installed()
-    for library in ("onnx_ir", "onnxscript"):  # they log every change to the graph
-        logging.getLogger(library).setLevel(logging.WARNING)
+    for library in ("onnx_ir", "onnxscript"):  # they log every node that they change, or leave
+        logging.getLogger(library).setLevel(logging.ERROR)
     sources = read_sources(Path(settings.run), settings.epoch, settings.paths.get("data"), settings.root)
     check_place(settings)
     job.folder = settings.run

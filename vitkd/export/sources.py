@@ -75,13 +75,13 @@ def teacher_of(folder: RunFolder, config: Config) -> Classifier | None:
 
 
 def sample_pixels(config: Config) -> Tensor:
-    """The first test images, [B, C, H, W] uint8; where they are not on this machine, random ones."""
-    dataset, folder = config.dataset, Path(config.paths.data)
+    """The first test images, [B, C, H, W] uint8; random ones where they cannot be read without a download."""
+    dataset = config.dataset
     offline: dict[str, Any] = {"download": False} if hasattr(dataset, "download") else {}
     try:
-        test = replace(dataset, **offline).load(folder)["test"]
+        test = replace(dataset, **offline).load(Path(config.paths.data))["test"]
     except ConfigError:
-        log.info("%s is not in %s: the file is checked with random images", dataset.name, folder)
+        log.info("the test images of %s cannot be read: random ones check the file", dataset.name)
         shape = (IMAGES, dataset.channels, dataset.image_size, dataset.image_size)
         return torch.randint(256, shape, dtype=torch.uint8)
     count = min(IMAGES, len(test))
