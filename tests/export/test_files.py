@@ -1,12 +1,13 @@
 """An exported file answers as the model does, at every batch size, and is used without vitkd."""
 
+import errno
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import onnx
@@ -215,6 +216,19 @@ def test_what_a_runtime_does_not_know_is_one_line(tmp_path):
         write_student(tmp_path / "student.pt2", broken(raise_error), STUDENT)
 
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(file: IO[bytes]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vitkd.runs.files.force_to_disk", full)
+    (tmp_path / "student.pt2").write_bytes(b"before")
+
+    with pytest.raises(RunError, match=r"No space left on device.*make room or set out=FILE"):
+        write_student(tmp_path / "student.pt2", broken(lambda logits, _: logits), STUDENT)
+
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
 STUDENTS = {

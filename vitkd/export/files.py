@@ -13,7 +13,7 @@ from vitkd.export.classifier import Classifier
 from vitkd.export.formats import Format
 from vitkd.export.parity import check_parity
 from vitkd.export.sources import Sources
-from vitkd.runs.files import write_atomically
+from vitkd.runs.files import write_atomically, write_problem
 
 LONGEST_REASON = 200
 
@@ -21,7 +21,7 @@ LONGEST_REASON = 200
 def write_student(file: Path, form: Format, sources: Sources) -> float:
     """Write the student to `file`, run it, and return by how much its logits differ from PyTorch's.
 
-    Raises RunError if it cannot be exported, or differs too much; then there is no file.
+    Raises RunError if it cannot be exported or written, or differs too much; then there is no file.
     """
     differences = []
 
@@ -36,10 +36,14 @@ def write_student(file: Path, form: Format, sources: Sources) -> float:
 
 @contextmanager
 def one_line_errors(form: Format, student: Classifier) -> Iterator[None]:
-    """RunError for an operation that the format, or what runs it, does not know."""
+    """RunError for a full disk, and for an operation that the format, or what runs it, does not know."""
     try:
         yield
-    except (RunError, OSError):
+    except RunError:
+        raise
+    except OSError as error:
+        if problem := write_problem(error):
+            raise RunError(f"{problem} or set out=FILE") from error
         raise
     except Exception as error:  # exporters and runtimes raise almost anything
         reason = one_line(error)[:LONGEST_REASON]
