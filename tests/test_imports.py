@@ -16,13 +16,13 @@ FLOORS = (
     *("errors", "statistics", "colours", "process"),
     *("models", "data", "optim", "methods"),
     *("config", "runs", "cli"),
-    *("evaluate", "explain", "train", "report"),
+    *("evaluate", "explain", "export", "train", "report"),
 )
 KNOW_HYDRA = (
     *("config/", "cli/", "runs/load"),
     *("train/job", "train/plan", "train/stacked/job", "train/stacked/candidates"),
 )
-ENTRY_POINTS = ("evaluate/__main__", "explain/__main__", "report/__main__")
+ENTRY_POINTS = ("evaluate/__main__", "explain/__main__", "export/__main__", "report/__main__")
 MAY_PRINT = {"cli/command", "cli/console", "process/distributed"}
 
 

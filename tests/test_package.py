@@ -52,9 +52,9 @@ def test_the_wheel_holds_the_package_and_every_option(wheel):
     names = {*zipfile.ZipFile(wheel).namelist()}
     options = {f"vitkd/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
     rooms = (ROOT / "vitkd", ROOT / "hydra_plugins")
-    modules = {str(path.relative_to(ROOT)) for room in rooms for path in room.rglob("*.py")}
+    files = {path for room in rooms for path in room.rglob("*.*") if path.is_file() and path.suffix != ".pyc"}
 
-    assert options | modules <= names
+    assert options | {str(path.relative_to(ROOT)) for path in files} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"vitkd", "hydra_plugins"}
     assert "hydra_plugins/__init__.py" not in names, "other plugins lie there too"
     assert any(name.endswith("licenses/LICENSE") for name in names)

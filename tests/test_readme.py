@@ -31,6 +31,7 @@ OPTIONS = [
     ("train", ["teacher=timm", "student=timm", "dataset=image_folder"]),
     ("explain", ["run=outputs"]),
     ("evaluate", ["run=outputs"]),
+    ("export", ["run=outputs"]),
 ]
 
 
@@ -176,7 +177,7 @@ def test_every_make_target_exists(target):
     assert re.search(rf"^{target}:", text_of(ROOT / "Makefile"), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("extra", ["sweep", "explain", "wandb", "mlflow"])
+@pytest.mark.parametrize("extra", ["sweep", "explain", "wandb", "mlflow", "onnx"])
 def test_every_extra_exists_and_is_named(extra):
     assert re.search(rf"^{extra} = \[", text_of(ROOT / "pyproject.toml"), flags=re.MULTILINE)
     assert any(f"pip install 'vitkd[{extra}]'" in lines_of_code(page) for page in PAGES)

@@ -44,7 +44,8 @@ def test_a_signal_during_imports_is_one_line(number, code, name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "package"), [("evaluate", "torch"), ("explain", "torch"), ("report", "rich")]
+    ("command", "package"),
+    [("evaluate", "torch"), ("explain", "torch"), ("export", "torch"), ("report", "rich")],
 )
 def test_so_it_is_in_every_command_and_by_its_script(command, package, tmp_path):
     path = package_that_strikes(tmp_path, package, signal.SIGINT)

@@ -27,7 +27,7 @@ def other(finished, tmp_path) -> Path:
 BOTH = f"made by vitkd 0.0.9, this is {vitkd.__version__}; install that version to read it"
 
 
-@pytest.mark.parametrize("name", ["evaluate", "explain"])
+@pytest.mark.parametrize("name", ["evaluate", "explain", "export"])
 def test_a_command_refuses_a_run_of_another_version(name, command, other):
     ended = command(name, f"run={other}")
 

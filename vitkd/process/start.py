@@ -27,4 +27,5 @@ def run(command: str) -> None:
     runpy.run_module(f"vitkd.{command}", run_name="__main__", alter_sys=True)
 
 
-train, evaluate, explain, report = (partial(run, name) for name in ("train", "evaluate", "explain", "report"))
+COMMANDS = ("train", "evaluate", "explain", "export", "report")
+train, evaluate, explain, export, report = (partial(run, command) for command in COMMANDS)

@@ -148,14 +148,20 @@ def is_row(row: Mapping[str, str]) -> bool:
     return 0 <= step < 2**63
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` to `path`, all of it or nothing; text as UTF-8, what is no text escaped."""
+def write_atomically(
+    path: Path, content: str | bytes, check: Callable[[Path], None] = lambda written: None
+) -> None:
+    """Write `content` to `path`, all of it or nothing; text as UTF-8, what is no text escaped.
+
+    Before the file gets its name, `check` is called with where it is; if that raises, no file is left.
+    """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             force_to_disk(file)
+        check(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -56,13 +56,7 @@ def load_run(
     """
     folder = RunFolder.existing(path)
     config = config_of(folder, data, root)
-    if epoch == "best" and folder.student.is_file():
-        student = load_any(folder.student)
-    else:
-        checkpoint = folder.last if epoch == "last" else folder.best
-        if not checkpoint.is_file():
-            raise ConfigError(f"run={path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
-        student, _ = load_from_checkpoint(checkpoint)
+    student = load_student(folder, epoch)
     found = find_teacher(folder, config, teacher)
     pairs: Sequence[Mapping[str, Any]] = []
     if config.weighting.distils(config.alpha):
@@ -74,6 +68,19 @@ def load_run(
                 raise
             log.warning("warning: %s: maps are compared in the default order", error)
     return Run(path, config, student, found, pairs, epoch)
+
+
+def load_student(folder: RunFolder, epoch: str) -> Model:
+    """A run's student after its "best" or "last" epoch, in eval mode on the CPU.
+
+    Raises ConfigError if nothing was trained yet, or its weights are damaged.
+    """
+    if epoch == "best" and folder.student.is_file():
+        return load_any(folder.student)
+    checkpoint = folder.last if epoch == "last" else folder.best
+    if not checkpoint.is_file():
+        raise ConfigError(f"run={folder.path}: has no checkpoint of the {epoch} epoch (it is {folder.state})")
+    return load_from_checkpoint(checkpoint)[0]
 
 
 def config_of(folder: RunFolder, data: str | None, root: str | None) -> Config:

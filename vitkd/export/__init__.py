@@ -1,0 +1,1 @@
+"""Writing a trained student as one file that works without vitkd."""
