@@ -1,6 +1,7 @@
 """The contract of methods, weightings and students; each of their files in `conf/` inherits these tests."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitkd.config.run import CONF_DIR, Config, parse
+from vitkd.config.run import CONF_DIR, Config, Paths, parse
 from vitkd.data import Batch
 from vitkd.errors import RunError
 from vitkd.models import Model
@@ -202,11 +203,13 @@ def test_resumed_is_uninterrupted(config, tmp_path):
                 raise RunError("as a killed process would")
 
     def attempt(folder: Path, *callbacks: L.Callback) -> list[Tensor]:
-        data, run = load_data(config), RunFolder(folder)
         folder.mkdir(exist_ok=True)
-        module = module_of(config, data)
+        own = replace(config, paths=Paths(config.paths.data, str(tmp_path)))
+        data, run = load_data(own), RunFolder(folder)
+        module = module_of(own, data)
         torch.manual_seed(0)
-        fit(module, data, run, config, callbacks)
+        with run.running(own.resolved, {}):
+            fit(module, data, run, own, callbacks)
         return weights_of(module.model)
 
     uninterrupted, resumed = Keep(), Keep()

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -159,7 +160,7 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
         except (TypeError, ValueError) as error:  # of a group's option that is no text
             raise ConfigError(no_such_option(kwargs["overrides"]) or str(error)) from error
         check(config)
-        validated[job] = config
+        validated[job] = deepcopy(config)
         return config
 
     setattr(ConfigLoaderImpl, compose.__name__, composed_and_checked)

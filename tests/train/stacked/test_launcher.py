@@ -310,6 +310,7 @@ class TestWhatRunsAlone:
     @staticmethod
     def candidate(device: torch.device, processes: int, precision: Any, **student: float) -> Candidate:
         config = SimpleNamespace(
+            debug=None,
             method=AttentionDistillation(),
             trainer={"precision": precision},
             student=ViTConfig(8, 1, 10, 2, **cast(Any, student)),
