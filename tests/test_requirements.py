@@ -15,6 +15,10 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = SETTINGS["project"]
 EXTRAS = [text for extra in PROJECT["optional-dependencies"].values() for text in extra]
+IMPORTED = [
+    text for extra in ("timm", "wandb", "mlflow", "onnx") for text in PROJECT["optional-dependencies"][extra]
+]
+"""what extras bring that vitkd itself imports, where somebody asks for it"""
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 OWN = {"vitkd", "hydra_plugins", "benchmarks", "tests"}
 # CUDA builds of PyTorch bring Triton; what uses it first looks whether it is there.
@@ -71,7 +75,7 @@ def locked(python: str, machine: dict[str, str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folder", "declared"),
     [
-        ("vitkd", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["timm"]]),
+        ("vitkd", [*PROJECT["dependencies"], *IMPORTED]),
         ("hydra_plugins", PROJECT["dependencies"]),
         ("benchmarks", [*PROJECT["dependencies"], *EXTRAS]),
         ("tests", [*PROJECT["dependencies"], *EXTRAS]),
