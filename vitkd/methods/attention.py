@@ -72,7 +72,7 @@ def check_windows(
         if reason := how_windows_differ(layout, teachers[pair.teacher_block]):
             alike = [str(i) for i, other in enumerate(teachers) if not how_windows_differ(layout, other)]
             fix = (
-                f"pair it with teacher block {' or '.join(alike)} by granularity.blocks and teacher_blocks"
+                f"pair it with teacher block {' or '.join(alike)} by granularity.teacher_blocks"
                 if alike
                 else f"choose models with equal patches and windows, or {otherwise}"
             )

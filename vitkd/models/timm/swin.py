@@ -39,7 +39,7 @@ class SwinEncoder(Encoder):
         return [block for stage in network.layers for block in stage.blocks]
 
     def layouts(self) -> tuple[AttentionLayout, ...]:
-        """The layout of each block's attention; ConfigError if a stage has no blocks or unequal windows."""
+        """The layout of each block's attention; ConfigError unless windows divide every stage's patches."""
         check_stages(self.network.layers)
         return tuple(map(layout_of, self.blocks))
 
@@ -68,7 +68,7 @@ class SwinEncoder(Encoder):
         return pre_logits, lambda: Output(self.network.head.fc(pre_logits))
 
     def _enter(self, index: int, state: State) -> Tensor:
-        """A block's input [B, h, w, D], where it opens a stage after the merging of patches."""
+        """A block's input [B, h, w, D]; the first block of a stage has merged patches."""
         grid = self.blocks[index - 1].input_resolution if index else self.network.patch_embed.grid_size
         x = state.tokens.unflatten(1, tuple(grid))
         return self.mergings[index](x) if index in self.mergings else x
