@@ -34,6 +34,11 @@ pytestmark = [
 ]
 GROUPS = ("method", "weighting", "student")
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+SMALL_SWIN = [
+    *("img_size=8", "window_size=2", "embed_dim=8", "depths=[2,1]"),
+    "num_heads=[2,2]",
+    "drop_path_rate=0.1",
+]
 # What an option needs besides to suit the others' defaults.
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
@@ -43,6 +48,10 @@ BESIDES = {
     ("student", "mnist"): SMALL,
     ("student", "tiny_imagenet"): [*SMALL, "student.embed_dim=32"],
     ("student", "report_teacher"): ["granularity=head", *SMALL],
+    ("student", "swin"): [
+        *(f"{whose}.{setting}" for whose in ("student", "teacher") for setting in SMALL_SWIN),
+        *("teacher=swin", "granularity=encoder", "loss=kl"),
+    ],
     ("student", "timm"): [
         *("student.img_size=8", "student.patch_size=2", "student.embed_dim=32", "student.num_heads=4"),
         *("student.depth=2", "student.drop_path_rate=0.1"),
@@ -60,7 +69,7 @@ CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 @cache
 def composed(group: str, option: str) -> Config:
     """`python -m vitkd.train group=option`, briefly, on digits; whoever changes it works on a copy."""
-    has_own = option in ("resnet", "timm")
+    has_own = option in ("resnet", "swin", "timm")
     dropout = [] if has_own else ["student.dropout=0.1", "student.emb_dropout=0.1"]
     besides = BESIDES.get((group, option), [])
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -136,6 +136,8 @@ TRAIN = [
     # models that do not go together
     ("teacher=resnet", "teacher=resnet18", "no attention maps", "method=logit", "method=token"),
     ("student=resnet student.stem=small", "student=resnet18, stem for small images", "no attention maps"),
+    ("student=swin student.num_heads=[3,3,3] granularity.blocks=[0]", "16×16 patches", "equal patches"),
+    ("student=swin student.window_size=5", "window_size=5", "16 patches", "one of 1, 2, 4, 8, 16"),
     ("method=token student.distillation_token=false", "student.distillation_token=false", "method=logit"),
     ("method=token teacher=resnet method.attention_weight=1", "teacher=resnet18", "no attention maps"),
     ("method=token method.targets=firm", "method.targets=firm", "hard or soft"),

@@ -15,6 +15,7 @@ import torch
 import yaml
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
@@ -98,9 +99,9 @@ def test_every_option_composes_and_fits(path, read):
     if group == "trainer" and option == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="gpu"):
             check_trainer(read(choice(path)).trainer)
-    elif group == "student" and option in ("report_teacher", "resnet", "timm"):
+    elif group == "student" and option in ("report_teacher", "resnet", "swin", "timm"):
         read(choice(path), "method=none")
-    elif option in ("resnet", "timm"):
+    elif option in ("resnet", "swin", "timm"):
         config = read(choice(path), "method=logit")
         config.method.check(config.student, config.teacher.model, config)
     else:
@@ -135,7 +136,7 @@ def test_an_option_sets_exactly_what_its_class_takes(path):
     if cls is TimmConfig:
         # The others are arguments of most of timm's models.
         others = {*settings} - expected
-        assert others < {*signature(VisionTransformer).parameters}
+        assert others < {*signature(VisionTransformer).parameters, *signature(SwinTransformer).parameters}
         expected = expected - {cls.REST} | others
     assert {*settings} == expected
 

@@ -46,7 +46,8 @@ def test_vitkds_own_model_is_traced(tiny):
 
 def test_a_model_that_attends_in_windows_has_no_map_of_the_image(tiny, monkeypatch):
     model = tiny().build()
-    monkeypatch.setattr(type(model), "attention", tuple(each._replace(windows=4) for each in model.attention))
+    windowed = tuple(each._replace(window=(1, 1)) for each in model.attention)
+    monkeypatch.setattr(type(model), "attention", windowed)
 
     assert not has_maps(model)
     with pytest.raises(ConfigError, match="its attention maps cannot be had"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitkd.data import ImageDataModule
 from vitkd.data.decoding import decode
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.recording import Layout, has_maps, own_layout, timm_model
+from vitkd.explain.maps.recording import Layout, has_maps, own_layout, timm_model, why_no_maps
 from vitkd.explain.maps.subjects import TEACHER
 from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison
@@ -81,7 +81,8 @@ class Sources:
         teacher = self.models.get(TEACHER)
         if teacher is None or has_maps(teacher):
             return []
-        note = f"The teacher ({teacher.config}) has no attention maps: only its predictions are shown."
+        assert isinstance(teacher, Model)
+        note = f"The teacher ({teacher.config}) {why_no_maps(teacher)}: only its predictions are shown."
         log.info("%s", note)
         return [note]
 
@@ -129,8 +130,8 @@ def _load_runs(settings: Settings) -> list[Run]:
     teacher = settings.teacher.get("checkpoint")
     runs = [load_run(path, settings.epoch, teacher=teacher, **where) for path in settings.runs]
     for run in runs:
-        if not has_maps(run.student):
-            what = f"its student ({run.student.config}) has no attention maps"
+        if cause := why_no_maps(run.student):
+            what = f"its student ({run.student.config}) {cause}"
             raise ConfigError(f"run={run.path}: {what}; name a run whose student is a ViT")
     _check_same_images(runs)
     if len({digest(run.teacher) for run in runs if run.teacher is not None}) > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitkd.errors import ConfigError, check_choice
 from vitkd.methods.base import DataFacts, MapSettings, Method
-from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, align
+from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, align, how_windows_differ, shown
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import AttentionLoss
 from vitkd.methods.maps.objective import CONTROLS, AttentionObjective
@@ -39,6 +39,7 @@ class AttentionDistillation(Method):
         without = "method=logit or method=token" if student.attention_layouts() else "method=logit"
         check_maps(student, teacher, f"{without}, without maps")
         pairs = settings.granularity.pairs(student.attention_layouts(), teacher.attention_layouts())
+        check_windows(pairs, student, teacher, without)
         if self.resize is None:
             check_grids(pairs, student, teacher, "method.resize=bilinear")
         elif any(layout.mask is not None for layout in teacher.attention_layouts()):
@@ -61,6 +62,26 @@ def check_maps(student: ModelConfig, teacher: ModelConfig, otherwise: str) -> No
             raise ConfigError(f"{owner}={model}: has no attention maps; choose a ViT, or {otherwise}")
 
 
+def check_windows(
+    pairs: Sequence[BlockPair], student: ModelConfig, teacher: ModelConfig, otherwise: str
+) -> None:
+    """ConfigError, advising `otherwise`, unless paired blocks with windows have the same windows."""
+    students, teachers = student.attention_layouts(), teacher.attention_layouts()
+    for pair in pairs:
+        layout = students[pair.student_block]
+        if reason := how_windows_differ(layout, teachers[pair.teacher_block]):
+            alike = [str(i) for i, other in enumerate(teachers) if not how_windows_differ(layout, other)]
+            fix = (
+                f"pair it with teacher block {' or '.join(alike)} by granularity.teacher_blocks"
+                if alike
+                else f"choose models with equal patches and windows, or {otherwise}"
+            )
+            raise ConfigError(
+                f"granularity: student block {pair.student_block} cannot learn the maps of teacher block "
+                f"{pair.teacher_block}, as {reason}; {fix}"
+            )
+
+
 def check_grids(
     pairs: Sequence[BlockPair], student: ModelConfig, teacher: ModelConfig, otherwise: str
 ) -> None:
@@ -74,8 +95,8 @@ def check_grids(
 def check_equal_grids(student: AttentionLayout, teacher: AttentionLayout, fix: str) -> None:
     """ConfigError that ends with `fix`, unless two blocks cut the image into as many patches."""
     if student.grid != teacher.grid:
-        shown = [f"{rows}×{columns}" for rows, columns in (student.grid, teacher.grid)]
-        raise ConfigError(f"the student's {shown[0]} token grid is not the teacher's {shown[1]}: {fix}")
+        ours, theirs = shown(student.grid), shown(teacher.grid)
+        raise ConfigError(f"the student's {ours} token grid is not the teacher's {theirs}: {fix}")
 
 
 def attention_objective(
@@ -84,11 +105,14 @@ def attention_objective(
     """The comparison of maps that the settings' granularity and loss describe."""
     students, teachers = student.attention, teacher.attention
     pairs = settings.granularity.pairs(students, teachers)
-    alignments = [align(students[pair.student_block], teachers[pair.teacher_block]) for pair in pairs]
+    paired = [(students[pair.student_block], teachers[pair.teacher_block]) for pair in pairs]
+    alignments = [align(*layouts) for layouts in paired]
     if settings.granularity.needs_calibration:
         both = record_both(student, teacher, pairs, data.calibration())
         pairs = match_heads(pairs, *both, settings.loss, alignments)
-    tokens = max(layout.tokens for layout in (*students, *teachers))
+    # Only where queries and keys alone make the scores can these be made of them.
+    can_stream = not any(each.has_bias or each.windows > 1 for layouts in paired for each in layouts)
+    tokens = max(layout.tokens for layout in (*students, *teachers)) if can_stream else 0
     return AttentionObjective(pairs, settings.loss, alignments, tokens, control)
 
 
@@ -115,7 +139,7 @@ def match_heads(
 ) -> list[BlockPair]:
     """`head_map=hungarian`: the pairs whose total loss on a calibration batch is least (Kuhn 1955, by scipy).
 
-    Scores are [B, H, T, T] per block, recorded on the same images; `alignments` make the two comparable, pair
+    Scores are [B, H, Q, K] per block, recorded on the same images; `alignments` make the two comparable, pair
     by pair.
     """
     from scipy.optimize import linear_sum_assignment  # takes a while, and hardly a run needs it

@@ -146,6 +146,11 @@ class RelationDistillation(Method):
 
     def _fit(self, student: AttentionLayout, teacher: AttentionLayout) -> tuple[int, int, int, int]:
         """The relation heads of a pair of blocks, the tokens that each side leaves out, and those before."""
+        if max(student.windows, teacher.windows) > 1:
+            raise ConfigError(
+                "method=relation relates every token to every other, not those of windows alone; choose "
+                "method=attention, or granularity.blocks of a single window"
+            )
         check_equal_grids(student, teacher, "method=relation needs equal patch sizes")
         heads = self.relation_heads or student.heads
         for owner, layout in (("student", student), ("teacher", teacher)):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitkd.data import Batch
 from vitkd.errors import ConfigError, check, check_choice, check_positive
-from vitkd.methods.attention import attention_objective, check_grids, check_maps
+from vitkd.methods.attention import attention_objective, check_grids, check_maps, check_windows
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.logit import softened_divergence
 from vitkd.methods.maps.objective import AttentionObjective
@@ -118,6 +118,7 @@ class TokenDistillation(Method):
         if self.attention_weight:
             check_maps(student, teacher, "method.attention_weight=0")
             pairs = settings.granularity.pairs(student.attention_layouts(), teacher.attention_layouts())
+            check_windows(pairs, student, teacher, "method.attention_weight=0")
             check_grids(pairs, student, teacher, "method.attention_weight=0")
 
     def objective(

@@ -176,10 +176,17 @@ class AttentionLayout(NamedTuple):
     """the tokens from which the model classifies"""
     mask: Tensor | None = None
     """[Q, K], False where a query may not look at a key; None where all is allowed"""
-    windows: int = 1
-    """groups of tokens that attend among themselves, the rows of one after those of another"""
+    window: tuple[int, int] | None = None
+    """patches from top to bottom and from left to right that attend among themselves; None: all tokens do"""
     has_class_token: bool = True
     """whether a class token is the first of the prefix"""
+    has_bias: bool = False
+    """whether the scores are more than QKᵀ/√head_dim, to which for example relative positions add"""
+
+    @property
+    def windows(self) -> int:
+        """How many windows there are; the rows of one stand after those of another."""
+        return 1 if self.window is None else prod(self.grid) // prod(self.window)
 
     @property
     def tokens(self) -> int:

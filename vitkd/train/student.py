@@ -17,6 +17,7 @@ from vitkd.config.run import Config, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
 from vitkd.evaluate.measure import evaluate, measure_both
+from vitkd.explain.maps.recording import has_maps
 from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
 from vitkd.process.distributed import agree, is_first, rank, wait_for_all
 from vitkd.runs.curves import CurveLogger
@@ -156,7 +157,7 @@ def train_student(
         module = build_module(config, student, teacher, facts_of(data))
         # Before training, which may change the precision of its weights.
         measured_teacher = measure_teacher(teacher if is_first() else None, data, device)
-        have_maps = teacher is not None and student.attention and teacher.attention
+        have_maps = teacher is not None and has_maps(student) and has_maps(teacher)
         pictures = attention_pictures(config, data, folder) if have_maps else None
         if module.objective is not None and module.objective.pairs and is_first():
             folder.write_pairs(module.objective.pairs)

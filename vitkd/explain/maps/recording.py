@@ -89,7 +89,16 @@ def _switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
 
 def has_maps(model: nn.Module) -> bool:
     """Whether attention maps of the whole image can be asked for; a model that is not vitkd's is tried."""
-    return not isinstance(model, Model) or {each.windows for each in model.attention} == {1}
+    return not isinstance(model, Model) or why_no_maps(model) is None
+
+
+def why_no_maps(model: Model) -> str | None:
+    """Why there are no attention maps of the whole image, as the rest of a sentence; None if there are."""
+    if not model.attention:
+        return "has no attention maps"
+    if len({layout.grid for layout in model.attention}) > 1 or model.attention[0].windows > 1:
+        return "attends within windows, of which no maps of the image are made yet"
+    return None
 
 
 def layout(model: nn.Module, images: Tensor) -> Layout:
@@ -97,7 +106,9 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
 
     Raises ConfigError if it has none that could be laid out, or takes images of another size.
     """
-    if isinstance(model, Model) and has_maps(model):
+    if isinstance(model, Model) and model.attention:
+        if cause := why_no_maps(model):
+            raise _no_maps(model, cause)
         c = model.config
         _check_size(images.shape[-3:], (c.channels, c.image_size, c.image_size))
         return own_layout(model)

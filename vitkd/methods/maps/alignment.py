@@ -20,7 +20,7 @@ class Alignment(NamedTuple):
     resize: Tensor | None = None
     """[N, N'] interpolates the teacher's tokens to the student's grid, if they differ"""
     allowed: Tensor | None = None
-    """[N, N]: False where either model masks attention; those entries stay out of every mean"""
+    """[Q, K]: False where either model masks attention; those entries stay out of every mean"""
     dropped_from_student: int = 0
     """how many tokens have their rows and columns left out, after the `kept` first"""
     dropped_from_teacher: int = 0
@@ -37,14 +37,35 @@ class Alignment(NamedTuple):
 AS_THEY_ARE = Alignment()
 
 
+def how_windows_differ(student: AttentionLayout, teacher: AttentionLayout) -> str | None:
+    """Why two blocks attend within different windows; None if both have the same, or none."""
+    if student.windows == teacher.windows == 1:
+        return None
+    if student.grid != teacher.grid:
+        return f"{shown(student.grid)} patches are not {shown(teacher.grid)}"
+    windows = [layout.window or layout.grid for layout in (student, teacher)]
+    if windows[0] != windows[1]:
+        return f"windows of {shown(windows[0])} patches are not those of {shown(windows[1])}"
+    masks = [layout.mask for layout in (student, teacher) if layout.mask is not None]
+    if len(masks) == 1 or (masks and not torch.equal(*masks)):
+        return "only one of the two shifts its windows"
+    return None
+
+
+def shown(sides: tuple[int, int]) -> str:
+    """A grid as one writes it."""
+    return f"{sides[0]}×{sides[1]}"
+
+
 def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:
     """How to compare the maps of two blocks.
 
     Tokens between the class token and the patches, a distillation token for example, are left out unless both
     have as many and equal grids; so is the class token if only one model has it. Where one model masks
     attention, as locality attention does a token's to itself, the other's there is not compared either.
-    Losses on weights normalise what is left of a row.
+    Losses on weights normalise what is left of a row. Windows have to be the same.
     """
+    assert how_windows_differ(student, teacher) is None
     resize = None if student.grid == teacher.grid else token_interpolation(teacher.grid, student.grid)
     kept = int(student.has_class_token and teacher.has_class_token)
     prefixes = [(layout.prefix, layout.has_class_token) for layout in (student, teacher)]

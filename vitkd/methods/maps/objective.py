@@ -53,7 +53,7 @@ class AttentionObjective(Objective):
         pairs: what learns from what.
         loss: what makes two maps alike; its `reduction` sets the maps' weights.
         alignments: for each pair what makes the maps comparable; none if they are as they are.
-        tokens: the larger of N and N', where it is known.
+        tokens: the larger of N and N', where it is known and queries and keys alone make the scores.
         control: what takes the teacher maps' place (a key of `CONTROLS`), if anything.
     """
 

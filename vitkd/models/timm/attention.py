@@ -3,19 +3,22 @@
 A tapped module is of a subclass of its class in timm: its parameters and their names are the same, and where
 nothing is asked of it timm's own forward runs, with fused attention.
 
-Shapes: B images, T tokens, H heads, D embed_dim.
+Shapes: B images, T tokens, H heads, D embed_dim; of attention within windows W windows of N tokens each.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 
 from vitkd.models.layers import AttentionOutput
-from vitkd.models.output import NO_BLOCK_TAPS, QKV, BlockTaps
+from vitkd.models.output import NO_BLOCK_TAPS, QKV, BlockTaps, at_least_float32
 
 
 class Tapped(nn.Module):
@@ -100,9 +103,94 @@ class TappedEvaAttention(Tapped, EvaAttention):
     """Of EVA, whose keys have no bias."""
 
 
-TAPPED: dict[type, type[Tapped]] = {
-    tapped.__bases__[1]: tapped for tapped in (TappedAttention, TappedAttentionRope, TappedEvaAttention)
-}
+class TappedWindows(Tapped):
+    """Attention within windows: a window's tokens [B · W, N, D] come and go as if it were an image.
+
+    What is returned has all rows of an image together, those of one window after those of another: scores
+    [B, H, W · N, N], which hold the relative position bias, and queries, keys and values [B, H, W · N,
+    head_dim].
+    """
+
+    windows: int
+    qkv: nn.Linear
+    proj: nn.Linear
+    proj_drop: nn.Dropout
+
+    @property
+    def head_dim(self) -> int:  # type: ignore[override]
+        """The size of each head."""
+        return self.proj.in_features // self.num_heads
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map windows [B · W, N, D] to windows; `mask` [W, N, N] is added to an image's scores."""
+        if self.taps == NO_BLOCK_TAPS:
+            return super().forward(x, mask)
+        qkv = self.project(x)
+        assert qkv.v is not None
+        scores = self.scores(qkv)
+        masked = scores if mask is None else scores + mask.repeat(len(x) // self.windows, 1, 1).unsqueeze(1)
+        weights = self.attn_drop(masked.softmax(-1)).to(qkv.v.dtype)
+        self.output = self.in_rows(self.taps, qkv, scores, weights)
+        return self.proj_drop(self.proj((weights @ qkv.v).transpose(1, 2).flatten(2)))
+
+    def tapped(self, x: Tensor, taps: BlockTaps, rope: Tensor | None = None) -> AttentionOutput:
+        """What `taps` asks for of windows [B · W, N, D], and nothing more: no output projection."""
+        qkv = self.project(x)
+        return self.in_rows(taps, qkv, self.scores(qkv) if taps.scores else None)
+
+    def project(self, x: Tensor) -> QKV:
+        """Queries, keys and values [B · W, H, N, head_dim], so that the scores are QKᵀ/√head_dim + bias."""
+        rows = F.linear(x, self.qkv.weight, bias_of(self)).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return QKV(*(each.transpose(1, 2) for each in rows.unbind(-3)))
+
+    def scores(self, qkv: QKV) -> Tensor:
+        """[B · W, H, N, N] before the mask."""
+        return qkv.scores() + at_least_float32(self.position_bias())
+
+    def position_bias(self) -> Tensor:
+        """What the positions of query and key, relative to each other, add to the scores [H, N, N]."""
+        raise NotImplementedError
+
+    def in_rows(
+        self, taps: BlockTaps, qkv: QKV, scores: Tensor | None, weights: Tensor | None = None
+    ) -> AttentionOutput:
+        """What `taps` asks for, the windows of an image one after another."""
+
+        def rows(x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, self.windows)).transpose(1, 2).flatten(2, 3)
+
+        in_rows = (None if each is None else rows(each) for each in (scores, weights))
+        return AttentionOutput.tapped(taps, qkv.map(rows), *in_rows)
+
+
+class TappedWindowAttention(TappedWindows, WindowAttention):
+    """Of Swin."""
+
+    def position_bias(self) -> Tensor:
+        bias: Tensor = self._get_rel_pos_bias()
+        return bias.squeeze(0)
+
+
+class TappedWindowAttentionV2(TappedWindows, WindowAttentionV2):
+    """Of Swin V2, whose scores are cosines at a learned temperature."""
+
+    def project(self, x: Tensor) -> QKV:
+        q, k, v = super().project(x)
+        temperature = self.logit_scale.clamp(max=math.log(100)).exp()
+        return QKV(
+            F.normalize(q, dim=-1) * (temperature * math.sqrt(self.head_dim)), F.normalize(k, dim=-1), v
+        )
+
+    def position_bias(self) -> Tensor:
+        of_offsets = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        return 16 * of_offsets[self.relative_position_index].permute(2, 0, 1).sigmoid()
+
+
+CLASSES = (
+    *(TappedAttention, TappedAttentionRope, TappedEvaAttention),
+    *(TappedWindowAttention, TappedWindowAttentionV2),
+)
+TAPPED: dict[type, type[Tapped]] = {tapped.__bases__[1]: tapped for tapped in CLASSES}
 
 
 def make_tapped(attention: nn.Module) -> Tapped:

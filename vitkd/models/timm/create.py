@@ -54,7 +54,7 @@ def check_options(name: str, options: Options) -> None:
             raise ConfigError(f"{key}: is set by vitkd, leave it out; {SET_BY_VITKD[key]}")
         if key not in known:
             raise ConfigError(f"{key}: is no setting of timm's {name}; {suggest(key, known)}")
-        most = MOST_BLOCKS if key == "depth" else MOST
+        most = MOST_BLOCKS if key in ("depth", "depths") else MOST
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not -most <= number <= most:
                 raise ConfigError(f"{key}={value}: must be at most {most:,}")

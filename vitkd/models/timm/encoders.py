@@ -4,20 +4,18 @@ Shapes: B images, C channels, H × W pixels, T tokens, D embed_dim, K classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva, EvaBlockPostNorm
-from timm.models.vision_transformer import ResPostBlock, VisionTransformer
-from torch import Tensor, nn
+from timm.models.eva import EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock
+from torch import Tensor
 
 from vitkd.models.output import AttentionLayout, Output
-from vitkd.models.timm.attention import TAPPED, Tapped, make_tapped
+from vitkd.models.timm.attention import Tapped, make_tapped
 
 # These normalise what comes out of attention, not what goes in.
 POST_NORM = (ResPostBlock, EvaBlockPostNorm)
-READABLE = {*TAPPED, *TAPPED.values()}
 
 
 class State(NamedTuple):
@@ -33,17 +31,22 @@ class Encoder(ABC):
     """How one of timm's networks is computed block by block; it holds no parameters."""
 
     def __init__(self, network: Any) -> None:
-        self.network = network
-        for attention in (block.attn for block in network.blocks):
+        self.network, self.blocks = network, self.blocks_of(network)
+        for attention in (block.attn for block in self.blocks):
             if not isinstance(attention, Tapped):
                 make_tapped(attention)
 
+    @staticmethod
+    def blocks_of(network: Any) -> Sequence[Any]:
+        """All blocks of a network of this architecture."""
+        return [*network.blocks]
+
     def __len__(self) -> int:
-        return len(self.network.blocks)
+        return len(self.blocks)
 
     def attention(self, block: int) -> Tapped:
         """The attention of a block."""
-        return self.network.blocks[block].attn
+        return self.blocks[block].attn
 
     def layouts(self) -> tuple[AttentionLayout, ...]:
         """The layout of each block's attention."""
@@ -130,19 +133,3 @@ class EvaEncoder(Encoder):
         """Of one block; `mixed` embeddings are learned for each."""
         is_of_each = getattr(self.network, "rope_mixed", False) and state.rope is not None
         return state.rope[index] if is_of_each else state.rope
-
-
-ENCODERS: dict[type[nn.Module], type[Encoder]] = {
-    VisionTransformer: VisionTransformerEncoder,
-    VisionTransformerDistilled: DistilledEncoder,
-    Eva: EvaEncoder,
-}
-"""by class: a subclass may compute something else"""
-
-
-def encoder_of(network: nn.Module) -> Encoder | None:
-    """How `network` is computed block by block; None if its attention is no known softmax over tokens."""
-    encoder, blocks = ENCODERS.get(type(network)), getattr(network, "blocks", ())
-    if encoder is None or not all(type(getattr(block, "attn", None)) in READABLE for block in blocks):
-        return None
-    return encoder(network)

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from vitkd.errors import ConfigError
 from vitkd.models.base import count_parameters
 from vitkd.models.output import AttentionLayout
+from vitkd.models.timm.architectures import encoder_of
 from vitkd.models.timm.create import check_options, created
-from vitkd.models.timm.encoders import encoder_of
 
 
 class Facts(NamedTuple):

@@ -69,6 +69,9 @@ class TimmConfig(ModelConfig):
         if not layouts:
             return f"{self.name} ({facts.architecture}){origin}, {pixels}"
         heads, (rows, columns), prefix = layouts[0].heads, layouts[0].grid, layouts[0].prefix
+        if (window := layouts[0].window) is not None:
+            attends = f"{rows}×{columns} patches at first in windows of {window[0]}×{window[1]}"
+            return f"{self.name}{origin}, {len(layouts)} blocks, {pixels}, {attends}"
         return (
             f"{self.name}{origin}, {len(layouts)}×{heads} blocks×heads, {pixels}, {rows}×{columns} patches + "
             f"{prefix} other token{'' if prefix == 1 else 's'}"
@@ -157,7 +160,7 @@ class TimmModel(Model):
     def __init__(self, config: TimmConfig, network: nn.Module) -> None:
         super().__init__()
         self.config, self.network = config, network
-        from vitkd.models.timm.encoders import encoder_of
+        from vitkd.models.timm.architectures import encoder_of
 
         facts = config.facts
         self.inputs = Inputs(

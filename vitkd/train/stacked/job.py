@@ -18,6 +18,7 @@ from vitkd.cli.command import say
 from vitkd.cli.console import start_logging
 from vitkd.cli.jobs import all_recorded
 from vitkd.errors import ConfigError, RunError
+from vitkd.explain.maps.recording import has_maps
 from vitkd.models import Model
 from vitkd.models.kernels import allow_kernels
 from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
@@ -240,7 +241,7 @@ def module_of(member: Candidate, shared: Shared) -> DistillModule:
 def finish(member: Candidate, module: DistillModule, student: Fitted, shared: Shared) -> None:
     """Write a trained student's picture, metrics and checkpoints."""
     config, data = member.config, shared.data
-    if module.objective is not None and module.teacher.attention:
+    if module.objective is not None and has_maps(module.teacher):
         module.model.load_state_dict(student.last.state_dict())
         epochs, steps = student.metrics["epochs"], student.metrics["steps"]
         if pictures := attention_pictures(config, data, member.run):
