@@ -34,7 +34,7 @@ class ModelConfig(ABC):
 
     REST: ClassVar[str | None] = None
     """the field, a dict, that takes settings which are no fields"""
-    why_alone: ClassVar[str | None] = "its layers compute one student"
+    why_alone: ClassVar[str | None] = "only vitkd's own ViTs can be stacked"
     """why parameters may not carry a leading axis, a student each; None if they may"""
 
     def __post_init__(self) -> None:

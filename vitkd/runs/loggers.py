@@ -176,7 +176,9 @@ class MLflowRun(MLFlowLogger):
         super().__init__(option.experiment_name, run.name, uri, run_id=run_id)
         if run_id is None:  # MLflow refuses values that have changed, such as a path
             self.log_hyperparams(dict(run.settings))
-        self.place = f"mlflow ui --backend-store-uri {store or uri}"
+        # Newer versions ask for that of whoever reads a folder, too.
+        folder = "MLFLOW_ALLOW_FILE_STORE=true " if store else ""
+        self.place = f"{folder}mlflow ui --backend-store-uri {store or uri}"
 
     def log_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
         """Log a picture [H, W, 3] uint8."""

@@ -30,7 +30,7 @@ def reference(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     ended = crashes.run([*launched("stacked"), *JOBS], folder)
     assert ended.code == 0, ended
-    assert "jobs 0-7 train as one stack; of 8 students 4 would become the same as others\n" in ended.out
+    assert "jobs 0-7 train as one stack of 4 students, one for all jobs with equal gradients\n" in ended.out
     return folder
 
 

@@ -98,7 +98,7 @@ def stacked(resolved, monkeypatch) -> Callable[..., tuple[list[list[int]], list[
     """
 
     def stacks(
-        *jobs: dict[str, Any], most: int = 9, saved: Collection[int] = ()
+        *jobs: dict[str, Any], most: int = 9, saved: Collection[int] = (), room: int = 99
     ) -> tuple[list[list[int]], list[str]]:
         said: list[str] = []
         monkeypatch.setattr(
@@ -116,7 +116,7 @@ def stacked(resolved, monkeypatch) -> Callable[..., tuple[list[list[int]], list[
             config = SimpleNamespace(resolved=settings, alpha=settings["alpha"], **built)
             place = StackSlot(StackFolder(Path(f"stack-{number}")), 0, 1) if number in saved else None
             members.append(SimpleNamespace(job=Job(number, {}), config=config, place=place))
-        found = stacks_of(cast(Any, members), most)
+        found = stacks_of(cast(Any, members), most, room)
         return [[member.job.number for member in stack] for stack in found], said
 
     return stacks
@@ -214,7 +214,7 @@ class TestWhatTrainsTogether:
             for granularity, loss, alpha, seed in cells
         ]
 
-        found, said = stacked(*jobs, most=most)
+        found, said = stacked(*jobs, most=most, room=108)
 
         # 3 granularities × (mse, ce = kl) × 3 alphas below 1 × 3 seeds, and the student alone of each seed.
         assert sorted(chain.from_iterable(found)) == [*range(108)]
@@ -243,6 +243,16 @@ class TestWhatTrainsTogether:
         stacks, _ = stacked(one, other, most=1)
 
         assert len(stacks) == (1 if alike else 2)
+
+    @pytest.mark.parametrize(("room", "sizes"), [(9, [9]), (8, [3, 6]), (4, [3, 3, 3]), (2, [3, 3, 3])])
+    def test_holds_no_more_jobs_than_there_is_room_for_unless_they_share_a_student(
+        self, room, sizes, stacked
+    ):
+        names = [{"seed": seed, "name": name} for seed in range(3) for name in ("a", "b", "c")]
+
+        stacks, _ = stacked(*names, room=room)
+
+        assert [len(stack) for stack in stacks] == sizes
 
     def test_is_no_more_than_files_may_be_open(self, monkeypatch):
         limits = [1024, 2048]

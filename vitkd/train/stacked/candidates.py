@@ -122,14 +122,22 @@ class Group(NamedTuple):
     members: list[Candidate]
 
 
-def stacks_of(candidates: Sequence[Candidate], most: int) -> list[list[Candidate]]:
-    """The candidates by stack of at most so many students; logs what keeps one stack from another."""
+def stacks_of(
+    candidates: Sequence[Candidate], most: int, most_jobs: float = math.inf
+) -> list[list[Candidate]]:
+    """The candidates by stack of at most so many students; logs what keeps one stack from another.
+
+    A stack has no more than `most_jobs` either, unless these share one student.
+    """
     groups = grouped(candidates)
     stacks = []
     for group in groups:
         if reason := why_apart(group, groups):
             log.info("%s cannot be stacked with %s: %s", job_names(group.members), *reason)
-        count = math.ceil(len(by_student(group.members)) / most)
+        students = len(by_student(group.members))
+        count = math.ceil(students / most)
+        while count < students and max(map(len, split(group.members, count))) > most_jobs:
+            count += 1
         if count > 1:
             log.info("%s make %d stacks of at most %d students", job_names(group.members), count, most)
         stacks += split(group.members, count)

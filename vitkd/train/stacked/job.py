@@ -88,9 +88,9 @@ def run_together(
     contents: dict[str, str | None] = {}
     members = (candidate(composed, contents) for composed in jobs)
     candidates = deduplicate(member for member in members if member is not None)
-    most = min(max_students or len(jobs), room_for(len(jobs)))
+    most, room = max_students or len(jobs), room_for(len(jobs))
     # One student by itself gains nothing, unless it is saved as part of a stack.
-    waiting = [stack for stack in stacks_of(candidates, most) if len(stack) > 1 or stack[0].place]
+    waiting = [stack for stack in stacks_of(candidates, most, room) if len(stack) > 1 or stack[0].place]
     while waiting:
         stack = waiting.pop(0)
         with all_recorded([member.job for member in stack], sweep, explain, say):
@@ -189,11 +189,7 @@ def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> N
         stacked = StackedModule(modules, orders, dropout, shared.device, student_of)
         if config.compile:
             compile_training(stacked)
-        once = (
-            f"; of {len(members)} students {len(followers)} would become the same as others"
-            if followers
-            else ""
-        )
+        once = f" of {len(students)} students, one for all jobs with equal gradients" if followers else ""
         log.info("%s train as one stack%s", job_names(members), once)
         folders = [member.run for member in members]
         outcomes = fit_stack(stacked, data, place, folders, config, faster_steps(config, data))
