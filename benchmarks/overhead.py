@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,7 @@ from benchmarks import subject
 from benchmarks.harness import Bar, Row, Settings, divided, in_turns, interleave, row, synchronize
 from benchmarks.harness import main as run
 from vitkd.cli.console import start_logging
-from vitkd.config.run import Config
+from vitkd.config.run import Config, Paths
 from vitkd.data import Batch
 from vitkd.methods.base import DataFacts
 from vitkd.runs.folder import RunFolder
@@ -233,8 +234,10 @@ def whole_run(config: Config, device: torch.device) -> float:
     """Milliseconds a step of a run as `python -m vitkd.train` makes it."""
     stopwatch = Stopwatch(device)
     with tempfile.TemporaryDirectory() as place:
+        own = replace(config, paths=Paths(config.paths.data, place))
         folder = RunFolder.claim(Path(place, "run"))
-        fit(build(config, device), load_data(config), folder, config, [stopwatch])
+        with folder.running(own.resolved, {}):
+            fit(build(own, device), load_data(own), folder, own, [stopwatch])
     return stopwatch.milliseconds
 
 

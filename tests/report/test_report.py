@@ -392,4 +392,4 @@ def test_a_real_grid(command, tmp_path, report):
     (experiment,) = content["experiments"]
     assert [arm["seeds"] for arm in experiment["arms"]] == [3] * 5
     assert sum(run["is_teacher"] for run in content["runs"]) == 1
-    assert (tmp_path / "report" / "report.html").read_text("utf-8").count("<svg") == 1 + 2 + 1 + 4 + 2 + 2
+    assert (tmp_path / "report" / "report.html").read_text("utf-8").count("<svg") == 1 + 2 + 1 + 4 + 2 + 2 + 8

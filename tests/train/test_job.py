@@ -658,4 +658,4 @@ def test_a_real_process_does_the_same(run, process, tmp_path):
     assert trained.err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     measured = process("evaluate", f"run={os.path.relpath(folder, tmp_path)}", cwd=tmp_path)
-    assert measured.out.count("equal") == 6
+    assert measured.out.count("equal") == 12

@@ -32,7 +32,9 @@ def top_accuracy(classes: int) -> "Metric | None":
 
     if classes <= TOP:
         return None
-    return MulticlassAccuracy(classes, top_k=TOP, average="micro", validate_args=False)
+    # One process measures; to sync with the others would wait for them forever.
+    settings: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
+    return MulticlassAccuracy(classes, top_k=TOP, average="micro", **settings)
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:

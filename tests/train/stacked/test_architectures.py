@@ -128,7 +128,7 @@ def test_a_stack_leaves_what_the_jobs_leave_alone(taught, tmp_path, command):
         assert (predictions[0]["last"] != predictions[1]["last"]).sum() <= 1
         again = command("evaluate", f"run={together.folder(name)}")
         assert again.code == 0, again.err
-        assert again.out.count("equal") == 10
+        assert again.out.count("equal") == 16
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
