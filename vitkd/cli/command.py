@@ -7,7 +7,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -149,18 +148,13 @@ def checked_by(check: Callable[[DictConfig], None]) -> Iterator[None]:
     very node, and a check before `hydra.main` would miss what a job of a sweep composes.
     """
     compose = ConfigLoaderImpl.load_configuration
-    validated: dict[str, DictConfig] = {}
 
     def composed_and_checked(self: ConfigLoaderImpl, **kwargs: Any) -> DictConfig:
-        # A sweep composes each job twice: to validate all of them, and to launch it.
-        if (job := repr(kwargs)) in validated:
-            return validated.pop(job)
         try:
             config = compose(self, **kwargs)
         except (TypeError, ValueError) as error:  # of a group's option that is no text
             raise ConfigError(no_such_option(kwargs["overrides"]) or str(error)) from error
         check(config)
-        validated[job] = deepcopy(config)
         return config
 
     setattr(ConfigLoaderImpl, compose.__name__, composed_and_checked)
