@@ -20,9 +20,9 @@ from vitkd.errors import ConfigError, RunError
 from vitkd.models import Model, build_from_header, digest, load_model, read_header
 from vitkd.runs.files import (
     NO_ROOM,
+    file_digest,
     force_names_to_disk,
     force_to_disk,
-    open_regular,
     read_limited,
     write_atomically,
 )
@@ -64,7 +64,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
         with temporary.open("wb") as file:
             file.write(data)
             force_to_disk(file)
-        listed, old = _read_sums(path.parent), _sha256(path)
+        listed, old = _read_sums(path.parent), file_digest(path)
         sums = {name: digest for name, digest in listed.items() if path.with_name(name).exists()}
         # The file's own digest: an interrupted write may have listed one that never got its name.
         kept = old if path.name not in listed or old in listed.values() else None
@@ -125,7 +125,7 @@ def newest_good(path: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return candidate, read_checkpoint(candidate)
         except ConfigError as error:
-            digest = _sha256(candidate)
+            digest = file_digest(candidate)
             if digest is None or digest in _read_sums(path.parent).values():
                 raise  # the file is complete: the problem is elsewhere and may be temporary
             renamed = candidate.replace(candidate.with_name(f"{candidate.name}.damaged"))
@@ -155,15 +155,6 @@ def digest_at(path: Path) -> str | None:
     with suppress(ConfigError):
         return read_header(path).get("digest") or digest(load_any(path))
     return None
-
-
-def _sha256(path: Path) -> str | None:
-    """A file's digest; None if it is absent or unreadable."""
-    try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
 
 
 def _read_sums(folder: Path) -> dict[str, str]:

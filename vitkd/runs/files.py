@@ -6,6 +6,7 @@ that grows when it is read. All that reads a run comes through here, so that not
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import re
@@ -59,6 +60,13 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(number)
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return os.fdopen(number, "rb")
+
+
+def file_digest(path: Path) -> str | None:
+    """The SHA-256 of a file's content; None if there is none to read."""
+    with suppress(OSError), open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:

@@ -20,7 +20,7 @@ from vitkd.errors import ConfigError
 from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first
 from vitkd.runs.checkpoints import load_any
-from vitkd.runs.files import open_regular
+from vitkd.runs.files import file_digest
 from vitkd.runs.folder import RunFolder
 
 log = logging.getLogger("vitkd")
@@ -68,13 +68,6 @@ def uses_store(config: Config) -> bool:
     """Whether a run learns from a stored teacher, which is trained first if need be."""
     source = config.teacher
     return config.method.needs_teacher and source.checkpoint is None and source.trained
-
-
-def file_digest(path: Path) -> str | None:
-    """A hash of a file; None if there is none to read."""
-    with suppress(OSError), open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    return None
 
 
 def store_of(config: Config, contents: str | None) -> Path | None:
