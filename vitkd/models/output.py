@@ -4,7 +4,7 @@ Shapes: S stacked students (absent for one model), B batch, H heads, Q queries, 
 C classes. A plain ViT has Q = K = T.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import NamedTuple, Self
@@ -94,6 +94,15 @@ def compared_in(x: Tensor) -> torch.dtype:
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in the precision in which it is compared."""
     return x.to(compared_in(x))
+
+
+def select(x: Tensor, indices: Sequence[int], dim: int) -> Tensor:
+    """The slices of `x` at `indices` of an axis; a run of neighbours is a view, without copy or scatter."""
+    first, count = indices[0], len(indices)
+    if [*indices] == [*range(first, first + count)]:
+        return x.narrow(dim, first, count)
+    # Not an index tensor: its gradient is a scatter, and on a GPU it would be copied over at every step.
+    return torch.cat([x.narrow(dim, index, 1) for index in indices], dim=dim)
 
 
 class QKV(NamedTuple):

@@ -22,7 +22,7 @@ from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import MASKED, AttentionLoss
 from vitkd.methods.maps.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
 from vitkd.models import Output, Taps
-from vitkd.models.output import QKV, at_least_float32
+from vitkd.models.output import QKV, at_least_float32, select
 
 Maps = Tensor | QKV
 """scores [*S, B, H, N, N], or the factors that make them"""
@@ -150,12 +150,8 @@ class AttentionObjective(Objective):
 
 
 def take_heads(maps: Maps, heads: Sequence[int]) -> Maps:
-    """The maps of `heads` out of [..., H, N, N]; a run of neighbours is a view, without copy or scatter."""
-    first, count = heads[0], len(heads)
-    if list(heads) == list(range(first, first + count)):
-        return mapped(maps, lambda x: x.narrow(-3, first, count))
-    # Not an index tensor: its gradient is a scatter, and on a GPU it would be copied over at every step.
-    return mapped(maps, lambda x: torch.cat([x.narrow(-3, head, 1) for head in heads], dim=-3))
+    """The maps of `heads` out of [..., H, N, N]."""
+    return mapped(maps, lambda x: select(x, heads, dim=-3))
 
 
 def mapped(maps: Maps, change: Callable[[Tensor], Tensor]) -> Maps:

@@ -16,6 +16,7 @@ from vitkd.methods.maps.losses import DistributionLoss
 from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.weighting import Weighting
 from vitkd.models import Output, Taps
+from vitkd.models.output import select
 from vitkd.train.module import DistillModule
 
 
@@ -43,9 +44,8 @@ class JobGroup(NamedTuple):
 
     def followed(self, outputs: Output) -> Output:
         """Of all students' `outputs` what followers are compared by, without gradient."""
-        return tapped(outputs, self.objective.student_taps).map(
-            lambda tensor: rows(tensor.detach(), self.students)
-        )
+        seen = tapped(outputs, self.objective.student_taps)
+        return seen.map(lambda tensor: select(tensor.detach(), self.students, dim=0))
 
     def of_teacher(self, answer: Output) -> Output:
         """Of the teacher's `answer` what this group looks at."""
@@ -118,11 +118,3 @@ def tapped(output: Output, taps: Taps) -> Output:
         {block: qkv for block, qkv in output.qkv.items() if block in wanted},
         {name: output.features[name] for name in taps.features},
     )
-
-
-def rows(tensor: Tensor, indices: Sequence[int]) -> Tensor:
-    """Some of the first axis; a run of neighbours is a view."""
-    first, count = indices[0], len(indices)
-    if [*indices] == [*range(first, first + count)]:
-        return tensor[first : first + count]
-    return torch.stack([tensor[index] for index in indices])
