@@ -23,7 +23,7 @@ from vitkd.train.cuda_graph import WARM_UP
 from vitkd.train.module import DistillModule
 from vitkd.train.plan import check_trainer
 from vitkd.train.stacked import StackedImages, StackedModule
-from vitkd.train.stacked.candidates import what_trains
+from vitkd.train.stacked.candidates import in_stack_order, what_trains
 
 Axes = Mapping[str, tuple[str, ...]]  # setting → the values that it is swept over
 # Allowances: seconds that a command takes besides epochs and tests, and for each of its jobs; and what an
@@ -101,8 +101,7 @@ def measure(settings: Sequence[str], axes: Axes) -> Cost:
 
 def module_of(students: Sequence[Sequence[Config]], data: StackedImages) -> DistillModule:
     """The students' module, as a run or a stack trains it: further jobs of a student follow the first."""
-    followers = [(job, number) for number, (_, *others) in enumerate(students) for job in others]
-    jobs = [first for first, *_ in students] + [job for job, _ in followers]
+    jobs, student_of = in_stack_order(students)
     first, facts = jobs[0], facts_of(data)
     teacher = first.teacher.model.build().requires_grad_(False).eval() if first.method.needs_teacher else None
     modules = [build_module(job, first_weights(job.seed, job.student), teacher, facts) for job in jobs]
@@ -110,5 +109,4 @@ def module_of(students: Sequence[Sequence[Config]], data: StackedImages) -> Dist
         return modules[0]
     orders = [data.seeds.index(seed_of(job.seed, ORDER, job.student)) for job in jobs]
     dropout = [seed_of(job.seed, DROPOUT, job.student) for job in jobs]
-    student_of = [*range(len(students)), *(number for _, number in followers)]
     return StackedModule(modules, orders, dropout, check_trainer(first.trainer).device, student_of)

@@ -5,9 +5,9 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import DictConfig
 
@@ -22,6 +22,8 @@ from vitkd.train.plan import Plan, make_plan
 from vitkd.train.stacked.dropout import has_streams
 
 log = logging.getLogger("vitkd")
+
+AnyJob = TypeVar("AnyJob")
 
 
 @dataclass
@@ -134,13 +136,13 @@ def stacks_of(
     for group in groups:
         if reason := why_apart(group, groups):
             log.info("%s cannot be stacked with %s: %s", job_names(group.members), *reason)
-        students = len(by_student(group.members))
-        count = math.ceil(students / most)
-        while count < students and max(map(len, split(group.members, count))) > most_jobs:
+        students = by_student(group.members)
+        count = math.ceil(len(students) / most)
+        while count < len(students) and max(map(len, split(students, count))) > most_jobs:
             count += 1
         if count > 1:
             log.info("%s make %d stacks of at most %d students", job_names(group.members), count, most)
-        stacks += split(group.members, count)
+        stacks += split(students, count)
     return stacks
 
 
@@ -157,10 +159,12 @@ def by_student(members: Iterable[Candidate]) -> list[list[Candidate]]:
 
 def what_trains(config: Config) -> tuple[Any, ...]:
     """Equal for jobs of one stack whose students become the same, since all of their gradients are equal."""
-    ignored, loss = (*config.method.ignores, "loss"), config.loss.gradient_key
     if not config.weighting.distils(config.alpha):
-        ignored, loss = ("alpha", "method", "granularity", "loss", "weighting"), ()
-    elif "loss" in config.method.ignores:
+        # All settings but those that say what to learn from a teacher.
+        alone = relevant(config.resolved, Separates.RUNS | Separates.EXPERIMENTS)
+        return json.dumps(alone, sort_keys=True), config.resolved["seed"]
+    ignored, loss = (*config.method.ignores, "loss"), config.loss.gradient_key
+    if "loss" in config.method.ignores:
         loss = ()
     elif config.granularity.needs_calibration:
         # Heads are matched by the loss's value.
@@ -173,9 +177,18 @@ def what_trains(config: Config) -> tuple[Any, ...]:
     return json.dumps(settings, sort_keys=True), loss
 
 
-def split(members: Iterable[Candidate], count: int) -> list[list[Candidate]]:
-    """The members of one stack as so many, whose numbers of students differ by one at most."""
-    students = by_student(members)
+def in_stack_order(students: Sequence[Sequence[AnyJob]]) -> tuple[list[AnyJob], list[int]]:
+    """The jobs by student as one list, the first of every student before all others, and each one's student.
+
+    Those of one place are neighbours: they learn alike, as a stack likes its jobs.
+    """
+    places = zip_longest(*students)
+    pairs = [(job, student) for place in places for student, job in enumerate(place) if job is not None]
+    return [job for job, _ in pairs], [student for _, student in pairs]
+
+
+def split(students: Sequence[Sequence[Candidate]], count: int) -> list[list[Candidate]]:
+    """The candidates by student as so many stacks, whose numbers of students differ by one at most."""
     cuts = pairwise(stack * len(students) // count for stack in range(count + 1))
     return [[*chain.from_iterable(students[start:stop])] for start, stop in cuts]
 

@@ -151,8 +151,8 @@ def fit_stack(
         except RunError:
             if len(module.failed) < module.jobs:
                 raise
-    for student in module.failed:
-        for logger in loggers[student]:
+    for job in module.failed:
+        for logger in loggers[job]:
             logger.finalize("failed")
     last = validated_weights(trainer)
     return [

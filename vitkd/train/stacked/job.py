@@ -36,10 +36,10 @@ from vitkd.train.stacked.candidates import (
     by_student,
     candidate,
     deduplicate,
+    in_stack_order,
     job_names,
     saved_place,
     split,
-    stack_position,
     stacks_of,
     start_over,
 )
@@ -163,16 +163,13 @@ def halves(members: Sequence[Candidate], device: torch.device) -> list[list[Cand
     log.info("%s: out of memory on %s, trying two stacks of half the size", job_names(left), device)
     for member in left:
         member.place = saved_place(member.config, member.folder)
-    return [half for half in split(left, 2) if half]
+    return [half for half in split(by_student(left), 2) if half]
 
 
 def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> None:
     """Train one stack; each run folder holds in the end what its job would have left there by itself."""
     students = by_student(members)
-    followers = sorted((each for _, *others in students for each in others), key=stack_position)
-    members = [first for first, *_ in students] + followers
-    numbers = {id(member): number for number, alike in enumerate(students) for member in alike}
-    student_of = [numbers[id(member)] for member in members]
+    members, student_of = in_stack_order(students)
     config, data = members[0].config, shared.data
     stacks = stacks_folder(config.paths.outputs)
     with ExitStack() as all_runs:
@@ -189,8 +186,8 @@ def train_members(members: Sequence[Candidate], shared: Shared, sweep: str) -> N
         stacked = StackedModule(modules, orders, dropout, shared.device, student_of)
         if config.compile:
             compile_training(stacked)
-        once = f" of {len(students)} students, one for all jobs with equal gradients" if followers else ""
-        log.info("%s train as one stack%s", job_names(members), once)
+        size = f" of {len(students)} students, one for all jobs with equal gradients"
+        log.info("%s train as one stack%s", job_names(members), size if len(students) < len(members) else "")
         folders = [member.run for member in members]
         outcomes = fit_stack(stacked, data, place, folders, config, faster_steps(config, data))
         trained = [members[number] for number in student_of]
