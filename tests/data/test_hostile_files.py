@@ -139,15 +139,21 @@ ESCAPES = {
 }
 
 
+def with_victim(folder: Path) -> tuple[Path, Path]:
+    """A folder for data, and one outside of it with a file that nothing may touch."""
+    root, outside = folder / "deep" / "data", folder / "outside"
+    root.mkdir(parents=True)
+    outside.mkdir()
+    (outside / "victim").write_text("untouched")
+    return root, outside
+
+
 @pytest.mark.parametrize("escape", ESCAPES)
 @pytest.mark.parametrize("source", ["CIFAR10", "CIFAR100"])
 def test_a_member_of_a_torchvision_archive_does_not_escape(
     source: str, escape: str, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, outside = tmp_path / "deep" / "data", tmp_path / "outside"
-    root.mkdir(parents=True)
-    outside.mkdir()
-    (outside / "victim").write_text("untouched")
+    root, outside = with_victim(tmp_path)
     base = getattr(torchvision.datasets, source).base_folder
     members = []
     for info in ESCAPES[escape]:
@@ -182,10 +188,7 @@ ZIP_KINDS = {"a symlink": stat.S_IFLNK, "a device": stat.S_IFCHR, "a pipe": stat
 def test_a_member_of_a_zip_file_does_not_escape(
     escape: str, place: str, server: Server, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, outside = tmp_path / "deep" / "data", tmp_path / "outside"
-    root.mkdir(parents=True)
-    outside.mkdir()
-    (outside / "victim").write_text("untouched")
+    root, outside = with_victim(tmp_path)
     name = ZIP_ESCAPES.get(escape, "BASE/link")
     hostile = zipfile.ZipInfo(name.replace("BASE", "tiny-imagenet-200").replace("OUTSIDE", str(outside)))
     if escape in ZIP_KINDS:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.train.stacked.test_architectures import randomised
-from tests.train.stacked.test_module import assert_trains_as_alone, batch
+from tests.train.stacked.test_module import assert_trains_as_alone, assert_validates_as_alone, batch
 from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import DataFacts, Method, Objective
 from vitkd.methods.logit import LogitDistillation
@@ -81,16 +81,7 @@ def test_losses_and_gradients_are_those_of_separate_runs(teacher, orders, member
 @torch.no_grad()
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_curves_are_those_of_separate_runs(teacher, members):
-    modules, given = members(teacher), batch()
-    stacked = StackedModule(modules, [0] * len(modules), seeds=range(len(modules))).eval()
-
-    stacked.validation_step(given, 0)
-    together = stacked.curves(stacked.val_meter.means())
-
-    for found, module in zip(together, modules, strict=True):
-        module.eval().validation_step(given, 0)
-        (expected,) = module.curves(module.val_meter.means())
-        assert found == pytest.approx(expected, rel=1e-6)
+    assert_validates_as_alone(members(teacher))
 
 
 def test_students_of_one_kind_share_a_group_and_no_others_do(members):

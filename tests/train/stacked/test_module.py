@@ -132,16 +132,24 @@ def test_validation_of_followers_is_their_own(alone):
     modules = [alone(Encoder(), MSE(), 1.0), alone(Block(), CE(), 1.0), alone(Block(), KL(), 1.0)]
     for module in modules:
         module.model = modules[0].model
-    stacked, given = StackedModule(modules, [0, 0, 0], range(3), students=[0, 0, 0]).eval(), batch()
 
-    stacked.val_meter.reset()
+    assert_validates_as_alone(modules, students=[0, 0, 0])
+
+
+def assert_validates_as_alone(
+    modules: Sequence[DistillModule], students: Sequence[int] | None = None
+) -> None:
+    """The stack of `modules` has the curves of each one's own validation."""
+    stacked = StackedModule(modules, [0] * len(modules), range(len(modules)), students=students).eval()
+    given = batch()
+
     stacked.validation_step(given, 0)
-    curves = stacked.curves(stacked.val_meter.means())
+    together = stacked.curves(stacked.val_meter.means())
 
-    for module, own in zip(modules, curves, strict=True):
+    for found, module in zip(together, modules, strict=True):
         module.eval().validation_step(given, 0)
         (expected,) = module.curves(module.val_meter.means())
-        assert own == pytest.approx(expected, rel=1e-9)
+        assert found == pytest.approx(expected, rel=1e-9)
 
 
 def assert_trains_as_alone(
