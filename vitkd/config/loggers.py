@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LoggedRun(NamedTuple):
-    """What a logger is told of the run that it is opened for."""
+    """What a logger learns about the run that it is opened for."""
 
     folder: Path
     name: str

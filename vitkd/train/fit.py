@@ -109,8 +109,6 @@ def find_checkpoint(last: Path) -> tuple[Path | None, int]:
 def curve_loggers(folder: RunFolder, settings: Config, start: int) -> list[Logger]:
     """What writes a run's curves, from step `start` on; of a stack `settings` are any student's."""
     file = MetricsFile(folder.csv, start)
-    if not settings.loggers:
-        return [file]
     name = folder.path.relative_to(settings.paths.outputs).as_posix().removesuffix(".unfinished")
     run = LoggedRun(folder.path, name, folder.read_config(), start, file.kept, file.dropped)
     return [*(option.open(run) for option in settings.loggers.values()), file]

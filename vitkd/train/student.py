@@ -5,8 +5,8 @@ Shapes: N test images, C classes.
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,16 +40,15 @@ log = logging.getLogger("vitkd")
 
 def prepare(group: str, model: ModelConfig) -> None:
     """Fetch what building `model` takes from a network; ConfigError, naming its group, if that fails."""
-    try:
+    with naming(group):
         model.prepare()
-    except ConfigError as error:
-        raise ConfigError(f"{group}.{error}") from error
 
 
-def untrained(group: str, model: ModelConfig) -> str:
-    """Which weights `model` has without training; ConfigError, naming its group, if none that are of use."""
+@contextmanager
+def naming(group: str) -> Iterator[None]:
+    """Let a ConfigError about a model's setting name the model's group too."""
     try:
-        return model.untrained()
+        yield
     except ConfigError as error:
         raise ConfigError(f"{group}.{error}") from error
 
@@ -121,7 +120,8 @@ def obtain_teacher(
     own = teacher_run(config)
     if not config.teacher.trained:
         agree(lambda: prepare("teacher", own.student))
-        log.info("teacher: not trained, %s (teacher.trained=false)", untrained("teacher", own.student))
+        with naming("teacher"):
+            log.info("teacher: not trained, %s (teacher.trained=false)", own.student.untrained())
         return first_weights(own.seed, own.student)
     check_trainer(own.trainer, "teacher.trainer")
     store = store_of(config, contents)
