@@ -23,11 +23,12 @@ import argparse
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ PROFILED = (16, 54)
 PRECISIONS = {"fp32": ("32-true", "highest"), "TF32": ("32-true", "high"), "bf16": ("bf16-mixed", "high")}
 """name → trainer.precision, matmul_precision"""
 REPLAYS = 6
+STEPS = 1 + WARM_UP + 1 + REPLAYS
+"""of a check: the first one measures gradients, a graph of its own"""
+
 CLOSE = 1e-3
 """The largest difference of a weight between replays and eager steps, relative to how far it has moved."""
 
@@ -179,48 +183,90 @@ class Subject:
         return steps
 
 
-def checks(dry: Subject, wet: Subject) -> dict[str, str]:
-    """Each check's outcome: `yes`, `NO` and what was found, or why it does not apply.
+def captured(dry: Subject, wet: Subject) -> str:
+    """Whether steps after the first few are replays."""
+    if dry.device.type == "cpu":
+        return "no GPU"
+    return verdict(dry.train(dry.module(), dry.batches(STEPS), Steps()).replays == REPLAYS + 1)
 
-    Args:
-        dry: without dropout.
-        wet: the same with it.
-    """
-    count = 1 + WARM_UP + 1 + REPLAYS  # the first step measures gradients, a graph of its own
-    replayed = dry.train(dry.module(), batches := dry.batches(count), Steps())
-    outcomes = {
-        "captured": "no GPU" if dry.device.type == "cpu" else verdict(replayed.replays == REPLAYS + 1)
-    }
-    eager = dry.train(dry.module(), batches, Steps(), graphed=False)
+
+def as_eager(dry: Subject, wet: Subject) -> str:
+    """Whether replays lead to the weights of steps without a graph."""
+    replayed, eager = (
+        dry.train(dry.module(), dry.batches(STEPS), Steps(), graphed=graphed) for graphed in (True, False)
+    )
     moved = (eager.weights[-1] - eager.weights[0]).abs().max()
     off = float((replayed.weights[-1] - eager.weights[-1]).abs().max() / moved)
-    outcomes["eager"] = verdict(off < CLOSE, f"{off:.1g}")
-    still = wet.train(wet.module(lr=0.0), wet.batches(count, same=True), Steps())
+    return verdict(off < CLOSE, f"{off:.1g}")
+
+
+def masks_differ(dry: Subject, wet: Subject) -> str:
+    """Whether two steps on one batch, without learning, have different losses."""
+    still = wet.train(wet.module(lr=0.0), wet.batches(STEPS, same=True), Steps())
     # Sums over the steps so far; the last step ends the window, and they begin at 0 again.
     first, second = (now - before for before, now in pairwise(still.losses[-4:-1]))
-    outcomes["dropout"] = verdict(bool((first != second).all()))
-    stopped = dry.train(dry.module(schedule=Drop(count - 2)), batches, Steps()).weights
-    outcomes["rate"] = verdict(
-        not torch.equal(stopped[-3], stopped[-4]) and torch.equal(stopped[-1], stopped[-2])
-    )
-    outcomes["NaN"] = held_back(dry, batches)
-    # A student by itself draws its masks from PyTorch's generator, others each time.
-    outcomes["kernels"] = same_losses(dry if dry.students == 1 else wet, count)
-    return outcomes
+    return verdict(bool((first != second).all()))
 
 
-def same_losses(probe: Subject, count: int) -> str:
-    """Whether `count` steps have the losses that they have without kernels.
+def rate_moves(dry: Subject, wet: Subject) -> str:
+    """Whether weights stop where the rate becomes 0."""
+    weights = dry.train(dry.module(schedule=Drop(STEPS - 2)), dry.batches(STEPS), Steps()).weights
+    return verdict(not torch.equal(weights[-3], weights[-4]) and torch.equal(weights[-1], weights[-2]))
+
+
+def held_back(dry: Subject, wet: Subject) -> str:
+    """Whether a last batch that is not finite changes nothing but the report."""
+    *batches, last = dry.batches(STEPS)
+    bad = last._replace(image=torch.full_like(last.image, math.nan))
+    module = dry.module()
+    try:
+        dry.train(module, [*batches, bad], Steps())
+    except RunError as error:
+        reported = "not finite" in str(error)
+    else:
+        reported = False
+    # A stack continues without its bad students: here all are bad.
+    kept = dry.students > 1 or all(torch.isfinite(p).all() for p in module.model.parameters())
+    return verdict(reported and kept)
+
+
+def same_losses(dry: Subject, wet: Subject) -> str:
+    """Whether steps by kernels have the losses that they have without.
 
     Not their weights: AdamW makes whole steps of gradients that are nothing but rounding.
     """
+    # A student by itself draws its masks from PyTorch's generator, others each time.
+    probe = dry if dry.students == 1 else wet
     losses = []
     for choice in ("auto", "off"):
         with kernels(choice):
-            losses.append(probe.train(probe.module(), probe.batches(count), Steps()).losses[-2])
+            losses.append(probe.train(probe.module(), probe.batches(STEPS), Steps()).losses[-2])
     by_kernels, plain = losses
     off = float(((by_kernels - plain) / plain).abs().max())
     return verdict(off < CLOSE, f"{off:.1g}")
+
+
+CHECKS: dict[str, Callable[[Subject, Subject], str]] = {
+    "captured": captured,
+    "eager": as_eager,
+    "dropout": masks_differ,
+    "rate": rate_moves,
+    "NaN": held_back,
+    "kernels": same_losses,
+}
+"""name → check of students without dropout, and the same with it: `yes`, `NO` and what was found, or why it
+does not apply"""
+
+
+def attempt(work: Callable[[], str]) -> str:
+    """What `work` found; NO and the error if it failed, for the others are worth knowing all the same."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        return verdict(False, type(error).__name__)
 
 
 @contextmanager
@@ -229,21 +275,6 @@ def kernels(choice: str) -> Iterator[None]:
     allow_kernels(choice)
     yield
     allow_kernels("off")
-
-
-def held_back(probe: Subject, batches: Sequence[Batch]) -> str:
-    """Whether a last batch that is not finite changes nothing but the report."""
-    bad = batches[-1]._replace(image=torch.full_like(batches[-1].image, math.nan))
-    steps, module = Steps(), probe.module()
-    try:
-        probe.train(module, [*batches[:-1], bad], steps)
-    except RunError as error:
-        reported = "not finite" in str(error)
-    else:
-        reported = False
-    # A stack continues without its bad students: here all are bad.
-    kept = probe.students > 1 or all(torch.isfinite(p).all() for p in module.model.parameters())
-    return verdict(reported and kept)
 
 
 def verdict(holds: bool, found: str = "") -> str:
@@ -260,7 +291,7 @@ def probe_of(students: int, dropout: float, settings: Settings) -> Subject:
 def speeds(probe: Subject, choice: str, settings: Settings) -> dict[str, str]:
     """By precision, with kernels or without."""
     with kernels(choice):
-        return {name: speed(probe, name, settings) for name in PRECISIONS}
+        return {name: attempt(partial(speed, probe, name, settings)) for name in PRECISIONS}
 
 
 def speed(probe: Subject, precision: str, settings: Settings) -> str:
@@ -331,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for students in QUICK_SIZES if options.quick else SIZES:
         try:
             dry, wet = (probe_of(students, dropout, settings) for dropout in (0.0, 0.1))
-            outcomes = checks(dry, wet)
+            outcomes = {name: attempt(partial(check, dry, wet)) for name, check in CHECKS.items()}
             lines.append((str(students), outcomes | speeds(wet, "auto", settings)))
             if not settings.on_cpu:
                 plain = speeds(wet, "off", settings)
@@ -343,8 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("S", *lines[0][1]):
         table.add_column(heading, justify="right")
-    for students, found in lines:
-        table.add_row(students, *found.values())
+    for label, found in lines:
+        table.add_row(label, *found.values())
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     return int(any(value.startswith("NO") for _, found in lines for value in found.values()))
 
