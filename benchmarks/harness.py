@@ -1,7 +1,8 @@
 """What every benchmark shares: interleaved timing, rows with bars, table, JSON file and command line.
 
 A benchmark is a function from `Settings` to `Row`s; `main` does the rest. All arms multiply matrices in one
-precision, that of runs: float32 on a CPU, TF32 on a GPU. The table's title says which.
+precision, that of runs: float32 on a CPU, TF32 on a GPU, where vitkd's use its Triton kernels. The table's
+title says which.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vitkd.models.kernels import allow_kernels
 from vitkd.process.isolation import isolated, keep_freed_memory, set_matmul_precision
 from vitkd.runs.provenance import provenance
 
@@ -170,6 +172,7 @@ def main(
     keep_freed_memory()
     settings = Settings(arguments.device, arguments.quick, 2 if arguments.quick else arguments.rounds)
     set_matmul_precision("auto", settings.device)
+    allow_kernels("auto")
     rows = measure(settings)
     facts = provenance(settings.device)
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table(name, settings, facts, rows))

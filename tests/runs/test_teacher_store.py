@@ -78,7 +78,7 @@ def test_what_determines_the_teacher_changes_its_name(setting):
         "label_smoothing=0.1",
         "ema_decay=0.9",
         "cuda_graph=off",
-        "kernels=auto",
+        "kernels=off",
         "log_every_n_steps=3",
         "dataset.eval_batch_size=64",
         "dataset.train_fraction=0.5",
