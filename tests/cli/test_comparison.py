@@ -35,5 +35,10 @@ def test_the_hardest_classes_and_what_they_are_taken_for(capsys):
     assert [line.split() for line in lines[2:]] == [
         ["cat", "8", "12.50%", "[red]", "(4),", "dog", "(2),", "absent", "(1)"],
         ["[red]", "10", "90.00%", "absent", "(1)"],
-        ["dog", "3", "100.00%"],
     ]
+
+
+def test_where_all_is_right_no_class_is_hard(capsys):
+    print_hardest_classes([[9, 0], [0, 3]], ["cat", "dog"])
+
+    assert not capsys.readouterr().out

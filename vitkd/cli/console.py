@@ -171,11 +171,13 @@ def print_comparison(reported: Mapping[str, Any], measured: Mapping[str, float])
 
 
 def print_hardest_classes(confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> None:
-    """Print the classes of lowest accuracy, and what their images are taken for most often.
+    """Print the classes of lowest accuracy below 1, and what their images are taken for most often.
 
     `confusion` [C, C] holds how many images of each class (rows) were predicted as each class (columns).
     """
-    accuracies = {true: row[true] / sum(row) for true, row in enumerate(confusion) if any(row)}
+    accuracies = {true: row[true] / sum(row) for true, row in enumerate(confusion) if sum(row) > row[true]}
+    if not accuracies:
+        return
     hardest = sorted(accuracies, key=lambda true: (accuracies[true], true))[:MAX_CLASSES]
     table = new_table("hardest classes", "images", "accuracy", "taken for", text=("taken for",))
     for true in hardest:

@@ -96,7 +96,7 @@ def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
             raise ConfigError(f"{prefix}{name}: no such setting; {suggest(name, known)}")
     for f in fields(cls):
         if settings.get(f.name, f.default) in (MISSING, "???") and f.default_factory is MISSING:
-            raise ConfigError(f"{prefix}{f.name}: is missing and required")
+            raise ConfigError(f"{prefix}{f.name}: is missing and required; add {prefix}{f.name}=VALUE")
     hints = get_type_hints(cls)
     values = {name: converted(f"{prefix}{name}", value, hints[name]) for name, value in settings.items()}
     try:

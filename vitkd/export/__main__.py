@@ -69,6 +69,7 @@ def export_run(composed: DictConfig, job: Job) -> None:
     sources = read_sources(Path(settings.run), settings.epoch, settings.paths.get("data"), settings.root)
     check_place(settings)
     job.folder = settings.run
+    log.info("exporting %s, %s epoch, and checking the file", settings.run, settings.epoch)
     difference = write_student(file, form, sources)
     write_program(program, file, form, sources.student)
     models = in_pytorch("student", sources.student)

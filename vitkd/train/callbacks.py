@@ -25,7 +25,7 @@ log = logging.getLogger("vitkd")
 
 EPOCH_COLUMNS = {
     "train/total_loss": "loss {:.4f}",
-    "train/transfer_loss": "transfer {:.4f}",
+    "train/transfer_loss": "transfer {:.4g}",
     "train/acc": "train {:.1%}",
     "val/acc": "val {:.1%}",
     "val/teacher_agreement": "agreement {:.1%}",

@@ -6,6 +6,8 @@ from contextlib import closing
 from omegaconf import DictConfig
 
 from vitkd.cli.console import Job, print_results, start_logging
+from vitkd.cli.jobs import is_multirun
+from vitkd.config.run import Config
 from vitkd.models.kernels import allow_kernels
 from vitkd.process.distributed import agree, is_first, joined
 from vitkd.process.isolation import set_matmul_precision
@@ -40,7 +42,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
         contents = agree(lambda: contents_of(config))
         earlier = agree(lambda: plan.earlier(known_inputs(config, contents)))
         if earlier and earlier.is_taken:
-            return skip(earlier, job)
+            return skip(earlier, job, again=repeating(config))
         agree(lambda: prepare("student", config.student))
         with closing(load_data(config)) as data:
             read_data(config, given, data, machine.processes)
@@ -55,13 +57,19 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     return job.take_metrics(metrics)
 
 
-def skip(earlier: Earlier, job: Job) -> float | None:
-    """Report the metrics of an earlier run that is done; leave one that is running to its process."""
+def repeating(config: Config) -> str:
+    """The settings with which a job that is done is run again."""
+    settings = {"resume=null": config.resume == "auto", "sweep.rerun=all": is_multirun()}
+    return " and ".join(setting for setting, needed in settings.items() if needed)
+
+
+def skip(earlier: Earlier, job: Job, again: str) -> float | None:
+    """Report the metrics of an earlier run that is done, and how to repeat it; leave one that is running."""
     job.folder = str(earlier.path)
     if earlier.state == "running":
         job.state = "running elsewhere"
         log.info("%s: skipped, another process is running it", earlier.path)
         return None
     job.state = "done before"
-    log.info("%s: already done; resume=null sweep.rerun=all runs it again", earlier.path)
+    log.info("%s: already done; %s runs it again", earlier.path, again)
     return job.take_metrics(RunFolder(earlier.path).read_metrics())
