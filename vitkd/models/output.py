@@ -187,6 +187,8 @@ class AttentionLayout(NamedTuple):
     """[Q, K], False where a query may not look at a key; None where all is allowed"""
     window: tuple[int, int] | None = None
     """patches from top to bottom and from left to right that attend among themselves; None: all tokens do"""
+    shift: tuple[int, int] = (0, 0)
+    """patches by which the image is rolled up and to the left before it is cut into windows"""
     has_class_token: bool = True
     """whether a class token is the first of the prefix"""
     has_bias: bool = False

@@ -1,6 +1,15 @@
 """Attention through all blocks: its rollout, and what of it speaks for a class, by the class's gradient.
 
-Shapes: B images, H heads, T tokens with the class token first, K classes.
+Through windows, shifts and patch merging (Swin) both are products of sparse token matrices. Nobody has published
+that, so the definition is ours: with A_l block l's attention and M a patch merging as `windows` has them,
+
+    r = 1ᵀ/T · F_L ⋯ M ⋯ F_1        F_l = (Ā_l + I)/2 of rollout, I + mean_h((∇A_l ⊙ A_l)⁺) of relevance,
+
+an M wherever patches are merged between two blocks. A merging has no residual connection, so I is not added to it,
+and no gradient weighs it. Without mergings, in a single window, it is the mean of the rows of the ViT's matrix.
+
+Shapes: B images, H heads, T tokens with the class token first, K classes; of windows R rows, W windows of N
+tokens each, h × w patches.
 """
 
 from collections.abc import Sequence
@@ -9,8 +18,9 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.maps.attention import Fusion, fuse
+from vitkd.explain.maps.attention import Fusion, fuse, scaled
 from vitkd.explain.maps.recording import Recording
+from vitkd.explain.maps.windows import Windows, identity, on_patches, pooling_row, received, times, unmerged
 from vitkd.models.output import at_least_float32
 
 
@@ -122,6 +132,67 @@ def attention_grad_cam(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -
     """
     a, gradient = at_least_float32(weights[-1]), at_least_float32(gradients[-1])
     return (gradient.mean((-2, -1), keepdim=True) * a).mean(1).clamp_min(0)
+
+
+def windowed_rollout(
+    weights: Sequence[Tensor], windows: Sequence[Windows], rows: Tensor | None = None
+) -> Tensor:
+    """Attention rollout through windows [B, h, w]: shares of the mean of the last tokens, which sum to 1.
+
+    Args:
+        weights: per block [B, H, W·N, N].
+        windows: of every block.
+        rows: [R, T] over the last block's tokens, to start from instead of their mean: I for every token's
+            rollout. The maps are [B, R, h, w] then.
+    """
+    steps = [
+        fuse(each) + identity(place, at_least_float32(each))
+        for each, place in zip(weights, windows, strict=True)
+    ]
+    return _through([scaled(step) for step in steps], windows, rows)
+
+
+def windowed_gradient_rollout(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    windows: Sequence[Windows],
+    rows: Tensor | None = None,
+) -> Tensor:
+    """`windowed_rollout` of Ā = mean_h((A ⊙ ∇A)⁺); `gradients` as for `gradient_rollout`."""
+    fused = [weighted_by_gradient(a, g)[:, None] for a, g in zip(weights, gradients, strict=True)]
+    return windowed_rollout(fused, windows, rows)
+
+
+def windowed_relevance(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    windows: Sequence[Windows],
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Class-specific relevance through windows [B, h, w]; `gradients` as for `relevance`, `rows` as above."""
+    steps = [
+        weighted_by_gradient(a, gradient) + identity(place, at_least_float32(a))
+        for a, gradient, place in zip(weights, gradients, windows, strict=True)
+    ]
+    return _through(steps, windows, rows)
+
+
+def windowed_grad_cam(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], windows: Sequence[Windows]
+) -> Tensor:
+    """`attention_grad_cam` within windows [B, h, w]: what each patch receives of the last block's."""
+    return received(attention_grad_cam(weights, gradients), windows)
+
+
+def _through(factors: Sequence[Tensor], windows: Sequence[Windows], rows: Tensor | None) -> Tensor:
+    """rows · F_L ⋯ M ⋯ F_1 as maps on the patches, of factors [B, W·N, N]."""
+    grid = windows[-1].grid
+    flow = pooling_row(windows[-1], factors[-1]) if rows is None else rows
+    flow = flow.expand(len(factors[-1]), -1, -1)
+    for factor, place in zip(reversed(factors), reversed(windows), strict=True):
+        flow, grid = times(unmerged(flow, grid, place.grid), factor, place), place.grid
+    maps = on_patches(flow, windows[:1])
+    return maps if rows is not None else maps.squeeze(1)
 
 
 def _discard_lowest(fused: Tensor, share: float, keep: Sequence[int]) -> Tensor:

@@ -2,10 +2,10 @@
 
 Two are other packages' methods, to check these against; they need `pip install 'vitkd[explain]'`.
 
-Shapes: B images, C channels, T tokens (prefix + h·w), h × w patches.
+Shapes: B images, C channels, T tokens (prefix + h·w), h × w patches; W windows of N tokens each.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,13 @@ from vitkd.explain.maps.flow import (
     gradient_rollout,
     relevance,
     rollout,
+    windowed_grad_cam,
+    windowed_gradient_rollout,
+    windowed_relevance,
+    windowed_rollout,
 )
 from vitkd.explain.maps.recording import Recording, evaluating, layout, logits_of, record
+from vitkd.explain.maps.windows import received
 from vitkd.models.output import at_least_float32
 
 Method = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -43,26 +48,35 @@ def explain_by(name: str, model: nn.Module, images: Tensor, target: Tensor) -> T
     return METHODS[name](model, images, target)
 
 
-def _of_attention(combine: Callable[[Sequence[Tensor]], Tensor]) -> Method:
-    """A method that reads the attention weights alone, whatever the class."""
+def _of_attention(of_tokens: Callable[..., Tensor], of_windows: Callable[..., Tensor]) -> Method:
+    """A method that reads the attention weights alone, whatever the class.
+
+    Args:
+        of_tokens: per block weights [B, H, T, T] → a matrix [B, T, T].
+        of_windows: per block weights [B, H, W·N, N], and windows → maps [B, h, w].
+    """
 
     @torch.no_grad()
     def explain(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         recording = record(model, images)
-        return class_rows(combine(recording.weights), recording)
+        if recording.windows:
+            return of_windows(recording.weights, recording.windows).float()
+        return class_rows(of_tokens(recording.weights), recording)
 
     return explain
 
 
-def _of_gradients(combine: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Method:
-    """A method that reads the attention weights and the class's gradient by them."""
+def _of_gradients(of_tokens: Callable[..., Tensor], of_windows: Callable[..., Tensor]) -> Method:
+    """As `_of_attention`, of a method that reads the class's gradients by the weights too."""
 
     def explain(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             recording = record(model, images.detach().clone())
             gradients = attention_gradients(recording, target)
         with torch.no_grad():
-            return class_rows(combine(recording.weights, gradients), recording)
+            if recording.windows:
+                return of_windows(recording.weights, gradients, recording.windows).float()
+            return class_rows(of_tokens(recording.weights, gradients), recording)
 
     return explain
 
@@ -172,11 +186,13 @@ def _explaining(model: nn.Module, images: Tensor, target: Tensor) -> Iterator[tu
 
 
 METHODS: dict[str, Method] = {
-    "attention": _of_attention(lambda weights: fuse(weights[-1])),
-    "rollout": _of_attention(rollout),
-    "gradient_rollout": _of_gradients(gradient_rollout),
-    "relevance": _of_gradients(relevance),
-    "grad_cam": _of_gradients(attention_grad_cam),
+    "attention": _of_attention(
+        lambda weights: fuse(weights[-1]), lambda weights, windows: received(fuse(weights[-1]), windows)
+    ),
+    "rollout": _of_attention(rollout, windowed_rollout),
+    "gradient_rollout": _of_gradients(gradient_rollout, windowed_gradient_rollout),
+    "relevance": _of_gradients(relevance, windowed_relevance),
+    "grad_cam": _of_gradients(attention_grad_cam, windowed_grad_cam),
     "pytorch_grad_cam": pytorch_grad_cam,
     "integrated_gradients": _integrated_gradients,
     "random": _random,

@@ -1,6 +1,7 @@
 """One forward pass of a model, with all that explanations read of it; of timm's models by forward hooks.
 
-Shapes: B images, C channels, H heads, T tokens (prefix + h·w), h × w patches, D embed_dim, K classes.
+Shapes: B images, C channels, H heads, T tokens (prefix + h·w), h × w patches, D embed_dim, K classes; of
+attention within windows W windows of N tokens each, T of them in a block.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, from_extra, one_line
+from vitkd.explain.maps.windows import Windows, windows_of
 from vitkd.models import Model
 from vitkd.models.base import Trace
 
@@ -28,6 +30,9 @@ class Layout(NamedTuple):
     prediction is the mean of two heads; or the patches, where it pools these"""
     sees_itself: bool = True
     """whether a token may attend to itself; in locality attention it may not"""
+    windows: Sequence[Windows] = ()
+    """per block: which of its tokens attend among themselves; nothing where all do. `grid` and `readers` are those
+    of the first block then, whose tokens are the patches"""
 
 
 class Recording(NamedTuple):
@@ -36,13 +41,14 @@ class Recording(NamedTuple):
     logits: Tensor
     """[B, K]"""
     weights: tuple[Tensor, ...]
-    """per block: the softmax's [B, H, T, T] that multiplied the values"""
+    """per block: the softmax's [B, H, T, T], within windows [B, H, W·N, N], that multiplied the values"""
     tokens: tuple[Tensor, ...]
     """per block: [B, T, D] after it"""
     prefix: int
     grid: tuple[int, int]
     readers: Sequence[int] = (0,)
     sees_itself: bool = True
+    windows: Sequence[Windows] = ()
 
 
 def record(model: nn.Module, images: Tensor) -> Recording:
@@ -96,8 +102,6 @@ def why_no_maps(model: Model) -> str | None:
     """Why there are no attention maps of the whole image, as the rest of a sentence; None if there are."""
     if not model.attention:
         return "has no attention maps"
-    if len({layout.grid for layout in model.attention}) > 1 or model.attention[0].windows > 1:
-        return "attends within windows, of which no maps of the image are made yet"
     return None
 
 
@@ -107,8 +111,6 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
     Raises ConfigError if it has none that could be laid out, or takes images of another size.
     """
     if isinstance(model, Model) and model.attention:
-        if cause := why_no_maps(model):
-            raise _no_maps(model, cause)
         c = model.config
         _check_size(images.shape[-3:], (c.channels, c.image_size, c.image_size))
         return own_layout(model)
@@ -130,6 +132,9 @@ def layout(model: nn.Module, images: Tensor) -> Layout:
 def own_layout(model: Model) -> Layout:
     """The layout of a vitkd model that has attention maps."""
     first = model.attention[0]
+    if first.window is not None:
+        windows = tuple(map(windows_of, model.attention))
+        return Layout(first.prefix, first.grid, first.readers, windows=windows)
     sees_itself = first.mask is None or bool(first.mask.diagonal().all())
     return Layout(first.prefix, first.grid, first.readers, sees_itself)
 

@@ -131,6 +131,9 @@ class TappedWindows(Tapped):
         masked = scores if mask is None else scores + mask.repeat(len(x) // self.windows, 1, 1).unsqueeze(1)
         weights = self.attn_drop(masked.softmax(-1)).to(qkv.v.dtype)
         self.output = self.in_rows(self.taps, qkv, scores, weights)
+        if self.output.weights is not None:
+            # The very tensor that is returned, so that there is a gradient by it.
+            weights = self.in_windows(self.output.weights)
         return self.proj_drop(self.proj((weights @ qkv.v).transpose(1, 2).flatten(2)))
 
     def tapped(self, x: Tensor, taps: BlockTaps, rope: Tensor | None = None) -> AttentionOutput:
@@ -161,6 +164,10 @@ class TappedWindows(Tapped):
 
         in_rows = (None if each is None else rows(each) for each in (scores, weights))
         return AttentionOutput.tapped(taps, qkv.map(rows), *in_rows)
+
+    def in_windows(self, rows: Tensor) -> Tensor:
+        """All rows of an image [B, H, W · N, …] by their windows [B · W, H, N, …]."""
+        return rows.unflatten(2, (self.windows, -1)).transpose(1, 2).flatten(0, 1)
 
 
 class TappedWindowAttention(TappedWindows, WindowAttention):

@@ -95,6 +95,7 @@ def layout_of(block: Any) -> AttentionLayout:
         readers=tuple(range(rows * columns)),
         mask=None if mask is None else (mask == 0).flatten(0, 1),
         window=tuple(block.window_size),
+        shift=tuple(block.shift_size),
         has_class_token=False,
         has_bias=True,
     )
