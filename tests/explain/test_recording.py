@@ -44,16 +44,6 @@ def test_vitkds_own_model_is_traced(tiny):
     assert [tokens.shape for tokens in recording.tokens] == [(2, 5, 12)] * 3
 
 
-def test_a_model_that_attends_in_windows_has_no_map_of_the_image(tiny, monkeypatch):
-    model = tiny().build()
-    windowed = tuple(each._replace(window=(1, 1)) for each in model.attention)
-    monkeypatch.setattr(type(model), "attention", windowed)
-
-    assert not has_maps(model)
-    with pytest.raises(ConfigError, match="its attention maps cannot be had"):
-        record(model, torch.randn(1, 3, 8, 8))
-
-
 def test_readers_are_the_tokens_that_the_answer_comes_from(tiny):
     """Of the last block's tokens the logits' gradient reaches those alone, whatever the layout says."""
     models = {
@@ -308,6 +298,18 @@ def test_a_timm_model_by_name_is_random_and_ready():
 
     assert not model.training
     assert len(record(model, torch.zeros(1, 3, 160, 160)).weights) == len(model.blocks)
+
+
+@pytest.mark.slow
+def test_a_swin_by_name_answers_as_timms_own_and_tells_where_its_windows_lie():
+    model = timm_model("timm:swin_tiny_patch4_window7_224")
+    images = torch.randn(1, 3, 224, 224)
+
+    recording = record(model, images)
+
+    torch.testing.assert_close(recording.logits, model.network(images), atol=1e-5, rtol=1e-5)
+    assert [place.grid for place in recording.windows] == [layout.grid for layout in model.attention]
+    assert recording.grid == (56, 56)
 
 
 def test_an_unknown_timm_name_is_answered_with_near_ones():

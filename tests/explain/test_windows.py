@@ -1,4 +1,4 @@
-"""Attention within windows against explicit T×T matrices, from a Swin written anew over all pairs of tokens."""
+"""Attention within windows against explicit T×T matrices, of a Swin written over all pairs of tokens."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from vitkd.explain.maps.windows import given, identity, on_patches, received, ti
 from vitkd.models import TimmConfig
 from vitkd.models.output import AttentionLayout
 
-# 8×8 patches in windows of 4×2, then 4×4 tokens in two windows; the second block of each stage is shifted, in the
-# second stage from left to right only.
+# 8×8 patches in windows of 4×2, then 4×4 tokens in two windows. The second block of each stage is shifted,
+# that of the second stage from left to right only.
 SHAPE = {
     "img_size": 16,
     "patch_size": 2,

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-SIZES = ("img_size=8", "window_size=2", "depths=[2,1]", "num_heads=[2,2]", "embed_dim=8")
+SIZES = ("img_size=8", "window_size=2", "depths=[2,1]", "num_heads=[2,3]", "embed_dim=12")
 BRIEF = [
     *("trainer=cpu", "trainer.max_epochs=1", "teacher.max_epochs=1", "dataset.batch_size=128"),
     *("teacher=swin", "loss=kl", *(f"teacher.{size}" for size in SIZES)),
@@ -35,14 +36,33 @@ def test_it_learns_block_by_block_and_is_measured_and_reported(run, tmp_path):
     assert [(pair["student_block"], pair["teacher_block"]) for pair in pairs] == [(0, 0), (1, 1), (2, 2)]
     run("evaluate", f"run={folder}")
     run("report", str(tmp_path))
-    (line,) = run("explain", f"run={folder}", code=2).err.splitlines()
-    assert "attends within windows" in line
+    run("explain", f"run={folder}", "images=2", "faithfulness_images=4")
+    with np.load(folder / "explain" / "maps.npz", allow_pickle=False) as maps:
+        assert maps["student/attention"].shape[1:] == (3, 3, 4, 4)
+        assert maps["student/heads"].tolist() == [2, 2, 3]
+        assert (maps["student/attention"][:, :2, 2] == 0).all()
+        # Each of a block's heads spreads 1 over the patches, in the merged stage too.
+        np.testing.assert_allclose(maps["student/attention"].sum((-2, -1))[:, 2], 1, rtol=1e-5)
+        np.testing.assert_allclose(maps["teacher/rollout"].sum((-2, -1)), 1, rtol=1e-5)
+    assert (folder / "attention.png").stat().st_size > 0
+    assert "Maps are shown, not compared" in (folder / "explain" / "index.html").read_text()
 
 
-def test_a_vit_that_it_taught_is_explained_without_its_maps(run, tmp_path):
+def test_a_vit_that_it_taught_is_explained_beside_it(run, tmp_path):
     run("train", "student=small", "method=logit", "name=vit")
+    folder = tmp_path / "digits" / "vit"
 
-    ended = run("explain", f"run={tmp_path / 'digits' / 'vit'}", "images=2")
+    run("explain", f"run={folder}", "images=2", "faithfulness_images=4", "methods=[relevance]")
 
-    assert "attends within windows" in ended.out + ended.err
-    assert "only its predictions" in ended.out + ended.err
+    with np.load(folder / "explain" / "maps.npz", allow_pickle=False) as maps:
+        assert {"teacher/relevance", "student/relevance"} <= {*maps}
+
+
+def test_a_method_that_windows_have_no_place_for_is_one_line(run, tmp_path):
+    run("train", *SWIN, "name=swin")
+
+    (line,) = run(
+        "explain", f"run={tmp_path / 'digits' / 'swin'}", "methods=[pytorch_grad_cam]", "images=1", code=2
+    ).err.splitlines()
+    assert "pytorch_grad_cam" in line
+    assert "methods=grad_cam" in line

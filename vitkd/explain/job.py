@@ -19,7 +19,15 @@ from vitkd.explain.gallery.explanation import Explanation, OfMethods
 from vitkd.explain.gallery.figures import denormalise
 from vitkd.explain.maps.methods import CLASS_SPECIFIC
 from vitkd.explain.maps.recording import has_maps
-from vitkd.explain.maps.subjects import TEACHER, Subject, maps_of, subject_of, with_regions, without_maps
+from vitkd.explain.maps.subjects import (
+    TEACHER,
+    Subject,
+    fits_one_image,
+    maps_of,
+    subject_of,
+    with_regions,
+    without_maps,
+)
 from vitkd.explain.measures.correctness import Correlation, correctness_correlation
 from vitkd.explain.measures.faithfulness import MapsOfClasses, faithfulness
 from vitkd.explain.measures.survey import Survey, survey
@@ -223,9 +231,14 @@ def _look(settings: Settings, sources: Sources, images: Tensor) -> list[Subject]
 
 def _note_on_patches(subjects: list[Subject]) -> list[str]:
     """Which models' patches the page cannot show the attention of."""
-    left_out = " and ".join(each.name for each in subjects if each.maps and each.patches is None)
-    text = f"What single patches of {left_out} attend to is left out to keep the page small; lower images."
-    return [text] if left_out else []
+    left_out = [each for each in subjects if each.maps and each.patches is None]
+    names = " and ".join(each.name for each in left_out)
+    remedy = "; lower images" if all(map(fits_one_image, left_out)) else ""
+    return (
+        [f"What single patches of {names} attend to is left out to keep the page small{remedy}."]
+        if names
+        else []
+    )
 
 
 def _note_on_weights(settings: Settings) -> list[str]:

@@ -18,7 +18,7 @@ from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison
 from vitkd.explain.settings import Settings
 from vitkd.methods.maps.granularity import map_block
-from vitkd.models import Model, digest, read_header
+from vitkd.models import Model, TimmConfig, digest, read_header
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import check_images, class_names
@@ -56,6 +56,8 @@ class Sources:
             data = self.first.config.dataset
             return data.image_size, data.channels, data.mean, data.std
         (model,) = self.models.values()
+        if isinstance(c := getattr(model, "config", None), TimmConfig):
+            return c.image_size, c.channels, c.mean, c.std
         stated = getattr(model, "pretrained_cfg", {})
         channels, _, size = stated.get("input_size", (3, 224, 224))
         if isinstance(model, Model):
@@ -172,6 +174,10 @@ def comparisons(runs: Mapping[str, Run]) -> tuple[dict[str, Comparison], list[st
 
 def how_compared(name: str, student: Layout, teacher: Layout) -> tuple[bool, list[str]]:
     """Whether maps of these layouts can be compared, and what `survey.comparable` does for that."""
+    if windowed := [who for who, layout in ((name, student), (TEACHER, teacher)) if layout.windows]:
+        return False, [
+            f"Maps are shown, not compared: attention of {' and '.join(windowed)} is within windows."
+        ]
     if student.grid == teacher.grid:
         return True, _reductions(name, student, teacher)
     student_grid, teacher_grid = ("×".join(map(str, layout.grid)) for layout in (student, teacher))

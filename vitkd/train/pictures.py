@@ -20,8 +20,10 @@ from torch import Tensor
 from vitkd.explain.gallery.figures import attention_unit, denormalise, figure_1
 from vitkd.explain.maps.attention import cls_attention
 from vitkd.explain.maps.recording import evaluating, layout, who_reads
+from vitkd.explain.maps.windows import received, windows_of
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.models import Model, Taps
+from vitkd.models.output import at_least_float32
 from vitkd.runs.curves import CurveLogger
 from vitkd.runs.files import write_atomically
 from vitkd.train.module import DistillModule
@@ -165,13 +167,21 @@ def look(
     weight = next(model.parameters())
     with evaluating(model):
         output = model(images.to(weight.device, weight.dtype), Taps(scores=tuple(heads)))
-    maps = {}
-    for block, of_block in heads.items():
-        layout = model.attention[block]
-        mask = None if layout.mask is None else layout.mask.to(weight.device)
-        place = layout.grid, of_block, layout.prefix, mask, layout.readers
-        maps[block] = cls_attention(output.scores[block], *place).cpu()
+    maps = {
+        block: map_of(model, block, scores, heads[block]).cpu() for block, scores in output.scores.items()
+    }
     return maps, output.predicted.tolist()
+
+
+def map_of(model: Model, block: int, scores: Tensor, heads: Sequence[int]) -> Tensor:
+    """Where a block's `heads` look, by its scores [B, H, Q, K]: a map [B, h, w] over the image's patches."""
+    layout = model.attention[block]
+    mask = None if layout.mask is None else layout.mask.to(scores.device)
+    if layout.window is None:
+        return cls_attention(scores, layout.grid, heads, layout.prefix, mask, layout.readers)
+    scores = at_least_float32(scores[:, [*heads]])
+    weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+    return received(weights.mean(1), [*map(windows_of, model.attention[: block + 1])])
 
 
 def log_picture(loggers: Sequence[Logger], tag: str, picture: np.ndarray, step: int) -> None:

@@ -136,6 +136,8 @@ def arrays_of(explanation: Explanation) -> bytes:
         content |= {f"{subject.name}/{method}": maps for method, maps in subject.maps.items()}
         if subject.patches is not None:
             content[f"{subject.name}/patches"] = subject.patches
+        if subject.heads:
+            content[f"{subject.name}/heads"] = np.asarray(subject.heads)
     file = BytesIO()
     np.savez_compressed(file, **content)
     return file.getvalue()

@@ -159,6 +159,7 @@ def _subject(subject: Subject) -> dict[str, Any]:
         "firstBlock": subject.first_block % blocks,
         "maps": {method: encode(maps) for method, maps in subject.maps.items()},
         "patches": None if subject.patches is None else encode(subject.patches),
+        "heads": [*subject.heads] or None,
     }
 
 

@@ -1,12 +1,12 @@
 """Attention through all blocks: its rollout, and what of it speaks for a class, by the class's gradient.
 
-Through windows, shifts and patch merging (Swin) both are products of sparse token matrices. Nobody has published
-that, so the definition is ours: with A_l block l's attention and M a patch merging as `windows` has them,
+Through windows, shifts and patch merging (Swin) both are products of sparse token matrices. Nobody has
+published that, so the definition is ours. With A_l block l's attention and M a merging as `windows` has them,
 
     r = 1ᵀ/T · F_L ⋯ M ⋯ F_1        F_l = (Ā_l + I)/2 of rollout, I + mean_h((∇A_l ⊙ A_l)⁺) of relevance,
 
-an M wherever patches are merged between two blocks. A merging has no residual connection, so I is not added to it,
-and no gradient weighs it. Without mergings, in a single window, it is the mean of the rows of the ViT's matrix.
+an M wherever patches are merged between two blocks. A merging has no residual connection, so no I is added to
+it, and no gradient weighs it. In a single window, without mergings, r is the mean row of the ViT's matrix.
 
 Shapes: B images, H heads, T tokens with the class token first, K classes; of windows R rows, W windows of N
 tokens each, h × w patches.

@@ -166,7 +166,13 @@ class _Logits(nn.Module):
 
 def _last_norm(model: nn.Module) -> nn.Module:
     """The norm before the last attention: after it only the tokens that are read would get a gradient."""
-    last: Any = model.blocks[-1]  # type: ignore[index]
+    blocks: Any = getattr(getattr(model, "network", model), "blocks", None)
+    if blocks is None:
+        raise ConfigError(
+            f"methods=pytorch_grad_cam: {type(model).__name__} has no `blocks` over one grid of tokens; "
+            "methods=grad_cam and relevance go through windows and patch merging"
+        )
+    last = blocks[-1]
     norm = getattr(last, "norm1", None) or getattr(getattr(last, "attention", None), "norm", None)
     if not isinstance(norm, nn.Module):
         raise ConfigError(f"{type(model).__name__}: its last block has no `norm1` for Grad-CAM to read")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, from_extra, one_line
 from vitkd.explain.maps.windows import Windows, windows_of
-from vitkd.models import Model
+from vitkd.models import Model, TimmConfig
 from vitkd.models.base import Trace
+from vitkd.models.timm.model import TimmModel
 
 
 class Layout(NamedTuple):
@@ -31,8 +32,8 @@ class Layout(NamedTuple):
     sees_itself: bool = True
     """whether a token may attend to itself; in locality attention it may not"""
     windows: Sequence[Windows] = ()
-    """per block: which of its tokens attend among themselves; nothing where all do. `grid` and `readers` are those
-    of the first block then, whose tokens are the patches"""
+    """per block: which of its tokens attend among themselves; nothing where all do. `grid` and `readers` are
+    those of the first block then, whose tokens are the patches"""
 
 
 class Recording(NamedTuple):
@@ -94,15 +95,13 @@ def _switched_off(modules: Iterable[nn.Module], switch: str) -> Iterator[None]:
 
 
 def has_maps(model: nn.Module) -> bool:
-    """Whether attention maps of the whole image can be asked for; a model that is not vitkd's is tried."""
+    """Whether attention maps can be asked for; a model that is not vitkd's is tried."""
     return not isinstance(model, Model) or why_no_maps(model) is None
 
 
 def why_no_maps(model: Model) -> str | None:
-    """Why there are no attention maps of the whole image, as the rest of a sentence; None if there are."""
-    if not model.attention:
-        return "has no attention maps"
-    return None
+    """Why there are no attention maps, as the rest of a sentence; None if there are."""
+    return None if model.attention else "has no attention maps"
 
 
 def layout(model: nn.Module, images: Tensor) -> Layout:
@@ -149,6 +148,8 @@ def who_reads(place: Layout | Recording) -> str:
 def timm_model(name: str, pretrained: bool = False) -> nn.Module:
     """The timm model `name` in eval mode, randomly initialised unless `pretrained`, which needs a network.
 
+    A Swin is a `TimmModel`, any other timm's own network.
+
     Raises ConfigError if timm is absent, has no such model, or cannot download its weights.
     """
     timm = from_extra("timm", "timm")
@@ -164,7 +165,19 @@ def timm_model(name: str, pretrained: bool = False) -> nn.Module:
             f"model=timm:{name}: cannot be built ({one_line(error)}); pretrained weights need a network, "
             "random ones do not"
         ) from error
-    return model.eval()
+    return _with_windows(name, model).eval()
+
+
+def _with_windows(name: str, network: Any) -> nn.Module:
+    """timm's network, as a model of vitkd's if it is a Swin: hooks do not tell where its windows lie."""
+    from vitkd.models.timm.architectures import ENCODERS
+    from vitkd.models.timm.swin import SwinEncoder
+
+    if not issubclass(ENCODERS.get(type(network), object), SwinEncoder):
+        return network
+    stated = network.pretrained_cfg
+    (channels, _, size), mean, std = stated["input_size"], [*stated["mean"]], [*stated["std"]]
+    return TimmModel(TimmConfig(size, channels, network.num_classes, mean, std, name), network)
 
 
 def _check_size(given: Sequence[int], taken: Sequence[int]) -> None:
@@ -219,7 +232,9 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
     if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) and hasattr(model, "patch_embed"):
         return [*blocks]
     if any(hasattr(module, "window_size") for module in model.modules()):
-        raise _no_maps(model, "attends within windows, so no map spans the image")
+        raise _no_maps(
+            model, "attends within windows, which only vitkd's TimmModel of Swin and Swin V2 records"
+        )
     raise _no_maps(model, "has no softmax attention that was found (no `blocks` behind a `patch_embed`)")
 
 

@@ -1,15 +1,15 @@
 """Attention within windows (Swin) as sparse matrices of the image's tokens.
 
-A block's attention is the T×T matrix A in whose row i are token i's weights of the N tokens of its window, each
-in the column of the place where it stood before the cyclic shift, and zeros elsewhere: also where a shift alone
-made two tokens neighbours, which the model masks. Patch merging is the matrix M of a row for each merged token,
-with ¼ at each of the four that it was made of. The classifier reads the mean of the last block's tokens, which is
-the row 1ᵀ/T. Neither A nor M is ever written out: rows are multiplied with them by their indices.
+A block's attention is the T×T matrix A: in row i stand token i's weights of the N tokens of its window, each
+in the column of where that stood before the cyclic shift, and zeros elsewhere, also where the shift alone made
+two tokens neighbours, which the model masks. Patch merging is the matrix M of a row for each merged token, with
+¼ at each of the four that it was made of. The classifier reads the mean of the last block's tokens, the row
+1ᵀ/T. Neither A nor M is ever written out: rows are multiplied with them by their indices.
 
-Shapes: B images, H heads, L blocks, R rows, T tokens of a block, W windows of N tokens, h × w patches of the image.
+Shapes: B images, H heads, R rows, T tokens of a block, W windows of N tokens, h × w patches of the image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Windows(NamedTuple):
     grid: tuple[int, int]
     """tokens from top to bottom and from left to right"""
     tokens: Tensor
-    """[W, N] the numbers of each window's tokens, row by row of the grid, in the order of the block's weights"""
+    """[W, N] each window's tokens, numbered row by row of the grid, in the order of the block's weights"""
 
 
 def windows_of(layout: AttentionLayout) -> Windows:
@@ -52,7 +52,7 @@ def times(rows: Tensor, weights: Tensor, windows: Windows) -> Tensor:
 
 
 def unmerged(rows: Tensor, merged: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """rows · M [..., T], of rows over the `merged` tokens that a `grid` of T became; as they are if it is one.
+    """rows · M [..., T], of rows over the `merged` tokens that a `grid` became; unchanged if the two are one.
 
     At the border of an odd grid a token is made of two or of one, which share what four do elsewhere.
     """
@@ -103,6 +103,13 @@ def given(weights: Tensor, windows: Sequence[Windows]) -> Tensor:
     own = torch.eye(windows[-1].tokens.numel(), dtype=weights.dtype, device=weights.device)
     maps = on_patches(times(own, weights, windows[-1]), windows)
     return maps[..., _part_of(windows), :, :]
+
+
+def of_blocks(
+    read: Callable[[Tensor, Sequence[Windows]], Tensor], weights: Sequence[Tensor], windows: Sequence[Windows]
+) -> list[Tensor]:
+    """`received` or `given` of every block."""
+    return [read(each, windows[: block + 1]) for block, each in enumerate(weights)]
 
 
 def _part_of(windows: Sequence[Windows]) -> Tensor:

@@ -4,7 +4,7 @@ All maps are attention weights after the softmax. Where a metric is undefined (t
 of equal weights, for one) it is NaN.
 
 Shapes: B images, H heads, M maps (any number of axes), T tokens (prefix + h·w), N = h·w patches, L blocks;
-of features, N examples (images times tokens), D and D' features.
+of windows W windows of N tokens each; of features, N examples (images times tokens), D and D' features.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.attention import check_grid, rows_read
+from vitkd.explain.maps.windows import Windows
 from vitkd.models.output import at_least_float32
 
 COMPARISONS = ("kl", "js", "spearman", "top_k_iou", "cls_overlap")
@@ -156,6 +157,31 @@ def locality(weights: Sequence[Tensor], grid: tuple[int, int], prefix: int = 1) 
     """
     distances = [mean_distance(each, grid, 1, prefix) for each in weights]
     return torch.stack(distances, 1) / uniform_distance(grid)
+
+
+def windowed_locality(weights: Sequence[Tensor], windows: Sequence[Windows]) -> Tensor:
+    """As `locality`, of attention within windows, over each block's own tokens: [B, L, H].
+
+    H is the most heads that a block has; NaN for those that another has not, and for a block of one token.
+
+    Args:
+        weights: per block [B, heads, W·N, N].
+        windows: of every block.
+    """
+    blocks = [_within(each, place) for each, place in zip(weights, windows, strict=True)]
+    heads = max(each.shape[1] for each in blocks)
+    filled = [pad(each, (0, heads - each.shape[1]), value=math.nan) for each in blocks]
+    return torch.stack(filled, 1)
+
+
+def _within(weights: Tensor, windows: Windows) -> Tensor:
+    """A block's distance [B, heads] relative to that of uniform attention over all of its tokens."""
+    rows, columns = windows.grid
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[windows.tokens].to(weights)
+    distances = torch.cdist(places, places).flatten(0, 1)
+    return (at_least_float32(weights) * distances).sum(-1).mean(-1) / (
+        uniform_distance(windows.grid) or math.nan
+    )
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitkd.explain.maps.attention import scaled
 from vitkd.explain.maps.recording import Recording, has_maps, logits_of, record
-from vitkd.explain.measures.distances import CKASums, locality
+from vitkd.explain.measures.distances import CKASums, locality, windowed_locality
 from vitkd.explain.measures.fidelity import FidelityRow, FidelitySums, MapPair
 from vitkd.methods.maps.alignment import resized_weights, token_interpolation, without_tokens
 
@@ -100,7 +100,7 @@ def survey(
             logits = recordings[name].logits if name in recordings else logits_of(model, images)
             predicted[name].append(logits.argmax(-1).cpu())
         for name, recording in recordings.items():
-            reach[name].append(locality(recording.weights, recording.grid, recording.prefix).cpu())
+            reach[name].append(reach_of(recording).cpu())
         for student, comparison in comparisons.items():
             names = [student, comparison.teacher, *([comparison.alone] if comparison.alone else [])]
             compared = comparable(*(recordings[name] for name in names))
@@ -114,6 +114,13 @@ def survey(
         {name: torch.cat(each).nanmean(0) for name, each in reach.items()},
         {student: each.result() for student, each in sums.items()},
     )
+
+
+def reach_of(recording: Recording) -> Tensor:
+    """Mean attention distances [B, L, H], relative to that of uniform attention."""
+    if recording.windows:
+        return windowed_locality(recording.weights, recording.windows)
+    return locality(recording.weights, recording.grid, recording.prefix)
 
 
 class _FidelitySums:
