@@ -410,6 +410,52 @@ def test_the_arrows_choose_a_patch_and_no_other_image(show):
     assert "#10" in tab.text_content("#large-title")
 
 
+def test_maps_that_share_most_of_their_value_show_where_they_differ(show):
+    page = page_of()
+    relevance = [1 + subject.maps["relevance"] / 1000 for subject in page.subjects]
+    tab = show(
+        replace(
+            page,
+            subjects=[
+                replace(subject, maps={**subject.maps, "relevance": maps})
+                for subject, maps in zip(page.subjects, relevance, strict=True)
+            ],
+        )
+    )
+    tab.uncheck("#smooth")
+    choose(tab, method="relevance", scale="map")
+
+    maps = relevance[1][2]
+    assert_close(pixels(tab, 24, 1), coloured(maps, maps.min(), maps.max()))
+    first, last = tab.locator('.card[data-index="24"] .bar').last.locator("span:not(.ramp)").all_inner_texts()
+    assert float(first) < float(last)
+
+
+def test_blocks_with_fewer_heads_offer_those_alone(show):
+    """As Swin's stages have: the mean is over a block's own heads, and no other can be chosen."""
+    page = page_of()
+    teacher, student = page.subjects
+    attention = student.maps["attention"].copy()
+    attention[:, 0, 1:] = 0
+    counts = [1, attention.shape[2]]
+    fewer = replace(student, maps={**student.maps, "attention": attention}, heads=counts, patches=None)
+    tab = show(replace(page, subjects=[teacher, fewer]))
+    tab.uncheck("#smooth")
+    tab.select_option('[data-block="1"]', "1")
+    tab.select_option('[data-head="1"]', "1")
+    tab.select_option('[data-block="1"]', "0")
+    choose(tab, scale="map")
+
+    assert tab.input_value('[data-head="1"]') == "mean"
+    offered = tab.locator('[data-head="1"] option:not([disabled])').all_inner_texts()
+    assert offered == ["mean", "highest", "lowest", "0"]
+    only = attention[2, 0, 0]
+    assert_close(pixels(tab, 24, 1), coloured(only, 0, only.max()))
+    tab.click('.card[data-index="24"] .open')
+    rows = tab.locator("#heads table").nth(1).locator("tbody tr")
+    assert [rows.nth(block).locator("button").count() for block in range(2)] == counts
+
+
 def test_who_cannot_be_asked_shows_nothing_else_instead(show):
     page = page_of()
     teacher, student = page.subjects

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitkd.errors import ConfigError
+from vitkd.explain.maps import subjects
 from vitkd.explain.maps.flow import (
     attention_grad_cam,
     attention_gradients,
@@ -18,10 +20,14 @@ from vitkd.explain.maps.flow import (
     windowed_rollout,
 )
 from vitkd.explain.maps.methods import CLASS_SPECIFIC, explain_by
-from vitkd.explain.maps.recording import Recording, record, who_reads
+from vitkd.explain.maps.recording import Recording, own_layout, record, who_reads
+from vitkd.explain.maps.subjects import subject_of, with_regions
 from vitkd.explain.maps.windows import given, identity, on_patches, received, times, unmerged, windows_of
+from vitkd.explain.measures.distances import locality, windowed_locality
+from vitkd.explain.sources import how_compared
 from vitkd.models import TimmConfig
 from vitkd.models.output import AttentionLayout
+from vitkd.train.pictures import look
 
 # 8×8 patches in windows of 4×2, then 4×4 tokens in two windows. The second block of each stage is shifted,
 # that of the second stage from left to right only.
@@ -333,6 +339,68 @@ def test_maps_of_another_class_differ_where_the_method_depends_on_it(model):
     for method in OURS:
         ours, others = (explain_by(method, model, images(), target) for target in (TARGET, TARGET.flip(0)))
         assert torch.equal(ours, others) == (method not in CLASS_SPECIFIC), method
+
+
+def test_distances_are_those_of_the_dense_maps(recording, dense):
+    found = windowed_locality(recording.weights, recording.windows)
+
+    assert found.shape == (2, 4, 3)
+    # The first stage has two heads.
+    assert found[:, :2, 2].isnan().all()
+    for block, (weights, grid) in enumerate(zip(dense.weights, dense.grids, strict=True)):
+        close(found[:, block, : weights.shape[1]], locality([weights], grid, prefix=0)[:, 0])
+
+
+def test_a_subject_holds_every_block_on_the_patches(model, dense):
+    subject, features = subject_of("it", model, images(), ["attention", "rollout", "random"])
+
+    attention = subject.maps["attention"]
+    assert (attention.shape, [*subject.heads]) == ((2, 4, 3, 8, 8), [2, 2, 3, 3])
+    assert (attention[:, :2, 2] == 0).all()
+    for block, weights in enumerate(dense.weights):
+        means = weights.mean(2) if block < 2 else weights.mean(2) @ merging((8, 8))
+        maps = torch.from_numpy(attention[:, block, : weights.shape[1]]).flatten(2)
+        torch.testing.assert_close(maps.double(), means, atol=1e-7, rtol=1e-5)
+    # Of this page every patch can be asked, by each head.
+    assert subject.patches.shape == (2, 4, 3, 64, 8, 8)
+    assert features.shape == (2, 64, 4)
+    torch.testing.assert_close(features.mean(1), torch.ones(2, 4, dtype=features.dtype))
+    assert with_regions(subject, features, 3).maps["regions"].shape == (2, 8, 8)
+
+
+def test_where_heads_are_averaged_the_missing_ones_do_not_count(model, dense, monkeypatch):
+    monkeypatch.setattr(subjects, "MAX_ATTENTION_VALUES", 1)
+
+    subject, _ = subject_of("it", model, images(), ["attention"])
+
+    assert (subject.maps["attention"].shape, [*subject.heads]) == ((2, 4, 1, 8, 8), [])
+    expected = dense.weights[0].mean((1, 2)).unflatten(-1, (8, 8)).float()
+    torch.testing.assert_close(torch.from_numpy(subject.maps["attention"][:, 0, 0]), expected)
+
+
+def test_pictures_during_training_are_the_same_maps(model):
+    subject, _ = subject_of("it", model, images(), ["attention"])
+
+    maps, labels = look(model, images(), {1: [1], 3: [0, 2]})
+
+    assert labels == [*subject.predicted]
+    attention = torch.from_numpy(subject.maps["attention"])
+    torch.testing.assert_close(maps[1].float(), attention[:, 1, 1])
+    torch.testing.assert_close(maps[3].float(), attention[:, 3, [0, 2]].mean(1))
+
+
+def test_maps_within_windows_are_shown_and_not_compared(model, tiny):
+    vit = own_layout(tiny().build())
+
+    for pair in ((own_layout(model), vit), (vit, own_layout(model))):
+        is_possible, (said,) = how_compared("student", *pair)
+        assert not is_possible
+        assert said.startswith("Maps are shown, not compared: attention of ")
+
+
+def test_another_packages_grad_cam_has_no_one_grid_to_read(model):
+    with pytest.raises(ConfigError, match=r"^methods=pytorch_grad_cam: [^\n]*methods=grad_cam[^\n]*$"):
+        explain_by("pytorch_grad_cam", model, images().float(), TARGET)
 
 
 def test_recording_leaves_the_model_as_it_was(model):

@@ -87,11 +87,11 @@ def render(page: GalleryPage) -> str:
 def encode(maps: Maps) -> dict[str, Any]:
     """Maps [N, ...] as base64 of little-endian uint16 q, each image's value being low + step · q.
 
-    An image without negative values has low 0, so that its zeros stay zeros. Every value is exact to
-    half a step, 1/131,070 of the image's range.
+    An image's lowest value is low, so that its zeros stay zeros unless others are below. Every value is exact
+    to half a step, 1/131,070 of the image's range.
     """
     values = maps.astype(np.float64).reshape(len(maps), -1)
-    low = values.min(1).clip(max=0)
+    low = values.min(1)
     step = (values.max(1) - low).clip(min=0) / LEVELS
     levels = np.rint((values - low[:, None]) / np.where(step > 0, step, 1)[:, None]).clip(0, LEVELS)
     return {

@@ -1,10 +1,10 @@
 """Attention within windows (Swin) as sparse matrices of the image's tokens.
 
 A block's attention is the T×T matrix A: in row i stand token i's weights of the N tokens of its window, each
-in the column of where that stood before the cyclic shift, and zeros elsewhere, also where the shift alone made
-two tokens neighbours, which the model masks. Patch merging is the matrix M of a row for each merged token, with
-¼ at each of the four that it was made of. The classifier reads the mean of the last block's tokens, the row
-1ᵀ/T. Neither A nor M is ever written out: rows are multiplied with them by their indices.
+in the column of where that stood before the cyclic shift, and zeros elsewhere, also where only the shift made
+two tokens neighbours, which the model masks. Patch merging is the matrix M of a row for each merged token,
+with ¼ at each of the four that it was made of. The classifier reads the mean of the last block's tokens, the
+row 1ᵀ/T. Neither A nor M is ever written out: rows are multiplied with them by their indices.
 
 Shapes: B images, H heads, R rows, T tokens of a block, W windows of N tokens, h × w patches of the image.
 """
