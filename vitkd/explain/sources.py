@@ -134,7 +134,7 @@ def _load_runs(settings: Settings) -> list[Run]:
     for run in runs:
         if cause := why_no_maps(run.student):
             what = f"its student ({run.student.config}) {cause}"
-            raise ConfigError(f"run={run.path}: {what}; name a run whose student is a ViT")
+            raise ConfigError(f"run={run.path}: {what}; name a run whose student is a ViT or a Swin")
     _check_same_images(runs)
     if len({digest(run.teacher) for run in runs if run.teacher is not None}) > 1:
         raise ConfigError(
