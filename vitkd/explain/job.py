@@ -232,13 +232,11 @@ def _look(settings: Settings, sources: Sources, images: Tensor) -> list[Subject]
 def _note_on_patches(subjects: list[Subject]) -> list[str]:
     """Which models' patches the page cannot show the attention of."""
     left_out = [each for each in subjects if each.maps and each.patches is None]
+    if not left_out:
+        return []
     names = " and ".join(each.name for each in left_out)
     remedy = "; lower images" if all(map(fits_one_image, left_out)) else ""
-    return (
-        [f"What single patches of {names} attend to is left out to keep the page small{remedy}."]
-        if names
-        else []
-    )
+    return [f"What single patches of {names} attend to is left out to keep the page small{remedy}."]
 
 
 def _note_on_weights(settings: Settings) -> list[str]:

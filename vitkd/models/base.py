@@ -19,7 +19,7 @@ class Trace(NamedTuple):
     logits: Tensor
     """[*S, B, classes]"""
     weights: tuple[Tensor, ...]
-    """per block: [*S, B, heads, T, T], the very tensors that multiplied the values"""
+    """per block: [*S, B, heads, Q, K], the very tensors that multiplied the values"""
     tokens: tuple[Tensor, ...]
     """per block: [*S, B, T, embed_dim] after it"""
 

@@ -99,10 +99,10 @@ class AttentionOutput(NamedTuple):
     """What was asked of one block's attention."""
 
     scores: Tensor | None
-    """[*S, B, H, T, T]"""
+    """[*S, B, H, T, T]; within windows [B, H, Q, K]"""
     qkv: QKV | None
     weights: Tensor | None
-    """[*S, B, H, T, T], the very tensor that multiplied the values, in one graph with the tokens"""
+    """as `scores`: the very tensor that multiplied the values, in one graph with the tokens"""
 
     @classmethod
     def tapped(

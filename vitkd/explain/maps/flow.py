@@ -20,7 +20,7 @@ from torch import Tensor
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.attention import Fusion, fuse, scaled
 from vitkd.explain.maps.recording import Recording
-from vitkd.explain.maps.windows import Windows, identity, on_patches, pooling_row, received, times, unmerged
+from vitkd.explain.maps.windows import Windows, identity, pooling_row, received, times, unmerged
 from vitkd.models.output import at_least_float32
 
 
@@ -145,11 +145,8 @@ def windowed_rollout(
         rows: [R, T] over the last block's tokens, to start from instead of their mean: I for every token's
             rollout. The maps are [B, R, h, w] then.
     """
-    steps = [
-        fuse(each) + identity(place, at_least_float32(each))
-        for each, place in zip(weights, windows, strict=True)
-    ]
-    return _through([scaled(step) for step in steps], windows, rows)
+    with_residual = (a + identity(place, a) for a, place in zip(map(fuse, weights), windows, strict=True))
+    return _through([*map(scaled, with_residual)], windows, rows)
 
 
 def windowed_gradient_rollout(
@@ -170,10 +167,8 @@ def windowed_relevance(
     rows: Tensor | None = None,
 ) -> Tensor:
     """Class-specific relevance through windows [B, h, w]; `gradients` as for `relevance`, `rows` as above."""
-    steps = [
-        weighted_by_gradient(a, gradient) + identity(place, at_least_float32(a))
-        for a, gradient, place in zip(weights, gradients, windows, strict=True)
-    ]
+    speaks = map(weighted_by_gradient, weights, gradients)
+    steps = [a + identity(place, a) for a, place in zip(speaks, windows, strict=True)]
     return _through(steps, windows, rows)
 
 
@@ -185,13 +180,13 @@ def windowed_grad_cam(
 
 
 def _through(factors: Sequence[Tensor], windows: Sequence[Windows], rows: Tensor | None) -> Tensor:
-    """rows · F_L ⋯ M ⋯ F_1 as maps on the patches, of factors [B, W·N, N]."""
+    """rows · F_L ⋯ M ⋯ F_1 as maps [B, R, h, w], of factors [B, W·N, N]; of the mean row, [B, h, w]."""
     grid = windows[-1].grid
     flow = pooling_row(windows[-1], factors[-1]) if rows is None else rows
     flow = flow.expand(len(factors[-1]), -1, -1)
     for factor, place in zip(reversed(factors), reversed(windows), strict=True):
         flow, grid = times(unmerged(flow, grid, place.grid), factor, place), place.grid
-    maps = on_patches(flow, windows[:1])
+    maps = flow.unflatten(-1, windows[0].grid)
     return maps if rows is not None else maps.squeeze(1)
 
 

@@ -178,7 +178,7 @@ def _within(weights: Tensor, windows: Windows) -> Tensor:
     """A block's distance [B, heads] relative to that of uniform attention over all of its tokens."""
     rows, columns = windows.grid
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[windows.tokens].to(weights)
-    distances = torch.cdist(places, places).flatten(0, 1)
+    distances = (places[:, :, None] - places[:, None]).square().sum(-1).sqrt().flatten(0, 1)
     return (at_least_float32(weights) * distances).sum(-1).mean(-1) / (
         uniform_distance(windows.grid) or math.nan
     )
