@@ -22,6 +22,7 @@ from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.dkd import DKD
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
@@ -199,8 +200,15 @@ CONTROL = {
 }
 
 
+# On the report's models, with the settings of the method's paper.
+METHOD = {
+    "method/dkd": (DKD(temperature=4, target_weight=1, non_target_weight=8), 0.5),
+    "method/logit_standardized": (LogitDistillation(temperature=2, standardize=True), 0.011),
+}
+
+
 def test_every_experiment_is_listed():
-    described = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
+    described = {*EXPERIMENT, *CONTROL, *METHOD, "report/deit_flowers"}
     assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 
 
@@ -244,6 +252,15 @@ def test_an_experiment_is_what_its_name_says(name, read):
         assert config.teacher.model.tokenizer == expected["tokenizer"]
         assert config.teacher.optimizer == AdamW(lr=1e-3)
         assert config.teacher.schedule == Constant()
+    config.method.check(config.student, config.teacher.model, config)
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_a_methods_experiment_has_its_papers_settings(name, read):
+    config = read(f"experiment={name}")
+
+    assert (config.method, config.alpha) == METHOD[name]
+    assert config.dataset.name == "cifar100"
     config.method.check(config.student, config.teacher.model, config)
 
 

@@ -10,6 +10,7 @@ from tests.train.stacked.test_architectures import randomised
 from tests.train.stacked.test_module import assert_trains_as_alone, assert_validates_as_alone, batch
 from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import DataFacts, Method, Objective
+from vitkd.methods.dkd import DKD
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block
 from vitkd.methods.maps.losses import KL
@@ -25,6 +26,9 @@ OF_LOGITS: list[tuple[Method, float]] = [
     (LogitDistillation(temperature=2.0), 0.4),
     (LogitDistillation(temperature=4.0), 0.4),
     (LogitDistillation(temperature=4.0), 0.0),
+    (LogitDistillation(temperature=2.0, standardize=True), 0.4),
+    (DKD(), 0.4),
+    (DKD(non_target_weight=2.0), 0.4),
     (TokenDistillation(), 0.5),
     (TokenDistillation(targets="soft", temperature=2.0), 0.7),
     (TokenDistillation(), 1.0),
@@ -85,10 +89,10 @@ def test_curves_are_those_of_separate_runs(teacher, members):
 
 
 def test_students_of_one_kind_share_a_group_and_no_others_do(members):
-    groups = StackedModule(members("a ViT"), [0] * 13, seeds=range(13)).groups
+    groups = StackedModule(members("a ViT"), [0] * 16, seeds=range(16)).groups
 
     assert [(group.start, group.stop) for group in groups if group.stop - group.start > 1] == [(1, 3)]
-    assert len(groups) == 12
+    assert len(groups) == 15
 
 
 def test_an_objective_without_a_stack_key_is_in_a_group_of_its_own():
