@@ -43,6 +43,7 @@ SMALL_SWIN = [
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
     ("student", "resnet"): ["method=logit"],
+    ("method", "together"): ["method.parts=[attention,relation,dkd]", "method.weights=[1,0.5,0.1]"],
     ("student", "vit"): SMALL,
     ("student", "report"): SMALL,
     ("student", "mnist"): SMALL,

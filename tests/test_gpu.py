@@ -181,8 +181,10 @@ def test_replayed_steps_are_those_taken_one_by_one(command, tmp_path, precision)
         ("method=token", "teacher=resnet", "teacher.stem=small", "teacher.max_epochs=1"),
         ("method=token", "method.targets=soft", "method.attention_weight=1"),
         ("method=logit", "student.distillation_token=true"),
+        ("method=logit", "method.standardize=true"),
+        ("method=together", "method.parts=[attention,relation,dkd]", "method.weights=[1,1,0.1]"),
     ],
-    ids=["spt-lsa", "resnet", "token-attention", "logit"],
+    ids=["spt-lsa", "resnet", "token-attention", "logit", "standardized", "together"],
 )
 def test_replayed_steps_of_other_models_are_those_taken_one_by_one(command, tmp_path, own):
     settings = [*TRAINING, "student.dropout=0", *own, f"paths.outputs={tmp_path}"]

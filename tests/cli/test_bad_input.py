@@ -85,6 +85,9 @@ TRAIN = [
     ("method.resize=bicubic", "method.resize=bicubic", "bilinear"),
     ("method.control=shufled", "method.control=shufled", "shuffled, uniform or null"),
     ("method=logit method.temperature=0", "method.temperature=0", "above 0"),
+    ("method=together method.logit.temperature=0", "method.logit.temperature=0", "above 0"),
+    ("method=together method.parts=[attention,logits]", "method.parts=[attention,logits]", "mean logit?"),
+    ("method=together method.weights=[1]", "method.weights=[1.0]", "parts=[attention,logit]"),
     ("teacher.trained=false teacher.checkpoint=x", "trained=false", "x is trained"),
     # what Lightning's Trainer takes
     ("trainer.max_epochs=0", "trainer.max_epochs=0", "at least 1"),

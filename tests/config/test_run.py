@@ -22,10 +22,14 @@ from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.base import Method
+from vitkd.methods.dkd import DKD
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
 from vitkd.methods.none import NoDistillation
+from vitkd.methods.relation import RelationDistillation
+from vitkd.methods.together import Together
 from vitkd.methods.token import TokenDistillation
 from vitkd.models import ResNetConfig, TimmConfig, count_parameters
 from vitkd.optim import AdamW, Constant, WarmupCosine
@@ -56,9 +60,10 @@ def settings_of(path: Path) -> dict[str, Any]:
     settings = settings.get(path.stem, settings)  # of a group from which several may be chosen
     for base in settings.pop("defaults", []):
         if isinstance(base, str) and base != "_self_":
-            name = base.partition("@")[0]
+            name, _, place = base.partition("@")
             file = CONF_DIR / name[1:] if name.startswith("/") else path.parent / name
-            settings = settings_of(file.with_suffix(".yaml")) | settings
+            inherited = settings_of(file.with_suffix(".yaml"))
+            settings = ({place: inherited} if place and not name.startswith("/") else inherited) | settings
     return settings
 
 
@@ -133,6 +138,9 @@ def test_an_option_sets_exactly_what_its_class_takes(path):
     inherited = {"blocks"} if cls is Encoder else set()
 
     expected = {field.name for field in fields(cls)} - inherited
+    if cls is Together:
+        assert {*settings} >= {*settings["parts"]}
+        expected = expected - {cls.REST} | {key for key, value in settings.items() if isinstance(value, dict)}
     if cls is TimmConfig:
         # The others are arguments of most of timm's models.
         others = {*settings} - expected
@@ -199,8 +207,22 @@ CONTROL = {
 }
 
 
+# On the report's models, with the settings of the method's paper.
+PARTS: dict[str, Method] = {
+    "attention": AttentionDistillation(),
+    "relation": RelationDistillation(),
+    "logit": LogitDistillation(),
+    "dkd": DKD(),
+}
+METHOD = {
+    "method/together": (Together(["attention", "logit"], None, PARTS), 0.5),
+    "method/dkd": (DKD(temperature=4, target_weight=1, non_target_weight=8), 0.5),
+    "method/logit_standardized": (LogitDistillation(temperature=2, standardize=True), 0.011),
+}
+
+
 def test_every_experiment_is_listed():
-    described = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
+    described = {*EXPERIMENT, *CONTROL, *METHOD, "report/deit_flowers"}
     assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 
 
@@ -244,6 +266,15 @@ def test_an_experiment_is_what_its_name_says(name, read):
         assert config.teacher.model.tokenizer == expected["tokenizer"]
         assert config.teacher.optimizer == AdamW(lr=1e-3)
         assert config.teacher.schedule == Constant()
+    config.method.check(config.student, config.teacher.model, config)
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_a_methods_experiment_has_its_papers_settings(name, read):
+    config = read(f"experiment={name}")
+
+    assert (config.method, config.alpha) == METHOD[name]
+    assert config.dataset.name == "cifar100"
     config.method.check(config.student, config.teacher.model, config)
 
 

@@ -46,6 +46,41 @@ def test_the_loss_is_torchdistills(temperature, alpha):
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_of_z_scores_is_torchdistills(temperature):
+    """With the paper's weights, which are alpha = 0.1/9.1 but for a factor of 9.1."""
+    from torchdistill.losses.mid_level import LogitStdKDLoss
+
+    student, teacher = 3 + 5 * torch.randn(6, 5).double(), torch.randn(6, 5).double()
+    labels, alpha = torch.randint(5, (6,)), 0.1 / 9.1
+    paths = {f"{model}_module_path": "." for model in ("student", "teacher")}
+    outputs = {f"{model}_module_io": "output" for model in ("student", "teacher")}
+    theirs = LogitStdKDLoss(**paths, **outputs, temperature=temperature, alpha=0.1, beta=9.0)
+    expected = theirs({".": {"output": student}}, {".": {"output": teacher}}, labels)
+
+    losses = losses_of(LogitObjective(temperature, standardize=True), student, teacher)
+    total = alpha * F.cross_entropy(student, labels) + (1 - alpha) * losses.mean()
+
+    torch.testing.assert_close(9.1 * total, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_z_scores_do_without_the_teachers_range():
+    """Logits that are the teacher's but for a shift and a factor of each image have nothing to learn."""
+    teacher = torch.randn(6, 5, dtype=torch.float64)
+    student = torch.randn(6, 1).double() + (0.2 + 0.5 * torch.rand(6, 1).double()) * teacher
+
+    assert losses_of(LogitObjective(2.0, standardize=True), student, teacher).max() < 1e-9
+    assert losses_of(LogitObjective(2.0), student, teacher).max() > 1e-3
+
+
+def test_equal_logits_are_no_reason_for_nan():
+    student = torch.zeros(2, 5, requires_grad=True)
+
+    losses_of(LogitObjective(2.0, standardize=True), student, torch.randn(2, 5)).sum().backward()
+
+    assert student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_each_image_has_a_value_of_its_own(temperature):
     """T²·Σ p (log p − log q), by hand."""
@@ -59,9 +94,10 @@ def test_each_image_has_a_value_of_its_own(temperature):
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_stacked_logits_have_a_loss_each():
+@pytest.mark.parametrize("standardize", [False, True])
+def test_stacked_logits_have_a_loss_each(standardize):
     student, teacher = torch.randn(3, 6, 5), torch.randn(6, 5)
-    objective = LogitObjective(2.0)
+    objective = LogitObjective(2.0, standardize)
 
     together = losses_of(objective, student, teacher)
 

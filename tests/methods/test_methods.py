@@ -11,6 +11,7 @@ from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation, record_both
 from vitkd.methods.base import DataFacts
+from vitkd.methods.dkd import DKD
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, BlockPair, Encoder, Head
 from vitkd.methods.maps.losses import KL, MSE
@@ -180,6 +181,8 @@ EVERY_OBJECTIVE = pytest.mark.parametrize(
         (AttentionDistillation(), {"map_loss": 6}),
         (AttentionDistillation(control="shuffled"), {"map_loss": 6}),
         (LogitDistillation(), {"logit_loss": 1}),
+        (LogitDistillation(standardize=True), {"logit_loss": 1}),
+        (DKD(), {"target_loss": 1, "non_target_loss": 1}),
         (TokenDistillation(), {"token_loss": 1}),
         (TokenDistillation("soft", attention_weight=0.5), {"token_loss": 1, "map_loss": 6}),
     ],

@@ -429,6 +429,31 @@ def test_arms_of_a_distillation_token_say_what_it_learns(runs):
     ]
 
 
+def test_several_methods_at_once_are_named_by_their_parts(runs):
+    maps = {"method": "Together", "method__parts": ["attention", "logit"], "alpha": 0.5}
+    logits = {"method": "Together", "method__parts": ["logit", "dkd"], "alpha": 0.5}
+    runs.arm({0: 0.9}, **maps, method__weights=None)
+    runs.arm({0: 0.9}, **maps, method__weights=[1.0, 0.5], loss="mse")
+    runs.arm({0: 0.9}, **maps, method__weights=[1.0, 0.5], method__logit__temperature=2.0)
+    runs.arm({0: 0.9}, **maps, method__weights=[1.0, 0.5], method__logit__temperature=4.0)
+    runs.arm({0: 0.9}, **logits, method__weights=[1.0, 0.1])
+    runs.arm({0: 0.9}, method="logit", alpha=0.5)
+    relation = logits | {"method__parts": ["relation", "logit"]}
+    runs.arm({0: 0.9}, **relation, method__weights=None, granularity="head")
+
+    (experiment,) = experiments(runs)
+
+    assert sorted(labels(experiment)) == [
+        "1·block kl + 0.5·logit, alpha 0.5, method.logit.temperature=2",
+        "1·block kl + 0.5·logit, alpha 0.5, method.logit.temperature=4",
+        "1·block kl + 1·logit, alpha 0.5",
+        "1·block mse + 0.5·logit, alpha 0.5",
+        "1·head relation + 1·logit, alpha 0.5",
+        "1·logit + 0.1·dkd, alpha 0.5",
+        "logit, alpha 0.5",
+    ]
+
+
 def test_a_plain_student_is_no_baseline_of_one_with_a_distillation_token(runs):
     """As `-m method=token,none` makes them."""
     runs.arm({0: 0.9, 1: 0.9}, **TOKEN)

@@ -252,6 +252,7 @@ def resolve(composed: DictConfig) -> dict[str, Any]:
 def recorded(node: Mapping[str, Any], settings: Any) -> dict[str, Any]:
     """The settings of a node with the values, and so the types, that the object built from it has."""
     values = vars(settings) | (vars(settings.model) if isinstance(settings, Teacher) else {})
+    values |= values.get(getattr(settings, "REST", None), {})
     built = {key: values.get(key, value) for key, value in node.items()}
     return {key: recorded(node[key], each) if is_dataclass(each) else each for key, each in built.items()}
 

@@ -98,7 +98,9 @@ def instantiate(key: str, cls: type, settings: Mapping[str, Any]) -> Any:
         if settings.get(f.name, f.default) in (MISSING, "???") and f.default_factory is MISSING:
             raise ConfigError(f"{prefix}{f.name}: is missing and required; add {prefix}{f.name}=VALUE")
     hints = get_type_hints(cls)
-    values = {name: converted(f"{prefix}{name}", value, hints[name]) for name, value in settings.items()}
+    rest = getattr(cls, "REST", None)
+    keys = {name: key if name == rest else f"{prefix}{name}" for name in settings}
+    values = {name: converted(keys[name], value, hints[name]) for name, value in settings.items()}
     try:
         built = cls(**values)
     except ConfigError as error:
@@ -127,6 +129,8 @@ def converted(key: str, value: Any, hint: Any) -> Any:
     if is_dataclass(hint):
         check_group(key, value)
         return instantiate(key, cast(type, hint), value)
+    if get_origin(hint) is dict and is_dataclass(base := get_args(hint)[1]):
+        return {name: build(f"{key}.{name}", node, cast(type, base)) for name, node in value.items()}
     try:
         return _converted(value, hint)
     except (ValidationError, ValueError, OverflowError) as error:

@@ -4,7 +4,7 @@ Shapes: S stacked students (absent for one), B batch, C classes, P values an ima
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -70,6 +70,10 @@ class Objective(nn.Module, ABC):
         """Equal for objectives of which a stack of students needs but one; else each has a key of its own."""
         return id(self)
 
+    def shared_by(self, objectives: Sequence["Objective"]) -> "Objective":
+        """One for a stack of all their students: `objectives`, this one first, have equal stack keys."""
+        return self
+
     def class_logits(self, student: Output) -> Tensor:
         """The student's logits [*S, B, C] that learn the labels."""
         return student.answer
@@ -93,8 +97,11 @@ class Method(ABC):
     """A way to train a student; its fields are the keys of its file in `conf/method/`."""
 
     needs_teacher: ClassVar[bool] = True
-    trains_parameters: ClassVar[bool] = False
-    """whether its objective has parameters of its own, which a stack of students cannot train"""
+
+    @property
+    def trains_parameters(self) -> bool:
+        """Whether its objective has parameters of its own, which a stack of students cannot train."""
+        return False
 
     @property
     def min_batch_size(self) -> int:

@@ -1,11 +1,22 @@
 """`method=logit`: distillation of class probabilities (Hinton, Vinyals and Dean 2015); no map is compared.
 
+    L_transfer = T²·KL(softmax(v/T) ‖ softmax(z/T))    with the teacher's logits v and the student's z
+
+`standardize` compares z-scores of logits instead (Sun et al. 2024, arXiv 2403.01427, algorithm 1), so that
+the student learns how its teacher's logits relate, and not their range:
+
+    Z(x) = (x − mean(x)) / std(x)    over the classes of one image
+
+The variance is divided by C − 1, as in the released code. Its total is 0.1·L_class + 9·L_transfer at T = 2,
+whose terms count as they do at alpha = 0.1/9.1 = 0.011, where alpha weighs the class loss.
+
 Shapes: S stacked students (absent for one), B batch, C classes.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitkd.data import Batch
@@ -21,17 +32,19 @@ class LogitObjective(Objective):
 
     teacher_taps = Taps()
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, standardize: bool = False) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.standardize = temperature, standardize
 
     @property
     def stack_key(self) -> Any:
-        return type(self), self.temperature
+        return type(self), self.temperature, self.standardize
 
     def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
-        divergence = softened_divergence(student.answer, teacher.answer, self.temperature)
-        return {"logit_loss": divergence.unsqueeze(-1)}
+        ours, theirs = student.answer, teacher.answer
+        if self.standardize:
+            ours, theirs = z_scores(ours), z_scores(theirs)
+        return {"logit_loss": softened_divergence(ours, theirs, self.temperature).unsqueeze(-1)}
 
 
 def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -44,11 +57,21 @@ def softened_divergence(student: Tensor, teacher: Tensor, temperature: float) ->
     return temperature**2 * kl_divergence(log_p, log_q)
 
 
+def z_scores(logits: Tensor) -> Tensor:
+    """Logits [*S, B, C] with a mean of 0 and a variance of 1 over the classes of each image."""
+    logits = at_least_float32(logits)
+    std, mean = torch.std_mean(logits, -1, keepdim=True)
+    # As in the released code; it keeps equal logits from becoming NaN.
+    return (logits - mean) / (std + 1e-7)
+
+
 @dataclass
 class LogitDistillation(Method):
     """The student learns labels and its teacher's class probabilities."""
 
     temperature: float = 4.0
+    standardize: bool = False
+    """compare the logits' z-scores"""
 
     ignores = "granularity", "loss"
 
@@ -58,4 +81,4 @@ class LogitDistillation(Method):
     def objective(
         self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts
     ) -> LogitObjective:
-        return LogitObjective(self.temperature)
+        return LogitObjective(self.temperature, self.standardize)

@@ -63,17 +63,25 @@ class Arm:
 
     @property
     def objective(self) -> str:
-        """The transfer loss: `block kl`, `block relation`, `logit`, `token hard + 1·block kl`."""
+        """The transfer loss: `block kl`, `logit`, `token hard + 1·block kl`, `1·block kl + 0.5·logit`."""
         run = self.first
-        if self.distills_attention:
-            return f"{self.granularity} {self.loss}"
-        if self.method == "relation":
-            return f"{run.granularity} relation"
-        if self.method != "token":
-            return self.method
-        token = f"token {run.settings.get('method.targets')}"
-        maps = f"{run.attention_weight:g}·{run.granularity} {run.loss}"
-        return f"{token} + {maps}" if run.attention_weight else token
+        if self.method == "token":
+            token = f"token {run.settings.get('method.targets')}"
+            maps = f"{run.attention_weight:g}·{run.granularity} {run.loss}"
+            return f"{token} + {maps}" if run.attention_weight else token
+        if run.parts:
+            return " + ".join(f"{weight:g}·{self.part(name)}" for name, weight in run.parts.items())
+        return self.part(self.method)
+
+    def part(self, method: str) -> str:
+        """A method by what it compares: `block kl`, `block relation`, `logit`."""
+        maps = {"attention": f"{self.first.granularity} {self.first.loss}"}
+        return (maps | {"relation": f"{self.first.granularity} relation"}).get(method, method)
+
+    def learns(self, *methods: str) -> bool:
+        """Whether one of `methods` is the arm's, or a part of it."""
+        maps = {"attention"} if self.first.attention_weight else set()
+        return not maps.union(self.first.parts, {self.method}).isdisjoint(methods)
 
     @property
     def teachers(self) -> set[str]:
@@ -152,15 +160,16 @@ def add_differences(group: str, arms: Sequence[Arm]) -> None:
 def choices(arm: Arm) -> dict[str, str]:
     """Group of settings → the arm's option in it; settings are compared where both are equal."""
     run = arm.first
-    has_maps = arm.distills_attention or run.attention_weight > 0
-    has_blocks = has_maps or arm.method == "relation"
+    has_maps = arm.learns("attention") and not arm.is_baseline
+    has_blocks = has_maps or arm.learns("relation")
+    method = " ".join([arm.method, *run.parts])
     return {
         "teacher._target_": "",
         "teacher": str(run.settings.get("teacher._target_")),
         "weighting": arm.weighting,
-        "method": arm.method,
-        "granularity": f"{arm.method} {run.granularity if has_blocks else ''}",
-        "loss": f"{arm.method} {run.loss if has_maps else ''}",
+        "method": method,
+        "granularity": f"{method} {run.granularity if has_blocks else ''}",
+        "loss": f"{method} {run.loss if has_maps else ''}",
     }
 
 
@@ -170,10 +179,12 @@ def settings_in(group: str, arm: Arm) -> Settings:
     if has_teacher_per_seed(arm.runs.values()):
         settings["teacher.seed"] = "${seed}"
     named = {"method._target_"}
-    if arm.method in ("attention", "relation") or arm.first.attention_weight:
+    if arm.learns("attention", "relation"):
         named |= {"granularity._target_", "loss._target_"}
     if arm.method == "token":
         named |= {"method.targets", "method.attention_weight"}
+    if arm.first.parts:
+        named |= {"method.parts", "method.weights"}
     return {
         name: value
         for name, value in settings.items()

@@ -75,6 +75,14 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     return {name: plain(value) for name, value in flatten(config) if value != {}}
 
 
+def entries(value: Value) -> list[Any]:
+    """What is in a list that `settings_of` holds as text; nothing if it is none."""
+    with suppress(ValueError, RecursionError):
+        found = json.loads(str(value))
+        return found if isinstance(found, list) else []
+    return []
+
+
 def number(value: Any) -> float | None:
     """A number of no more than `MAX_NUMBER`, or None."""
     is_number = type(value) in (int, float) and abs(value) <= MAX_NUMBER

@@ -110,6 +110,13 @@ class Run:
         return number(self.settings.get("method.attention_weight")) or 0.0
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Of method=together: its parts and their weights."""
+        names = parsing.entries(self.settings.get("method.parts"))
+        weights = parsing.entries(self.settings.get("method.weights")) or [1.0] * len(names)
+        return {parsing.one_line(n): number(w) or 0.0 for n, w in zip(names, weights, strict=False)}
+
+    @property
     def is_student_alone(self) -> bool:
         """Whether it learned from labels alone: no method, or alpha = 1 throughout."""
         return self.method == "none" or (self.alpha == 1 and self.weighting == CONSTANT)

@@ -10,9 +10,12 @@ from tests.train.stacked.test_architectures import randomised
 from tests.train.stacked.test_module import assert_trains_as_alone, assert_validates_as_alone, batch
 from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import DataFacts, Method, Objective
+from vitkd.methods.dkd import DKD
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block
-from vitkd.methods.maps.losses import KL
+from vitkd.methods.maps.losses import KL, AttentionLoss
+from vitkd.methods.relation import RelationDistillation
+from vitkd.methods.together import Together
 from vitkd.methods.token import TokenDistillation
 from vitkd.methods.weighting import Constant as ConstantWeighting
 from vitkd.models import Model, ResNetConfig
@@ -25,6 +28,9 @@ OF_LOGITS: list[tuple[Method, float]] = [
     (LogitDistillation(temperature=2.0), 0.4),
     (LogitDistillation(temperature=4.0), 0.4),
     (LogitDistillation(temperature=4.0), 0.0),
+    (LogitDistillation(temperature=2.0, standardize=True), 0.4),
+    (DKD(), 0.4),
+    (DKD(non_target_weight=2.0), 0.4),
     (TokenDistillation(), 0.5),
     (TokenDistillation(targets="soft", temperature=2.0), 0.7),
     (TokenDistillation(), 1.0),
@@ -37,6 +43,11 @@ OF_MAPS: list[tuple[Method, float]] = [
     (TokenDistillation(targets="soft", attention_weight=0.7), 0.2),
     (TokenDistillation(attention_weight=0.2), 0.2),
     (AttentionDistillation(), 1.0),
+]
+EACH = {"attention": AttentionDistillation(), "relation": RelationDistillation(), "dkd": DKD()}
+OF_BOTH: list[tuple[Method, float]] = [
+    (Together(["attention", "dkd"], [0.5, 2.0], EACH), 0.3),
+    (Together(["relation", "attention", "dkd"], None, EACH), 0.3),
 ]
 TEACHERS = ["a ViT", "a ViT with both tokens", "a network"]
 
@@ -51,7 +62,7 @@ def members(tiny):
             teacher = ResNetConfig(image_size=8, channels=3, num_classes=5, stem="small").build().double()
         else:
             teacher = randomised(tiny(depth=4, num_heads=2, distillation_token="both" in kind))
-        methods = OF_LOGITS if kind == "a network" else OF_LOGITS + OF_MAPS
+        methods = OF_LOGITS if kind == "a network" else OF_LOGITS + OF_MAPS + OF_BOTH
         smoothings = [0.1 * (s % 3) for s in range(len(methods))]
         return [
             alone(tiny, method, alpha, teacher, smoothing)
@@ -61,9 +72,11 @@ def members(tiny):
     return make
 
 
-def alone(tiny, method: Method, alpha: float, teacher: Model, smoothing: float) -> DistillModule:
+def alone(
+    tiny, method: Method, alpha: float, teacher: Model, smoothing: float, loss: AttentionLoss | None = None
+) -> DistillModule:
     plan: Any = SimpleNamespace(
-        granularity=Block(), loss=KL(), alpha=alpha, optimizer=AdamW(), schedule=Constant(),
+        granularity=Block(), loss=loss or KL(), alpha=alpha, optimizer=AdamW(), schedule=Constant(),
         label_smoothing=smoothing, method=method, weighting=ConstantWeighting(),
     )  # fmt: skip
     student = randomised(tiny(distillation_token=True))
@@ -85,10 +98,33 @@ def test_curves_are_those_of_separate_runs(teacher, members):
 
 
 def test_students_of_one_kind_share_a_group_and_no_others_do(members):
-    groups = StackedModule(members("a ViT"), [0] * 13, seeds=range(13)).groups
+    groups = StackedModule(members("a ViT"), [0] * 18, seeds=range(18)).groups
 
     assert [(group.start, group.stop) for group in groups if group.stop - group.start > 1] == [(1, 3)]
-    assert len(groups) == 12
+    assert len(groups) == 17
+
+
+def test_students_of_one_sum_share_a_group_whatever_the_temperatures_of_their_maps(tiny):
+    """Which a part of a sum has as `method=attention` does."""
+    teacher, method = randomised(tiny(depth=4, num_heads=2)), OF_BOTH[0][0]
+    modules = [alone(tiny, method, 0.3, teacher, 0.0, KL(temperature=t)) for t in (0.7, 1.3)]
+
+    (group,) = StackedModule(modules, [0, 0], seeds=[0, 1]).groups
+
+    assert group.jobs == range(2)
+    assert_trains_as_alone(modules, [0, 0], batch())
+
+
+def test_students_of_other_weights_or_parts_share_none(tiny):
+    teacher = randomised(tiny(depth=4, num_heads=2))
+    methods = [
+        *(method for method, _ in OF_BOTH),
+        Together(["attention", "dkd"], [0.5, 1.0], EACH),
+        Together(["attention", "dkd"], [0.5, 1.0], EACH | {"dkd": DKD(temperature=1.0)}),
+    ]
+    modules = [alone(tiny, method, 0.3, teacher, 0.0) for method in methods]
+
+    assert len(StackedModule(modules, [0] * 4, seeds=range(4)).groups) == 4
 
 
 def test_an_objective_without_a_stack_key_is_in_a_group_of_its_own():

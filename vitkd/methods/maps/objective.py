@@ -9,6 +9,7 @@ tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,7 @@ from vitkd.data import Batch
 from vitkd.methods.base import Objective, Terms
 from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, without_prefix
 from vitkd.methods.maps.granularity import BlockPair
-from vitkd.methods.maps.losses import MASKED, AttentionLoss
+from vitkd.methods.maps.losses import MASKED, AttentionLoss, DistributionLoss
 from vitkd.methods.maps.streaming import STREAM_ABOVE, images_at_a_time, of_images, streamed
 from vitkd.models import Output, Taps
 from vitkd.models.output import QKV, at_least_float32, select
@@ -84,6 +85,18 @@ class AttentionObjective(Objective):
         # A stack gives each of its students a temperature.
         settings = {key: value for key, value in asdict(self.loss).items() if key != "temperature"}
         return type(self), type(self.loss), settings, self.pairs, self.control
+
+    def shared_by(self, objectives: Sequence[Objective]) -> Objective:
+        """With a temperature for each student [S, 1, 1, 1, 1], where these differ."""
+        losses = [each.loss for each in objectives if isinstance(each, AttentionObjective)]
+        temperatures = [loss.temperature for loss in losses if isinstance(loss, DistributionLoss)]
+        if len(set(temperatures)) < 2:
+            return self
+        shared = copy(self)
+        shared.loss = copy(self.loss)
+        exact = torch.tensor(temperatures, dtype=torch.float64)
+        shared.loss.temperature = exact.reshape(-1, 1, 1, 1, 1)  # type: ignore[attr-defined]
+        return shared
 
     def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
         return {"map_loss": self.compare(self._maps(student), self._maps(teacher))}

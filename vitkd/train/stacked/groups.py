@@ -4,16 +4,12 @@ Shapes: S stacked students.
 """
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vitkd.methods.base import Objective
-from vitkd.methods.maps.losses import DistributionLoss
-from vitkd.methods.maps.objective import AttentionObjective
 from vitkd.methods.weighting import Weighting
 from vitkd.models import Output, Taps
 from vitkd.models.output import select
@@ -66,8 +62,10 @@ def group_jobs(modules: Sequence[DistillModule], students: Sequence[int]) -> lis
         objectives = [module.objective for module in members if module.objective is not None]
         stop = start + len(members)
         if objectives:
-            objective, first, theirs = shared_objective(objectives), members[0], (*students[start:stop],)
-            groups.append(JobGroup(start, stop, objective, first.weighting, first.distils, theirs))
+            assert not objectives[0].state_dict(), "a stack neither trains nor saves what an objective holds"
+            shared, first = objectives[0].shared_by(objectives), members[0]
+            theirs = (*students[start:stop],)
+            groups.append(JobGroup(start, stop, shared, first.weighting, first.distils, theirs))
         start = stop
     return groups
 
@@ -76,21 +74,6 @@ def _group_key(module: DistillModule) -> Any:
     if module.objective is None:
         return None
     return module.objective.stack_key, module.weighting.stack_key, module.distils
-
-
-def shared_objective(objectives: Sequence[Objective]) -> Objective:
-    """One for all `objectives` of equal stack keys; with a temperature for each where these differ."""
-    first = objectives[0]
-    assert not first.state_dict(), "a stack neither trains nor saves what an objective holds"
-    losses = [objective.loss for objective in objectives if isinstance(objective, AttentionObjective)]
-    temperatures = [loss.temperature for loss in losses if isinstance(loss, DistributionLoss)]
-    if not isinstance(first, AttentionObjective) or len(set(temperatures)) < 2:
-        return first
-    shared = copy(first)
-    shared.loss = copy(first.loss)
-    exact = torch.tensor(temperatures, dtype=torch.float64)
-    shared.loss.temperature = exact.reshape(-1, 1, 1, 1, 1)  # type: ignore[attr-defined]
-    return shared
 
 
 def shares(output: Output, groups: Sequence[JobGroup], students: int) -> Mapping[int, Output]:
