@@ -22,6 +22,7 @@ from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.crd import ContrastiveDistillation
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
@@ -200,7 +201,7 @@ CONTROL = {
 
 
 def test_every_experiment_is_listed():
-    described = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
+    described = {*EXPERIMENT, *CONTROL, "report/deit_flowers", "crd"}
     assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 
 
@@ -255,6 +256,18 @@ def test_deit_on_flowers_is_what_its_name_says(read):
     assert config.teacher.model == ResNetConfig(64, 3, 5, variant="resnet18", pretrained=False)
     assert config.student.distillation_token
     assert config.alpha == 0.5
+    config.method.check(config.student, config.teacher.model, config)
+
+
+def test_crd_is_what_its_paper_says(read):
+    config = read("experiment=crd")
+
+    assert config.dataset.name == "cifar100"
+    assert config.method == ContrastiveDistillation(
+        bank="memory", negatives=16384, width=128, temperature=0.07, momentum=0.5
+    )
+    # beta = 0.8 beside the class loss.
+    assert (1 - config.alpha) / config.alpha == pytest.approx(0.8, abs=1e-3)
     config.method.check(config.student, config.teacher.model, config)
 
 
