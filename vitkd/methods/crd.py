@@ -88,11 +88,11 @@ class ContrastiveObjective(Objective):
             normalizer: Z; 0 in the first batch, which sets it.
             counts: [B, R], how often each row is a negative.
         """
+        anchor = anchor / self.temperature
+        of_positive = (anchor * positive).sum(-1).exp()
         with torch.autocast(anchor.device.type, enabled=False):
             # A copy: by the backward pass, which needs them as they were, the rows are written.
-            scores = anchor @ rows.to(anchor.dtype, copy=True).mT
-        of_positive = ((anchor * positive).sum(-1) / self.temperature).exp()
-        of_rows = (scores / self.temperature).exp()
+            of_rows = (anchor @ rows.to(anchor.dtype, copy=True).mT).exp()
         negatives = counts.sum(-1)
         seen = of_positive.detach() + (counts * of_rows.detach()).sum(-1)
         z = self.fixed(normalizer, self.num_images * seen.sum() / (1 + negatives).sum())
