@@ -22,7 +22,7 @@ from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
-from vitkd.methods.crd import ContrastiveDistillation
+from vitkd.methods.crd import CRDDistillation
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
@@ -263,7 +263,7 @@ def test_crd_is_what_its_paper_says(read):
     config = read("experiment=crd")
 
     assert config.dataset.name == "cifar100"
-    assert config.method == ContrastiveDistillation(
+    assert config.method == CRDDistillation(
         bank="memory", negatives=16384, width=128, temperature=0.07, momentum=0.5
     )
     # beta = 0.8 beside the class loss.

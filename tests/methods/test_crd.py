@@ -2,6 +2,7 @@
 
 import logging
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.banks import BothSides, MemoryBank, Queue
 from vitkd.methods.base import DataFacts
-from vitkd.methods.crd import ContrastiveDistillation, ContrastiveObjective
+from vitkd.methods.crd import ContrastiveObjective, CRDDistillation
 from vitkd.models import Output
 
 # 40 training images of 5 classes, of a split of 60.
@@ -23,7 +24,7 @@ EPSILON = 1e-7
 
 
 def objective_of(bank: str = "memory") -> ContrastiveObjective:
-    method = ContrastiveDistillation(bank=bank, negatives=NEGATIVES, width=WIDTH)
+    method = CRDDistillation(bank=bank, negatives=NEGATIVES, width=WIDTH)
     return ContrastiveObjective((7, 9), method.make_bank(FACTS), TEMPERATURE, IMAGES).double().train()
 
 
@@ -247,12 +248,12 @@ def test_the_first_batch_fixes_z():
 def test_what_the_banks_take_is_said_or_refused(caplog):
     facts = FACTS._replace(labels=lambda: (torch.arange(10**6), torch.zeros(10**6, dtype=torch.int64)))
     with caplog.at_level(logging.INFO, "vitkd"):
-        ContrastiveDistillation().check_data(facts)
+        CRDDistillation().check_data(facts)
     assert "1,000,000" in caplog.text
     assert "976.6 MiB" in caplog.text  # 2 · 10⁶ · 128 · 4 bytes
     with pytest.raises(ConfigError, match=r"bank_gib=0.5: .* 1.0 GiB.*bank=queue"):
-        ContrastiveDistillation(bank_gib=0.5).check_data(facts)
-    ContrastiveDistillation(bank_gib=0.5, bank="queue").check_data(facts)
+        CRDDistillation(bank_gib=0.5).check_data(facts)
+    CRDDistillation(bank_gib=0.5, bank="queue").check_data(facts)
 
 
 @pytest.mark.parametrize(
@@ -268,13 +269,13 @@ def test_what_the_banks_take_is_said_or_refused(caplog):
 )
 def test_what_cannot_be_is_one_line(setting, value):
     with pytest.raises(ConfigError, match=f"{setting}={value}"):
-        ContrastiveDistillation(**{setting: value})
+        CRDDistillation(**{setting: value})
 
 
 def test_embeddings_are_of_any_models(tiny):
     """Of a student and a teacher whose features differ in width; their modes stay."""
     student, teacher = tiny(embed_dim=12).build().train(), tiny(embed_dim=20).build().eval()
-    objective = ContrastiveDistillation(negatives=4, width=3).objective(student, teacher, None, FACTS)
+    objective = CRDDistillation(negatives=4, width=3).objective(student, teacher, None, FACTS)
 
     assert student.training
     assert not teacher.training
@@ -285,3 +286,29 @@ def test_embeddings_are_of_any_models(tiny):
     terms = objective(batch, *both)["crd_loss"]
     assert terms.shape == (4, 2)
     assert terms.isfinite().all()
+
+
+# PyTorch's compiler looks at tensors in ways that PyTorch warns of.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("bank", ["memory", "queue"])
+def test_compiled_steps_are_eager_ones(bank):
+    """Where the backward pass recomputed what it needs of the bank, it would find it written."""
+
+    def losses(compiled: bool) -> list[float]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        objective = objective_of(bank)
+        loss: Any = lambda batch, *both: objective.transfer(objective(batch, *both)).mean()  # noqa: E731
+        step = torch.compile(loss, backend="aot_eager_decomp_partition") if compiled else loss
+        optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+        seen = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            value = step(batch_of(some_images()), *features())
+            value.backward()
+            optimizer.step()
+            seen.append(value.item())
+        return seen
+
+    assert losses(compiled=True) == pytest.approx(losses(compiled=False), abs=1e-9)

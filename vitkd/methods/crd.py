@@ -61,6 +61,8 @@ class ContrastiveObjective(Objective):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         self.bank.start_epoch(epoch)
 
+    # torch.compile recomputes in the backward pass what it takes for a copy of the bank, by then another one.
+    @torch.compiler.disable
     def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
         embeddings = BothSides(
             F.normalize(at_least_float32(self.project_student(student.features[FEATURES])), dim=-1),
@@ -72,15 +74,19 @@ class ContrastiveObjective(Objective):
             *(embeddings, reversed(positives), reversed(self.bank.embeddings), self.bank.normalizers),
             strict=True,
         )
-        losses = [self.contrast(*side, counts) for side in sides]
+        losses = [with_gradient(*self.contrast(*side, counts), of=side[0]) for side in sides]
         if self.training:
             self.bank.write(batch, embeddings)
         return {"crd_loss": torch.stack(losses, dim=-1)}
 
+    @torch.no_grad()
     def contrast(
         self, anchor: Tensor, positive: Tensor, rows: Tensor, normalizer: Tensor, counts: Tensor
-    ) -> Tensor:
-        """L_student or L_teacher of each image [B].
+    ) -> tuple[Tensor, Tensor]:
+        """L_student or L_teacher of each image [B], and its gradient by `anchor` [B, D].
+
+        That is (Σ over negatives of P₋/(P₋ + K/N + ε)·t₋ − (K/N + ε)/(P₊ + K/N + ε)·t₊)/τ: written down, it
+        takes neither the scores nor the bank, which changes, into the backward pass.
 
         Args:
             anchor, positive: [B, D].
@@ -88,20 +94,20 @@ class ContrastiveObjective(Objective):
             normalizer: Z; 0 in the first batch, which sets it.
             counts: [B, R], how often each row is a negative.
         """
-        anchor = anchor / self.temperature
-        of_positive = (anchor * positive).sum(-1).exp()
+        rows, negatives = at_least_float32(rows), counts.sum(-1, keepdim=True)
         with torch.autocast(anchor.device.type, enabled=False):
-            # A copy: by the backward pass, which needs them as they were, the rows are written.
-            of_rows = (anchor @ rows.to(anchor.dtype, copy=True).mT).exp()
-        negatives = counts.sum(-1)
-        seen = of_positive.detach() + (counts * of_rows.detach()).sum(-1)
-        z = self.fixed(normalizer, self.num_images * seen.sum() / (1 + negatives).sum())
-        noise = negatives.clamp(min=1) / self.num_images
-        p_positive, p_rows = of_positive / z, of_rows / z
-        found = (p_positive / (p_positive + noise + EPSILON)).log()
-        # −ln (K/N)/(P₋ + K/N + ε), without rounding what is nearly 1.
-        missed = ((p_rows + EPSILON) / noise[:, None]).log1p()
-        return (counts * missed).sum(-1) - found
+            of_rows = (anchor @ rows.mT / self.temperature).exp()
+            of_positive = ((anchor * positive).sum(-1, keepdim=True) / self.temperature).exp()
+            first = self.num_images * (of_positive.sum() + (counts * of_rows).sum()) / (1 + negatives).sum()
+            z = self.fixed(normalizer, first)
+            noise = negatives.clamp(min=1) / self.num_images
+            p_positive, p_rows = of_positive / z, of_rows / z
+            share_positive = p_positive / (p_positive + noise + EPSILON)
+            # −ln (K/N)/(P₋ + K/N + ε), without rounding what is nearly 1.
+            missed = ((p_rows + EPSILON) / noise).log1p()
+            loss = (counts * missed).sum(-1) - share_positive.log().squeeze(-1)
+            pushed = (counts * p_rows / (p_rows + noise + EPSILON)) @ rows
+            return loss, (pushed - (1 - share_positive) * positive) / self.temperature
 
     def fixed(self, normalizer: Tensor, first: Tensor) -> Tensor:
         """Z as it is or, in the first batch, `first`, averaged over all processes; training keeps it."""
@@ -112,8 +118,13 @@ class ContrastiveObjective(Objective):
         return z
 
 
+def with_gradient(values: Tensor, gradient: Tensor, of: Tensor) -> Tensor:
+    """The values [B], whose gradients by the rows `of` [B, D] are `gradient` [B, D]."""
+    return values + ((of - of.detach()) * gradient).sum(-1)
+
+
 @dataclass
-class ContrastiveDistillation(Method):
+class CRDDistillation(Method):
     """The student learns labels and, by contrast with other images, the teacher's features."""
 
     bank: str = "memory"
