@@ -28,6 +28,7 @@ OPTIONS = [
     ("train", ["method=relation", "weighting=student_correct"]),
     ("train", ["method=dkd"]),
     ("train", ["method=together"]),
+    ("train", ["method=crd"]),
     ("train", ["weighting=gradient_balance", "logger=[wandb,mlflow]"]),
     ("train", ["method=logit", "teacher=resnet", "dataset=image_folder", "hydra/launcher=stacked"]),
     ("train", ["teacher=timm", "student=timm", "dataset=image_folder"]),

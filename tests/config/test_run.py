@@ -23,6 +23,7 @@ from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import Method
+from vitkd.methods.crd import CRDDistillation
 from vitkd.methods.dkd import DKD
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
@@ -216,6 +217,7 @@ PARTS: dict[str, Method] = {
 }
 METHOD = {
     "method/together": (Together(["attention", "logit"], None, PARTS), 0.5),
+    "method/crd": (CRDDistillation(negatives=16384, width=128, temperature=0.07, momentum=0.5), 0.5556),
     "method/dkd": (DKD(temperature=4, target_weight=1, non_target_weight=8), 0.5),
     "method/logit_standardized": (LogitDistillation(temperature=2, standardize=True), 0.011),
 }

@@ -247,6 +247,32 @@ class TestTwoProcessesAreLikeOne:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bank", ["memory", "queue"])
+def test_the_banks_of_two_processes_are_those_of_one(bank, whole, folder):
+    """Each process writes the embeddings of all, and the first batch of all fixes Z."""
+    contrast = ["method=crd", f"method.bank={bank}", "method.negatives=128"]
+    for settings, name in ((ONE, f"{bank}-alone"), (TWO, f"{bank}-both")):
+        ended = crashes.run([*SMALL, *contrast, *settings, f"name={name}"], folder)
+        assert (ended.code, ended.err) == (0, "")
+    one, two = (run_of(folder, f"{bank}-{name}") for name in ("alone", "both"))
+
+    for alone, together in zip(curves(one, "_loss"), curves(two, "_loss"), strict=True):
+        assert together == pytest.approx(alone, abs=1e-4)
+    mine, theirs = (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (two, one)
+    )
+    assert mine.keys() == theirs.keys()
+    torch.testing.assert_close(
+        mine["objective.bank.normalizers"], theirs["objective.bank.normalizers"], rtol=1e-5, atol=0
+    )
+    if bank == "memory":
+        # A queue has them in another order.
+        torch.testing.assert_close(
+            mine["objective.bank.student"], theirs["objective.bank.student"], atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.slow
 class TestWhoStartsThem:
     def test_torchrun_gives_what_the_first_process_gives(self, whole, folder):
         line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]

@@ -88,6 +88,8 @@ def variant(tmp_path_factory, photos) -> Callable[[str], Variant]:
         "averaged": [*SMALL, "ema_decay=0.9"],
         "workers": [*SMALL, *files, *models, "dataset.resident_limit_gib=0", "dataset.workers=2"],
         "accumulated": [*SMALL, "trainer.accumulate_grad_batches=3", "trainer.precision=bf16-mixed"],
+        "bank": [*SMALL, "method=crd", "method.negatives=64", "ema_decay=0.9"],
+        "queue": [*SMALL, "method=crd", "method.bank=queue", "method.negatives=100"],
     }
     made: dict[str, Variant] = {}
 
@@ -186,7 +188,7 @@ def test_killed_anywhere(kill, saves, variant, tmp_path):
 @pytest.mark.parametrize(
     "kill", ["in the middle of an epoch", "during validation", "while a checkpoint takes its place"]
 )
-@pytest.mark.parametrize("name", ["averaged", "workers", "accumulated"])
+@pytest.mark.parametrize("name", ["averaged", "workers", "accumulated", "bank", "queue"])
 def test_killed_however_it_trains(name, kill, variant, tmp_path):
     struck, _ = struck_and_resumed(variant(name), tmp_path, KILLS[kill], EVERY_STEP)
 

@@ -16,8 +16,8 @@ from vitkd.data.split import FileSplit
 from vitkd.errors import ConfigError
 from vitkd.process.signals import hidden_from_children
 
-# Order and views depend on the same (seed, epoch); these give them different keys.
-ORDER, VIEW = 0, 1
+# All of these depend on the same (seed, epoch); these give them different keys.
+ORDER, VIEW, NEGATIVES = range(3)
 # Of views that a GPU computes at once: a batch's take longer to launch than to compute.
 BYTES_AT_ONCE = 2**28
 

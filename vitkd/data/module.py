@@ -70,6 +70,12 @@ class ImageDataModule(L.LightningDataModule):
         self.setup()
         return len(self._splits["train"])
 
+    def training_labels(self) -> tuple[Tensor, Tensor]:
+        """The training images' positions in their official split, each once, and their labels: [N] int64."""
+        self._divide()
+        positions = self._indices["train"].unique()
+        return positions, self._splits["train"].labels[positions]
+
     @property
     def counts(self) -> dict[str, int]:
         """Images in "train", "val" and "test"."""

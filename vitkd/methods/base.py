@@ -18,6 +18,7 @@ from vitkd.models import Model, ModelConfig, Output, Taps
 
 Terms = Mapping[str, Tensor]
 """name → [*S, B, P]: how far a student is from its teacher, image by image"""
+NONE = torch.empty(0, dtype=torch.int64)
 
 
 class DataFacts(NamedTuple):
@@ -27,6 +28,10 @@ class DataFacts(NamedTuple):
     num_classes: int
     calibration: Callable[[], Tensor]
     """gives a batch of training images [B, channels, height, width]"""
+    labels: Callable[[], tuple[Tensor, Tensor]] = lambda: (NONE, NONE)
+    """gives the positions, as a batch's `index` counts, and the labels of all training images: [N] int64"""
+    seed: int = 0
+    """of what is drawn for an image as its order and view are, by (seed, epoch, index)"""
 
 
 class MapSettings(Protocol):
@@ -115,6 +120,9 @@ class Method(ABC):
 
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:  # noqa: B027
         """Raise ConfigError if the student cannot learn from the teacher this way; as a rule it can."""
+
+    def check_data(self, data: DataFacts) -> None:  # noqa: B027
+        """Log what it takes to learn from these images; ConfigError, before a teacher trains, if too much."""
 
     @abstractmethod
     def objective(

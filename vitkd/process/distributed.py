@@ -82,6 +82,16 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.stack(gathered)
 
 
+def rows_of_all(tensor: Tensor) -> Tensor:
+    """[processes · B, ...]: the tensors [B, ...] of all processes, on this one's device, without gradient."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor.detach()
+    own = tensor.detach().contiguous()
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    return torch.cat(gathered)
+
+
 def wait_for_all() -> None:
     """Return when all processes have called it."""
     if dist.is_initialized():

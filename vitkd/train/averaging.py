@@ -45,6 +45,7 @@ class WarmAverage(WeightAveraging):
             # Under 64-true or bf16-true the module got another precision after the average was made.
             (own, new.to(own.dtype))
             for own, new in zip(tensors_of(average.module), tensors_of(module), strict=True)
+            if own is not new  # a bank, which both share
         ]
         for dtype in {own.dtype for own, _ in pairs}:
             own, new = map(list, zip(*(pair for pair in pairs if pair[0].dtype == dtype), strict=True))

@@ -44,7 +44,13 @@ def facts_of(data: ImageDataModule, seed: int | None = None) -> DataFacts:
     """What an objective may learn about the training data; `seed` is that of their order."""
     classes = data.dataset.num_classes
     assert classes is not None
-    return DataFacts(data.num_images, classes, lambda: data.first("train", CALIBRATION_IMAGES, seed).image)
+    return DataFacts(
+        data.num_images,
+        classes,
+        lambda: data.first("train", CALIBRATION_IMAGES, seed).image,
+        data.training_labels,
+        data.seed if seed is None else seed,
+    )
 
 
 def check_compiler(device: torch.device) -> None:

@@ -96,8 +96,13 @@ class Checkpointing(Callback):
             progress = {"total": dict(NO_BATCH_YET), "current": dict(NO_BATCH_YET)}
             checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] |= progress
         if self._has_improved:
-            # Not from the module: where weights are averaged, these are the average, as it was validated.
-            weights = {k: v.detach().to("cpu", copy=True) for k, v in checkpoint["state_dict"].items()}
+            # Not from the module: where weights are averaged, these are the average, as it was validated. Of
+            # an objective's projections and banks there is no best.
+            weights = {
+                name: values.detach().to("cpu", copy=True)
+                for name, values in checkpoint["state_dict"].items()
+                if name.startswith("model.")
+            }
             self.best, self._has_improved = {"epoch": trainer.current_epoch, "state_dict": weights}, False
         checkpoint["training"] = {
             "acc_last": self.acc_last,

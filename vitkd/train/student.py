@@ -66,6 +66,7 @@ def read_data(config: Config, given: Model | None, data: ImageDataModule, proces
     check_shares(config, data, processes)
     check_fractions(config, data, processes)
     check_teacher_classes(config, data)
+    config.method.check_data(facts_of(data))
 
 
 def check_shares(config: Config, data: ImageDataModule, processes: int) -> None:
