@@ -214,6 +214,7 @@ PARTS: dict[str, Method] = {
     "relation": RelationDistillation(),
     "logit": LogitDistillation(),
     "dkd": DKD(),
+    "crd": CRDDistillation(),
 }
 METHOD = {
     "method/together": (Together(["attention", "logit"], None, PARTS), 0.5),

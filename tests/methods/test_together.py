@@ -11,6 +11,7 @@ from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import Method
+from vitkd.methods.crd import CRDDistillation
 from vitkd.methods.dkd import DKD
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Encoder
@@ -27,6 +28,7 @@ METHODS: dict[str, Method] = {
     "relation": RelationDistillation(),
     "logit": LogitDistillation(temperature=2.0),
     "dkd": DKD(),
+    "crd": CRDDistillation(bank="queue", negatives=8, width=16),
 }
 SETTINGS = plan(granularity=Encoder(), loss=KL())
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -46,7 +48,9 @@ def batch() -> Batch:
 
 def module_of(method: Method, models: tuple[Model, Model]) -> DistillModule:
     student, teacher = models
-    objective = method.objective(student, teacher, SETTINGS, facts())
+    torch.manual_seed(1)  # of projections
+    images = facts()._replace(labels=lambda: (torch.arange(4), torch.tensor([3, 0, 4, 1])))
+    objective = method.objective(student, teacher, SETTINGS, images).double()
     return DistillModule(
         student, AdamW(), Constant(), teacher=teacher, objective=objective, alpha=0.4
     ).train()
@@ -61,7 +65,7 @@ def gradients(loss: Tensor, module: DistillModule) -> list[Tensor]:
 
 @pytest.mark.parametrize("parts", [*combinations(METHODS, 2), tuple(METHODS)], ids="+".join)
 def test_losses_and_gradients_of_the_parts_add_up(parts, models, batch):
-    weights = [0.5, 2.0, 0.25, 3.0][: len(parts)]
+    weights = [0.5, 2.0, 0.25, 3.0, 1.5][: len(parts)]
     together = module_of(Together([*parts], weights, METHODS), models)
     alone = [module_of(METHODS[name], models) for name in parts]
 
@@ -78,7 +82,7 @@ def test_losses_and_gradients_of_the_parts_add_up(parts, models, batch):
 
 
 def test_every_part_has_its_curves_by_name(models, batch):
-    together = module_of(Together([*METHODS], [0.5, 2.0, 0.25, 0.0], METHODS), models)
+    together = module_of(Together([*METHODS], [0.5, 2.0, 0.25, 0.0, 1.0], METHODS), models)
     alone = {name: module_of(method, models) for name, method in METHODS.items()}
 
     found = curves_of(together, batch)
@@ -127,11 +131,12 @@ def test_pairs_of_maps_are_those_of_the_parts(models):
 @pytest.mark.parametrize(
     ("parts", "ignored"),
     [
-        (["attention", "logit"], {"method.relation", "method.dkd"}),
-        (["logit", "dkd"], {"granularity", "loss", "method.attention", "method.relation"}),
+        (["attention", "logit"], {"method.relation", "method.dkd", "method.crd"}),
+        (["logit", "dkd"], {"granularity", "loss", "method.attention", "method.relation", "method.crd"}),
         (
             ["relation", "dkd"],
-            {"loss", "granularity.heads", "granularity.head_map", "method.attention", "method.logit"},
+            {"loss", "granularity.heads", "granularity.head_map"}
+            | {"method.attention", "method.logit", "method.crd"},
         ),
     ],
 )

@@ -144,6 +144,10 @@ class Together(Method):
         others = self.methods.keys() - self.chosen.keys()
         return (*sorted(by_all), *sorted(f"method.{name}" for name in others))
 
+    def check_data(self, data: DataFacts) -> None:
+        for method in self.chosen.values():
+            method.check_data(data)
+
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         for name, method in self.chosen.items():
             try:
