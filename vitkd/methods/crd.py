@@ -61,7 +61,7 @@ class ContrastiveObjective(Objective):
     def start_epoch(self, epoch: int, epochs: int) -> None:
         self.bank.start_epoch(epoch)
 
-    # torch.compile recomputes in the backward pass what it takes for a copy of the bank, by then another one.
+    # A compiled backward pass recomputes what it needs of the bank, which is written by then.
     @torch.compiler.disable
     def forward(self, batch: Batch, student: Output, teacher: Output) -> Terms:
         embeddings = BothSides(
