@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.models import AttentionLayout
-from vitkd.models.output import QKV
+from vitkd.models.output import QKV, shown
 
 
 class Alignment(NamedTuple):
@@ -42,19 +42,14 @@ def how_windows_differ(student: AttentionLayout, teacher: AttentionLayout) -> st
     if student.windows == teacher.windows == 1:
         return None
     if student.grid != teacher.grid:
-        return f"{shown(student.grid)} patches are not {shown(teacher.grid)}"
+        return f"{shown(student.grid)} {student.unit} are not {shown(teacher.grid)}"
     windows = [layout.window or layout.grid for layout in (student, teacher)]
     if windows[0] != windows[1]:
-        return f"windows of {shown(windows[0])} patches are not those of {shown(windows[1])}"
+        return f"windows of {shown(windows[0])} {student.unit} are not those of {shown(windows[1])}"
     masks = [layout.mask for layout in (student, teacher) if layout.mask is not None]
     if len(masks) == 1 or (masks and not torch.equal(*masks)):
         return "only one of the two shifts its windows"
     return None
-
-
-def shown(sides: tuple[int, int]) -> str:
-    """A grid as one writes it."""
-    return f"{sides[0]}×{sides[1]}"
 
 
 def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:
