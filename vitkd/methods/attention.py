@@ -80,7 +80,7 @@ def check_windows(
             fix = (
                 f"pair it with teacher block {' or '.join(alike)} by granularity.teacher_blocks"
                 if alike
-                else f"choose models with equal {layout.unit} and windows, or {otherwise}"
+                else f"choose models with equal {' and '.join(reversed(layout.names))}, or {otherwise}"
             )
             raise ConfigError(
                 f"granularity: student block {pair.student_block} cannot learn the maps of teacher block "

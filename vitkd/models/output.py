@@ -207,8 +207,8 @@ class AttentionLayout(NamedTuple):
     """whether a class token is the first of the prefix"""
     has_bias: bool = False
     """whether the scores are more than QKᵀ/√head_dim, to which for example relative positions add"""
-    unit: str = "patches"
-    """what the grid is made of; where patches attend within themselves, it is their words"""
+    names: tuple[str, str] = ("windows", "patches")
+    """what windows are called, and what the grid is made of"""
 
     @property
     def windows(self) -> int:

@@ -91,7 +91,7 @@ class InnerTNTEncoder(TNTBlocks):
             readers=(),
             window=(height, width),
             has_class_token=False,
-            unit="words",
+            names=("patches", "words"),
         )
         return (layout,) * len(self)
 
