@@ -68,9 +68,9 @@ def load_run(
     if config.weighting.distils(config.alpha):
         part = config.granularity.part
         layouts = [model.config.attention_layouts(part) if model else () for model in (student, found)]
-        heads = [[layout.heads for layout in of_model] for of_model in layouts]
+        student_heads, teacher_heads = ([layout.heads for layout in of_model] for of_model in layouts)
         try:
-            pairs = read_pairs(folder.pairs, *heads, part=part)
+            pairs = read_pairs(folder.pairs, student_heads, teacher_heads, part)
         except ConfigError as error:
             if teacher is None:
                 raise
