@@ -39,6 +39,10 @@ SMALL_SWIN = [
     "num_heads=[2,2]",
     "drop_path_rate=0.1",
 ]
+SMALL_TNT = [
+    *("img_size=8", "patch_size=4", "first_stride=2", "embed_dim=8", "inner_dim=4", "depth=2"),
+    *("num_heads_outer=2", "num_heads_inner=2", "drop_path_rate=0.1"),
+]
 # What an option needs besides to suit the others' defaults.
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
@@ -52,6 +56,10 @@ BESIDES = {
     ("student", "swin"): [
         *(f"{whose}.{setting}" for whose in ("student", "teacher") for setting in SMALL_SWIN),
         *("teacher=swin", "granularity=encoder", "loss=kl"),
+    ],
+    ("student", "tnt"): [
+        *(f"{whose}.{setting}" for whose in ("student", "teacher") for setting in SMALL_TNT),
+        *("teacher=tnt", "granularity=encoder", "granularity.part=inner", "loss=kl"),
     ],
     ("student", "timm"): [
         *("student.img_size=8", "student.patch_size=2", "student.embed_dim=32", "student.num_heads=4"),
@@ -70,7 +78,7 @@ CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 @cache
 def composed(group: str, option: str) -> Config:
     """`python -m vitkd.train group=option`, briefly, on digits; whoever changes it works on a copy."""
-    has_own = option in ("resnet", "swin", "timm")
+    has_own = option in ("resnet", "swin", "timm", "tnt")
     dropout = [] if has_own else ["student.dropout=0.1", "student.emb_dropout=0.1"]
     besides = BESIDES.get((group, option), [])
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -16,6 +16,7 @@ import yaml
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.tnt import TNT
 from timm.models.vision_transformer import VisionTransformer
 
 from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
@@ -105,9 +106,9 @@ def test_every_option_composes_and_fits(path, read):
     if group == "trainer" and option == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="gpu"):
             check_trainer(read(choice(path)).trainer)
-    elif group == "student" and option in ("report_teacher", "resnet", "swin", "timm"):
+    elif group == "student" and option in ("report_teacher", "resnet", "swin", "timm", "tnt"):
         read(choice(path), "method=none")
-    elif option in ("resnet", "swin", "timm"):
+    elif option in ("resnet", "swin", "timm", "tnt"):
         config = read(choice(path), "method=logit")
         config.method.check(config.student, config.teacher.model, config)
     else:
@@ -145,7 +146,8 @@ def test_an_option_sets_exactly_what_its_class_takes(path):
     if cls is TimmConfig:
         # The others are arguments of most of timm's models.
         others = {*settings} - expected
-        assert others < {*signature(VisionTransformer).parameters, *signature(SwinTransformer).parameters}
+        architectures = VisionTransformer, SwinTransformer, TNT
+        assert others < {name for each in architectures for name in signature(each).parameters}
         expected = expected - {cls.REST} | others
     assert {*settings} == expected
 

@@ -201,7 +201,7 @@ def _maps_of(
 
 def _other_block(run: Run) -> int | None:
     """The last student block that was not distilled, if some were and some not."""
-    distilled = {pair["student_block"] for pair in run.pairs}
+    distilled = {pair["student_block"] for pair in run.outer_pairs}
     others = [block for block in range(len(run.student.attention)) if block not in distilled]
     return others[-1] if distilled and others else None
 

@@ -74,19 +74,25 @@ class Sources:
     @property
     def shown_blocks(self) -> dict[str, int]:
         """Model → the last block that its run distilled; the teacher's is the first such run's."""
-        pairs = {name: run.pairs[-1] for name, run in self.runs.items() if run.pairs}
+        pairs = {name: run.outer_pairs[-1] for name, run in self.runs.items() if run.outer_pairs}
         shown = {name: pair["student_block"] for name, pair in pairs.items()}
         return shown | ({TEACHER: next(iter(pairs.values()))["teacher_block"]} if pairs else {})
 
     def notes(self) -> list[str]:
-        """What to know of a teacher that has no attention maps."""
+        """What to know of maps that are not shown: a teacher's that has none, and inner ones."""
+        notes = [
+            f"The {name} learned the teacher's attention within patches; shown is that among patches."
+            for name, run in self.runs.items()
+            if len(run.outer_pairs) < len(run.pairs)
+        ]
         teacher = self.models.get(TEACHER)
-        if teacher is None or has_maps(teacher):
-            return []
-        assert isinstance(teacher, Model)
-        note = f"The teacher ({teacher.config}) {why_no_maps(teacher)}: only its predictions are shown."
-        log.info("%s", note)
-        return [note]
+        if isinstance(teacher, Model) and not has_maps(teacher):
+            notes.append(
+                f"The teacher ({teacher.config}) {why_no_maps(teacher)}: only its predictions are shown."
+            )
+        for note in notes:
+            log.info("%s", note)
+        return notes
 
 
 @contextmanager
@@ -221,7 +227,7 @@ def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
     """Every student map beside the teacher maps that it learned from, or would have by the default order."""
     learned = {
         (pair["student_block"], head): (pair["teacher_block"], tuple(heads))
-        for pair in run.pairs
+        for pair in run.outer_pairs
         for head, heads in zip(pair["student_heads"], pair["teacher_heads"], strict=True)
     }
     student_layouts, teacher_layouts = run.student.attention, teacher.attention

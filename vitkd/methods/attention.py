@@ -11,11 +11,12 @@ from torch import Tensor
 
 from vitkd.errors import ConfigError, check_choice
 from vitkd.methods.base import DataFacts, MapSettings, Method
-from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, align, how_windows_differ, shown
+from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, align, how_windows_differ
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import AttentionLoss
 from vitkd.methods.maps.objective import CONTROLS, AttentionObjective
 from vitkd.models import AttentionLayout, Model, ModelConfig, Taps
+from vitkd.models.output import OUTER, shown
 
 
 @dataclass
@@ -37,16 +38,16 @@ class AttentionDistillation(Method):
 
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         without = "method=logit or method=token" if student.attention_layouts() else "method=logit"
-        check_maps(student, teacher, f"{without}, without maps")
-        pairs = settings.granularity.pairs(student.attention_layouts(), teacher.attention_layouts())
+        part = settings.granularity.part
+        check_maps(student, teacher, f"{without}, without maps", part)
+        students, teachers = student.attention_layouts(part), teacher.attention_layouts(part)
+        pairs = settings.granularity.pairs(students, teachers)
         check_windows(pairs, student, teacher, without)
         if self.resize is None:
             check_grids(pairs, student, teacher, "method.resize=bilinear")
-        elif any(layout.mask is not None for layout in teacher.attention_layouts()):
+        elif any(layout.mask is not None for layout in teachers):
             check_grids(pairs, student, teacher, "no teacher.attention=lsa, whose mask cannot be resized")
-        elif not all(
-            each.has_class_token for model in (student, teacher) for each in model.attention_layouts()
-        ):
+        elif not all(layout.has_class_token for layout in (*students, *teachers)):
             check_grids(pairs, student, teacher, "models with a class token, beside which maps are resized")
 
     def objective(
@@ -55,26 +56,31 @@ class AttentionDistillation(Method):
         return attention_objective(student, teacher, settings, data, self.control)
 
 
-def check_maps(student: ModelConfig, teacher: ModelConfig, otherwise: str) -> None:
-    """ConfigError, advising `otherwise`, unless both models have attention maps."""
+def check_maps(student: ModelConfig, teacher: ModelConfig, otherwise: str, part: str = OUTER) -> None:
+    """ConfigError, advising `otherwise`, unless both models have attention maps, and those of `part`."""
     for owner, model in (("student", student), ("teacher", teacher)):
         if not model.attention_layouts():
             raise ConfigError(f"{owner}={model}: has no attention maps; choose a ViT, or {otherwise}")
+        if not model.attention_layouts(part):
+            raise ConfigError(
+                f"granularity.part={part}: {owner}={model} has one attention a block; set part={OUTER}, or "
+                "choose a TNT as student and as teacher"
+            )
 
 
 def check_windows(
     pairs: Sequence[BlockPair], student: ModelConfig, teacher: ModelConfig, otherwise: str
 ) -> None:
     """ConfigError, advising `otherwise`, unless paired blocks with windows have the same windows."""
-    students, teachers = student.attention_layouts(), teacher.attention_layouts()
     for pair in pairs:
+        students, teachers = (model.attention_layouts(pair.part) for model in (student, teacher))
         layout = students[pair.student_block]
         if reason := how_windows_differ(layout, teachers[pair.teacher_block]):
             alike = [str(i) for i, other in enumerate(teachers) if not how_windows_differ(layout, other)]
             fix = (
                 f"pair it with teacher block {' or '.join(alike)} by granularity.teacher_blocks"
                 if alike
-                else f"choose models with equal patches and windows, or {otherwise}"
+                else f"choose models with equal {' and '.join(reversed(layout.names))}, or {otherwise}"
             )
             raise ConfigError(
                 f"granularity: student block {pair.student_block} cannot learn the maps of teacher block "
@@ -86,8 +92,8 @@ def check_grids(
     pairs: Sequence[BlockPair], student: ModelConfig, teacher: ModelConfig, otherwise: str
 ) -> None:
     """ConfigError, advising `otherwise`, unless the paired blocks cut the image into as many patches."""
-    students, teachers = student.attention_layouts(), teacher.attention_layouts()
     for pair in pairs:
+        students, teachers = (model.attention_layouts(pair.part) for model in (student, teacher))
         layouts = students[pair.student_block], teachers[pair.teacher_block]
         check_equal_grids(*layouts, f"use equal patch sizes, or {otherwise}")
 
@@ -103,7 +109,8 @@ def attention_objective(
     student: Model, teacher: Model, settings: MapSettings, data: DataFacts, control: str | None = None
 ) -> AttentionObjective:
     """The comparison of maps that the settings' granularity and loss describe."""
-    students, teachers = student.attention, teacher.attention
+    part = settings.granularity.part
+    students, teachers = (model.config.attention_layouts(part) for model in (student, teacher))
     pairs = settings.granularity.pairs(students, teachers)
     paired = [(students[pair.student_block], teachers[pair.teacher_block]) for pair in pairs]
     alignments = [align(*layouts) for layouts in paired]
@@ -122,8 +129,9 @@ def record_both(
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The scores of the paired blocks of both models in eval mode; no random number is drawn."""
     was_training = student.training
-    of_student = Taps(scores=tuple(pair.student_block for pair in pairs), logits=False)
-    of_teacher = Taps(scores=tuple(pair.teacher_block for pair in pairs), logits=False)
+    part = pairs[0].part
+    of_student = Taps(scores=tuple(pair.student_block for pair in pairs), logits=False, part=part)
+    of_teacher = Taps(scores=tuple(pair.teacher_block for pair in pairs), logits=False, part=part)
     student_scores = student.eval()(images, of_student).scores
     student.train(was_training)
     return student_scores, teacher.eval()(images, of_teacher).scores

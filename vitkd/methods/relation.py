@@ -30,7 +30,7 @@ from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
 from vitkd.methods.maps.alignment import align, without_tokens
 from vitkd.methods.maps.losses import kl_divergence
 from vitkd.models import AttentionLayout, Model, ModelConfig, Output, Taps
-from vitkd.models.output import QKV, at_least_float32
+from vitkd.models.output import OUTER, QKV, at_least_float32
 
 RELATIONS = {"same": ("qq", "kk", "vv"), "all": tuple(map("".join, product("qkv", repeat=2)))}
 
@@ -129,6 +129,11 @@ class RelationDistillation(Method):
 
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         check_maps(student, teacher, "method=logit, without maps")
+        if (part := settings.granularity.part) != OUTER:
+            raise ConfigError(
+                f"granularity.part={part}: method=relation relates patches to each other, not what is within "
+                f"them; set part={OUTER}, or method=attention"
+            )
         self._related(student.attention_layouts(), teacher.attention_layouts(), settings)
 
     def objective(

@@ -116,8 +116,10 @@ class TokenDistillation(Method):
                 "choose method=logit"
             )
         if self.attention_weight:
-            check_maps(student, teacher, "method.attention_weight=0")
-            pairs = settings.granularity.pairs(student.attention_layouts(), teacher.attention_layouts())
+            part = settings.granularity.part
+            check_maps(student, teacher, "method.attention_weight=0", part)
+            layouts = student.attention_layouts(part), teacher.attention_layouts(part)
+            pairs = settings.granularity.pairs(*layouts)
             check_windows(pairs, student, teacher, "method.attention_weight=0")
             check_grids(pairs, student, teacher, "method.attention_weight=0")
 

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from vitkd.errors import check_at_least
-from vitkd.models.output import LOGITS, AttentionLayout, Output, Taps
+from vitkd.models.output import LOGITS, OUTER, AttentionLayout, Output, Taps
 
 
 class Trace(NamedTuple):
@@ -87,8 +87,8 @@ class ModelConfig(ABC):
         """Whether a second token with a head of its own can learn from a teacher."""
         return False
 
-    def attention_layouts(self) -> tuple[AttentionLayout, ...]:
-        """The layout of each block's attention; empty for a model that has no attention maps."""
+    def attention_layouts(self, part: str = OUTER) -> tuple[AttentionLayout, ...]:
+        """The layout of each block's attention; empty for a model that has no attention maps of this part."""
         return ()
 
     @abstractmethod

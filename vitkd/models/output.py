@@ -14,6 +14,9 @@ from torch import Tensor
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
+OUTER, INNER = PARTS = ("outer", "inner")
+"""the attentions of a block: among patches, which every model has that has maps; and within each patch"""
+
 
 class BlockTaps(NamedTuple):
     """What is asked of one block's attention."""
@@ -37,6 +40,8 @@ class Taps(NamedTuple):
     features: tuple[str, ...] = ()
     """the activations wanted, by name: a ViT's "embed", "block0", …; a ResNet's "stage1", …; "pre_logits" """
     logits: bool = True
+    part: str = OUTER
+    """which attention of these blocks is meant"""
 
     def of_block(self, block: int) -> BlockTaps:
         """What is asked of the attention in `block`."""
@@ -62,8 +67,11 @@ class Taps(NamedTuple):
         outputs = [int(name.removeprefix("block")) for name in self.features if name != "embed"]
         return max(*outputs, max(self.blocks, default=0) - 1, -1)
 
-    def assert_exist(self, num_blocks: int, features: Collection[str]) -> None:
+    def assert_exist(
+        self, num_blocks: int, features: Collection[str], parts: Collection[str] = (OUTER,)
+    ) -> None:
         """AssertionError unless a model of `num_blocks` attention blocks and these features has all of it."""
+        assert self.part in parts, f"no {self.part} attention: this model has {', '.join(parts)}"
         blocks = sorted(block for block in self.blocks if not 0 <= block < num_blocks)
         assert not blocks, f"no attention block {blocks}: this model has {num_blocks}"
         unknown = [name for name in self.features if name not in features]
@@ -71,19 +79,27 @@ class Taps(NamedTuple):
 
     @classmethod
     def union(cls, all_taps: Iterable["Taps"]) -> "Taps":
-        """Everything that any of `all_taps` asks for."""
+        """Everything that any of `all_taps` asks for; those of attention mean the same part of it."""
         taps = [*all_taps]
+        parts = {each.part for each in taps if each.blocks} or {OUTER}
+        assert len(parts) == 1, f"attention of several parts: {', '.join(sorted(parts))}"
         return cls(
             tuple(sorted({block for each in taps for block in each.scores})),
             tuple(sorted({block for each in taps for block in each.factors})),
             tuple(sorted({block for each in taps for block in each.qkv})),
             tuple(sorted({name for each in taps for name in each.features})),
             any(each.logits for each in taps),
+            *parts,
         )
 
 
 LOGITS = Taps()
 NO_BLOCK_TAPS = BlockTaps()
+
+
+def shown(sides: tuple[int, int]) -> str:
+    """A grid as one writes it."""
+    return f"{sides[0]}×{sides[1]}"
 
 
 def compared_in(x: Tensor) -> torch.dtype:
@@ -193,6 +209,8 @@ class AttentionLayout(NamedTuple):
     """whether a class token is the first of the prefix"""
     has_bias: bool = False
     """whether the scores are more than QKᵀ/√head_dim, to which for example relative positions add"""
+    names: tuple[str, str] = ("windows", "patches")
+    """what windows are called, and what the grid is made of"""
 
     @property
     def windows(self) -> int:

@@ -17,7 +17,7 @@ from vitkd.errors import ConfigError, check, check_at_least, check_choice
 from vitkd.models.base import Model, ModelConfig, Trace
 from vitkd.models.dropout import Dropout
 from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
-from vitkd.models.output import LOGITS, AttentionLayout, BlockTaps, Output, Taps
+from vitkd.models.output import LOGITS, OUTER, AttentionLayout, BlockTaps, Output, Taps
 from vitkd.models.small_data import LocalityAttention, ShiftedPatchTokenization
 
 ATTENTIONS: dict[str, type[Attention]] = {"msa": Attention, "lsa": LocalityAttention}
@@ -111,7 +111,9 @@ class ViTConfig(ModelConfig):
     def has_distillation_token(self) -> bool:
         return self.distillation_token
 
-    def attention_layouts(self) -> tuple[AttentionLayout, ...]:
+    def attention_layouts(self, part: str = OUTER) -> tuple[AttentionLayout, ...]:
+        if part != OUTER:
+            return ()
         grid, mask = (self.grid, self.grid), ATTENTIONS[self.attention].allowed(self.tokens)
         layout = AttentionLayout(
             self.num_heads, self.head_dim, grid, self.prefix, tuple(range(self.prefix)), mask

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from vitkd.config.run import Config, parse, teacher_run
 from vitkd.errors import ConfigError
 from vitkd.models import Model, digest
+from vitkd.models.output import OUTER
 from vitkd.runs.checkpoints import load_any, load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import contents_of
@@ -34,6 +35,11 @@ class Run:
     """as in `pairs.json`; empty if no attention map was distilled"""
     epoch: str
     """of the student: best | last"""
+
+    @property
+    def outer_pairs(self) -> Sequence[Mapping[str, Any]]:
+        """Those of attention among patches, of which explanations are made."""
+        return [pair for pair in self.pairs if pair["part"] == OUTER]
 
     @property
     def is_alone(self) -> bool:
@@ -60,9 +66,11 @@ def load_run(
     found = find_teacher(folder, config, teacher)
     pairs: Sequence[Mapping[str, Any]] = []
     if config.weighting.distils(config.alpha):
-        heads = [[layout.heads for layout in model.attention] if model else [] for model in (student, found)]
+        part = config.granularity.part
+        layouts = [model.config.attention_layouts(part) if model else () for model in (student, found)]
+        student_heads, teacher_heads = ([layout.heads for layout in of_model] for of_model in layouts)
         try:
-            pairs = read_pairs(folder.pairs, *heads)
+            pairs = read_pairs(folder.pairs, student_heads, teacher_heads, part)
         except ConfigError as error:
             if teacher is None:
                 raise

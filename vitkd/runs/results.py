@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vitkd.errors import ConfigError
+from vitkd.models.output import OUTER
 from vitkd.runs.files import open_regular, read_plain
 
 
@@ -19,8 +20,12 @@ def are_metrics(metrics: Any) -> bool:
     return is_mapping and all(type(v) in (int, float, type(None)) for k, v in metrics.items() if "acc" in k)
 
 
-def read_pairs(path: Path, student: Sequence[int], teacher: Sequence[int]) -> list[Mapping[str, Any]]:
-    """The distilled pairs in a run's pairs.json, of models of so many heads a block, none without the file.
+def read_pairs(
+    path: Path, student: Sequence[int], teacher: Sequence[int], part: str = OUTER
+) -> list[Mapping[str, Any]]:
+    """The distilled pairs in a run's pairs.json, none without the file.
+
+    `part` of the models' attention has so many heads a block.
 
     Raises ConfigError if it cannot be read, or names maps that the models have not.
     """
@@ -30,23 +35,26 @@ def read_pairs(path: Path, student: Sequence[int], teacher: Sequence[int]) -> li
         pairs = read_plain(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read, it is cut or not vitkd's") from error
-    if not isinstance(pairs, list) or not all(is_pair(pair, student, teacher) for pair in pairs):
+    if not isinstance(pairs, list) or not all(is_pair(pair, student, teacher, part) for pair in pairs):
         raise ConfigError(f"{path}: cannot be read, it is no list of pairs of these models' blocks")
     return pairs
 
 
-def is_pair(pair: Any, student: Sequence[int], teacher: Sequence[int]) -> bool:
-    """Whether it is a `BlockPair` of models with so many heads a block."""
+def is_pair(pair: Any, student: Sequence[int], teacher: Sequence[int], part: str) -> bool:
+    """Whether it is a `BlockPair` of models whose `part` of the attention has so many heads a block."""
     try:
         block, teacher_block = pair["student_block"], pair["teacher_block"]
         heads, teacher_heads = pair["student_heads"], pair["teacher_heads"]
         numbers = [(block, len(student)), (teacher_block, len(teacher))]
         numbers += [(head, student[block]) for head in heads]
         numbers += [(head, teacher[teacher_block]) for group in teacher_heads for head in group]
+        is_part = pair["part"] == part
         has_groups = len(heads) == len(teacher_heads) > 0 and all(teacher_heads)
     except (TypeError, KeyError, IndexError):
         return False
-    return has_groups and all(type(number) is int and 0 <= number < most for number, most in numbers)
+    return (
+        is_part and has_groups and all(type(number) is int and 0 <= number < most for number, most in numbers)
+    )
 
 
 def read_teacher_predictions(path: Path, images: int, classes: int) -> np.ndarray | None:

@@ -23,7 +23,7 @@ from vitkd.explain.maps.recording import evaluating, layout, who_reads
 from vitkd.explain.maps.windows import received, windows_of
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.models import Model, Taps
-from vitkd.models.output import at_least_float32
+from vitkd.models.output import OUTER, at_least_float32
 from vitkd.runs.curves import CurveLogger
 from vitkd.runs.files import write_atomically
 from vitkd.train.module import DistillModule
@@ -146,8 +146,9 @@ def shown_blocks(module: DistillModule) -> tuple[BlockPair, int | None]:
 
 
 def distilled_pairs(module: DistillModule) -> Sequence[BlockPair]:
-    """Which student maps learn from which teacher maps."""
-    return () if module.objective is None else module.objective.pairs
+    """Which student maps learn from which teacher maps, as far as they are among patches, as pictures are."""
+    pairs = () if module.objective is None else module.objective.pairs
+    return [pair for pair in pairs if pair.part == OUTER]
 
 
 @torch.no_grad()

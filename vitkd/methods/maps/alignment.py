@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.models import AttentionLayout
-from vitkd.models.output import QKV
+from vitkd.models.output import QKV, shown
 
 
 class Alignment(NamedTuple):
@@ -41,20 +41,16 @@ def how_windows_differ(student: AttentionLayout, teacher: AttentionLayout) -> st
     """Why two blocks attend within different windows; None if both have the same, or none."""
     if student.windows == teacher.windows == 1:
         return None
+    wholes, parts = student.names
     if student.grid != teacher.grid:
-        return f"{shown(student.grid)} patches are not {shown(teacher.grid)}"
+        return f"{shown(student.grid)} {parts} are not {shown(teacher.grid)}"
     windows = [layout.window or layout.grid for layout in (student, teacher)]
     if windows[0] != windows[1]:
-        return f"windows of {shown(windows[0])} patches are not those of {shown(windows[1])}"
+        return f"{wholes} of {shown(windows[0])} {parts} are not those of {shown(windows[1])}"
     masks = [layout.mask for layout in (student, teacher) if layout.mask is not None]
     if len(masks) == 1 or (masks and not torch.equal(*masks)):
         return "only one of the two shifts its windows"
     return None
-
-
-def shown(sides: tuple[int, int]) -> str:
-    """A grid as one writes it."""
-    return f"{sides[0]}×{sides[1]}"
 
 
 def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:

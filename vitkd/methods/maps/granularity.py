@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from vitkd.errors import ConfigError, check_choice
 from vitkd.models import AttentionLayout
+from vitkd.models.output import OUTER, PARTS
 
 Layouts = Sequence[AttentionLayout]
 """of each block of a model"""
@@ -26,6 +27,8 @@ class BlockPair:
     student_heads: tuple[int, ...]
     teacher_heads: tuple[tuple[int, ...], ...]
     """For each student head the teacher heads whose mean is its target (mostly one)."""
+    part: str = OUTER
+    """Which attention of both blocks, where a block has several."""
 
     @property
     def names(self) -> list[str]:
@@ -41,6 +44,11 @@ class Granularity(ABC):
     """Student blocks; negative ones count from the end; null is the granularity's own choice."""
     teacher_blocks: list[int] | None = None
     """The teacher block of each; null maps by depth (`map_block`)."""
+    part: str = OUTER
+    """outer, the attention among patches | inner, a TNT's within each patch."""
+
+    def __post_init__(self) -> None:
+        check_choice(self, "part", PARTS)
 
     @property
     def needs_calibration(self) -> bool:
@@ -53,7 +61,8 @@ class Granularity(ABC):
         Raises ConfigError where a block or head does not exist or the heads do not fit.
         """
         blocks = self.block_pairs(len(student), len(teacher))
-        return [BlockPair(s, t, *self.head_pairs(student[s].heads, teacher[t].heads)) for s, t in blocks]
+        heads = [self.head_pairs(student[s].heads, teacher[t].heads) for s, t in blocks]
+        return [BlockPair(*pair, *its, self.part) for pair, its in zip(blocks, heads, strict=True)]
 
     @abstractmethod
     def head_pairs(self, student_heads: int, teacher_heads: int) -> HeadPairs:
@@ -112,6 +121,7 @@ class Block(Granularity):
     """index | group_mean | hungarian: see `map_heads`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice(self, "head_map", ("index", "group_mean", "hungarian"))
 
     @property

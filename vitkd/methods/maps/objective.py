@@ -74,9 +74,12 @@ class AttentionObjective(Objective):
         self.streams = tokens > STREAM_ABOVE
         students = tuple(pair.student_block for pair in pairs)
         teachers = tuple(sorted({pair.teacher_block for pair in pairs}))
-        self.student_taps = Taps(factors=students) if self.streams else Taps(scores=students)
-        of_teacher = Taps(factors=teachers) if self.streams else Taps(scores=teachers)
-        self.teacher_taps = of_teacher._replace(logits=False)
+        (part,) = {pair.part for pair in pairs}
+        of_student, of_teacher = (
+            Taps(factors=blocks, part=part) if self.streams else Taps(scores=blocks, part=part)
+            for blocks in (students, teachers)
+        )
+        self.student_taps, self.teacher_taps = of_student, of_teacher._replace(logits=False)
         self.curves = tuple(f"map_loss/{name}" for pair in pairs for name in pair.names)
         self.min_images = 2 if control == "shuffled" else 1
 

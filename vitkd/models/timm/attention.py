@@ -15,6 +15,7 @@ from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
+from timm.models.tnt import Attention as TNTAttention
 from torch import Tensor, nn
 
 from vitkd.models.layers import AttentionOutput
@@ -111,20 +112,14 @@ class TappedWindows(Tapped):
     head_dim].
     """
 
-    windows: int
-    qkv: nn.Linear
+    windows: int = 1
     proj: nn.Linear
     proj_drop: nn.Dropout
-
-    @property
-    def head_dim(self) -> int:  # type: ignore[override]
-        """The size of each head."""
-        return self.proj.in_features // self.num_heads
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows [B · W, N, D] to windows; `mask` [W, N, N] is added to an image's scores."""
         if self.taps == NO_BLOCK_TAPS:
-            return super().forward(x, mask)
+            return super().forward(x) if mask is None else super().forward(x, mask)
         qkv = self.project(x)
         assert qkv.v is not None
         scores = self.scores(qkv)
@@ -143,21 +138,23 @@ class TappedWindows(Tapped):
 
     def project(self, x: Tensor) -> QKV:
         """Queries, keys and values [B · W, H, N, head_dim], so that the scores are QKᵀ/√head_dim + bias."""
-        rows = F.linear(x, self.qkv.weight, bias_of(self)).unflatten(-1, (3, self.num_heads, self.head_dim))
-        return QKV(*(each.transpose(1, 2) for each in rows.unbind(-3)))
+        raise NotImplementedError
 
     def scores(self, qkv: QKV) -> Tensor:
         """[B · W, H, N, N] before the mask."""
-        return qkv.scores() + at_least_float32(self.position_bias())
+        bias = self.position_bias()
+        return qkv.scores() if bias is None else qkv.scores() + at_least_float32(bias)
 
-    def position_bias(self) -> Tensor:
+    def position_bias(self) -> Tensor | None:
         """What the positions of query and key, relative to each other, add to the scores [H, N, N]."""
-        raise NotImplementedError
+        return None
 
     def in_rows(
         self, taps: BlockTaps, qkv: QKV, scores: Tensor | None, weights: Tensor | None = None
     ) -> AttentionOutput:
         """What `taps` asks for, the windows of an image one after another."""
+        if self.windows == 1:
+            return AttentionOutput.tapped(taps, qkv, scores, weights)
 
         def rows(x: Tensor) -> Tensor:
             return x.unflatten(0, (-1, self.windows)).transpose(1, 2).flatten(2, 3)
@@ -170,7 +167,22 @@ class TappedWindows(Tapped):
         return rows.unflatten(2, (self.windows, -1)).transpose(1, 2).flatten(0, 1)
 
 
-class TappedWindowAttention(TappedWindows, WindowAttention):
+class TappedSwin(TappedWindows):
+    """What Swin and Swin V2 have in common."""
+
+    qkv: nn.Linear
+
+    @property
+    def head_dim(self) -> int:  # type: ignore[override]
+        """The size of each head."""
+        return self.proj.in_features // self.num_heads
+
+    def project(self, x: Tensor) -> QKV:
+        rows = F.linear(x, self.qkv.weight, bias_of(self)).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return QKV(*(each.transpose(1, 2) for each in rows.unbind(-3)))
+
+
+class TappedWindowAttention(TappedSwin, WindowAttention):
     """Of Swin."""
 
     def position_bias(self) -> Tensor:
@@ -178,7 +190,7 @@ class TappedWindowAttention(TappedWindows, WindowAttention):
         return bias.squeeze(0)
 
 
-class TappedWindowAttentionV2(TappedWindows, WindowAttentionV2):
+class TappedWindowAttentionV2(TappedSwin, WindowAttentionV2):
     """Of Swin V2, whose scores are cosines at a learned temperature."""
 
     def project(self, x: Tensor) -> QKV:
@@ -193,9 +205,21 @@ class TappedWindowAttentionV2(TappedWindows, WindowAttentionV2):
         return 16 * of_offsets[self.relative_position_index].permute(2, 0, 1).sigmoid()
 
 
+class TappedTNTAttention(TappedWindows, TNTAttention):
+    """Of a TNT: among its patches, as one window, or among the words of each patch."""
+
+    qk: nn.Linear
+    v: nn.Linear
+
+    def project(self, x: Tensor) -> QKV:
+        q, k = self.qk(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
+        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        return QKV(*(each.transpose(1, 2) for each in (q, k, v)))
+
+
 CLASSES = (
     *(TappedAttention, TappedAttentionRope, TappedEvaAttention),
-    *(TappedWindowAttention, TappedWindowAttentionV2),
+    *(TappedWindowAttention, TappedWindowAttentionV2, TappedTNTAttention),
 )
 TAPPED: dict[type, type[Tapped]] = {tapped.__bases__[1]: tapped for tapped in CLASSES}
 

@@ -4,14 +4,15 @@ Shapes: B images, C channels, H × W pixels, T tokens, D embed_dim, K classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, ClassVar, NamedTuple
 
 from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor
 
-from vitkd.models.output import AttentionLayout, Output
+from vitkd.models.output import OUTER, AttentionLayout, Output
 from vitkd.models.timm.attention import Tapped, make_tapped
 
 # These normalise what comes out of attention, not what goes in.
@@ -25,16 +26,23 @@ class State(NamedTuple):
     """[B, T, D]"""
     rope: Any = None
     """the rotary embedding of the patches, of each block or of all"""
+    words: Tensor | None = None
+    """of each patch of a TNT [B · patches, N, D of words]"""
 
 
 class Encoder(ABC):
     """How one of timm's networks is computed block by block; it holds no parameters."""
 
+    ATTENTION: ClassVar[str] = "attn"
+    """the name of the attention in a block that is asked for"""
+
     def __init__(self, network: Any) -> None:
         self.network, self.blocks = network, self.blocks_of(network)
-        for attention in (block.attn for block in self.blocks):
-            if not isinstance(attention, Tapped):
-                make_tapped(attention)
+        self.parts: Mapping[str, Encoder] = {OUTER: self}
+        """the same network's encoders, by the part of its attention that they ask for"""
+        for block in range(len(self)):
+            if not isinstance(self.attention(block), Tapped):
+                make_tapped(self.attention(block))
 
     @staticmethod
     def blocks_of(network: Any) -> Sequence[Any]:
@@ -46,11 +54,18 @@ class Encoder(ABC):
 
     def attention(self, block: int) -> Tapped:
         """The attention of a block."""
-        return self.blocks[block].attn
+        attention: Tapped = getattr(self.blocks[block], self.ATTENTION)
+        return attention
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches from top to bottom and from left to right."""
+        rows, columns = self.network.patch_embed.grid_size
+        return rows, columns
 
     def layouts(self) -> tuple[AttentionLayout, ...]:
         """The layout of each block's attention."""
-        prefix, grid = self.network.num_prefix_tokens, tuple(self.network.patch_embed.grid_size)
+        prefix, grid = self.network.num_prefix_tokens, self.grid
         attentions = [self.attention(block) for block in range(len(self))]
         layouts = [AttentionLayout(a.num_heads, a.head_dim, grid, prefix, self.readers()) for a in attentions]
         has_class_token = self.network.cls_token is not None
@@ -61,7 +76,7 @@ class Encoder(ABC):
         if self.network.global_pool == "token":
             return (0,)
         prefix = self.network.num_prefix_tokens
-        return tuple(range(prefix, prefix + self.network.patch_embed.num_patches))
+        return tuple(range(prefix, prefix + prod(self.grid)))
 
     @abstractmethod
     def embed(self, images: Tensor) -> State:

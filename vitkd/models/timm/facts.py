@@ -1,11 +1,13 @@
 """What timm's code says of a model before any of its weights has memory."""
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import PatchEmbed
+from timm.models.tnt import PixelEmbed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,8 +23,8 @@ class Facts(NamedTuple):
 
     architecture: str
     """its class in timm"""
-    layouts: tuple[AttentionLayout, ...]
-    """of each block's attention; none if that cannot be read"""
+    layouts: Mapping[str, tuple[AttentionLayout, ...]]
+    """by part: of each block's attention; none if that cannot be read"""
     size: tuple[int, int]
     """of its images, in pixels from top to bottom and from left to right"""
     mean: tuple[float, ...]
@@ -45,11 +47,12 @@ def facts_of(name: str, num_classes: int, options: str) -> Facts:
     cfg: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     size = size_of(network, cfg)
     check_patches(network, size)
-    check_answer(name, network, (cfg["input_size"][0], *size), num_classes)
     encoder, modules = encoder_of(network), [*network.modules()]
+    layouts = {part: each.layouts() for part, each in encoder.parts.items()} if encoder is not None else {}
+    check_answer(name, network, (cfg["input_size"][0], *size), num_classes)
     return Facts(
         type(network).__name__,
-        encoder.layouts() if encoder else (),
+        layouts,
         size,
         tuple(cfg["mean"]),
         tuple(cfg["std"]),
@@ -63,17 +66,22 @@ def facts_of(name: str, num_classes: int, options: str) -> Facts:
 
 def size_of(network: nn.Module, cfg: dict[str, Any]) -> tuple[int, int]:
     """Height and width of the images that a network takes."""
-    size = getattr(getattr(network, "patch_embed", None), "img_size", None)
-    height, width = size or cfg["input_size"][-2:]
+    height, width = getattr(embedding_of(network), "img_size", None) or cfg["input_size"][-2:]
     return height, width
+
+
+def embedding_of(network: nn.Module) -> nn.Module | None:
+    """The layer that cuts images into patches, if there is one."""
+    return getattr(network, "patch_embed", getattr(network, "pixel_embed", None))
 
 
 def check_patches(network: nn.Module, size: tuple[int, int]) -> None:
     """ConfigError if the patches of a network leave out a rest of images of this size."""
-    embed = getattr(network, "patch_embed", None)
-    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+    embed = embedding_of(network)
+    if not isinstance(embed, PatchEmbed | PixelEmbed) or getattr(embed, "dynamic_img_pad", False):
         return
-    for pixels, patch in zip(size, embed.patch_size, strict=True):
+    patches: Any = embed.patch_size
+    for pixels, patch in zip(size, patches, strict=True):
         if pixels % patch:
             below, above = pixels - pixels % patch, pixels + -pixels % patch
             fits = f"{below} or {above}" if below else str(above)

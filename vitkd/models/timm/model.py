@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from vitkd.errors import ConfigError, from_extra
 from vitkd.models.base import Model, ModelConfig, Trace
 from vitkd.models.layers import AttentionOutput
-from vitkd.models.output import LOGITS, NO_BLOCK_TAPS, AttentionLayout, BlockTaps, Output, Taps
+from vitkd.models.output import (
+    INNER,
+    LOGITS,
+    NO_BLOCK_TAPS,
+    OUTER,
+    AttentionLayout,
+    BlockTaps,
+    Output,
+    Taps,
+    shown,
+)
 from vitkd.models.timm.images import Inputs
 
 if TYPE_CHECKING:
@@ -61,19 +71,23 @@ class TimmConfig(ModelConfig):
         assert self.facts
 
     def __str__(self) -> str:
-        facts, layouts = self.facts, self.facts.layouts
+        facts, layouts = self.facts, self.attention_layouts()
         origin = f" from {self.weights}" if self.weights else ", pretrained" if self.pretrained else ""
-        pixels = f"{facts.size[0]}×{facts.size[1]} pixels"
+        pixels = f"{shown(facts.size)} pixels"
         if facts.size != (self.image_size, self.image_size):
             pixels += f" made of {self.image_size}×{self.image_size}"
         if not layouts:
             return f"{self.name} ({facts.architecture}){origin}, {pixels}"
-        heads, (rows, columns), prefix = layouts[0].heads, layouts[0].grid, layouts[0].prefix
+        heads, grid, prefix = layouts[0].heads, layouts[0].grid, layouts[0].prefix
+        patches = f"{shown(grid)} patches"
         if (window := layouts[0].window) is not None:
-            attends = f"{rows}×{columns} patches at first in windows of {window[0]}×{window[1]}"
+            attends = f"{patches} at first in windows of {shown(window)}"
             return f"{self.name}{origin}, {len(layouts)} blocks, {pixels}, {attends}"
+        if inner := self.attention_layouts(INNER):
+            assert inner[0].window is not None
+            patches += f" of {shown(inner[0].window)} words"
         return (
-            f"{self.name}{origin}, {len(layouts)}×{heads} blocks×heads, {pixels}, {rows}×{columns} patches + "
+            f"{self.name}{origin}, {len(layouts)}×{heads} blocks×heads, {pixels}, {patches} + "
             f"{prefix} other token{'' if prefix == 1 else 's'}"
         )
 
@@ -102,8 +116,8 @@ class TimmConfig(ModelConfig):
     def has_distillation_token(self) -> bool:
         return self.facts.has_distillation_token
 
-    def attention_layouts(self) -> tuple[AttentionLayout, ...]:
-        return self.facts.layouts
+    def attention_layouts(self, part: str = OUTER) -> tuple[AttentionLayout, ...]:
+        return self.facts.layouts.get(part, ())
 
     def prepare(self) -> None:
         if self.pretrained or self.weights:
@@ -182,8 +196,8 @@ class TimmModel(Model):
 
     def _answer(self, encoder: "Encoder", images: Tensor, taps: Taps) -> Output:
         depth = len(encoder)
-        taps.assert_exist(depth, ("embed", *(f"block{i}" for i in range(depth)), "pre_logits"))
-        last = taps.last_whole_block(depth)
+        taps.assert_exist(depth, ("embed", *(f"block{i}" for i in range(depth)), "pre_logits"), encoder.parts)
+        encoder, last = encoder.parts[taps.part], taps.last_whole_block(depth)
         state = encoder.embed(images)
         features, attention = {"embed": state.tokens}, {}
         for i in range(last + 1):
