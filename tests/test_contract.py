@@ -42,6 +42,7 @@ SMALL_SWIN = [
 # What an option needs besides to suit the others' defaults.
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
+    ("method", "locality"): ["teacher=resnet56", "teacher.variant=resnet20"],
     ("student", "resnet"): ["method=logit"],
     ("student", "vit"): SMALL,
     ("student", "report"): SMALL,
