@@ -88,6 +88,11 @@ class ModelConfig(ABC):
         return False
 
     @property
+    def takes_scores(self) -> bool:
+        """Whether its blocks can attend by scores that are given to them."""
+        return False
+
+    @property
     def num_stages(self) -> int:
         """How many stages a convolutional network has: features "stage1", … are [B, channels, h, w]."""
         return 0

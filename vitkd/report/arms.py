@@ -63,12 +63,12 @@ class Arm:
 
     @property
     def objective(self) -> str:
-        """The transfer loss: `block kl`, `block relation`, `logit`, `token hard + 1·block kl`."""
+        """What it learns: `block kl`, `block relation`, `block copy`, `logit`, `token hard + 1·block kl`."""
         run = self.first
         if self.distills_attention:
             return f"{self.granularity} {self.loss}"
-        if self.method == "relation":
-            return f"{run.granularity} relation"
+        if self.method in ("relation", "copy"):
+            return f"{run.granularity} {self.method}"
         if self.method != "token":
             return self.method
         token = f"token {run.settings.get('method.targets')}"
@@ -153,7 +153,7 @@ def choices(arm: Arm) -> dict[str, str]:
     """Group of settings → the arm's option in it; settings are compared where both are equal."""
     run = arm.first
     has_maps = arm.distills_attention or run.attention_weight > 0
-    has_blocks = has_maps or arm.method == "relation"
+    has_blocks = has_maps or arm.method in ("relation", "copy")
     return {
         "teacher._target_": "",
         "teacher": str(run.settings.get("teacher._target_")),
@@ -170,7 +170,7 @@ def settings_in(group: str, arm: Arm) -> Settings:
     if has_teacher_per_seed(arm.runs.values()):
         settings["teacher.seed"] = "${seed}"
     named = {"method._target_"}
-    if arm.method in ("attention", "relation") or arm.first.attention_weight:
+    if arm.method in ("attention", "relation", "copy") or arm.first.attention_weight:
         named |= {"granularity._target_", "loss._target_"}
     if arm.method == "token":
         named |= {"method.targets", "method.attention_weight"}
