@@ -9,9 +9,9 @@ student alone is about the most that looking where its teacher looks can give, a
 distillation beside. It is no smaller model for that: it needs its teacher at test time, which its file holds
 and its parameters count.
 
-The paper copies every head of the first blocks (18 of 24 did best) of an equal architecture pre-trained as a
-masked autoencoder, which is `granularity=encoder` or `granularity.blocks=[0,1,…]`. Heads need not be as many
-here: `granularity.head_map=group_mean` copies the mean weights of a group.
+The paper's student has its teacher's architecture, and the teacher is pre-trained as a masked autoencoder.
+The authors' code copies every head of the first 21 of 24 blocks, here `granularity.blocks=[0,1,…]`. Heads
+need not be as many here: `granularity.head_map=group_mean` copies the mean weights of a group.
 """
 
 from collections.abc import Sequence
