@@ -16,6 +16,7 @@ from vitkd.config.run import CONF_DIR, Config, Paths, parse
 from vitkd.data import Batch
 from vitkd.errors import RunError
 from vitkd.models import Model
+from vitkd.models.copying import CopyingModel
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.seeding import first_weights
 from vitkd.train.build import build_module, facts_of
@@ -31,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
 ]
 GROUPS = ("method", "weighting", "student")
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF_DIR / group).glob("*.yaml"))]
@@ -46,6 +48,7 @@ SMALL_TNT = [
 # What an option needs besides to suit the others' defaults.
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
+    ("method", "locality"): ["teacher=resnet56", "teacher.variant=resnet20"],
     ("student", "resnet"): ["method=logit"],
     ("method", "together"): ["method.parts=[attention,relation,dkd]", "method.weights=[1,0.5,0.1]"],
     ("student", "vit"): SMALL,
@@ -198,10 +201,11 @@ def test_the_gradient_reaches_the_student_and_what_learns_beside_it(config):
     losses.total.backward()
 
     assert losses.total.isfinite()
-    learning = [*module.model.parameters(), *(module.objective.parameters() if module.objective else ())]
-    assert {id(p) for p in learning} == {id(p) for p in module.parameters()}
+    model = module.model.student if isinstance(module.model, CopyingModel) else module.model
+    learning = [*model.parameters(), *(module.objective.parameters() if module.objective else ())]
+    assert {id(p) for p in learning} == {id(p) for p in module.parameters() if p.requires_grad}
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in learning)
-    if module.objective is not None:
+    if config.method.needs_teacher:
         assert all(p.grad is None and not p.requires_grad for p in module.teacher.parameters())
 
 
@@ -240,7 +244,7 @@ def test_resumed_is_uninterrupted(config, tmp_path):
 
 
 def test_stacked_is_alone_or_refused(option, config):
-    if config.student.why_alone or config.method.trains_parameters:
+    if config.student.why_alone or config.method.why_alone:
         # `candidates.why_alone` gives the reason; its tests hold that.
         return
     data = load_data(config)
@@ -313,5 +317,6 @@ def test_a_cached_teacher_is_an_asked_one(option, config):
     torch.manual_seed(10)
     train(module, config, data, caching)
 
-    assert caching.splits == {"train", "val"}
+    # A copy runs its teacher itself.
+    assert caching.splits == ({"train", "val"} if module.objective is not None else set())
     assert_equal(weights_of(module.model), weights_of(trained_alone(*option, 0)[0].model), **CLOSE)

@@ -70,7 +70,7 @@ TRAIN = [
     ("teacher.mlp_dim=0", "teacher.mlp_dim=0", "at least 1"),
     ("student.patch_size=3", "patch_size=3", "image_size=8", "1, 2, 4, 8"),
     ("loss.temperature=0", "loss.temperature=0", "above 0"),
-    ("loss.reduction=batchmean", "loss.reduction=batchmean", "mean or sum"),
+    ("loss.reduction=batchmean", "loss.reduction=batchmean", "mean, sum or sum_blocks"),
     ("optimizer.lr=-1", "optimizer.lr=-1", "above 0"),
     ("teacher.optimizer.lr=-1", "teacher.optimizer.lr=-1", "above 0"),
     ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]", "two numbers"),

@@ -59,6 +59,7 @@ COMPANIONS = (
     [],
     ["method=logit"],
     ["method=none"],
+    ["teacher=resnet56"],
     ["trainer.accelerator=cpu"],
     ["logger.wandb.mode=offline"],
 )

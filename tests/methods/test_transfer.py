@@ -90,7 +90,7 @@ def test_a_teacher_block_that_two_student_blocks_share_is_asked_for_once():
     assert objective.teacher_taps.scores == (1,)
 
 
-@pytest.mark.parametrize(("reduction", "expected"), [("mean", 3.0), ("sum", 9.0)])
+@pytest.mark.parametrize(("reduction", "expected"), [("mean", 3.0), ("sum", 9.0), ("sum_blocks", 7.5)])
 def test_reduction_over_maps(reduction, expected):
     objective = AttentionObjective(PAIRS, MSE(reduction=reduction))
     values = torch.tensor([[1.0, 2.0, 6.0], [2.0, 4.0, 12.0]])

@@ -10,13 +10,14 @@ from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from scipy import stats
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.models import ResNet, ResNetConfig, Taps, digest, load_model, save_model
-from vitkd.models.resnet import VARIANTS
+from vitkd.models import ResNet, ResNetConfig, Taps, count_parameters, digest, load_model, save_model
+from vitkd.models.resnet import IMAGENET_VARIANTS, VARIANTS
 
 URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 
@@ -64,13 +65,80 @@ def test_logits_equal_torchvisions():
     assert output.heads == {}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", IMAGENET_VARIANTS)
 def test_every_variant_has_torchvisions_tensors(variant):
     with torch.device("meta"):
         ours = config(variant=variant).architecture().network.state_dict()
         theirs = getattr(torchvision.models, variant)(num_classes=7).state_dict()
 
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in theirs.items()}
+
+
+def small(variant: str = "resnet20", **changes: object) -> ResNetConfig:
+    return config(variant=variant, stem="small", **changes)
+
+
+# He et al. 2015, table 6, in millions; ours has 0.003 more in its shortcuts.
+@pytest.mark.parametrize(
+    ("variant", "millions"),
+    [("resnet20", 0.27), ("resnet32", 0.46), ("resnet44", 0.66), ("resnet56", 0.85), ("resnet110", 1.7)],
+)
+def test_those_for_small_images_have_the_papers_parameters(variant, millions):
+    with torch.device("meta"):
+        network = small(variant, num_classes=10).architecture()
+
+    assert count_parameters(network) / 1e6 == pytest.approx(millions, abs=0.01 if millions < 1 else 0.04)
+
+
+def test_resnet56_has_as_many_parameters_as_repdistillers():
+    with torch.device("meta"):
+        assert count_parameters(small("resnet56", num_classes=100).architecture()) == 861_620
+
+
+@torch.no_grad()
+def test_those_for_small_images_are_the_papers_equations():
+    """Section 4.2: three stages of n blocks x + F(x), where F is two normalised 3×3 convolutions."""
+    model = small().build().double().eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    weights = {name.removeprefix("network."): value for name, value in model.state_dict().items()}
+
+    def convolved(x, name, norm, stride=1):
+        kernel = weights[f"{name}.weight"]
+        x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+        mean, var, gain, bias = (
+            weights[f"{norm}.{part}"][:, None, None]
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * gain + bias
+
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x, expected = convolved(images, "conv1", "bn1").relu(), {}
+    for stage in (1, 2, 3):
+        for block in range(3):
+            at, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            inner = convolved(x, f"{at}.conv1", f"{at}.bn1", stride).relu()
+            inner = convolved(inner, f"{at}.conv2", f"{at}.bn2")
+            shortcut = convolved(x, f"{at}.downsample.0", f"{at}.downsample.1", 2) if stride == 2 else x
+            x = (inner + shortcut).relu()
+        expected[f"stage{stage}"] = x
+    logits = x.mean((2, 3)) @ weights["fc.weight"].mT + weights["fc.bias"]
+
+    output = model(images, Taps(features=("stage1", "stage2", "stage3")))
+
+    assert [maps.shape[1:] for maps in expected.values()] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    torch.testing.assert_close(output.logits, logits, atol=1e-10, rtol=0)
+    torch.testing.assert_close(dict(output.features), expected, atol=1e-10, rtol=0)
+
+
+def test_those_for_small_images_start_as_torchvisions_and_take_any_channels():
+    model = small(channels=1).build()
+
+    weight = model.network.layer3[1].conv2.weight.detach().flatten().numpy()
+    start = stats.norm(scale=math.sqrt(2 / (64 * 9)))
+    assert stats.kstest(weight, start.cdf).pvalue > 0.01
+    assert model(torch.randn(2, 1, 8, 8)).logits.shape == (2, 7)
 
 
 def sides(network: ResNet, image_size: int) -> list[int]:
@@ -132,6 +200,8 @@ def test_there_is_no_attention_to_record():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"variant": "resnet56"}, ["stem=imagenet", "resnet56", "stem=small"]),
+        ({"variant": "resnet56", "stem": "small", "pretrained": True}, ["pretrained=true", "stem=small"]),
         ({"variant": "resnet19"}, ["variant=resnet19", *VARIANTS]),
         ({"stem": "tiny"}, ["stem=tiny", "imagenet or small"]),
         ({"pretrained": True, "stem": "small"}, ["pretrained=true", "stem=small", "pretrained=false"]),

@@ -38,6 +38,8 @@ EXPECTED_WARNINGS = (
     ".*GPU available but not used.*",
     # A step that is replayed from a CUDA graph takes its loss with it.
     ".*`training_step` returned `None`.*",
+    # The teacher in a student of method=copy.
+    ".*in eval mode at the start of training.*",
     # Lightning 2.6 under a newer PyTorch.
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     # PyTorch 2.10, which only reads them, of the files of torch.export.

@@ -118,11 +118,24 @@ class Method(ABC):
         """Settings without effect under this method: setting one on the command line earns a warning."""
         return ()
 
+    @property
+    def why_alone(self) -> str | None:
+        """Why a stack of students cannot be trained this way; None if it can."""
+        return (
+            "its method trains parameters of its own, which a stack does not"
+            if self.trains_parameters
+            else None
+        )
+
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:  # noqa: B027
         """Raise ConfigError if the student cannot learn from the teacher this way; as a rule it can."""
 
     def check_data(self, data: DataFacts) -> None:  # noqa: B027
         """Log what it takes to learn from these images; ConfigError, before a teacher trains, if too much."""
+
+    def trained(self, student: Model, teacher: Model, settings: MapSettings) -> Model:
+        """What is trained and kept in the student's place; as a rule the student itself."""
+        return student
 
     @abstractmethod
     def objective(

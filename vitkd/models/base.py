@@ -87,6 +87,16 @@ class ModelConfig(ABC):
         """Whether a second token with a head of its own can learn from a teacher."""
         return False
 
+    @property
+    def takes_scores(self) -> bool:
+        """Whether its blocks can attend by scores that are given to them."""
+        return False
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages a convolutional network has: features "stage1", … are [B, channels, h, w]."""
+        return 0
+
     def attention_layouts(self, part: str = OUTER) -> tuple[AttentionLayout, ...]:
         """The layout of each block's attention; empty for a model that has no attention maps of this part."""
         return ()

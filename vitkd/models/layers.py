@@ -156,6 +156,17 @@ class Attention(nn.Module):
         weights = self._weights(scores, qkv.v.dtype)
         return self._merge(weights @ qkv.v, residual), AttentionOutput.tapped(taps, qkv, scores, weights)
 
+    def attend_by(
+        self, scores: Tensor, x: Tensor, taps: BlockTaps, residual: Tensor | None = None
+    ) -> tuple[Tensor, AttentionOutput]:
+        """As `forward`, by scores [*S, B, H, T, T] of elsewhere: neither queries nor keys are computed."""
+        inner = self.num_heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[..., 2 * inner :]
+        projected = project(self.norm(x), self.qkv.weight[..., 2 * inner :, :], bias)
+        values = projected.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)
+        weights = self.dropout(scores.softmax(-1)).to(values.dtype)
+        return self._merge(weights @ values, residual), AttentionOutput.tapped(taps, None, scores, weights)
+
     def tapped(self, x: Tensor, taps: BlockTaps) -> AttentionOutput:
         """What is asked for by `taps` of tokens [*S, B, T, D], and nothing more: no output projection."""
         qkv = self._split(self._project(x, with_values=taps.qkv))
@@ -243,7 +254,15 @@ class Block(nn.Module):
         self.attention = attention
         self.mlp = mlp
 
-    def forward(self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS) -> tuple[Tensor, AttentionOutput]:
-        """Map tokens [*S, B, T, D] to tokens, and to what `taps` asks of the attention."""
-        x, tapped = self.attention(x, taps, residual=x)
+    def forward(
+        self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS, given: Tensor | None = None
+    ) -> tuple[Tensor, AttentionOutput]:
+        """Map tokens [*S, B, T, D] to tokens, and to what `taps` asks of the attention.
+
+        The attention is by the scores [*S, B, H, T, T] that are given, if they are.
+        """
+        if given is None:
+            x, tapped = self.attention(x, taps, residual=x)
+        else:
+            x, tapped = self.attention.attend_by(given, x, taps, residual=x)
         return self.mlp(x, residual=x), tapped

@@ -8,7 +8,9 @@ Shapes: S stacked students (absent for one model), B batch, C channels, T tokens
 token, grid²), H heads, D embed_dim, K classes.
 """
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from vitkd.models.small_data import LocalityAttention, ShiftedPatchTokenization
 
 ATTENTIONS: dict[str, type[Attention]] = {"msa": Attention, "lsa": LocalityAttention}
 TOKENIZERS = ("patch", "spt")
+NO_SCORES: Mapping[int, Tensor] = MappingProxyType({})
 
 
 @dataclass(repr=False)
@@ -111,6 +114,10 @@ class ViTConfig(ModelConfig):
     def has_distillation_token(self) -> bool:
         return self.distillation_token
 
+    @property
+    def takes_scores(self) -> bool:
+        return self.attention == "msa"
+
     def attention_layouts(self, part: str = OUTER) -> tuple[AttentionLayout, ...]:
         if part != OUTER:
             return ()
@@ -155,17 +162,18 @@ class ViT(Model):
             self.distillation_token = nn.Parameter(torch.randn(1, 1, c.embed_dim))
             self.distillation_head = Linear(c.embed_dim, c.num_classes)
 
-    def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
+    def forward(self, images: Tensor, taps: Taps = LOGITS, given: Mapping[int, Tensor] = NO_SCORES) -> Output:
         """Classify images [B, C, H, W] (or [S, B, C, H, W]), and return what `taps` asks for.
 
         Without logits it stops where the last of that is known: after QKᵀ of the last block, for example.
+        Blocks attend by the scores [*S, B, H, T, T] that are given for them, if any are.
         """
         depth = len(self.blocks)
         taps.assert_exist(depth, ("embed", *(f"block{i}" for i in range(depth)), "pre_logits"))
         x, last = self.embed(images), taps.last_whole_block(depth)
         features, attention = {"embed": x}, {}
         for i, block in enumerate(self.blocks[: last + 1]):
-            x, attention[i] = block(x, taps.of_block(i))
+            x, attention[i] = block(x, taps.of_block(i), given.get(i))
             if f"block{i}" in taps.features:
                 features[f"block{i}"] = x
         for i in (block for block in taps.blocks if block > last):
@@ -177,12 +185,12 @@ class ViT(Model):
             features={name: features[name] for name in taps.features},
         )
 
-    def trace(self, images: Tensor) -> Trace:
+    def trace(self, images: Tensor, given: Mapping[int, Tensor] = NO_SCORES) -> Trace:
         """As `Model.trace`: nothing is fused, and every block's T×T matrix stays in memory."""
         x = self.embed(images)
         weights, tokens = [], []
-        for block in self.blocks:
-            x, attention = block(x, BlockTaps(weights=True))
+        for i, block in enumerate(self.blocks):
+            x, attention = block(x, BlockTaps(weights=True), given.get(i))
             weights.append(attention.weights)
             tokens.append(x)
         logits = self._classify(x, LOGITS, {}).answer

@@ -18,13 +18,14 @@ from torch import nn
 
 from vitkd.errors import ConfigError, MissingPackageError
 from vitkd.models.base import Model, ModelConfig
+from vitkd.models.copying import CopyingConfig
 from vitkd.models.resnet import ResNetConfig
 from vitkd.models.timm.model import TimmConfig
 from vitkd.models.vit import ViTConfig
 from vitkd.process.plugins import import_plugin, is_plugin
 
 CONFIGS: dict[str, type[ModelConfig]] = {
-    config.__name__: config for config in (ViTConfig, ResNetConfig, TimmConfig)
+    config.__name__: config for config in (ViTConfig, ResNetConfig, TimmConfig, CopyingConfig)
 }
 HEADER = "vitkd"
 """The one key of the file's metadata."""

@@ -74,9 +74,10 @@ class Arm:
         return self.part(self.method)
 
     def part(self, method: str) -> str:
-        """A method by what it compares: `block kl`, `block relation`, `logit`."""
-        maps = {"attention": f"{self.first.granularity} {self.first.loss}"}
-        return (maps | {"relation": f"{self.first.granularity} relation"}).get(method, method)
+        """A method by what it compares: `block kl`, `block relation`, `block copy`, `logit`."""
+        chosen = self.first.granularity
+        of_maps = {"attention": f"{chosen} {self.first.loss}", "relation": f"{chosen} relation"}
+        return (of_maps | {"copy": f"{chosen} copy"}).get(method, method)
 
     def learns(self, *methods: str) -> bool:
         """Whether one of `methods` is the arm's, or a part of it."""
@@ -161,7 +162,7 @@ def choices(arm: Arm) -> dict[str, str]:
     """Group of settings → the arm's option in it; settings are compared where both are equal."""
     run = arm.first
     has_maps = arm.learns("attention") and not arm.is_baseline
-    has_blocks = has_maps or arm.learns("relation")
+    has_blocks = has_maps or arm.learns("relation", "copy")
     method = " ".join([arm.method, *run.parts])
     return {
         "teacher._target_": "",
@@ -179,7 +180,7 @@ def settings_in(group: str, arm: Arm) -> Settings:
     if has_teacher_per_seed(arm.runs.values()):
         settings["teacher.seed"] = "${seed}"
     named = {"method._target_"}
-    if arm.learns("attention", "relation"):
+    if arm.learns("attention", "relation", "copy"):
         named |= {"granularity._target_", "loss._target_"}
     if arm.method == "token":
         named |= {"method.targets", "method.attention_weight"}

@@ -118,8 +118,9 @@ class Run:
 
     @property
     def is_student_alone(self) -> bool:
-        """Whether it learned from labels alone: no method, or alpha = 1 throughout."""
-        return self.method == "none" or (self.alpha == 1 and self.weighting == CONSTANT)
+        """Whether it had labels alone: no method, or alpha = 1 throughout, which no copy depends on."""
+        is_taught = self.method == "copy" or self.alpha != 1 or self.weighting != CONSTANT
+        return self.method == "none" or not is_taught
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:

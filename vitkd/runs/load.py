@@ -44,7 +44,9 @@ class Run:
     @property
     def is_alone(self) -> bool:
         """Whether the student learned from labels alone."""
-        return not (self.config.method.needs_teacher and self.config.weighting.distils(self.config.alpha))
+        config = self.config
+        distils = "alpha" in config.method.ignores or config.weighting.distils(config.alpha)
+        return not (config.method.needs_teacher and distils)
 
 
 def load_run(

@@ -28,12 +28,13 @@ def build_module(settings: Config, student: Model, teacher: Model | None, data: 
     if settings.method.needs_teacher:
         assert teacher is not None
         objective = settings.method.objective(student, teacher, settings, data)
+        student = settings.method.trained(student, teacher, settings)
     return DistillModule(
         student,
         settings.optimizer,
         settings.schedule,
         settings.label_smoothing,
-        teacher=teacher if objective is not None else None,
+        teacher=teacher if settings.method.needs_teacher else None,
         objective=objective,
         weighting=settings.weighting,
         alpha=settings.alpha,

@@ -29,10 +29,11 @@ class AttentionLoss(ABC):
     """A mean over queries (and keys, for scores) of each map; never `batchmean`."""
 
     reduction: str = "mean"
-    """Over the chosen maps: `mean`, so that alpha means the same at every granularity, or `sum`."""
+    """Over the chosen maps: `mean`, so that alpha means the same at every granularity, `sum`, or
+    `sum_blocks`, each block's mean over its maps, summed over blocks."""
 
     def __post_init__(self) -> None:
-        check_choice(self, "reduction", ("mean", "sum"))
+        check_choice(self, "reduction", ("mean", "sum", "sum_blocks"))
 
     @property
     def gradient_key(self) -> tuple[Any, ...]:

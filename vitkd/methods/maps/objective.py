@@ -124,6 +124,9 @@ class AttentionObjective(Objective):
 
     def transfer(self, terms: Terms) -> Tensor:
         values = terms["map_loss"]
+        if self.loss.reduction == "sum_blocks":
+            blocks = values.split([len(pair.student_heads) for pair in self.pairs], dim=-1)
+            return torch.stack([maps.mean(-1) for maps in blocks], dim=-1).sum(-1)
         return values.mean(-1) if self.loss.reduction == "mean" else values.sum(-1)
 
     def _maps(self, output: Output) -> Mapping[int, Maps]:

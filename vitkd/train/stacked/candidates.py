@@ -86,8 +86,8 @@ def why_alone(member: Candidate) -> str | None:
         return f"debug={member.config.debug} looks at one student"
     if student.why_alone:
         return f"student={student}: {student.why_alone}"
-    if member.config.method.trains_parameters:
-        return "its method trains parameters of its own, which a stack does not"
+    if reason := member.config.method.why_alone:
+        return reason
     if machine.processes > 1:
         return f"it uses {machine.processes} processes"
     if precision in ("16-mixed", "16"):
