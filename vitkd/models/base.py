@@ -5,12 +5,13 @@ Shapes: S stacked students (absent for one model), B batch, C channels, H height
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from vitkd.errors import check_at_least
 from vitkd.models.output import LOGITS, OUTER, AttentionLayout, Output, Taps
+from vitkd.process.plugins import import_plugin, is_plugin
 
 
 class Trace(NamedTuple):
@@ -132,3 +133,17 @@ class Model(nn.Module, ABC):
 def count_parameters(model: nn.Module) -> int:
     """The number of parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())
+
+
+CONFIGS: dict[str, type[ModelConfig]] = {}
+"""name → class of the configurations that files may name; `weights` fills it"""
+
+
+def config_class(name: str) -> type[ModelConfig]:
+    """The configuration class that a header names: one of vitkd's, or `module.Class` of a plugin."""
+    module, _, plugin_class = name.rpartition(".")
+    if not is_plugin(module):
+        return CONFIGS[name]
+    found = getattr(import_plugin(module), plugin_class)
+    assert issubclass(found, ModelConfig)
+    return cast(type[ModelConfig], found)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vitkd.models.base import Model, ModelConfig, Trace
+from vitkd.models.base import Model, ModelConfig, Trace, config_class
 from vitkd.models.output import LOGITS, OUTER, AttentionLayout, Output, Taps, select
 from vitkd.models.vit import ViT
 
@@ -83,8 +83,6 @@ class CopyingConfig(ModelConfig):
 
 def configuration(described: Mapping[str, Any]) -> ModelConfig:
     """The configuration in a file's header."""
-    from vitkd.models.weights import config_class  # which knows this module
-
     return config_class(described["config"])(**described["model"])
 
 

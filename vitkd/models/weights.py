@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,16 +17,13 @@ from safetensors.torch import save
 from torch import nn
 
 from vitkd.errors import ConfigError, MissingPackageError
-from vitkd.models.base import Model, ModelConfig
+from vitkd.models.base import CONFIGS, Model, config_class
 from vitkd.models.copying import CopyingConfig
 from vitkd.models.resnet import ResNetConfig
 from vitkd.models.timm.model import TimmConfig
 from vitkd.models.vit import ViTConfig
-from vitkd.process.plugins import import_plugin, is_plugin
 
-CONFIGS: dict[str, type[ModelConfig]] = {
-    config.__name__: config for config in (ViTConfig, ResNetConfig, TimmConfig, CopyingConfig)
-}
+CONFIGS.update({config.__name__: config for config in (ViTConfig, ResNetConfig, TimmConfig, CopyingConfig)})
 HEADER = "vitkd"
 """The one key of the file's metadata."""
 
@@ -107,16 +104,6 @@ def build_from_header(
     except RuntimeError as error:
         raise ConfigError(f"{path}: its weights do not fit the model that its header describes") from error
     return model
-
-
-def config_class(name: str) -> type[ModelConfig]:
-    """The configuration class that a header names: one of vitkd's, or `module.Class` of a plugin."""
-    module, _, plugin_class = name.rpartition(".")
-    if not is_plugin(module):
-        return CONFIGS[name]
-    found = getattr(import_plugin(module), plugin_class)
-    assert issubclass(found, ModelConfig)
-    return cast(type[ModelConfig], found)
 
 
 def digest(model: nn.Module) -> str:
