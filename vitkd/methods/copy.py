@@ -21,7 +21,7 @@ from vitkd.errors import ConfigError
 from vitkd.methods.attention import check_equal_grids, check_maps
 from vitkd.methods.base import DataFacts, MapSettings, Method
 from vitkd.methods.maps.granularity import BlockPair
-from vitkd.models import AttentionLayout, Model, ModelConfig, ViT, describe
+from vitkd.models import AttentionLayout, Model, ModelConfig, describe
 from vitkd.models.copying import CopyingConfig, CopyingModel
 
 
@@ -79,7 +79,6 @@ def check_copy(pair: BlockPair, student: AttentionLayout, teacher: AttentionLayo
 
 def copying(student: Model, teacher: Model, pairs: Sequence[BlockPair]) -> CopyingModel:
     """The two as one model."""
-    assert isinstance(student, ViT)
     config = CopyingConfig(
         **{name: getattr(student.config, name) for name in ("image_size", "channels", "num_classes")},
         student=describe(student),

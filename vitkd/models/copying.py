@@ -76,9 +76,7 @@ class CopyingConfig(ModelConfig):
         return self.of_student.attention_layouts(part)
 
     def architecture(self) -> "CopyingModel":
-        student = self.of_student.architecture()
-        assert isinstance(student, ViT)
-        return CopyingModel(self, student, self.of_teacher.architecture())
+        return CopyingModel(self, self.of_student.architecture(), self.of_teacher.architecture())
 
 
 def configuration(described: Mapping[str, Any]) -> ModelConfig:
@@ -91,8 +89,9 @@ class CopyingModel(Model):
 
     config: CopyingConfig
 
-    def __init__(self, config: CopyingConfig, student: ViT, teacher: Model) -> None:
+    def __init__(self, config: CopyingConfig, student: Model, teacher: Model) -> None:
         super().__init__()
+        assert isinstance(student, ViT), "no other attends by given scores"
         self.config, self.student, self.teacher = config, student, teacher.requires_grad_(False)
         self.teacher_taps = Taps(
             scores=tuple(sorted({block.teacher_block for block in config.blocks})), logits=False
