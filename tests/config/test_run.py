@@ -22,11 +22,14 @@ from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.dearkd import DearKDistillation
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
 from vitkd.methods.none import NoDistillation
 from vitkd.methods.token import TokenDistillation
+from vitkd.methods.weighting import Constant as EqualWeights
+from vitkd.methods.weighting import Step
 from vitkd.models import ResNetConfig, TimmConfig, count_parameters
 from vitkd.optim import AdamW, Constant, WarmupCosine
 from vitkd.train.plan import check_trainer
@@ -101,7 +104,10 @@ def test_every_option_composes_and_fits(path, read):
             check_trainer(read(choice(path)).trainer)
     elif group == "student" and option in ("report_teacher", "resnet", "swin", "timm"):
         read(choice(path), "method=none")
-    elif option in ("resnet", "swin", "timm"):
+    elif option in ("locality", "dearkd"):
+        config = read(choice(path), "teacher=resnet56")
+        config.method.check(config.student, config.teacher.model, config)
+    elif option in ("resnet", "resnet56", "swin", "timm"):
         config = read(choice(path), "method=logit")
         config.method.check(config.student, config.teacher.model, config)
     else:
@@ -200,7 +206,7 @@ CONTROL = {
 
 
 def test_every_experiment_is_listed():
-    described = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
+    described = {*EXPERIMENT, *CONTROL, "report/deit_flowers", "method/locality", "method/dearkd"}
     assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 
 
@@ -255,6 +261,24 @@ def test_deit_on_flowers_is_what_its_name_says(read):
     assert config.teacher.model == ResNetConfig(64, 3, 5, variant="resnet18", pretrained=False)
     assert config.student.distillation_token
     assert config.alpha == 0.5
+    config.method.check(config.student, config.teacher.model, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "weighting"),
+    [
+        ([], DearKDistillation, Step(end=1.0, at=0.5)),
+        (["weighting=constant"], DearKDistillation, EqualWeights()),
+        (["method=none"], NoDistillation, EqualWeights()),
+    ],
+)
+def test_dearkd_is_two_stages_beside_a_convolutional_teacher(settings, method, weighting, read):
+    config = read("experiment=method/dearkd", *settings)
+
+    assert (type(config.method), config.weighting) == (method, weighting)
+    assert config.dataset.name == "cifar100"
+    assert config.teacher.model == ResNetConfig(32, 3, 100, variant="resnet56", stem="small")
+    assert config.student.grid == 8
     config.method.check(config.student, config.teacher.model, config)
 
 
