@@ -27,6 +27,7 @@ OPTIONS = [
     ("train", ["method=token", "granularity=head", "loss=mse", "weighting=step"]),
     ("train", ["method=relation", "weighting=student_correct"]),
     ("train", ["method=locality", "teacher=resnet56"]),
+    ("train", ["method=dearkd", "teacher=resnet56"]),
     ("train", ["weighting=gradient_balance", "logger=[wandb,mlflow]"]),
     ("train", ["method=logit", "teacher=resnet", "dataset=image_folder", "hydra/launcher=stacked"]),
     ("train", ["teacher=timm", "student=timm", "dataset=image_folder"]),

@@ -16,8 +16,8 @@ logits, and an aligner A_l, trained beside the student, between tokens and featu
 - A_l, the 1×1 convolution of `method=locality`, and the mean squared difference on the larger of both grids;
 - L_logit, on the student's one answer: cross-entropy with the teacher's class, as in DeiT's equation 3, or
   T²·KL (equation 2);
-- alpha, β, and the share of the epochs that the first stage takes (`weighting.at`);
-- one optimiser and one schedule for both stages, and a teacher in eval mode.
+- alpha, β, and the share of the epochs that the first stage takes, half (`weighting.at`);
+- one optimiser and one schedule for both stages; a ResNet in eval mode as the teacher, not a RegNetY.
 
 Left out are the paper's multi-head convolutional attention, which makes another student of the one that is
 compared under all methods, and its synthetic images for training without data.
