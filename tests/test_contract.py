@@ -48,6 +48,7 @@ SMALL_TNT = [
 # What an option needs besides to suit the others' defaults.
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
+    ("method", "dearkd"): ["teacher=resnet56", "teacher.variant=resnet20"],
     ("method", "locality"): ["teacher=resnet56", "teacher.variant=resnet20"],
     ("student", "resnet"): ["method=logit"],
     ("method", "together"): ["method.parts=[attention,relation,dkd]", "method.weights=[1,0.5,0.1]"],
@@ -218,16 +219,24 @@ def test_the_teacher_stays_and_the_student_learns(option, config):
         assert_equal(weights_of(before.double()), weights_of(module.teacher))
 
 
-def test_resumed_is_uninterrupted(config, tmp_path):
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if trainer.global_step == 6:
-                raise RunError("as a killed process would")
+class Stop(L.Callback):
+    """Ends the process's run after so many steps, as a killed process would."""
 
-    def attempt(folder: Path, *callbacks: L.Callback) -> list[Tensor]:
-        folder.mkdir(exist_ok=True)
-        own = replace(config, paths=Paths(config.paths.data, str(tmp_path)))
-        data, run = load_data(own), RunFolder(folder)
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RunError("as a killed process would")
+
+
+def assert_resumed_is_uninterrupted(config: Config, folder: Path, stopped_after: int) -> None:
+    """A run that is stopped after so many steps, then resumed, ends as one that is not, curves included."""
+
+    def attempt(name: str, *callbacks: L.Callback) -> list[Tensor]:
+        (folder / name).mkdir(exist_ok=True)
+        own = replace(config, paths=Paths(config.paths.data, str(folder)))
+        data, run = load_data(own), RunFolder(folder / name)
         module = module_of(own, data)
         torch.manual_seed(0)
         with run.running(own.resolved, {}):
@@ -235,12 +244,17 @@ def test_resumed_is_uninterrupted(config, tmp_path):
         return weights_of(module.model)
 
     uninterrupted, resumed = Keep(), Keep()
-    expected = attempt(tmp_path / "whole", uninterrupted)
+    expected = attempt("whole", uninterrupted)
     with pytest.raises(RunError):
-        attempt(tmp_path / "cut", Stop())
+        attempt("cut", Stop(stopped_after))
 
-    assert_equal(attempt(tmp_path / "cut", resumed), expected)
-    assert resumed.steps == uninterrupted.steps[5:]
+    assert_equal(attempt("cut", resumed), expected)
+    # A checkpoint is written after every step but the one that stops.
+    assert resumed.steps == uninterrupted.steps[stopped_after - 1 :]
+
+
+def test_resumed_is_uninterrupted(config, tmp_path):
+    assert_resumed_is_uninterrupted(config, tmp_path, stopped_after=6)
 
 
 def test_stacked_is_alone_or_refused(option, config):

@@ -24,8 +24,11 @@ from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import Method
+from vitkd.methods.copy import AttentionCopy
 from vitkd.methods.crd import CRDDistillation
+from vitkd.methods.dearkd import DearKDistillation
 from vitkd.methods.dkd import DKD
+from vitkd.methods.locality import LocalityGuidance
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
@@ -33,6 +36,8 @@ from vitkd.methods.none import NoDistillation
 from vitkd.methods.relation import RelationDistillation
 from vitkd.methods.together import Together
 from vitkd.methods.token import TokenDistillation
+from vitkd.methods.weighting import Constant as EqualWeights
+from vitkd.methods.weighting import Step
 from vitkd.models import ResNetConfig, TimmConfig, count_parameters
 from vitkd.optim import AdamW, Constant, WarmupCosine
 from vitkd.train.plan import check_trainer
@@ -108,7 +113,10 @@ def test_every_option_composes_and_fits(path, read):
             check_trainer(read(choice(path)).trainer)
     elif group == "student" and option in ("report_teacher", "resnet", "swin", "timm", "tnt"):
         read(choice(path), "method=none")
-    elif option in ("resnet", "swin", "timm", "tnt"):
+    elif option in ("locality", "dearkd"):
+        config = read(choice(path), "teacher=resnet56")
+        config.method.check(config.student, config.teacher.model, config)
+    elif option in ("resnet", "resnet56", "swin", "timm", "tnt"):
         config = read(choice(path), "method=logit")
         config.method.check(config.student, config.teacher.model, config)
     else:
@@ -223,6 +231,10 @@ METHOD = {
     "method/crd": (CRDDistillation(negatives=16384, width=128, temperature=0.07, momentum=0.5), 0.5556),
     "method/dkd": (DKD(temperature=4, target_weight=1, non_target_weight=8), 0.5),
     "method/logit_standardized": (LogitDistillation(temperature=2, standardize=True), 0.011),
+    "method/locality": (LocalityGuidance(), 0.2857),
+    "method/dearkd": (DearKDistillation(), 0.5),
+    "method/attention_copy": (AttentionCopy(), 0.5),
+    "method/attention_transfer": (AttentionDistillation(), 0.25),
 }
 
 
@@ -291,6 +303,24 @@ def test_deit_on_flowers_is_what_its_name_says(read):
     assert config.teacher.model == ResNetConfig(64, 3, 5, variant="resnet18", pretrained=False)
     assert config.student.distillation_token
     assert config.alpha == 0.5
+    config.method.check(config.student, config.teacher.model, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "weighting"),
+    [
+        ([], DearKDistillation, Step(end=1.0, at=0.5)),
+        (["weighting=constant"], DearKDistillation, EqualWeights()),
+        (["method=none"], NoDistillation, EqualWeights()),
+    ],
+)
+def test_dearkd_is_two_stages_beside_a_convolutional_teacher(settings, method, weighting, read):
+    config = read("experiment=method/dearkd", *settings)
+
+    assert (type(config.method), config.weighting) == (method, weighting)
+    assert config.dataset.name == "cifar100"
+    assert config.teacher.model == ResNetConfig(32, 3, 100, variant="resnet56", stem="small")
+    assert config.student.grid == 8
     config.method.check(config.student, config.teacher.model, config)
 
 
