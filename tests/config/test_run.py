@@ -22,7 +22,7 @@ from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
-from vitkd.methods.dearkd import DearKDistillation
+from vitkd.methods.dearkd import DearkdDistillation
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
@@ -267,8 +267,8 @@ def test_deit_on_flowers_is_what_its_name_says(read):
 @pytest.mark.parametrize(
     ("settings", "method", "weighting"),
     [
-        ([], DearKDistillation, Step(end=1.0, at=0.5)),
-        (["weighting=constant"], DearKDistillation, EqualWeights()),
+        ([], DearkdDistillation, Step(end=1.0, at=0.5)),
+        (["weighting=constant"], DearkdDistillation, EqualWeights()),
         (["method=none"], NoDistillation, EqualWeights()),
     ],
 )
