@@ -26,7 +26,7 @@ from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import Method
 from vitkd.methods.copy import AttentionCopy
 from vitkd.methods.crd import CRDDistillation
-from vitkd.methods.dearkd import DearKDistillation
+from vitkd.methods.dearkd import DearkdDistillation
 from vitkd.methods.dkd import DKD
 from vitkd.methods.locality import LocalityGuidance
 from vitkd.methods.logit import LogitDistillation
@@ -232,7 +232,7 @@ METHOD = {
     "method/dkd": (DKD(temperature=4, target_weight=1, non_target_weight=8), 0.5),
     "method/logit_standardized": (LogitDistillation(temperature=2, standardize=True), 0.011),
     "method/locality": (LocalityGuidance(), 0.2857),
-    "method/dearkd": (DearKDistillation(), 0.5),
+    "method/dearkd": (DearkdDistillation(), 0.5),
     "method/attention_copy": (AttentionCopy(), 0.5),
     "method/attention_transfer": (AttentionDistillation(), 0.25),
 }
@@ -309,8 +309,8 @@ def test_deit_on_flowers_is_what_its_name_says(read):
 @pytest.mark.parametrize(
     ("settings", "method", "weighting"),
     [
-        ([], DearKDistillation, Step(end=1.0, at=0.5)),
-        (["weighting=constant"], DearKDistillation, EqualWeights()),
+        ([], DearkdDistillation, Step(end=1.0, at=0.5)),
+        (["weighting=constant"], DearkdDistillation, EqualWeights()),
         (["method=none"], NoDistillation, EqualWeights()),
     ],
 )

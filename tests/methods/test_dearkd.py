@@ -17,9 +17,10 @@ from vitkd.config.run import CONF_DIR, Config
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.base import DataFacts
-from vitkd.methods.dearkd import DearKDistillation
+from vitkd.methods.dearkd import DearkdDistillation
 from vitkd.methods.weighting import Constant, Step
 from vitkd.models import ResNetConfig
+from vitkd.report.settings import option
 from vitkd.train.job import load_data
 
 pytestmark = [
@@ -46,7 +47,7 @@ def answered_otherwise(targets: str, student: Tensor, teacher: Tensor) -> Tensor
 def test_is_the_logits_and_the_early_features_loss(tiny, targets):
     student, teacher = tiny(patch_size=2).build().double(), ResNetConfig(8, 3, 5, "resnet20", "small").build()
     teacher = teacher.double().eval()
-    method = DearKDistillation([0, 2], [2, 1], targets, temperature=2.5, feature_weight=0.7)
+    method = DearkdDistillation([0, 2], [2, 1], targets, temperature=2.5, feature_weight=0.7)
     objective = method.objective(student, teacher, None, DataFacts(8, 5, lambda: torch.empty(0))).double()
     images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     batch = Batch(images, torch.zeros(3).long(), torch.arange(3))
@@ -133,12 +134,16 @@ def test_resumed_across_the_stages_is_uninterrupted(config, tmp_path, stopped_af
 )
 def test_impossible_settings_are_one_line(tiny, settings, named):
     with pytest.raises(ConfigError) as error:
-        DearKDistillation(**settings).check(tiny(), ResNetConfig(8, 3, 5, "resnet20", "small"), None)
+        DearkdDistillation(**settings).check(tiny(), ResNetConfig(8, 3, 5, "resnet20", "small"), None)
 
     assert "\n" not in str(error.value)
     assert all(part in str(error.value) for part in named)
 
 
 def test_the_temperature_counts_for_soft_targets_alone():
-    assert "method.temperature" in DearKDistillation().ignores
-    assert "method.temperature" not in DearKDistillation(targets="soft").ignores
+    assert "method.temperature" in DearkdDistillation().ignores
+    assert "method.temperature" not in DearkdDistillation(targets="soft").ignores
+
+
+def test_the_report_calls_it_as_it_is_typed(config):
+    assert option({"method._target_": config.resolved["method"]["_target_"]}, "method") == "dearkd"

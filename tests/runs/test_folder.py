@@ -184,7 +184,7 @@ def test_what_is_no_file_of_a_run_s_is_one_line(name, become, tmp_path):
     read = {
         "config.yaml": folder.read_config,
         "metrics.json": folder.read_metrics,
-        "pairs.json": lambda: read_pairs(folder.pairs, [1], [1]),
+        "pairs.json": lambda: read_pairs(folder.pairs, [1], [1], "outer"),
         "test_predictions.npz": lambda: read_teacher_predictions(folder.predictions, 4, 10),
     }
 

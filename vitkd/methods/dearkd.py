@@ -38,7 +38,7 @@ from vitkd.methods.weighting import cross_entropy
 from vitkd.models import Model, ModelConfig, Output
 
 
-class DearKDObjective(Objective):
+class DearkdObjective(Objective):
     """Compares logits, and early blocks with early stages, in the epochs of the first stage.
 
     Args:
@@ -71,7 +71,7 @@ class DearKDObjective(Objective):
 
 
 @dataclass
-class DearKDistillation(Method):
+class DearkdDistillation(Method):
     """At first the student learns a convolutional network's early features and its answers, too."""
 
     blocks: list[int] = field(default_factory=lambda: [0, 1])
@@ -106,6 +106,6 @@ class DearKDistillation(Method):
 
     def objective(
         self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts
-    ) -> DearKDObjective:
+    ) -> DearkdObjective:
         features = self.of_features.objective(student, teacher, settings, data)
-        return DearKDObjective(features, self.targets, self.temperature, self.feature_weight)
+        return DearkdObjective(features, self.targets, self.temperature, self.feature_weight)

@@ -39,7 +39,7 @@ class Run:
     @property
     def outer_pairs(self) -> Sequence[Mapping[str, Any]]:
         """Those of attention among patches, of which explanations are made."""
-        return [pair for pair in self.pairs if pair["part"] == OUTER]
+        return [pair for pair in self.pairs if pair.get("part", OUTER) == OUTER]
 
     @property
     def is_alone(self) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from vitkd.errors import ConfigError
-from vitkd.models.output import OUTER
 from vitkd.runs.files import open_regular, read_plain
 
 
@@ -21,7 +20,7 @@ def are_metrics(metrics: Any) -> bool:
 
 
 def read_pairs(
-    path: Path, student: Sequence[int], teacher: Sequence[int], part: str = OUTER
+    path: Path, student: Sequence[int], teacher: Sequence[int], part: str
 ) -> list[Mapping[str, Any]]:
     """The distilled pairs in a run's pairs.json, none without the file.
 
@@ -48,7 +47,7 @@ def is_pair(pair: Any, student: Sequence[int], teacher: Sequence[int], part: str
         numbers = [(block, len(student)), (teacher_block, len(teacher))]
         numbers += [(head, student[block]) for head in heads]
         numbers += [(head, teacher[teacher_block]) for group in teacher_heads for head in group]
-        is_part = pair["part"] == part
+        is_part = "part" not in pair or pair["part"] == part  # of a run by a version that knew no parts
         has_groups = len(heads) == len(teacher_heads) > 0 and all(teacher_heads)
     except (TypeError, KeyError, IndexError):
         return False
