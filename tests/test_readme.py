@@ -26,6 +26,8 @@ OPTIONS = [
     ("train", []),
     ("train", ["method=token", "granularity=head", "loss=mse", "weighting=step"]),
     ("train", ["method=relation", "weighting=student_correct"]),
+    ("train", ["method=subspace"]),
+    ("train", ["student=merged", "method=none"]),
     ("train", ["weighting=gradient_balance", "logger=[wandb,mlflow]"]),
     ("train", ["method=logit", "teacher=resnet", "dataset=image_folder", "hydra/launcher=stacked"]),
     ("train", ["teacher=timm", "student=timm", "dataset=image_folder"]),

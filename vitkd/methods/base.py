@@ -109,6 +109,9 @@ class Method(ABC):
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:  # noqa: B027
         """Raise ConfigError if the student cannot learn from the teacher this way; as a rule it can."""
 
+    def set_first_weights(self, student: Model, teacher: Model) -> None:  # noqa: B027
+        """Let a student whose transfer loss counts begin with weights of its teacher; as a rule with none."""
+
     @abstractmethod
     def objective(
         self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import torch
@@ -119,6 +119,10 @@ class ResNet(Model):
             self.network.maxpool = nn.Identity()
         elif config.channels != 3:
             self.network.conv1 = first_convolution(config.channels, kernel_size=7, stride=2)
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return cast(nn.Linear, self.network.fc)
 
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [B, C, H, W]; the features are "stage1" to "stage4" and "pre_logits"."""
