@@ -1,4 +1,4 @@
-"""`method=subspace` teaches each slice of a representation once; slices that are learned add up to the teacher."""
+"""`method=subspace` teaches each slice of a representation once; what is learned adds up to the teacher."""
 
 import pytest
 import torch
