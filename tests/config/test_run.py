@@ -27,7 +27,7 @@ from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
 from vitkd.methods.none import NoDistillation
 from vitkd.methods.token import TokenDistillation
-from vitkd.models import ResNetConfig, TimmConfig, count_parameters
+from vitkd.models import MergedConfig, ResNetConfig, TimmConfig, count_parameters
 from vitkd.optim import AdamW, Constant, WarmupCosine
 from vitkd.train.plan import check_trainer
 
@@ -99,7 +99,7 @@ def test_every_option_composes_and_fits(path, read):
     if group == "trainer" and option == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="gpu"):
             check_trainer(read(choice(path)).trainer)
-    elif group == "student" and option in ("report_teacher", "resnet", "swin", "timm"):
+    elif group == "student" and option in ("merged", "report_teacher", "resnet", "swin", "timm"):
         read(choice(path), "method=none")
     elif option in ("resnet", "swin", "timm"):
         config = read(choice(path), "method=logit")
@@ -131,6 +131,8 @@ def test_an_option_sets_exactly_what_its_class_takes(path):
 
     # The whole encoder is every block, so it offers no choice of them.
     inherited = {"blocks"} if cls is Encoder else set()
+    # What its file says of the students in it.
+    inherited |= {"parts"} if cls is MergedConfig else set()
 
     expected = {field.name for field in fields(cls)} - inherited
     if cls is TimmConfig:
@@ -201,6 +203,7 @@ CONTROL = {
 
 def test_every_experiment_is_listed():
     described = {*EXPERIMENT, *CONTROL, "report/deit_flowers"}
+    described |= {"method/subspace", "method/subspace_merged"}
     assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 
 
@@ -256,6 +259,18 @@ def test_deit_on_flowers_is_what_its_name_says(read):
     assert config.student.distillation_token
     assert config.alpha == 0.5
     config.method.check(config.student, config.teacher.model, config)
+
+
+def test_students_of_slices_are_those_that_are_merged(read):
+    slices = [read("experiment=method/subspace", f"method.slice={k}", "seed=3") for k in range(4)]
+    merged = read("experiment=method/subspace_merged", "seed=3")
+
+    runs = [Path(config.paths.outputs, "method/subspace", config.name).resolve() for config in slices]
+    assert merged.student.places == runs
+    assert not merged.method.needs_teacher
+    for config in slices:
+        assert (config.alpha, config.optimizer.weight_decay) == (0, 0)
+        config.method.check(config.student, config.teacher.model, config)
 
 
 @pytest.mark.parametrize(

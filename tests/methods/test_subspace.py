@@ -1,16 +1,24 @@
 """`method=subspace` teaches each slice of a representation once; what is learned adds up to the teacher."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from tests.train.stacked.test_module import assert_trains_as_alone
+from tests.train.stacked.test_module import batch as stacked_batch
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.base import DataFacts
 from vitkd.methods.maps.granularity import Block
 from vitkd.methods.maps.losses import KL
 from vitkd.methods.subspace import SubspaceDistillation
-from vitkd.models import Output, ResNetConfig, Taps
-from vitkd.models.merged import Merged, MergedConfig
+from vitkd.methods.weighting import Constant as ConstantWeighting
+from vitkd.models import Merged, MergedConfig, Model, Output, ResNetConfig, Taps
+from vitkd.optim import AdamW, Constant
+from vitkd.train.build import build_module
+from vitkd.train.module import DistillModule
 
 FACTS = DataFacts(8, 5, lambda: torch.empty(0))
 REPRESENTATION = Taps(features=("pre_logits",), logits=False)
@@ -139,3 +147,44 @@ def test_two_heads_are_no_last_layer(owner, tiny):
 def test_a_negative_slice_is_refused():
     with pytest.raises(ConfigError, match="slice=-1: must be at least 0"):
         SubspaceDistillation(-1)
+
+
+def module_of(index: int, student: Model, teacher: Model, alpha: float) -> DistillModule:
+    plan: Any = SimpleNamespace(
+        granularity=Block(), loss=KL(), alpha=alpha, optimizer=AdamW(), schedule=Constant(),
+        label_smoothing=0.0, method=SubspaceDistillation(index), weighting=ConstantWeighting(),
+    )  # fmt: skip
+    return build_module(plan, student, teacher, FACTS).train()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_students_of_all_slices_train_as_one_stack(alpha, tiny, teacher):
+    students = [tiny(representation_size=6).build().double() for _ in range(4)]
+    modules = [module_of(index, student, teacher, alpha) for index, student in enumerate(students)]
+
+    assert_trains_as_alone(modules, [0] * 4, stacked_batch())
+
+
+def test_without_labels_and_decay_a_head_stays_the_teachers_last_layer(tiny, teacher):
+    student = tiny(representation_size=6).build().double()
+    module = module_of(2, student, teacher, alpha=0.0)
+    optimizer = AdamW(lr=0.1, weight_decay=0.0).build(student.parameters())
+    before = student.representation.weight.clone()
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        module.losses(batch()).total.backward()
+        optimizer.step()
+
+    assert torch.equal(student.head.weight, teacher.head.weight[:, 12:18])
+    assert torch.equal(student.head.bias, teacher.head.bias / 4)
+    assert not torch.equal(student.representation.weight, before)
+
+
+def test_at_alpha_1_the_student_begins_as_it_does_alone(tiny, teacher):
+    student = tiny(representation_size=6).build().double()
+    before = student.head.weight.clone()
+
+    module_of(0, student, teacher, alpha=1.0)
+
+    assert torch.equal(student.head.weight, before)
