@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.merged import saved_students
 from vitkd.config.run import CONF_DIR, Config, Paths, parse
 from vitkd.data import Batch
 from vitkd.errors import RunError
@@ -79,10 +80,16 @@ STEPS = 8
 CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _students_to_merge(tmp_path_factory) -> None:
+    students = saved_students(tmp_path_factory.mktemp("students"))
+    BESIDES["student", "merged"] = ["method=logit", students]
+
+
 @cache
 def composed(group: str, option: str) -> Config:
     """`python -m vitkd.train group=option`, briefly, on digits; whoever changes it works on a copy."""
-    has_own = option in ("resnet", "swin", "timm", "tnt")
+    has_own = option in ("merged", "resnet", "swin", "timm", "tnt")
     dropout = [] if has_own else ["student.dropout=0.1", "student.emb_dropout=0.1"]
     besides = BESIDES.get((group, option), [])
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -32,6 +32,8 @@ OPTIONS = [
     ("train", ["method=locality", "teacher=resnet56"]),
     ("train", ["method=copy", "granularity=encoder", "loss=ce"]),
     ("train", ["method=dearkd", "teacher=resnet56"]),
+    ("train", ["method=subspace"]),
+    ("train", ["student=merged", "method=none"]),
     ("train", ["weighting=gradient_balance", "logger=[wandb,mlflow]"]),
     ("train", ["method=logit", "teacher=resnet", "dataset=image_folder", "hydra/launcher=stacked"]),
     ("train", ["teacher=timm", "student=timm", "dataset=image_folder"]),

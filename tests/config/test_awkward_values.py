@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from tests.merged import saved_students
 from tests.photos import noise_photos
 from vitkd.cli.command import check_arguments, check_composed, with_home
 from vitkd.cli.console import Job
@@ -135,6 +136,7 @@ def working(option: str, photos: Path, outcome) -> DictConfig:
     """The configuration of a run with this option that works."""
     of_folder = [f"dataset.root={photos}"] if "image_folder" in option or "flowers" in option else []
     of_folder += ["dataset.num_classes=null"] if "flowers" in option else []
+    of_folder += [saved_students(photos)] if "merged" in option else []
     for companion in COMPANIONS:
         composed = compose(option, *of_folder, *companion)
         HydraConfig.instance().set_config(composed)

@@ -38,7 +38,7 @@ from vitkd.methods.together import Together
 from vitkd.methods.token import TokenDistillation
 from vitkd.methods.weighting import Constant as EqualWeights
 from vitkd.methods.weighting import Step
-from vitkd.models import ResNetConfig, TimmConfig, count_parameters
+from vitkd.models import MergedConfig, ResNetConfig, TimmConfig, count_parameters
 from vitkd.optim import AdamW, Constant, WarmupCosine
 from vitkd.train.plan import check_trainer
 
@@ -111,7 +111,7 @@ def test_every_option_composes_and_fits(path, read):
     if group == "trainer" and option == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="gpu"):
             check_trainer(read(choice(path)).trainer)
-    elif group == "student" and option in ("report_teacher", "resnet", "swin", "timm", "tnt"):
+    elif group == "student" and option in ("merged", "report_teacher", "resnet", "swin", "timm", "tnt"):
         read(choice(path), "method=none")
     elif option in ("locality", "dearkd"):
         config = read(choice(path), "teacher=resnet56")
@@ -146,6 +146,8 @@ def test_an_option_sets_exactly_what_its_class_takes(path):
 
     # The whole encoder is every block, so it offers no choice of them.
     inherited = {"blocks"} if cls is Encoder else set()
+    # What its file says of the students in it.
+    inherited |= {"parts"} if cls is MergedConfig else set()
 
     expected = {field.name for field in fields(cls)} - inherited
     if cls is Together:
@@ -240,6 +242,7 @@ METHOD = {
 
 def test_every_experiment_is_listed():
     described = {*EXPERIMENT, *CONTROL, *METHOD, "report/deit_flowers"}
+    described |= {"method/subspace", "method/subspace_merged"}
     assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 
 
@@ -304,6 +307,18 @@ def test_deit_on_flowers_is_what_its_name_says(read):
     assert config.student.distillation_token
     assert config.alpha == 0.5
     config.method.check(config.student, config.teacher.model, config)
+
+
+def test_students_of_slices_are_those_that_are_merged(read):
+    slices = [read("experiment=method/subspace", f"method.slice={k}", "seed=3") for k in range(4)]
+    merged = read("experiment=method/subspace_merged", "seed=3")
+
+    runs = [Path(config.paths.outputs, "method/subspace", config.name).resolve() for config in slices]
+    assert merged.student.places == runs
+    assert not merged.method.needs_teacher
+    for config in slices:
+        assert (config.alpha, config.optimizer.weight_decay) == (0, 0)
+        config.method.check(config.student, config.teacher.model, config)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,9 @@ ROLES: dict[str, Separates] = {
     "dataset.root": Separates.ALL & ~Separates.TEACHERS,
     # Likewise a file with weights to begin with.
     "student.weights": Separates.ALL & ~Separates.TEACHERS,
+    # Of students that are merged: their paths would make a long name.
+    "student.runs": Separates.ALL & ~Separates.NAMES,
+    "student.seed": Separates.RUNS,
     # What a student learns from.
     "alpha": Separates.LEARNING,
     "method": Separates.LEARNING,

@@ -267,6 +267,8 @@ def make_paths_absolute(plain: dict[str, Any]) -> None:
             if not isinstance(place, str) or not place:
                 raise ConfigError(f"{group}.{key}={place}: must be text, the path of a file or folder")
             plain[group][key] = str(Path(place).resolve())
+    if isinstance(runs := plain["student"].get("runs"), list):
+        plain["student"]["runs"] = [str(Path(run).resolve()) if isinstance(run, str) else run for run in runs]
 
 
 def teacher_run(config: Config) -> Config:

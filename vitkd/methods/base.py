@@ -137,6 +137,9 @@ class Method(ABC):
         """What is trained and kept in the student's place; as a rule the student itself."""
         return student
 
+    def set_first_weights(self, student: Model, teacher: Model) -> None:  # noqa: B027
+        """Let a student whose transfer loss counts begin with weights of its teacher; as a rule with none."""
+
     @abstractmethod
     def objective(
         self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts

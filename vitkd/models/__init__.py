@@ -3,6 +3,8 @@
 from vitkd.models.base import Model as Model
 from vitkd.models.base import ModelConfig as ModelConfig
 from vitkd.models.base import count_parameters as count_parameters
+from vitkd.models.merged import Merged as Merged
+from vitkd.models.merged import MergedConfig as MergedConfig
 from vitkd.models.output import AttentionLayout as AttentionLayout
 from vitkd.models.output import Output as Output
 from vitkd.models.output import Taps as Taps

@@ -121,6 +121,11 @@ class Model(nn.Module, ABC):
         """The layout of each block's attention; empty for a model that has no attention maps."""
         return self.config.attention_layouts()
 
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The linear layer that makes logits of "pre_logits"; None where it takes more, or no such layer."""
+        return None
+
     @abstractmethod
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [*S, B, C, H, W], and return what `taps` asks for at the least cost."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import torch
@@ -181,6 +181,10 @@ class ResNet(Model):
         elif config.channels != 3:
             network.conv1 = first_convolution(config.channels, 64, kernel_size=7, stride=2)
         return network
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return cast(nn.Linear, self.network.fc)
 
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [B, C, H, W]; the features are "stage1", …, one a stage, and "pre_logits"."""

@@ -55,11 +55,16 @@ class ViTConfig(ModelConfig):
     """msa, plain multi-head self-attention | lsa: see `LocalityAttention`"""
     distillation_token: bool = False
     """A second token, which a teacher may teach, with a head of its own."""
+    representation_size: int | None = None
+    """The width of a linear layer between the last norm and the head, and so of "pre_logits"; None for no
+    such layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, self, "patch_size", "embed_dim", "num_heads", "head_dim", "mlp_dim")
         check_at_least(1, self, "depth", most=10_000)
+        if self.representation_size is not None:
+            check_at_least(1, self, "representation_size")
         check_choice(self, "tokenizer", TOKENIZERS)
         check_choice(self, "attention", ATTENTIONS)
         for name in ("dropout", "emb_dropout"):
@@ -79,6 +84,7 @@ class ViTConfig(ModelConfig):
             f"{self.grid}×{self.grid}{' shifted' if self.tokenizer == 'spt' else ''} patches + CLS"
             f"{' + distillation token' if self.distillation_token else ''}"
             f"{', locality attention' if self.attention == 'lsa' else ''}"
+            f"{f', representation {self.representation_size}' if self.representation_size else ''}"
         )
 
     @property
@@ -100,7 +106,8 @@ class ViTConfig(ModelConfig):
     def least_bytes(self) -> int:
         inner, pixels = self.num_heads * self.head_dim, self.channels * self.patch_size**2
         blocks = self.depth * self.embed_dim * (4 * inner + 2 * self.mlp_dim)
-        parameters = blocks + self.embed_dim * (self.tokens + pixels + self.num_classes)
+        last = (self.representation_size or 0) + self.num_classes
+        parameters = blocks + self.embed_dim * (self.tokens + pixels + last)
         activations = self.depth * self.tokens * (4 * inner + self.mlp_dim)
         mask = self.tokens**2 if self.attention == "lsa" else 0
         # A parameter's value, gradient and AdamW's two moments; one image's activations.
@@ -156,11 +163,17 @@ class ViT(Model):
             for _ in range(c.depth)
         )
         self.norm = LayerNorm(c.embed_dim)
-        self.head = Linear(c.embed_dim, c.num_classes)
+        width = c.representation_size or c.embed_dim
+        self.head = Linear(width, c.num_classes)
         self.register_parameter("distillation_token", None)
         if c.distillation_token:
             self.distillation_token = nn.Parameter(torch.randn(1, 1, c.embed_dim))
-            self.distillation_head = Linear(c.embed_dim, c.num_classes)
+            self.distillation_head = Linear(width, c.num_classes)
+        self.representation = Linear(c.embed_dim, width) if c.representation_size else nn.Identity()
+
+    @property
+    def classifier(self) -> nn.Linear | None:
+        return self.head if self.distillation_token is None else None
 
     def forward(self, images: Tensor, taps: Taps = LOGITS, given: Mapping[int, Tensor] = NO_SCORES) -> Output:
         """Classify images [B, C, H, W] (or [S, B, C, H, W]), and return what `taps` asks for.
@@ -208,11 +221,11 @@ class ViT(Model):
 
     def _classify(self, x: Tensor, taps: Taps, features: dict[str, Tensor]) -> Output:
         """The logits, if wanted, of the last block's tokens `x`; "pre_logits" joins `features`."""
-        features["pre_logits"] = self.norm(x[..., 0, :])
+        features["pre_logits"] = self.representation(self.norm(x[..., 0, :]))
         if not taps.logits:
             return Output()
         logits = self.head(features["pre_logits"])
         if self.distillation_token is None:
             return Output(logits)
-        distilled = self.distillation_head(self.norm(x[..., 1, :]))
+        distilled = self.distillation_head(self.representation(self.norm(x[..., 1, :])))
         return Output((logits + distilled) / 2, {"class_token": logits, "distillation_token": distilled})

@@ -27,6 +27,8 @@ def build_module(settings: Config, student: Model, teacher: Model | None, data: 
     objective = None
     if settings.method.needs_teacher:
         assert teacher is not None
+        if settings.weighting.distils(settings.alpha):
+            settings.method.set_first_weights(student, teacher)
         objective = settings.method.objective(student, teacher, settings, data)
         student = settings.method.trained(student, teacher, settings)
     return DistillModule(

@@ -245,7 +245,7 @@ class DistillModule(LoggedModule):
         """The norms [*S] of each term's gradient by the student's weights; each costs a backward pass."""
         if losses.transfer is None:
             return {}
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         terms = {"class": losses.class_loss, "transfer": losses.transfer.weighted}
         norms = {f"gradient_norm_{n}": self.norm(gradients_of(term, parameters)) for n, term in terms.items()}
         if self.trainer.world_size > 1:

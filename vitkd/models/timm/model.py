@@ -183,6 +183,11 @@ class TimmModel(Model):
         self.encoder = encoder_of(network)
         self.register_load_state_dict_post_hook(fill_unsaved_buffers)
 
+    @property
+    def classifier(self) -> nn.Linear | None:
+        layer = self.network.get_classifier()  # type: ignore[operator]
+        return layer if isinstance(layer, nn.Linear) and layer.bias is not None else None
+
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [B, C, H, W], and return what `taps` asks for.
 
