@@ -516,6 +516,7 @@ def launched(monkeypatch) -> list[list[str]]:
         pytest.param("sweep=grid", 108, marks=pytest.mark.slow),
         ("sweep=grid loss=kl seed=0,1", 24),
         ("sweep=controls", 30),
+        ("sweep=methods seed=0", 9),
         ("-m granularity=head,encoder loss=mse,kl alpha=0.015,0.5", 8),
         ("-m experiment=report_mnist student.embed_dim=64,128,256", 3),
     ],
