@@ -36,7 +36,8 @@ def with_groups(setting: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def known() -> set[str]:
-    return settings_of() | settings_of("dataset=tf_flowers", "student=timm") | {"sweep", "version"}
+    others = settings_of("dataset=tf_flowers", "student=timm") | settings_of("student=merged", "method=none")
+    return settings_of() | others | {"sweep", "version"}
 
 
 def test_every_entry_is_a_setting_or_a_group(known):
@@ -53,18 +54,18 @@ SHARED = {
     Separates.TEACHERS: {
         *("alpha", "cuda_graph", "compile", "log_every_n_steps", "trainer.accelerator", "trainer.strategy"),
         *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
-        *("kernels", "dataset.max_epochs", "dataset.root", "student.weights"),
+        *("kernels", "dataset.max_epochs", "dataset.root", "student.weights", "student.seed"),
     },
     Separates.STACKS: {
         *("alpha", "label_smoothing", "seed", "optimizer.lr", "optimizer.weight_decay", "schedule"),
-        *("granularity", "loss", "method", "weighting", "version"),
+        *("granularity", "loss", "method", "weighting", "version", "student.seed"),
         *("checkpoint_minutes", "name", "pictures_every_n_epochs", "resume", "sweep", "sweep.rerun"),
     },
     Separates.EXPERIMENTS: {
-        *("alpha", "granularity", "loss", "method", "teacher", "weighting", "seed"),
+        *("alpha", "granularity", "loss", "method", "teacher", "weighting", "seed", "student.seed"),
     },
     Separates.ARMS: {
-        *("seed", "cuda_graph", "kernels", "compile", "log_every_n_steps"),
+        *("seed", "student.seed", "cuda_graph", "kernels", "compile", "log_every_n_steps"),
         *("teacher.cache", "teacher.cache_gib"),
         *("trainer.accelerator", "trainer.deterministic", "trainer.strategy", "dataset.max_epochs"),
         *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),

@@ -193,6 +193,7 @@ def test_a_real_process_says_no_more_than_that(process, finished, tmp_path):
     ended = process("export", f"run={finished}", f"out={tmp_path / 'student.onnx'}", cwd=tmp_path)
 
     assert (ended.code, ended.err) == (0, "")
-    first, *_, parity, model, use = ended.out.splitlines()
-    assert first.split() == ["size", "batch", "of", "1", "batch", "of", "64"]
+    first, table, *_, parity, model, use = ended.out.splitlines()
+    assert first.startswith(f"exporting {finished}, best epoch")
+    assert table.split() == ["size", "batch", "of", "1", "batch", "of", "64"]
     assert [line.split()[0] for line in (parity, model, use)] == ["parity", "model", "use"]
