@@ -24,11 +24,11 @@ from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import Method
-from vitkd.methods.copy import AttentionCopy
+from vitkd.methods.copy import CopyDistillation
 from vitkd.methods.crd import CRDDistillation
 from vitkd.methods.dearkd import DearkdDistillation
 from vitkd.methods.dkd import DKD
-from vitkd.methods.locality import LocalityGuidance
+from vitkd.methods.locality import LocalityDistillation
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
@@ -233,9 +233,9 @@ METHOD = {
     "method/crd": (CRDDistillation(negatives=16384, width=128, temperature=0.07, momentum=0.5), 0.5556),
     "method/dkd": (DKD(temperature=4, target_weight=1, non_target_weight=8), 0.5),
     "method/logit_standardized": (LogitDistillation(temperature=2, standardize=True), 0.011),
-    "method/locality": (LocalityGuidance(), 0.2857),
+    "method/locality": (LocalityDistillation(), 0.2857),
     "method/dearkd": (DearkdDistillation(), 0.5),
-    "method/attention_copy": (AttentionCopy(), 0.5),
+    "method/attention_copy": (CopyDistillation(), 0.5),
     "method/attention_transfer": (AttentionDistillation(), 0.25),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.methods.test_methods import facts, plan
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
-from vitkd.methods.copy import AttentionCopy
+from vitkd.methods.copy import CopyDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Granularity, Head
 from vitkd.models import (
     Model,
@@ -30,7 +30,7 @@ from vitkd.train.module import DistillModule
 
 
 def settings(granularity: Granularity | None = None) -> SimpleNamespace:
-    return plan(method=AttentionCopy(), granularity=granularity or Encoder())
+    return plan(method=CopyDistillation(), granularity=granularity or Encoder())
 
 
 def module_of(student: Model, teacher: Model, granularity: Granularity | None = None) -> DistillModule:
@@ -187,7 +187,7 @@ def test_a_header_of_other_teachers_is_refused(tiny, tmp_path):
 )
 def test_what_cannot_be_copied_is_one_line(tiny, student, teacher, granularity, named):
     with pytest.raises(ConfigError) as error:
-        AttentionCopy().check(tiny(**student), tiny(**teacher), settings(granularity))
+        CopyDistillation().check(tiny(**student), tiny(**teacher), settings(granularity))
 
     assert "\n" not in str(error.value)
     assert all(part in str(error.value) for part in named)
@@ -197,4 +197,4 @@ def test_needs_maps(tiny):
     resnet = ResNetConfig(8, 3, 5)
     for models in ((resnet, tiny()), (tiny(), resnet)):
         with pytest.raises(ConfigError, match="no attention maps"):
-            AttentionCopy().check(*models, settings())
+            CopyDistillation().check(*models, settings())

@@ -8,7 +8,7 @@ from torch import Tensor
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.base import DataFacts
-from vitkd.methods.locality import LocalityGuidance, LocalityObjective, Pair, interpolation, spread
+from vitkd.methods.locality import LocalityDistillation, LocalityObjective, Pair, interpolation, spread
 from vitkd.models import Model, ResNetConfig
 
 FACTS = DataFacts(8, 5, lambda: torch.empty(0))
@@ -19,7 +19,7 @@ def small_resnet(image_size: int = 8, **changes: object) -> ResNetConfig:
     return ResNetConfig(image_size, 3, 5, **settings)
 
 
-def objective_of(method: LocalityGuidance, student: Model, teacher: Model) -> LocalityObjective:
+def objective_of(method: LocalityDistillation, student: Model, teacher: Model) -> LocalityObjective:
     """In float64, with projections whose bias counts."""
     objective = method.objective(student, teacher, None, FACTS).double()
     for guide in objective.guides:
@@ -48,9 +48,9 @@ def reference(weight: Tensor, bias: Tensor, tokens: Tensor, features: Tensor, pr
 @pytest.mark.parametrize(
     ("method", "pairs"),
     [
-        (LocalityGuidance(), [(0, 1), (1, 2), (2, 3)]),
-        (LocalityGuidance(blocks=[-1, 0], stages=[1, 3]), [(2, 1), (0, 3)]),
-        (LocalityGuidance(blocks=[1, 1], stages=[2, 2]), [(1, 2), (1, 2)]),
+        (LocalityDistillation(), [(0, 1), (1, 2), (2, 3)]),
+        (LocalityDistillation(blocks=[-1, 0], stages=[1, 3]), [(2, 1), (0, 3)]),
+        (LocalityDistillation(blocks=[1, 1], stages=[2, 2]), [(1, 2), (1, 2)]),
     ],
 )
 def test_is_the_papers_sum(tiny, distillation_token, image_size, method, pairs):
@@ -83,7 +83,7 @@ def test_is_the_papers_sum(tiny, distillation_token, image_size, method, pairs):
 def test_is_zero_where_the_projection_gives_the_features(tiny):
     student, teacher = tiny().build().double(), small_resnet().build().double().eval()
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    objective = objective_of(LocalityGuidance(stages=[2]), student, teacher)
+    objective = objective_of(LocalityDistillation(stages=[2]), student, teacher)
     (guide,) = objective.guides
     torch.nn.init.zeros_(guide.projection.weight)
     answer = teacher(images, objective.teacher_taps)
@@ -116,7 +116,7 @@ def test_blocks_are_the_authors_for_their_depths():
 def test_a_resnet18_guides_by_its_four_stages(tiny):
     config = small_resnet(variant="resnet18")
 
-    assert LocalityGuidance().pairs(depth=6, num_stages=config.num_stages) == [
+    assert LocalityDistillation().pairs(depth=6, num_stages=config.num_stages) == [
         Pair(0, 1),
         Pair(2, 2),
         Pair(4, 3),
@@ -127,11 +127,11 @@ def test_a_resnet18_guides_by_its_four_stages(tiny):
 @pytest.mark.parametrize(
     ("method", "named"),
     [
-        (LocalityGuidance(stages=[4]), ["method.stages=[4]", "1 to 3"]),
-        (LocalityGuidance(stages=[0]), ["method.stages=[0]", "1 to 3"]),
-        (LocalityGuidance(stages=[]), ["method.stages=[]", "at least one"]),
-        (LocalityGuidance(blocks=[0, 1, 3]), ["method.blocks=[0, 1, 3]", "-3 to 2"]),
-        (LocalityGuidance(blocks=[0]), ["method.blocks=[0]", "3 stages"]),
+        (LocalityDistillation(stages=[4]), ["method.stages=[4]", "1 to 3"]),
+        (LocalityDistillation(stages=[0]), ["method.stages=[0]", "1 to 3"]),
+        (LocalityDistillation(stages=[]), ["method.stages=[]", "at least one"]),
+        (LocalityDistillation(blocks=[0, 1, 3]), ["method.blocks=[0, 1, 3]", "-3 to 2"]),
+        (LocalityDistillation(blocks=[0]), ["method.blocks=[0]", "3 stages"]),
     ],
 )
 def test_blocks_and_stages_that_do_not_exist_are_one_line(tiny, method, named):
@@ -144,6 +144,6 @@ def test_blocks_and_stages_that_do_not_exist_are_one_line(tiny, method, named):
 
 def test_models_without_tokens_or_stages_are_one_line(tiny):
     with pytest.raises(ConfigError, match=r"student=.*choose a ViT"):
-        LocalityGuidance().check(small_resnet(), small_resnet(), None)
+        LocalityDistillation().check(small_resnet(), small_resnet(), None)
     with pytest.raises(ConfigError, match=r"teacher=.*teacher=resnet56"):
-        LocalityGuidance().check(tiny(), tiny(), None)
+        LocalityDistillation().check(tiny(), tiny(), None)

@@ -513,3 +513,13 @@ def test_a_title_names_another_students_class_and_not_what_it_lacks(runs):
         "digits, student.depth=9",
         "digits, student=ResNet",
     ]
+
+
+def test_a_copy_of_attention_is_never_the_student_alone(runs):
+    runs.add(method="none")
+    runs.add(method="CopyDistillation", alpha=1.0)
+
+    (experiment,) = experiments(runs)
+
+    assert labels(experiment)[0] == "student alone"
+    assert labels(experiment)[1].startswith("block copy")

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from tests.runs.foreign import EVERY, replace
 from vitkd import __version__
+from vitkd.config.run import CONF_DIR
 from vitkd.errors import ConfigError
 from vitkd.report.parsing import last, median_ratio, read_curves, settings_of
 from vitkd.report.runs import Run, find_runs, read_run
@@ -300,6 +301,14 @@ def test_no_such_folder_and_no_runs(tmp_path):
 )
 def test_options_are_called_as_they_are_typed(group, target, name):
     assert option({f"{group}._target_": target}, group) == name
+
+
+@pytest.mark.parametrize("file", sorted(CONF_DIR.glob("method/*.yaml")), ids=lambda file: file.stem)
+def test_a_method_is_called_by_its_files_name(file):
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    target = settings.get("method", settings)["_target_"]
+
+    assert option({"method._target_": target}, "method") == file.stem
 
 
 def test_settings_are_flat():

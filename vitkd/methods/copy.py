@@ -26,7 +26,7 @@ from vitkd.models.copying import CopyingConfig, CopyingModel
 
 
 @dataclass
-class AttentionCopy(Method):
+class CopyDistillation(Method):
     """The student learns labels, and looks where its teacher looks."""
 
     ignores = "alpha", "weighting", "loss"

@@ -32,7 +32,7 @@ from torch import Tensor
 from vitkd.data import Batch
 from vitkd.errors import check_choice, check_positive
 from vitkd.methods.base import DataFacts, MapSettings, Method, Objective, Terms
-from vitkd.methods.locality import LocalityGuidance, LocalityObjective
+from vitkd.methods.locality import LocalityDistillation, LocalityObjective
 from vitkd.methods.logit import softened_divergence
 from vitkd.methods.weighting import cross_entropy
 from vitkd.models import Model, ModelConfig, Output
@@ -97,9 +97,9 @@ class DearkdDistillation(Method):
         return ("granularity", "loss", *of_targets)
 
     @property
-    def of_features(self) -> LocalityGuidance:
+    def of_features(self) -> LocalityDistillation:
         """The comparison of features alone."""
-        return LocalityGuidance(self.blocks, self.stages)
+        return LocalityDistillation(self.blocks, self.stages)
 
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         self.of_features.check(student, teacher, settings)

@@ -121,7 +121,7 @@ class LocalityObjective(Objective):
 
 
 @dataclass
-class LocalityGuidance(Method):
+class LocalityDistillation(Method):
     """The student learns labels and, in some blocks, the features of a small convolutional network."""
 
     blocks: list[int] | None = None
