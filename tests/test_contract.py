@@ -29,10 +29,14 @@ from vitkd.train.logged import Meter
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
 
-pytestmark = [
+REMARKS = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+]
+"""of Lightning, on every training here"""
+pytestmark = [
+    *REMARKS,
+    pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
 ]
 GROUPS = ("method", "weighting", "student")

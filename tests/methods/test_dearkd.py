@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.test_contract import (
+    REMARKS,
     Keep,
     assert_resumed_is_uninterrupted,
     composed,
@@ -23,10 +24,7 @@ from vitkd.models import ResNetConfig
 from vitkd.report.settings import option
 from vitkd.train.job import load_data
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-]
+pytestmark = REMARKS
 EXACT = {"atol": 1e-12, "rtol": 1e-10}
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.methods.test_methods import facts, plan
+from tests.models.beside_timm import roughen
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
@@ -50,10 +51,8 @@ def prepared(*configs: TimmConfig) -> list[Any]:
     """Models in float64 whose maps are not nearly uniform; the last, a teacher, is frozen."""
     torch.manual_seed(0)
     models = [config.build().double().eval() for config in configs]
-    with torch.no_grad():
-        for model in models:
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    for model in models:
+        roughen(model, 0.2)
     models[-1].requires_grad_(False)
     return models
 

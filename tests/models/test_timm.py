@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import Tensor
 
+from tests.models.beside_timm import beside_timm
 from vitkd.models import Taps, TimmConfig, load_model, save_model
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -52,13 +53,7 @@ def images(count: int = 2, size: int = 32) -> Tensor:
 
 
 def both(name: str) -> tuple[Any, Any]:
-    """A model of vitkd's, and timm's own network with the same weights; neither knows the other."""
-    torch.manual_seed(0)
-    config = config_of(name, **FORMS[name])
-    model = config.build().eval()
-    network = timm.create_model(name, num_classes=5, **config.options).eval()
-    network.load_state_dict(model.network.state_dict())
-    return model, network
+    return beside_timm(config_of(name, **FORMS[name]))
 
 
 @EVERY_FORM

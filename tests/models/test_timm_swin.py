@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 
+from tests.models.beside_timm import beside_timm
 from vitkd.errors import ConfigError
 from vitkd.models import Taps, TimmConfig, load_model, save_model
 
@@ -40,17 +40,8 @@ def images() -> Tensor:
 
 
 def both(name: str, **options: Any) -> tuple[Any, Any]:
-    """A model of vitkd's, and timm's own network with the same weights; neither knows the other."""
-    torch.manual_seed(0)
-    config = config_of(name, **FORMS[name] | options)
-    model = config.build().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Biases of positions begin so small that nobody would miss them.
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    network = timm.create_model(name, num_classes=5, **config.options).eval()
-    network.load_state_dict(model.network.state_dict())
-    return model, network
+    # Biases of positions begin so small that nobody would miss them.
+    return beside_timm(config_of(name, **FORMS[name] | options), noise=0.1)
 
 
 def blocks_of(network: Any) -> list[Any]:

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 
+from tests.models.beside_timm import beside_timm
 from vitkd.errors import ConfigError
 from vitkd.models import Taps, TimmConfig, ViTConfig, load_model, save_model
 
@@ -41,17 +41,7 @@ def images() -> Tensor:
 
 
 def both(name: str, **options: Any) -> tuple[Any, Any]:
-    """A model of vitkd's, and timm's own network with the same weights; neither knows the other."""
-    torch.manual_seed(0)
-    config = config_of(name, **FORMS[name] | options)
-    model = config.build().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # All maps are nearly uniform with the weights that training begins with.
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    network = timm.create_model(name, num_classes=5, **config.options).eval()
-    network.load_state_dict(model.network.state_dict())
-    return model, network
+    return beside_timm(config_of(name, **FORMS[name] | options), noise=0.2)
 
 
 @READ

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.test_contract import composed, module_of
+from tests.test_contract import REMARKS, composed, module_of
 from vitkd.config.run import parse
 from vitkd.data import Batch
 from vitkd.errors import ConfigError
@@ -10,10 +10,7 @@ from vitkd.methods.attention import AttentionDistillation
 from vitkd.train.job import load_data
 from vitkd.train.stacked import StackedModule
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-]
+pytestmark = REMARKS
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 
 from tests.test_contract import (
     CLOSE,
+    REMARKS,
     Keep,
     assert_equal,
     composed,
@@ -20,10 +21,7 @@ from vitkd.methods.weighting import WSLD, Confidence, GradientBalance, Linear, S
 from vitkd.train.job import load_data
 from vitkd.train.stacked import StackedModule
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-]
+pytestmark = REMARKS
 
 
 @pytest.fixture

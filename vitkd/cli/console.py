@@ -34,13 +34,11 @@ EXPECTED_WARNINGS = (
     ".*smaller than the logging interval.*",
     # The optimiser of steps that are replayed; the first ones are not yet.
     ".*constructed with capturable=True.*",
-    # Students whose heads alone are trained.
-    ".*in eval mode at the start of training.*",
     # With trainer=cpu that is intended.
     ".*GPU available but not used.*",
     # A step that is replayed from a CUDA graph takes its loss with it.
     ".*`training_step` returned `None`.*",
-    # The teacher in a student of method=copy.
+    # The teacher in a student of method=copy, and merged students whose heads alone are trained.
     ".*in eval mode at the start of training.*",
     # Lightning 2.6 under a newer PyTorch.
     ".*isinstance.treespec, LeafSpec.. is deprecated.*",

@@ -4,8 +4,9 @@ Shapes: S stacked students (absent for one model), B batch, C channels, H height
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -142,6 +143,11 @@ def count_parameters(model: nn.Module) -> int:
 
 CONFIGS: dict[str, type[ModelConfig]] = {}
 """name → class of the configurations that files may name; `weights` fills it"""
+
+
+def configuration(described: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that a file's header holds, or what `describe` says of a model."""
+    return config_class(described["config"])(**described["model"])
 
 
 def config_class(name: str) -> type[ModelConfig]:

@@ -5,7 +5,7 @@ So it needs that model wherever it is used, and both are one model, with one fil
 Shapes: B batch, H heads, Q queries, K keys; a plain ViT has Q = K tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log
 from typing import Any, NamedTuple, Self
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from vitkd.models.base import Model, ModelConfig, Trace, config_class
+from vitkd.models.base import Model, ModelConfig, Trace, configuration
 from vitkd.models.output import LOGITS, OUTER, AttentionLayout, Output, Taps, select
 from vitkd.models.vit import ViT
 
@@ -77,11 +77,6 @@ class CopyingConfig(ModelConfig):
 
     def architecture(self) -> "CopyingModel":
         return CopyingModel(self, self.of_student.architecture(), self.of_teacher.architecture())
-
-
-def configuration(described: Mapping[str, Any]) -> ModelConfig:
-    """The configuration in a file's header."""
-    return config_class(described["config"])(**described["model"])
 
 
 class CopyingModel(Model):

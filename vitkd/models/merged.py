@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, check, check_choice
-from vitkd.models.base import Model, ModelConfig
+from vitkd.models.base import CONFIGS, Model, ModelConfig, configuration
 from vitkd.models.output import LOGITS, Output, Taps
-from vitkd.models.weights import CONFIGS, config_class, describe, load_model
+from vitkd.models.weights import describe, load_model
 
 FEATURES = ("pre_logits",)
 
@@ -65,8 +65,7 @@ class MergedConfig(ModelConfig):
         return Merged(replace(self, parts=[describe(student) for student in students]), students)
 
     def architecture(self) -> "Merged":
-        configs = [config_class(part["config"])(**part["model"]) for part in self.parts]
-        return Merged(self, [config.architecture() for config in configs])
+        return Merged(self, [configuration(part).architecture() for part in self.parts])
 
     def read_students(self) -> list[Model]:
         """The trained students; ConfigError where one is missing or unfit to be merged."""

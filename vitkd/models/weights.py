@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from vitkd.errors import ConfigError, MissingPackageError
-from vitkd.models.base import CONFIGS, Model, config_class
+from vitkd.models.base import CONFIGS, Model, configuration
 from vitkd.models.copying import CopyingConfig
 from vitkd.models.resnet import ResNetConfig
 from vitkd.models.timm.model import TimmConfig
@@ -86,7 +86,7 @@ def build_from_header(
     Raises ConfigError if it describes none, or one that the weights do not fit.
     """
     try:
-        config = config_class(header["config"])(**header["model"])
+        config = configuration(header)
         if weights is not None and getattr(config, "depth", 0) > len(weights):
             raise ValueError("a block has weights; to build a billion blocks takes hours")
         with torch.device("meta"):

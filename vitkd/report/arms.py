@@ -75,9 +75,8 @@ class Arm:
 
     def part(self, method: str) -> str:
         """A method by what it compares: `block kl`, `block relation`, `block copy`, `logit`."""
-        chosen = self.first.granularity
-        of_maps = {"attention": f"{chosen} {self.first.loss}", "relation": f"{chosen} relation"}
-        return (of_maps | {"copy": f"{chosen} copy"}).get(method, method)
+        compared = {"attention": self.first.loss, "relation": "relation", "copy": "copy"}.get(method)
+        return f"{self.first.granularity} {compared}" if compared else method
 
     def learns(self, *methods: str) -> bool:
         """Whether one of `methods` is the arm's, or a part of it."""
