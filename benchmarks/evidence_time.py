@@ -14,8 +14,9 @@ import hydra
 import lightning as L
 
 from benchmarks.gpu import Steps
+from vitkd.config.computing import compute_as
 from vitkd.config.run import CONF_DIR, Config, parse
-from vitkd.process.isolation import isolated, set_matmul_precision
+from vitkd.process.isolation import isolated
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
 from vitkd.train.build import build_module, facts_of
 from vitkd.train.callbacks import faster_steps
@@ -77,7 +78,7 @@ def measure(settings: Sequence[str], axes: Axes) -> Cost:
     """Train some steps of a multirun's students; raises what training raises."""
     students = jobs_of(settings, axes)
     first, device = students[0][0], check_trainer(students[0][0].trainer).device
-    set_matmul_precision(first.matmul_precision, device)
+    compute_as(first, device)
     seeds = [*dict.fromkeys(seed_of(job.seed, ORDER, job.student) for job in chain(*students))]
     with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
         batches = len(data.loader("train", "cpu", rank=0, world_size=1))

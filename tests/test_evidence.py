@@ -21,6 +21,7 @@ from benchmarks.command import environment
 from benchmarks.evidence import Stage
 from benchmarks.evidence_table import ALONE, REPORTED, Result, arm_of, markdown, write_table
 from benchmarks.evidence_time import Cost, jobs_of, measure
+from vitkd.config import computing
 from vitkd.config.roles import Separates, relevant
 from vitkd.errors import ConfigError
 from vitkd.models import digest, save_model
@@ -207,6 +208,16 @@ def test_the_steps_of_a_stages_own_students_are_timed():
         assert cost.epoch / cost.step == pytest.approx(1.1 * (5 + 144 / 64 / 3), rel=0.02)
         # Both the last and the best weights answer 359 images.
         assert cost.fixed == pytest.approx(15 + 0.4 * jobs + 2 * 359 / 64 / 3 * cost.step)
+
+
+@pytest.mark.parametrize("choice", ["auto", "off"])
+def test_they_are_timed_as_they_will_be_computed(choice, monkeypatch):
+    asked = []
+    monkeypatch.setattr(computing, "allow_kernels", asked.append)
+
+    measure(["dataset=digits", "student=small", "method=none", f"kernels={choice}"], {"seed": ("0",)})
+
+    assert asked == [choice]
 
 
 @pytest.mark.parametrize("ignores", [False, True], ids=["saves", "hangs"])

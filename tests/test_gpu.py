@@ -4,17 +4,22 @@ import csv
 import json
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests import crashes
 from tests.crashes import Strike
+from vitkd.data import Batch
 from vitkd.data.hashing import key_of, random_bits
 from vitkd.errors import RunError
 from vitkd.models import Taps
+from vitkd.train.cuda_graph import GraphedStep
 from vitkd.train.guard import FiniteGuard
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
@@ -72,28 +77,59 @@ def test_a_whole_run(command, tmp_path, precision):
 
 # The first ten steps are the teacher's.
 @pytest.mark.parametrize("strike", [20, 25], ids=["between-epochs", "within-an-epoch"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path, dropout, strike):
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["student.dropout=0.0"],
+        ["student.dropout=0.1"],
+        ["student.dropout=0.1", "cuda_graph=off"],
+        ["student.dropout=0.1", "-m", "hydra/launcher=stacked", "alpha=0.1,0.5"],
+    ],
+    ids=["no-dropout", "dropout", "dropout-without-graph", "stack"],
+)
+def test_a_killed_run_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path, own, strike):
     settings = ["trainer=gpu", "trainer.deterministic=true", "trainer.max_epochs=3", "teacher.max_epochs=1"]
-    settings += [
-        "+trainer.limit_train_batches=10",
-        "teacher.trainer.limit_train_batches=10",
-        f"student.dropout={dropout}",
-        "name=run",
-        "resume=auto",
-    ]
+    settings += ["+trainer.limit_train_batches=10", "teacher.trainer.limit_train_batches=10"]
+    settings += ["name=run${alpha}", "resume=auto", *own]
     step = "vitkd.train.module:DistillModule.training_step"
 
-    def student(folder: Path) -> dict[str, torch.Tensor]:
-        return load_file(folder / "outputs" / "digits" / "run" / "student.safetensors")
+    def students(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+        weights = (folder / "outputs" / "digits").glob("run*/student.safetensors")
+        return {path.parent.name: load_file(path) for path in weights}
 
     assert crashes.run(settings, tmp_path / "whole").code == 0
     killed = crashes.run([*settings, "checkpoint_minutes=0"], tmp_path / "killed", Strike(step, strike))
     assert killed.code == -signal.SIGKILL
     assert crashes.run(settings, tmp_path / "killed").code == 0
 
-    whole, resumed = student(tmp_path / "whole"), student(tmp_path / "killed")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole, resumed = students(tmp_path / "whole"), students(tmp_path / "killed")
+    assert whole.keys() == resumed.keys()
+    for run, weights in whole.items():
+        assert [name for name in weights if not torch.equal(weights[name], resumed[run][name])] == []
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION])
+def test_a_replay_draws_the_masks_of_a_step_taken_without_a_graph(backend):
+    x = torch.randn(2, 4, 37, 16, device="cuda", requires_grad=True)
+    drawn: list[torch.Tensor] = [torch.empty_like(x) for _ in range(2)]
+
+    def step(batch: Batch) -> None:
+        with sdpa_kernel(backend):
+            y = F.dropout(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), 0.1)
+        drawn[0].copy_(y.detach())
+        drawn[1].copy_(torch.autograd.grad(y.sum(), x)[0])
+
+    def draws(take: Callable[[Batch], object]) -> list[torch.Tensor]:
+        torch.cuda.manual_seed(3)
+        found = []
+        for _ in range(8):
+            take(batch)
+            found += [torch.stack(drawn).cpu(), torch.cuda.get_rng_state()]
+        return found
+
+    batch = Batch(*[torch.zeros(1, device="cuda")] * len(Batch._fields))
+    for one_by_one, replayed in zip(draws(step), draws(GraphedStep(step).take), strict=True):
+        assert torch.equal(one_by_one, replayed)
 
 
 def test_two_runs_are_equal_bit_for_bit(tmp_path):

@@ -21,13 +21,12 @@ from omegaconf import DictConfig
 
 from vitkd.cli.command import run_command
 from vitkd.cli.console import Job, print_comparison, print_hardest_classes, start_logging
+from vitkd.config.computing import compute_as
 from vitkd.config.schema import instantiate
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, one_line
 from vitkd.evaluate.measure import measure_both
 from vitkd.models import load_model
-from vitkd.models.kernels import allow_kernels
-from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.checkpoints import load_from_checkpoint
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import check_images
@@ -63,8 +62,7 @@ def evaluate_run(composed: DictConfig, job: Job) -> None:
     last, _ = load_from_checkpoint(folder.last)
     best = load_model(folder.student)
     device = device_of(settings.accelerator)
-    set_matmul_precision(config.matmul_precision, device)
-    allow_kernels(config.kernels)
+    compute_as(config, device)
     with closing(ImageDataModule(config.dataset, config.paths.data, config.seed)) as data:
         images = data.loader("test", device)
         known = None

@@ -64,8 +64,9 @@ class TeacherCaching(Callback):
     """Asks the teacher before the first step what it would be asked in every epoch, where that saves work.
 
     A split is kept if its images always look the same, it will be gone through more than once, and the
-    answers take no more memory than is left. Each of several processes keeps its own. A resumed run
-    asks again: filling draws no random number.
+    answers take no more memory than is left. Each of several processes keeps its own. A resumed run asks
+    again, even for its last epoch alone: filling draws no random number, but answers to other batches can
+    differ in their last bits, on a GPU they do.
 
     Args:
         data: the run's.
@@ -90,15 +91,14 @@ class TeacherCaching(Callback):
                 module.cached[split] = self._fill(trainer, module, split, views, images)
 
     def _passes(self, trainer: L.Trainer, split: str, views: Loader) -> float:
-        """How often the rest of the training goes through the images of `split`."""
+        """How often the whole training goes through the images of `split`."""
         epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        left = epochs - trainer.current_epoch
         if split == "train":
             images = trainer.num_training_batches * self.data.dataset.batch_size * trainer.world_size
-            return left * images / len(views.sampler.index)
+            return epochs * images / len(views.sampler.index)
         limit = trainer.limit_val_batches
         share = min(limit / len(views), 1.0) if isinstance(limit, int) else limit
-        return left / (trainer.check_val_every_n_epoch or 1) * share
+        return epochs / (trainer.check_val_every_n_epoch or 1) * share
 
     def _bytes_per_image(self, trainer: L.Trainer, module: DistillModule, split: str, views: Loader) -> int:
         """What the answer to one image takes; it is asked for to find out."""

@@ -7,10 +7,9 @@ from omegaconf import DictConfig
 
 from vitkd.cli.console import Job, print_results, start_logging
 from vitkd.cli.jobs import is_multirun
+from vitkd.config.computing import compute_as
 from vitkd.config.run import Config
-from vitkd.models.kernels import allow_kernels
 from vitkd.process.distributed import agree, is_first, joined
-from vitkd.process.isolation import set_matmul_precision
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import contents_of, inputs_of, known_inputs
 from vitkd.train.plan import Earlier, make_plan
@@ -33,8 +32,7 @@ def run_job(composed: DictConfig, job: Job) -> float | None:
     plan = make_plan(composed)
     plan.warn()
     config, machine = plan.config, plan.machine
-    set_matmul_precision(config.matmul_precision, machine.device)
-    allow_kernels(config.kernels)
+    compute_as(config, machine.device)
     given = read_given_teacher(config)
     check_pair(config, given)
     with joined(machine.processes, machine.hosts, plan.command):

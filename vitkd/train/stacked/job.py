@@ -17,11 +17,11 @@ from omegaconf import DictConfig
 from vitkd.cli.command import say
 from vitkd.cli.console import start_logging
 from vitkd.cli.jobs import all_recorded
+from vitkd.config.computing import compute_as
 from vitkd.errors import ConfigError, RunError
 from vitkd.explain.maps.recording import has_maps
 from vitkd.models import Model
-from vitkd.models.kernels import allow_kernels
-from vitkd.process.isolation import free_memory, isolated, set_matmul_precision
+from vitkd.process.isolation import free_memory, isolated
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import contents_of, inputs_of
 from vitkd.runs.seeding import DROPOUT, ORDER, first_weights, seed_of
@@ -112,8 +112,7 @@ def train_stack(members: Sequence[Candidate], sweep: str) -> list[list[Candidate
     if not members:
         return []
     device = members[0].plan.machine.device
-    set_matmul_precision(first.matmul_precision, device)
-    allow_kernels(first.kernels)
+    compute_as(first, device)
     seeds = [*dict.fromkeys(order_of(member) for member in members)]
     with closing(StackedImages(first.dataset, first.paths.data, seeds)) as data:
         if not data.is_resident:
