@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vitkd.models import Output, ResNet, ResNetConfig, Taps, ViT
-from vitkd.models.output import QKV, BlockTaps
+from vitkd.models.output import QKV, BlockTaps, select
 
 DEPTH, HEADS, HEAD_DIM, DIM = 4, 2, 4, 12
 EXACT = {"atol": 1e-12, "rtol": 0}
@@ -474,3 +474,14 @@ class TestLayouts:
     def test_a_resnet_has_none(self, resnet):
         assert resnet.attention == ()
         assert resnet.config.attention_layouts() == ()
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2], [1, 2], [2, 0]])
+def test_what_is_selected_has_the_gradient_of_an_indexing(indices):
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    upstream = torch.randn(2, len(indices), 4)
+
+    selected, indexed = select(x, indices, dim=1), x[:, indices]
+
+    assert torch.equal(selected, indexed)
+    assert torch.equal(*(torch.autograd.grad(y, x, upstream)[0] for y in (selected, indexed)))

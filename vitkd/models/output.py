@@ -115,6 +115,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 def select(x: Tensor, indices: Sequence[int], dim: int) -> Tensor:
     """The slices of `x` at `indices` of an axis; a run of neighbours is a view, without copy or scatter."""
     first, count = indices[0], len(indices)
+    if [*indices] == [*range(x.shape[dim])]:
+        return x  # even of such a view the gradient would be a copy among zeros
     if [*indices] == [*range(first, first + count)]:
         return x.narrow(dim, first, count)
     # Not an index tensor: its gradient is a scatter, and on a GPU it would be copied over at every step.
