@@ -86,3 +86,24 @@ def test_rates_and_decays_are_not_rounded_as_bf16_weights_are(start):
     assert stacked.optimizer.rates.tolist() == pytest.approx(stacked.schedule.get_last_lr(), rel=1e-6)
     assert stacked.optimizer.decays.tolist() == pytest.approx([0.3, 0.0, 0.3], rel=1e-6)
     assert stacked.parameter.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("paces", [PACES, PACES[:1] * 3], ids=["each its own", "one"])
+def test_what_was_laid_out_otherwise_is_continued_all_the_same(paces):
+    start, gradients = torch.randn(3, 4, 5), torch.randn(2, 3, 4, 5)
+
+    def step(parameter: nn.Parameter, optimizer: StackedAdamW, gradient: Tensor) -> None:
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+
+    plain, turned = (nn.Parameter(values) for values in (start.clone(), start.mT.contiguous().mT))
+    first, second = (StackedAdamW([parameter], paces) for parameter in (plain, turned))
+    step(plain, first, gradients[0])
+    step(turned, second, torch.zeros(()))
+    second.load_state_dict(first.state_dict())
+    turned.data.copy_(plain.data)
+    for parameter, optimizer in ((plain, first), (turned, second)):
+        step(parameter, optimizer, gradients[1])
+
+    assert turned.stride() != plain.stride()
+    torch.testing.assert_close(turned, plain)

@@ -306,6 +306,9 @@ def stack(models: Sequence[Model]) -> Model:
     for name, _ in first.named_parameters():
         owner, _, leaf = name.rpartition(".")
         values = torch.stack([model.get_parameter(name).detach() for model in models])
+        if values.ndim == 3:
+            # As a batched product leaves a matrix's gradient: of another layout, each step would copy that.
+            values = values.mT.contiguous().mT
         setattr(stacked.get_submodule(owner), leaf, nn.Parameter(values))
     return stacked
 

@@ -59,6 +59,10 @@ class StackedAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict` at this stack's own rates: in a larger one they may have differed."""
         super().load_state_dict({**state_dict, "param_groups": self.state_dict()["param_groups"]})
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                # A fused step takes it for granted that both are laid out as the weights.
+                state[name] = torch.empty_like(parameter).copy_(state[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -134,7 +138,7 @@ class StackedSchedule:
 
 def per_student_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm [S] over all of each student's entries of `tensors`, each [S, …]."""
-    norms = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in tensors]
+    norms = [torch.linalg.vector_norm(tensor, dim=[*range(1, tensor.ndim)]) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
