@@ -15,9 +15,9 @@ kernels    that Triton kernels lead to the losses of PyTorch's (kernels=off), dr
 
 and then measures milliseconds a replay and the peak of memory, by precision: fp32, TF32
 (matmul_precision=high) and bf16-mixed; and on a line of their own those with kernels=off. --profiles writes
-the kernels' times of the teacher's step and of two stacks, in TF32, as text. The exit code is 1 where a check
-has failed. On a CPU there is nothing to capture, nor are there Triton kernels: --quick shows that the rest
-works.
+the kernels' times of the teacher's step, in TF32, and of two stacks', by name and by shape. The exit code is
+1 where a check has failed. On a CPU there is nothing to capture, nor are there Triton kernels: --quick shows
+that the rest works.
 """
 
 import argparse
@@ -106,7 +106,7 @@ class Steps(L.Callback):
                 self.seconds = (time.perf_counter() - self._start) / self.timed
             return
         self.replays += module.graph is not None and module.step_kind in module.graph._graphs
-        self.weights.append(torch.nn.utils.parameters_to_vector(module.model.parameters()).detach().clone())
+        self.weights.append(torch.cat([p.detach().reshape(-1) for p in module.model.parameters()]))
         self.losses.append(module.window.meter._sums["total_loss"].clone())
 
 
@@ -329,13 +329,14 @@ def profile(name: str, work: Callable[[], object], folder: Path, settings: Setti
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     work()
     synchronize(settings.device)
-    with torch.profiler.profile(activities=kinds) as found:
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as found:
         work()
         synchronize(settings.device)
     key = "self_cpu_time_total" if settings.on_cpu else "self_device_time_total"
-    table = found.key_averages().table(sort_by=key, row_limit=60, max_name_column_width=90)
+    own = {"sort_by": key, "row_limit": 100, "max_name_column_width": 90, "max_shapes_column_width": 90}
+    tables = [found.key_averages(group_by_input_shape=by_shape).table(**own) for by_shape in (False, True)]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.txt").write_text(table, encoding="utf-8")
+    (folder / f"{name}.txt").write_text("\n".join(tables), encoding="utf-8")
 
 
 def profiles(folder: Path, settings: Settings) -> None:
@@ -349,7 +350,9 @@ def profiles(folder: Path, settings: Settings) -> None:
     profile("teacher", step, folder, settings)
     for students in QUICK_SIZES[1:] if settings.quick else PROFILED:
         whole = stack.stacked(config, teacher, students, stack.SEEDS, lambda each: each)
-        profile(f"stack-{students}", whole, folder, settings)
+        for precision in ("TF32", "bf16"):
+            mixed = torch.autocast(settings.device.type, torch.bfloat16, enabled=precision == "bf16")
+            profile(f"stack-{students}-{precision}", mixed(whole), folder, settings)
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -141,7 +141,9 @@ def test_the_probe_of_a_gpu_passes_where_there_is_nothing_to_capture(tmp_path, c
     assert all(
         check in printed for check in ("captured", "eager", "dropout", "rate", "NaN", "kernels", "bf16")
     )
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"teacher.txt", "stack-3.txt"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        *("teacher.txt", "stack-3-TF32.txt", "stack-3-bf16.txt")
+    }
 
 
 @pytest.mark.parametrize("broken", ["eager", "dropout", "rate", "NaN", "kernels"])

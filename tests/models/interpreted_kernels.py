@@ -154,6 +154,22 @@ def test_layer_norm(columns):
     assert_close(lambda x, weight, bias: normed(x, weight, bias, 1e-3), plain, inputs)
 
 
+def test_a_norm_under_autocast_is_rounded_as_the_product_after_it_would(monkeypatch):
+    x, weight, bias = (tensor.requires_grad_() for tensor in tensors((2, 3, 23, 12), (2, 12), (2, 12)))
+    upstream = torch.randn(2, 3, 23, 12).bfloat16()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
+
+    whole, rounded = (normed(x, weight, bias, 1e-3, feeds_product) for feeds_product in (False, True))
+    of_whole, of_rounded = (
+        torch.autograd.grad(y, (x, weight, bias), upstream.to(y.dtype)) for y in (whole, rounded)
+    )
+
+    assert whole.dtype == torch.float32
+    assert torch.get_autocast_dtype("cuda") == rounded.dtype != torch.float32
+    assert torch.equal(whole.to(rounded.dtype), rounded)
+    assert all(map(torch.equal, of_whole, of_rounded))
+
+
 @pytest.mark.parametrize("its_masks", [None, masks()], ids=["dry", "dropout"])
 @pytest.mark.parametrize("columns", [12, 132])
 @pytest.mark.parametrize("has_residual", [False, True], ids=["activated", "added"])

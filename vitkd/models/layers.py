@@ -66,7 +66,17 @@ def _has_kernel(x: Tensor, linear: Linear, dropout: Dropout) -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over D; weight and bias are [D], or [S, D] for `x` [S, B, …, D]."""
+    """Layer normalisation over D; weight and bias are [D], or [S, D] for `x` [S, B, …, D].
+
+    Args:
+        dim: D.
+        feeds_product: whether all it returns is multiplied by weights, which under autocast round it: then a
+            kernel does that by itself.
+    """
+
+    def __init__(self, dim: int, feeds_product: bool = True) -> None:
+        super().__init__(dim)
+        self.feeds_product = feeds_product
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.ndim == 1:
@@ -74,7 +84,7 @@ class LayerNorm(nn.LayerNorm):
         if self.weight.shape[-1] <= kernels.MOST_COLUMNS and kernels.can_compute(x):
             from vitkd.models.kernels.pointwise import normed
 
-            return normed(x, self.weight, self.bias, self.eps)
+            return normed(x, self.weight, self.bias, self.eps, self.feeds_product)
         normalised = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         return torch.addcmul(per_student(self.bias, x), normalised, per_student(self.weight, x))
 
@@ -88,7 +98,7 @@ class PatchEmbedding(nn.Module):
         pixels = channels * patch_size**2
         self.patch_norm = LayerNorm(pixels) if patch_norm else nn.Identity()
         self.projection = Linear(pixels, dim)
-        self.projection_norm = LayerNorm(dim) if patch_norm else nn.Identity()
+        self.projection_norm = LayerNorm(dim, feeds_product=False) if patch_norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(images, self.patch_size).flatten(-2).mT

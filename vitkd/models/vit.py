@@ -162,7 +162,7 @@ class ViT(Model):
             )
             for _ in range(c.depth)
         )
-        self.norm = LayerNorm(c.embed_dim)
+        self.norm = LayerNorm(c.embed_dim, feeds_product=False)
         width = c.representation_size or c.embed_dim
         self.head = Linear(width, c.num_classes)
         self.register_parameter("distillation_token", None)

@@ -154,9 +154,9 @@ class _Normed(torch.autograd.Function):
         x, w = ctx.saved_tensors
         grid, rest = tiles(x, whole_rows=True)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw, db = (x.new_empty(*grid[:2], x.shape[-1], dtype=torch.float32) for _ in range(2))
-        _norm_backward[grid](x, w, dy.contiguous(), dx, dw, db, *x.shape[1:], ctx.epsilon, **rest)
-        return dx, dw.sum(1).to(w.dtype), db.sum(1).to(w.dtype), None, None
+        parts = x.new_empty(2, *grid[:2], x.shape[-1], dtype=torch.float32)
+        _norm_backward[grid](x, w, dy.contiguous(), dx, *parts, *x.shape[1:], ctx.epsilon, **rest)
+        return dx, *parts.sum(2).to(w.dtype), None, None
 
 
 class _Finished(torch.autograd.Function):
@@ -193,9 +193,14 @@ def tiles(x: Tensor, whole_rows: bool = False) -> tuple[tuple[int, int, int], di
     return grid, {"ROWS": height, "COLUMNS": side}
 
 
-def normed(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """`x` [S, …, C], each row normalised, times weight plus bias [S, C]; under autocast in float32."""
-    dtype = torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
+def normed(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, feeds_product: bool = False) -> Tensor:
+    """`x` [S, …, C], each row normalised, times weight plus bias [S, C].
+
+    Under autocast in float32 or, where it `feeds_product`, in the precision to which that would round it.
+    """
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda") if feeds_product else torch.float32
     rows = x.flatten(1, -2).contiguous()
     result: Tensor = _Normed.apply(rows, weight.contiguous(), bias.contiguous(), epsilon, dtype)
     return result.view(x.shape)
