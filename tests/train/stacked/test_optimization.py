@@ -1,6 +1,7 @@
 """Stacked students keep each their own pace, also when a stack is cut or changes its device's precision."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import pytest
 import torch
@@ -98,9 +99,11 @@ def test_what_was_laid_out_otherwise_is_continued_all_the_same(paces):
 
     plain, turned = (nn.Parameter(values) for values in (start.clone(), start.mT.contiguous().mT))
     first, second = (StackedAdamW([parameter], paces) for parameter in (plain, turned))
+    for optimizer in (first, second):
+        StackedSchedule(optimizer, paces, STEPS)  # sets the rates
     step(plain, first, gradients[0])
     step(turned, second, torch.zeros(()))
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(deepcopy(first.state_dict()))
     turned.data.copy_(plain.data)
     for parameter, optimizer in ((plain, first), (turned, second)):
         step(parameter, optimizer, gradients[1])
