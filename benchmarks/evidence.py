@@ -73,16 +73,32 @@ class Stage:
 def stages(options: Namespace) -> Iterator[Stage]:
     """The stages in order; one that needs a teacher which is not there yet is left out."""
     seeds = {"seed": tuple(map(str, range(options.teachers)))}
-    habits = (*HABITS, f"paths.data={options.data}", *(QUICK if options.quick else ()), *options.overrides)
+    habits = (
+        *HABITS,
+        f"paths.data={from_here(options.data)}",
+        *(QUICK if options.quick else ()),
+        *options.overrides,
+    )
     for prefix, own in {"": ()}.items() if options.quick else {"": (), PROTOCOL: (PROTOCOL_DATASET,)}.items():
         name = f"{prefix}{TEACHER}"
         if prefix or not options.teacher:
-            settings = ("experiment=report/teacher", *own, f"paths.outputs={options.outputs / name}", *habits)
+            settings = (
+                "experiment=report/teacher",
+                *own,
+                f"paths.outputs={from_here(options.outputs / name)}",
+                *habits,
+            )
             yield Stage(name, settings, seeds, options.teacher_epochs)
         for seed, teacher in teachers_of(options, name).items():
             name = f"{prefix}students-{seed}"
-            places = (f"teacher.checkpoint={teacher}", f"paths.outputs={options.outputs / name}")
-            yield Stage(name, (CELL, *own, *places, *habits), options.axes, options.epochs)
+            places = {"teacher.checkpoint": teacher, "paths.outputs": options.outputs / name}
+            placed = (f"{key}={from_here(path)}" for key, path in places.items())
+            yield Stage(name, (CELL, *own, *placed, *habits), options.axes, options.epochs)
+
+
+def from_here(path: Path) -> Path:
+    """As it is typed and read in folders' names: relative to where the command runs, if it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def teachers_of(options: Namespace, stage: str) -> dict[int, Path]:
