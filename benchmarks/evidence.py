@@ -73,32 +73,28 @@ class Stage:
 def stages(options: Namespace) -> Iterator[Stage]:
     """The stages in order; one that needs a teacher which is not there yet is left out."""
     seeds = {"seed": tuple(map(str, range(options.teachers)))}
-    habits = (
-        *HABITS,
-        f"paths.data={from_here(options.data)}",
-        *(QUICK if options.quick else ()),
-        *options.overrides,
-    )
+    quick = QUICK if options.quick else ()
+    habits = (*HABITS, place("paths.data", options.data), *quick, *options.overrides)
     for prefix, own in {"": ()}.items() if options.quick else {"": (), PROTOCOL: (PROTOCOL_DATASET,)}.items():
         name = f"{prefix}{TEACHER}"
         if prefix or not options.teacher:
-            settings = (
-                "experiment=report/teacher",
-                *own,
-                f"paths.outputs={from_here(options.outputs / name)}",
-                *habits,
-            )
+            outputs = place("paths.outputs", options.outputs / name)
+            settings = ("experiment=report/teacher", *own, outputs, *habits)
             yield Stage(name, settings, seeds, options.teacher_epochs)
         for seed, teacher in teachers_of(options, name).items():
             name = f"{prefix}students-{seed}"
-            places = {"teacher.checkpoint": teacher, "paths.outputs": options.outputs / name}
-            placed = (f"{key}={from_here(path)}" for key, path in places.items())
-            yield Stage(name, (CELL, *own, *placed, *habits), options.axes, options.epochs)
+            outputs = place("paths.outputs", options.outputs / name)
+            settings = (CELL, *own, place("teacher.checkpoint", teacher), outputs, *habits)
+            yield Stage(name, settings, options.axes, options.epochs)
 
 
-def from_here(path: Path) -> Path:
-    """As it is typed and read in folders' names: relative to where the command runs, if it lies below."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def place(setting: str, path: Path) -> str:
+    """The setting as one types it: relative to where the command runs, if the path lies below.
+
+    It becomes part of folders' names, and of what is exported.
+    """
+    here = Path.cwd()
+    return f"{setting}={path.relative_to(here) if path.is_relative_to(here) else path}"
 
 
 def teachers_of(options: Namespace, stage: str) -> dict[int, Path]:
