@@ -451,6 +451,19 @@ def test_one_bad_job_of_many_is_named_and_the_others_run(command, folder):
     assert "job 0 failed: seed=-1: " in ended.out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("launcher", ["basic", "stacked"])
+def test_what_all_jobs_fail_by_is_said_once(launcher, command, folder):
+    missing = ["dataset=mnist", "dataset.download=false", f"paths.data={folder / 'nowhere'}"]
+
+    ended = command("train", "-m", f"hydra/launcher={launcher}", *missing, "method=none", "seed=0,1,2")
+
+    first, *others = ended.err.splitlines()
+    assert first.startswith("error: job 0 failed: dataset mnist: ")
+    assert others == [f"error: job {number} failed: as job 0" for number in (1, 2)]
+    assert ended.out.splitlines()[-1].startswith("jobs 0-2 failed: dataset mnist: ")
+    assert ended.out.count("failed: ") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "line", "fragments"),

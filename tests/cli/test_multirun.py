@@ -180,10 +180,14 @@ class TestJobsThatFail:
     def test_each_is_reported_in_one_line_at_once_and_below_the_table(self, mixed):
         lines = [line for line in mixed.first.err.splitlines() if line.startswith("error: ")]
 
-        assert lines == [f"error: job {n} failed: {mixed.first.records[n]['error']}" for n in range(3)]
+        first, same, other = (record["error"] for record in mixed.first.records[:3])
+        assert same == first
+        assert lines == [
+            f"error: job {n} failed: {said}" for n, said in enumerate((first, "as job 0", other))
+        ]
         assert "Traceback" not in mixed.first.err
-        for line in lines:
-            assert line.removeprefix("error: ") in mixed.first.closing
+        assert f"jobs 0-1 failed: {first}" in mixed.first.closing
+        assert f"job 2 failed: {other}" in mixed.first.closing
         assert "alpha=7.0: must lie in [0, 1]" in lines[0]
         assert "is not finite" in lines[2]
 
@@ -510,11 +514,10 @@ def test_outputs_that_may_not_be_written_are_one_line_a_job(launcher, sweeps, tm
     ended = sweeps.run(f"hydra/launcher={launcher}", "seed=0,1", *BESIDE_A_TEACHER)
 
     assert (ended.code, ended.states) == (1, ["failed", "failed"])
-    lines = ended.err.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert "teacher.lock: cannot be written" in line
-        assert line.endswith("make that writable or set paths.outputs=DIR")
+    line, same = ended.err.splitlines()
+    assert "teacher.lock: cannot be written" in line
+    assert line.endswith("make that writable or set paths.outputs=DIR")
+    assert same == "error: job 1 failed: as job 0"
 
 
 @pytest.mark.slow

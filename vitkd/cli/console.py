@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,24 @@ def print_jobs(jobs: Sequence[Job]) -> None:
         accuracies = (percent(job.metrics.get(key)) for key in JOB_COLUMNS)
         table.add_row(f"{job.number} {name}", job.state, *accuracies, place)
     parents = dict.fromkeys(str(Path(job.folder).parent) for job in jobs if job.folder)
-    errors = [f"job {job.number} failed: {job.error}" for job in jobs if job.error]
-    show("", table, "", *(f"folders   {parent}" for parent in parents), *errors)
+    failed: dict[str, list[int]] = {}
+    for job in jobs:
+        if job.error:
+            failed.setdefault(job.error, []).append(job.number)
+    lines = [f"{names_of_jobs(numbers)} failed: {error}" for error, numbers in failed.items()]
+    show("", table, "", *(f"folders   {parent}" for parent in parents), *lines)
+
+
+def names_of_jobs(numbers: Iterable[int]) -> str:
+    """`jobs 0-3, 7`."""
+    spans: list[list[int]] = []
+    for number in (ordered := sorted(numbers)):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return f"job{'s' if len(ordered) > 1 else ''} {listed}"
 
 
 def show(*parts: Table | str) -> None:

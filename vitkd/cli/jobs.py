@@ -41,6 +41,11 @@ class Sweep(Callback):
         self.planned = planned_jobs(config)
         Sweep.current = self
 
+    @classmethod
+    def known(cls) -> list[Job]:
+        """The jobs of this process, in order; none outside a multirun."""
+        return [job for _, job in sorted(cls.current.here.items())] if cls.current else []
+
     def jobs(self) -> list[Job]:
         """All jobs in order: those of this process, those on record, and those planned that never ran."""
         known = {job.number: job for job in self.planned}
@@ -150,8 +155,9 @@ def all_recorded(
             traceback.print_exc()
             line = f"{type(error).__name__}: {line}"
         for job in end(jobs, "failed"):
+            before = [other.number for other in Sweep.known() if other.error == line]
             job.error = line
-            say(f"job {job.number} failed: {line}")
+            say(f"job {job.number} failed: {f'as job {before[0]}' if before else line}")
     finally:
         write()
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import DictConfig
 
-from vitkd.cli.console import Job
+from vitkd.cli.console import Job, names_of_jobs
 from vitkd.cli.jobs import as_job, overridden
 from vitkd.config.roles import Separates, first_difference, relevant
 from vitkd.config.run import Config
@@ -249,12 +249,4 @@ def stack_position(member: Candidate) -> tuple[Any, ...]:
 
 def job_names(members: Sequence[Candidate]) -> str:
     """`jobs 0-3, 7`."""
-    numbers = sorted(member.job.number for member in members)
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-    return f"job{'s' if len(numbers) > 1 else ''} {listed}"
+    return names_of_jobs(member.job.number for member in members)
