@@ -284,7 +284,7 @@ class TestResize:
 
         of_mse, of_kl = (comparison(PAIR, loss, alignment)({0: ours}, {0: theirs}) for loss in (MSE(), KL()))
 
-        assert alignment[2:] == (*(int(has_token) for has_token in tokens), 1)
+        assert alignment[2:] == (*(int(has_token) for has_token in tokens), 1, None)
         counts = 1 - torch.eye(5, dtype=torch.float64) if attention == "lsa" else torch.ones(5, 5).double()
         matrix = token_interpolation((4, 4), (2, 2)).double()
         taught = matrix @ kept(theirs[:, [1, 0]], tokens[1]) @ matrix.mT

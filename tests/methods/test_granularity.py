@@ -108,5 +108,7 @@ def test_each_block_counts_its_own_heads():
 
 
 def test_an_unknown_head_map_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"^head_map=nearest: [^\n]*index, group_mean or hungarian"):
+    with pytest.raises(
+        ConfigError, match=r"^head_map=nearest: [^\n]*index, group_mean, hungarian or squeeze"
+    ):
         Block(head_map="nearest")

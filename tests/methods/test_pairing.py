@@ -44,7 +44,7 @@ def test_head_maps():
     assert map_heads("group_mean", 3, 3) == ((0,), (1,), (2,))
 
 
-@pytest.mark.parametrize("head_map", ["index", "group_mean", "hungarian"])
+@pytest.mark.parametrize("head_map", ["index", "group_mean", "hungarian", "squeeze"])
 def test_more_student_than_teacher_heads_are_refused(head_map):
     with pytest.raises(ConfigError, match=r"^student\.num_heads=5 [^\n]*teacher\.num_heads=4[^\n]*$"):
         map_heads(head_map, 5, 4)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -226,15 +227,17 @@ def _student_alone(name: str, runs: Mapping[str, Run]) -> tuple[str | None, list
 def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
     """Every student map beside the teacher maps that it learned from, or would have by the default order."""
     learned = {
-        (pair["student_block"], head): (pair["teacher_block"], tuple(heads))
+        (pair["student_block"], head): (pair["teacher_block"], tuple(heads), tuple(weights))
         for pair in run.outer_pairs
-        for head, heads in zip(pair["student_heads"], pair["teacher_heads"], strict=True)
+        for head, heads, weights in zip_longest(
+            pair["student_heads"], pair["teacher_heads"], pair.get("weights") or (), fillvalue=()
+        )
     }
     student_layouts, teacher_layouts = run.student.attention, teacher.attention
     maps = [(block, head) for block, layout in enumerate(student_layouts) for head in range(layout.heads)]
     pairs = []
     for block, head in maps:
         teacher_block = map_block(block, len(student_layouts), len(teacher_layouts))
-        default = (teacher_block, (head % teacher_layouts[teacher_block].heads,))
+        default = (teacher_block, (head % teacher_layouts[teacher_block].heads,), ())
         pairs.append(MapPair(block, head, *learned.get((block, head), default)))
     return pairs, [each in learned for each in maps]

@@ -15,6 +15,7 @@ from vitkd.methods.maps.alignment import AS_THEY_ARE, Alignment, align, how_wind
 from vitkd.methods.maps.granularity import BlockPair
 from vitkd.methods.maps.losses import AttentionLoss
 from vitkd.methods.maps.objective import CONTROLS, AttentionObjective
+from vitkd.methods.maps.squeeze import squeeze_heads
 from vitkd.models import AttentionLayout, Model, ModelConfig, Taps
 from vitkd.models.output import OUTER, shown
 
@@ -114,7 +115,9 @@ def attention_objective(
     pairs = settings.granularity.pairs(students, teachers)
     paired = [(students[pair.student_block], teachers[pair.teacher_block]) for pair in pairs]
     alignments = [align(*layouts) for layouts in paired]
-    if settings.granularity.needs_calibration:
+    if settings.granularity.is_squeezed:
+        pairs = squeeze_heads(pairs, alignments, teacher, data.calibration())
+    elif settings.granularity.is_matched:
         both = record_both(student, teacher, pairs, data.calibration())
         pairs = match_heads(pairs, *both, settings.loss, alignments)
     # Only where queries and keys alone make the scores can these be made of them.

@@ -39,7 +39,12 @@ class CopyDistillation(Method):
                 f"student={student}: cannot attend by another model's maps; choose one of vitkd's own ViTs "
                 "with student.attention=msa"
             )
-        if settings.granularity.needs_calibration:
+        if settings.granularity.is_squeezed:
+            raise ConfigError(
+                "granularity.head_map=squeeze: weighs scores before the softmax, and method=copy copies "
+                "attention weights; use index or group_mean"
+            )
+        if settings.granularity.is_matched:
             raise ConfigError(
                 "granularity.head_map=hungarian: matches heads by the student's maps, and method=copy leaves "
                 "it none; use index or group_mean"

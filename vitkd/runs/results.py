@@ -1,6 +1,7 @@
 """What a finished run leaves, checked before anybody computes with it."""
 
 import io
+import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -49,10 +50,19 @@ def is_pair(pair: Any, student: Sequence[int], teacher: Sequence[int], part: str
         numbers += [(head, teacher[teacher_block]) for group in teacher_heads for head in group]
         is_part = "part" not in pair or pair["part"] == part  # of a run by a version that knew no parts
         has_groups = len(heads) == len(teacher_heads) > 0 and all(teacher_heads)
+        has_groups &= "weights" not in pair or are_weights(pair["weights"], teacher_heads)
     except (TypeError, KeyError, IndexError):
         return False
     return (
         is_part and has_groups and all(type(number) is int and 0 <= number < most for number, most in numbers)
+    )
+
+
+def are_weights(weights: Any, groups: Sequence[Sequence[int]]) -> bool:
+    """Whether they are one finite number for each head of each group, or none at all."""
+    return not weights or (
+        [*map(len, weights)] == [*map(len, groups)]
+        and all(type(weight) is float and math.isfinite(weight) for each in weights for weight in each)
     )
 
 

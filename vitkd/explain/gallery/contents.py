@@ -147,7 +147,7 @@ def _fidelity_line(
     row: FidelityRow, is_distilled: bool, cka: TokenAlignment, baselines: Sequence[str]
 ) -> list[tuple[str, Value]]:
     """Each column's title and value."""
-    teacher_heads = "+".join(map(str, row.teacher_heads))
+    teacher_heads = "+".join(map(str, row.teacher_heads)) + (" weighted" if row.weights else "")
     line: list[tuple[str, Value]] = [
         ("student map", f"{row.student_block}.{row.student_head}"),
         ("teacher map", f"{row.teacher_block}.{teacher_heads}"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, groupby
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ DRAWS = 12
 Weights = Mapping[int, Tensor] | Sequence[Tensor]
 """block → its attention weights [B, H, T, T]"""
 
-Maps = Callable[[tuple[int, ...]], Reading]
-"""heads → the reading of their mean map"""
+Maps = Callable[..., Reading]
+"""heads and perhaps their weights → the reading of their mean map, or that of their weighted scores"""
 
 Metrics = dict[tuple[str, str], Tensor]
 """(field of `FidelityRow`, name) → one value an image [B]"""
@@ -41,6 +41,8 @@ class MapPair(NamedTuple):
     student_head: int
     teacher_block: int
     teacher_heads: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    """of the teacher heads, if instead of their mean it is the softmax of their weighted scores"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class FidelityRow:
     student_head: int
     teacher_block: int
     teacher_heads: tuple[int, ...]
+    weights: tuple[float, ...]
+    """of the teacher heads' scores; none of a mean"""
     images: int
     metrics: dict[str, float | None]
     """`COMPARISONS` with the teacher, and the student's own `entropy` [nats] and `mean_distance` [pixels]"""
@@ -68,11 +72,13 @@ class FidelitySums:
     Each pair's metrics stand beside two baselines. `alone` is a student that learned without the teacher, if
     one is given. `permuted` is how alike the map is to any other head of the teacher's block: the
     expectation over permutations of the teacher's heads that give the pair others, so the mean over all other
-    sets of as many heads, or over `DRAWS` of them where there are more.
+    sets of as many heads, or over `DRAWS` of them where there are more. Weighted heads have as others those
+    with the weights that the student block's other maps are compared with.
 
     Args:
         pairs: (student block, student head, teacher block, teacher heads) each; where there are several
-            teacher heads, the mean of their maps is compared with.
+            teacher heads, the mean of their maps is compared with, or by a fifth value, their weights, the
+            softmax of their weighted scores.
         grid: (h, w) patches, of student and teacher alike.
         patch_size: pixels of a patch's side, or (height, width).
         prefix, readers: as for `compare`.
@@ -83,14 +89,14 @@ class FidelitySums:
 
     def __init__(
         self,
-        pairs: Sequence[tuple[int, int, int, Sequence[int]]],
+        pairs: Sequence[tuple[int, int, int, Sequence[int]] | MapPair],
         *,
         grid: tuple[int, int],
         patch_size: float | tuple[float, float],
         prefix: int = 1,
         readers: Sequence[int] = (0,),
     ) -> None:
-        self.pairs = [MapPair(*pair[:3], tuple(pair[3])) for pair in pairs]
+        self.pairs = [MapPair(*pair[:3], tuple(pair[3]), *pair[4:]) for pair in pairs]
         if not self.pairs:
             raise ConfigError("no student map is paired with a teacher map: name at least one pair")
         for heads in (pair.teacher_heads for pair in self.pairs):
@@ -130,7 +136,7 @@ class FidelitySums:
         return [self._row(index, pair) for index, pair in enumerate(self.pairs)]
 
     def _maps(self, whose: str, weights: Weights, block: int) -> Maps:
-        """heads → the reading of their mean map in one block, read when first asked for."""
+        """The reading of a map of one block by its heads and weights, read when first asked for."""
         if not isinstance(weights, Mapping):
             _check_exists("block", block, len(weights), f"the {whose}")
         elif block not in weights:
@@ -138,11 +144,12 @@ class FidelitySums:
         maps = weights[block]
 
         @cache
-        def reading(heads: tuple[int, ...]) -> Reading:
+        def reading(heads: tuple[int, ...], weights: tuple[float, ...] = ()) -> Reading:
             for head in heads:
                 _check_exists("head", head, maps.shape[1], f"block {block} of the {whose}")
-            mean = at_least_float32(maps[:, list(heads)]).mean(1)
-            return read(mean, self._prefix, readers=self._readers)
+            members = at_least_float32(maps[:, list(heads)])
+            combined = weighted(members, weights) if weights else members.mean(1)
+            return read(combined, self._prefix, readers=self._readers)
 
         return reading
 
@@ -150,20 +157,28 @@ class FidelitySums:
         self, pair: MapPair, teacher_heads: int, student_maps: Maps, teacher_maps: Maps, alone: Maps | None
     ) -> Metrics:
         """One pair's metrics [B]."""
-        student, teacher = student_maps((pair.student_head,)), teacher_maps(pair.teacher_heads)
+        student, teacher = student_maps((pair.student_head,)), teacher_maps(*pair[3:])
         if student.weights.shape != teacher.weights.shape:
             tokens = (reading.weights.shape[-1] for reading in (student, teacher))
             raise ValueError("student and teacher have {} and {} tokens: resize one's maps".format(*tokens))
-        others = other_heads(pair.teacher_heads, teacher_heads, DRAWS, seed=0)
+        others = [teacher_maps(*other) for other in self._others(pair, teacher_heads)]
         parts = {
             "metrics": compare_readings(student, teacher) | self._spread(student),
             "teacher": self._spread(teacher),
-            "permuted": _mean_comparisons(student, [teacher_maps(heads) for heads in others]),
+            "permuted": _mean_comparisons(student, others),
         }
         if alone is not None:
             without = alone((pair.student_head,))
             parts["alone"] = compare_readings(without, teacher) | self._spread(without)
         return {(part, name): values for part, each in parts.items() for name, values in each.items()}
+
+    def _others(self, pair: MapPair, teacher_heads: int) -> list[tuple[tuple[Any, ...], ...]]:
+        """The heads, and weights if any, of other maps of the teacher's block, which has so many heads."""
+        if not pair.weights:
+            return [(heads,) for heads in other_heads(pair.teacher_heads, teacher_heads, DRAWS, seed=0)]
+        blocks = itemgetter(0, 2)
+        of_block = [other for other in self.pairs if blocks(other) == blocks(pair)]
+        return [other[3:] for other in of_block if other.weights != pair.weights]
 
     def _spread(self, of: Reading) -> dict[str, Tensor]:
         """How far apart the places are that a map attends to, [B] each."""
@@ -192,6 +207,17 @@ class FidelitySums:
         return FidelityRow(
             *pair, self._images, parts["metrics"], parts["teacher"], parts.get("alone"), permuted
         )
+
+
+def weighted(maps: Tensor, weights: Sequence[float]) -> Tensor:
+    """softmax(Σ_h weight_h · scores_h) [B, T, T] of attention weights [B, H, T, T].
+
+    Their logarithms are the scores less a constant of each row, which the softmax ignores. A weight of 0 in
+    all heads stays 0: their mask is the same.
+    """
+    smallest = torch.finfo(maps.dtype).tiny
+    scores = torch.einsum("h,bhqk->bqk", maps.new_tensor(weights), maps.clamp_min(smallest).log())
+    return scores.masked_fill((maps == 0).all(1), -math.inf).softmax(-1)
 
 
 def other_heads(heads: Sequence[int], count: int, draws: int, seed: int) -> list[tuple[int, ...]]:

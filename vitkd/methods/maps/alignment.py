@@ -27,11 +27,13 @@ class Alignment(NamedTuple):
     """the same of the teacher's"""
     kept: int = 1
     """1, the class token, or 0 where a model has none"""
+    heads: Tensor | None = None
+    """[P, H] makes each of P target scores a weighted sum of those of H teacher heads, if they are weighed"""
 
     def to(self, device: torch.device) -> "Alignment":
         """The same on `device`."""
-        resize, allowed = (None if tensor is None else tensor.to(device) for tensor in self[:2])
-        return self._replace(resize=resize, allowed=allowed)
+        tensors = {name: getattr(self, name) for name in ("resize", "allowed", "heads")}
+        return self._replace(**{name: each.to(device) for name, each in tensors.items() if each is not None})
 
 
 AS_THEY_ARE = Alignment()
@@ -72,7 +74,8 @@ def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:
         for layout, count in zip((student, teacher), dropped, strict=True)
         if layout.mask is not None
     ]
-    return Alignment(resize, torch.stack(masks).all(0) if masks else None, *dropped)._replace(kept=kept)
+    allowed = torch.stack(masks).all(0) if masks else None
+    return Alignment(resize, allowed, dropped[0], dropped[1], kept)
 
 
 def without_prefix(maps: Tensor | QKV, count: int, kept: int = 1) -> Tensor | QKV:

@@ -16,6 +16,7 @@ Layouts = Sequence[AttentionLayout]
 """of each block of a model"""
 HeadPairs = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 """student heads, and for each of them its teacher heads"""
+HEAD_MAPS = ("index", "group_mean", "hungarian", "squeeze")
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,19 @@ class BlockPair:
     """For each student head the teacher heads whose mean is its target (mostly one)."""
     part: str = OUTER
     """Which attention of both blocks, where a block has several."""
+    weights: tuple[tuple[float, ...], ...] = ()
+    """If any: for each student head a weight for each of its teacher heads, here all, whose weighted sum of
+    scores is its target instead."""
 
     @property
     def names(self) -> list[str]:
         """`block.head` of each student map."""
         return [f"{self.student_block}.{head}" for head in self.student_heads]
+
+    @property
+    def taken_together(self) -> list[tuple[int, ...]]:
+        """Teacher heads by map: the first of each mean, the second, …; or all those of a weighted sum."""
+        return [self.teacher_heads[0]] if self.weights else [*zip(*self.teacher_heads, strict=True)]
 
 
 @dataclass
@@ -51,8 +60,13 @@ class Granularity(ABC):
         check_choice(self, "part", PARTS)
 
     @property
-    def needs_calibration(self) -> bool:
-        """Whether `match_heads` has yet to settle the pairs on real scores."""
+    def is_matched(self) -> bool:
+        """Whether `match_heads` has yet to settle the pairs, by the loss of both models' scores."""
+        return False
+
+    @property
+    def is_squeezed(self) -> bool:
+        """Whether `squeeze_heads` has yet to weigh the teacher heads, by their scores."""
         return False
 
     def pairs(self, student: Layouts, teacher: Layouts) -> list[BlockPair]:
@@ -118,15 +132,19 @@ class Block(Granularity):
     """Every head of chosen blocks, by default of the last."""
 
     head_map: str = "index"
-    """index | group_mean | hungarian: see `map_heads`."""
+    """index | group_mean | hungarian | squeeze: see `map_heads`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "head_map", ("index", "group_mean", "hungarian"))
+        check_choice(self, "head_map", HEAD_MAPS)
 
     @property
-    def needs_calibration(self) -> bool:
+    def is_matched(self) -> bool:
         return self.head_map == "hungarian"
+
+    @property
+    def is_squeezed(self) -> bool:
+        return self.head_map == "squeeze"
 
     def head_pairs(self, student_heads: int, teacher_heads: int) -> HeadPairs:
         return tuple(range(student_heads)), map_heads(self.head_map, student_heads, teacher_heads)
@@ -159,7 +177,8 @@ def map_heads(head_map: str, student_heads: int, teacher_heads: int) -> tuple[tu
     """The teacher heads of each student head.
 
     `index` pairs head i with head i (the report's); `group_mean` with the mean of the i-th of m equal groups;
-    `hungarian` starts from `index` and is settled by `match_heads` once scores are known.
+    `hungarian` starts from `index` and is settled by `match_heads` once scores are known; so are, by
+    `squeeze_heads`, the weights that `squeeze` gives all heads where the teacher has more.
 
     Raises ConfigError if the student has more heads than the teacher, or groups would be unequal.
     """
@@ -168,6 +187,8 @@ def map_heads(head_map: str, student_heads: int, teacher_heads: int) -> tuple[tu
             f"student.num_heads={student_heads} is more than teacher.num_heads={teacher_heads}: "
             f"use at most {teacher_heads}, or granularity=head with chosen heads"
         )
+    if head_map == "squeeze" and student_heads < teacher_heads:
+        return (tuple(range(teacher_heads)),) * student_heads
     if head_map != "group_mean":
         return tuple((head,) for head in range(student_heads))
     if teacher_heads % student_heads:

@@ -70,7 +70,10 @@ class AttentionObjective(Objective):
         assert pairs
         self.pairs, self.loss, self.control = tuple(pairs), loss, control
         # Not buffers: an average of a model's weights would be one of its buffers, too.
-        self.alignments = list(alignments) or [AS_THEY_ARE] * len(pairs)
+        self.alignments = [
+            alignment._replace(heads=torch.tensor(pair.weights)) if pair.weights else alignment
+            for pair, alignment in zip(pairs, alignments or [AS_THEY_ARE] * len(pairs), strict=True)
+        ]
         self.streams = tokens > STREAM_ABOVE
         students = tuple(pair.student_block for pair in pairs)
         teachers = tuple(sorted({pair.teacher_block for pair in pairs}))
@@ -138,7 +141,7 @@ class AttentionObjective(Objective):
         students = without_prefix(take_heads(student, pair.student_heads), dropped, kept)
         teachers = [
             without_prefix(take_heads(teacher, heads), alignment.dropped_from_teacher, kept)
-            for heads in zip(*pair.teacher_heads, strict=True)
+            for heads in pair.taken_together
         ]
         if isinstance(students, Tensor):
             return self._loss(alignment, students, teachers)
@@ -159,6 +162,9 @@ class AttentionObjective(Objective):
 
     def _target(self, alignment: Alignment, maps: Maps) -> Tensor:
         scores = maps.scores() if isinstance(maps, QKV) else maps
+        if alignment.heads is not None:
+            scores = at_least_float32(scores)
+            scores = torch.einsum("ph,...hqk->...pqk", alignment.heads.to(scores), scores)
         if alignment.resize is not None:
             target = self.loss.target(scores)
             return self.loss.resize(target, alignment.resize.to(target))

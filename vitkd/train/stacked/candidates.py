@@ -166,7 +166,7 @@ def what_trains(config: Config) -> tuple[Any, ...]:
     ignored, loss = (*config.method.ignores, "loss"), config.loss.gradient_key
     if "loss" in config.method.ignores:
         loss = ()
-    elif config.granularity.needs_calibration:
+    elif config.granularity.is_matched:
         # Heads are matched by the loss's value.
         loss = type(config.loss), *loss
     settings = {
