@@ -41,6 +41,8 @@ pytestmark = [
 ]
 GROUPS = ("method", "weighting", "student")
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF_DIR / group).glob("*.yaml"))]
+# A setting that takes another way through the objective, and is no file.
+OPTIONS.append(("granularity.head_map", "squeeze"))
 SMALL_SWIN = [
     *("img_size=8", "window_size=2", "embed_dim=8", "depths=[2,1]"),
     "num_heads=[2,2]",
@@ -55,6 +57,7 @@ SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
     ("method", "dearkd"): ["teacher=resnet56", "teacher.variant=resnet20"],
     ("method", "locality"): ["teacher=resnet56", "teacher.variant=resnet20"],
+    ("granularity.head_map", "squeeze"): ["granularity=encoder", *SMALL, "student.num_heads=2"],
     ("student", "resnet"): ["method=logit"],
     ("method", "together"): ["method.parts=[attention,relation,dkd]", "method.weights=[1,0.5,0.1]"],
     ("student", "vit"): SMALL,

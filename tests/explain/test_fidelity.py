@@ -342,6 +342,23 @@ class TestTable:
         assert both.permuted is None
         assert free.permuted["js"] > 0
 
+    def test_weighted_heads_are_the_softmax_of_their_weighted_scores(self):
+        """By scores, of which the table sees only the attention weights; some of these are masked."""
+        mask = torch.eye(7, dtype=torch.bool)
+        student, scores = maps(4, 2), torch.randn(4, 3, 7, 7, dtype=torch.float64)
+        weights = torch.tensor([[0.5, -0.25, 1.5], [0.0, 1.0, 0.5]], dtype=torch.float64)
+        mixed = torch.einsum("ph,bhqk->bpqk", weights, scores).masked_fill(mask, -math.inf).softmax(-1)
+        pairs = [(0, head, 1, [0, 1, 2], (*weights[head].tolist(),)) for head in range(2)]
+
+        teacher = {1: scores.masked_fill(mask, -math.inf).softmax(-1)}
+        rows = fidelity_table([student], teacher, pairs, **PLACE)
+
+        expected = fidelity_table([student], [mixed], [(0, head, 0, [head]) for head in range(2)], **PLACE)
+        for row, other in zip(rows, expected, strict=True):
+            # The other head's target is what it is compared with by chance.
+            for part in ("metrics", "teacher", "permuted"):
+                assert getattr(row, part) == pytest.approx(getattr(other, part))
+
     def test_many_sets_of_heads_are_drawn_by_seed(self):
         some = other_heads(range(4), 12, draws=12, seed=3)
         assert some == other_heads([3, 2, 1, 0], 12, draws=12, seed=3)

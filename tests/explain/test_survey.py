@@ -1,5 +1,9 @@
 """One pass in batches against everything computed at once, and against formulas spelt out here."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,10 @@ from vitkd.explain.maps.recording import Recording, record
 from vitkd.explain.measures.distances import compare
 from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison, comparable, survey
+from vitkd.explain.sources import comparisons
+from vitkd.methods.maps.granularity import BlockPair
 from vitkd.models import ResNetConfig, Taps
+from vitkd.runs.load import Run
 
 PATCH = 4
 PAIRS = [MapPair(0, 0, 1, (0, 2)), MapPair(2, 1, 3, (1,)), MapPair(2, 0, 3, (2,))]
@@ -381,3 +388,24 @@ def test_a_teacher_without_maps_answers_and_no_more(tiny, images):
     assert torch.equal(seen.predicted["teacher"], network(images).logits.argmax(-1))
     assert seen.predicted.keys() == {"teacher", "student"}
     assert seen.reach.keys() == {"student"}
+
+
+def test_maps_are_compared_with_what_they_learned_from(tiny):
+    """Weighted heads by their weights, and others by what they would have learned from."""
+    student, teacher = tiny(num_heads=2).build(), tiny(depth=6, num_heads=4).build()
+    learned = BlockPair(
+        2, 5, (1, 0), ((0, 1, 2, 3),) * 2, weights=((0.5, 0.0, -1.0, 1.0), (1.0, 2.0, 3.0, 4.0))
+    )
+    pairs = json.loads(json.dumps([asdict(learned), asdict(BlockPair(0, 1, (0,), ((2, 3),)))]))
+
+    found, _ = comparisons({"student": Run(Path(), None, student, teacher, pairs, "last")})
+
+    assert found["student"].pairs == [
+        MapPair(0, 0, 1, (2, 3)),
+        MapPair(0, 1, 1, (1,)),
+        MapPair(1, 0, 3, (0,)),
+        MapPair(1, 1, 3, (1,)),
+        MapPair(2, 0, 5, (0, 1, 2, 3), (1.0, 2.0, 3.0, 4.0)),
+        MapPair(2, 1, 5, (0, 1, 2, 3), (0.5, 0.0, -1.0, 1.0)),
+    ]
+    assert found["student"].distilled == [True, False, False, False, True, True]

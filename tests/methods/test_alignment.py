@@ -303,7 +303,7 @@ class TestResize:
         alignment = align(student, teacher)
 
         assert torch.equal(alignment.resize, token_interpolation((4, 3), (2, 1)))
-        assert alignment[1:] == (None, 1, 1, 1)
+        assert alignment[1:] == (None, 1, 1, 1, None)
         assert align(student, student._replace(grid=(1, 2))).resize.shape == (3, 3)
 
     def test_of_a_teacher_with_a_mask_is_refused(self, tiny):

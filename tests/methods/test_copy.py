@@ -179,6 +179,7 @@ def test_a_header_of_other_teachers_is_refused(tiny, tmp_path):
     [
         ({}, {}, Head(), ["granularity", "1 of the 2 heads", "granularity=block"]),
         ({}, {}, Block(head_map="hungarian"), ["hungarian", "index or group_mean"]),
+        ({}, {"num_heads": 4}, Block(head_map="squeeze"), ["squeeze", "index or group_mean"]),
         ({"attention": "lsa"}, {}, Block(), ["student=", "student.attention=msa"]),
         ({}, {"patch_size": 2}, Block(), ["2×2", "4×4", "equal patch sizes"]),
         ({"distillation_token": True}, {}, Block(), ["2 tokens", "distillation_token"]),

@@ -36,6 +36,9 @@ PAIRS = {
     "index": [BlockPair(0, 1, (0, 1, 2), ((0,), (1,), (2,)))],
     "chosen heads": [BlockPair(0, 1, (2, 0), ((4,), (1,)))],
     "group mean": [BlockPair(0, 1, (0, 1, 2), ((0, 1), (2, 3), (4, 5)))],
+    "weighted": [
+        BlockPair(0, 1, (0, 2), ((0, 1, 2, 3, 4, 5),) * 2, weights=((1.0, 0.5, 0, -0.5, 0, 2), (0.25,) * 6))
+    ],
     "encoder": [BlockPair(i, i, (0, 1, 2), ((5,), (0,), (3,))) for i in range(2)],
 }
 EVERY_PAIRING = pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -153,6 +154,7 @@ class TestPairs:
             *(("teacher_block", value) for value in (-1, 9, 0.0)),
             *(("student_heads", value) for value in ([], [0, 1], [9, 0, 1, 2], [-1, 0, 1, 2], 7, "0123")),
             *(("teacher_heads", value) for value in ([], [[]] * 4, [[9]] * 4, [0] * 4, [["0"]] * 4)),
+            *(("weights", value) for value in (7, [[1.0]], [[1.0, 1.0]] * 4, [["1"]] * 4, [[math.nan]] * 4)),
         ],
     )
     def test_of_maps_that_there_are_not_are_one_line(self, key, value, copy):

@@ -13,6 +13,7 @@ from tests.train.test_resume import rows_of
 STACKED = "hydra/launcher=stacked"
 SMALL = [
     *("trainer=cpu", "student.depth=2", "student.embed_dim=16", "teacher.depth=2", "teacher.max_epochs=2"),
+    *("teacher.num_heads=8", "teacher.head_dim=8"),
     "pictures_every_n_epochs=0",
 ]
 
@@ -20,7 +21,10 @@ SMALL = [
 STUDENTS = {
     "a": ("head", "mse", "alpha: 0.3\ngranularity: {heads: [[0, 1], [2, 3]]}"),
     "b": ("block", "kl", "alpha: 0.5\nloss: {temperature: 2.0}\nlabel_smoothing: 0.1"),
-    "c": ("encoder", "kl", "alpha: 0.7\noptimizer: {weight_decay: 0.2, lr: 3.0e-3}\nseed: 1"),
+    "c": (
+        *("encoder", "kl"),
+        "alpha: 0.7\ngranularity: {head_map: squeeze}\noptimizer: {weight_decay: 0.2, lr: 3.0e-3}\nseed: 1",
+    ),
     "d": ("head", "js", "alpha: 1.0\nseed: 1\nschedule: {warmup: 0.3}"),
     "e": ("encoder", "mse", "alpha: 0.015\nloss: {center: row}\ngranularity: {head_map: hungarian}"),
     # It compares no maps.
