@@ -194,7 +194,7 @@ def map_heads(head_map: str, student_heads: int, teacher_heads: int) -> tuple[tu
     if teacher_heads % student_heads:
         raise ConfigError(
             f"granularity.head_map=group_mean cannot share teacher.num_heads={teacher_heads} evenly among "
-            f"student.num_heads={student_heads}: use a divisor of {teacher_heads}, or head_map=index"
+            f"student.num_heads={student_heads}: use a divisor of {teacher_heads}, head_map=index or squeeze"
         )
     size = teacher_heads // student_heads
     return tuple(tuple(range(head * size, (head + 1) * size)) for head in range(student_heads))
