@@ -214,13 +214,14 @@ def test_replayed_steps_are_those_taken_one_by_one(command, tmp_path, precision)
     "own",
     [
         ("student.tokenizer=spt", "student.attention=lsa", "granularity=encoder"),
+        ("granularity=encoder", "granularity.head_map=squeeze", "student.num_heads=2"),
         ("method=token", "teacher=resnet", "teacher.stem=small", "teacher.max_epochs=1"),
         ("method=token", "method.targets=soft", "method.attention_weight=1"),
         ("method=logit", "student.distillation_token=true"),
         ("method=logit", "method.standardize=true"),
         ("method=together", "method.parts=[attention,relation,dkd]", "method.weights=[1,1,0.1]"),
     ],
-    ids=["spt-lsa", "resnet", "token-attention", "logit", "standardized", "together"],
+    ids=["spt-lsa", "squeezed", "resnet", "token-attention", "logit", "standardized", "together"],
 )
 def test_replayed_steps_of_other_models_are_those_taken_one_by_one(command, tmp_path, own):
     settings = [*TRAINING, "student.dropout=0", *own, f"paths.outputs={tmp_path}"]
