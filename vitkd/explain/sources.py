@@ -141,7 +141,7 @@ def _load_runs(settings: Settings) -> list[Run]:
     for run in runs:
         if cause := why_no_maps(run.student):
             what = f"its student ({run.student.config}) {cause}"
-            raise ConfigError(f"run={run.path}: {what}; name a run whose student is a ViT or a Swin")
+            raise ConfigError(f"run={run.path}: {what}; name a run whose student is a ViT, a Swin or a TNT")
     _check_same_images(runs)
     if len({digest(run.teacher) for run in runs if run.teacher is not None}) > 1:
         raise ConfigError(

@@ -173,10 +173,10 @@ def _last_norm(model: nn.Module) -> nn.Module:
             "methods=grad_cam and relevance go through windows and patch merging"
         )
     last = blocks[-1]
-    norm = getattr(last, "norm1", None) or getattr(getattr(last, "attention", None), "norm", None)
-    if not isinstance(norm, nn.Module):
-        raise ConfigError(f"{type(model).__name__}: its last block has no `norm1` for Grad-CAM to read")
-    return norm
+    for owner, name in ((last, "norm1"), (last, "norm_out"), (getattr(last, "attention", None), "norm")):
+        if isinstance(norm := getattr(owner, name, None), nn.Module):
+            return norm
+    raise ConfigError(f"{type(model).__name__}: Grad-CAM knows no norm in its last block")
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def who_reads(place: Layout | Recording) -> str:
 def timm_model(name: str, pretrained: bool = False) -> nn.Module:
     """The timm model `name` in eval mode, randomly initialised unless `pretrained`, which needs a network.
 
-    A Swin is a `TimmModel`, any other timm's own network.
+    A Swin or a TNT is a `TimmModel`, any other timm's own network.
 
     Raises ConfigError if timm is absent, has no such model, or cannot download its weights.
     """
@@ -165,15 +165,16 @@ def timm_model(name: str, pretrained: bool = False) -> nn.Module:
             f"model=timm:{name}: cannot be built ({one_line(error)}); pretrained weights need a network, "
             "random ones do not"
         ) from error
-    return _with_windows(name, model).eval()
+    return _with_encoder(name, model).eval()
 
 
-def _with_windows(name: str, network: Any) -> nn.Module:
-    """timm's network, as a model of vitkd's if it is a Swin: hooks do not tell where its windows lie."""
+def _with_encoder(name: str, network: Any) -> nn.Module:
+    """timm's network, as a `TimmModel` if it is a Swin or TNT, of whose attention hooks tell too little."""
     from vitkd.models.timm.architectures import ENCODERS
     from vitkd.models.timm.swin import SwinEncoder
+    from vitkd.models.timm.tnt import TNTEncoder
 
-    if not issubclass(ENCODERS.get(type(network), object), SwinEncoder):
+    if not issubclass(ENCODERS.get(type(network), object), SwinEncoder | TNTEncoder):
         return network
     stated = network.pretrained_cfg
     (channels, _, size), mean, std = stated["input_size"], [*stated["mean"]], [*stated["std"]]
@@ -235,6 +236,8 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
         raise _no_maps(
             model, "attends within windows, which only vitkd's TimmModel of Swin and Swin V2 records"
         )
+    if hasattr(model, "pixel_embed"):
+        raise _no_maps(model, "attends within patches too, which only vitkd's TimmModel of TNT records")
     raise _no_maps(model, "has no softmax attention that was found (no `blocks` behind a `patch_embed`)")
 
 
