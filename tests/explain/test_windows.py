@@ -20,11 +20,10 @@ from vitkd.explain.maps.flow import (
     windowed_rollout,
 )
 from vitkd.explain.maps.methods import CLASS_SPECIFIC, explain_by
-from vitkd.explain.maps.recording import Recording, own_layout, record, who_reads
+from vitkd.explain.maps.recording import Recording, record, who_reads
 from vitkd.explain.maps.subjects import subject_of, with_regions
 from vitkd.explain.maps.windows import given, identity, on_patches, received, times, unmerged, windows_of
 from vitkd.explain.measures.distances import locality, windowed_locality
-from vitkd.explain.sources import how_compared
 from vitkd.models import TimmConfig
 from vitkd.models.output import AttentionLayout
 from vitkd.train.pictures import look
@@ -387,15 +386,6 @@ def test_pictures_during_training_are_the_same_maps(model):
     attention = torch.from_numpy(subject.maps["attention"])
     torch.testing.assert_close(maps[1].float(), attention[:, 1, 1])
     torch.testing.assert_close(maps[3].float(), attention[:, 3, [0, 2]].mean(1))
-
-
-def test_maps_within_windows_are_shown_and_not_compared(model, tiny):
-    vit = own_layout(tiny().build())
-
-    for pair in ((own_layout(model), vit), (vit, own_layout(model))):
-        is_possible, (said,) = how_compared("student", *pair)
-        assert not is_possible
-        assert said.startswith("Maps are shown, not compared: attention of ")
 
 
 def test_another_packages_grad_cam_has_no_one_grid_to_read(model):

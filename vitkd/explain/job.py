@@ -67,6 +67,8 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
         test_labels = data.loader("test", "cpu", rank=0, world_size=1).labels
         class_number(settings.of_class, data.class_names, test_labels.numpy())
     compared, remarks = comparisons(runs)
+    for remark in remarks:
+        log.info("%s", remark)
     notes = [*_note_on_students(sources), *sources.notes(), *remarks]
     log.info("measuring %s on the test split", ", ".join(sources.models))
     seen = survey(sources.models, in_random_order(data, settings.seed, sources.device), compared)

@@ -18,14 +18,19 @@ from vitkd.explain.maps.subjects import TEACHER
 from vitkd.explain.measures.fidelity import MapPair
 from vitkd.explain.measures.survey import Comparison
 from vitkd.explain.settings import Settings
+from vitkd.methods.maps.alignment import how_grids_differ, how_windows_differ
 from vitkd.methods.maps.granularity import map_block
 from vitkd.models import Model, TimmConfig, digest, read_header
+from vitkd.models.output import shown
 from vitkd.runs.checkpoints import load_any
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.inputs import check_images, class_names
 from vitkd.runs.load import Run, load_run
 
 log = logging.getLogger("vitkd")
+
+Pairs = Mapping[MapPair, bool]
+"""a student map and its teacher maps → whether the student learned them"""
 
 # Settings of a data set that change its test images, or how a model sees them.
 SAME_IMAGES = ("source", "root", "image_size", "channels", "mean", "std", "num_classes", "split_seed")
@@ -169,31 +174,52 @@ def comparisons(runs: Mapping[str, Run]) -> tuple[dict[str, Comparison], list[st
         return {}, []
     found, notes = {}, []
     for name, run in runs.items():
-        is_possible, remarks = how_compared(name, own_layout(run.student), own_layout(teacher))
+        pairs, remarks = comparable_pairs(name, run.student, teacher, _pairs(run, teacher))
         notes += remarks
-        if is_possible:
+        if pairs:
             alone, remarks = _student_alone(name, runs)
             notes += remarks
             patch_size = run.student.config.image_size / own_layout(run.student).grid[0]
-            found[name] = Comparison(TEACHER, *_pairs(run, teacher), patch_size, alone)
+            found[name] = Comparison(TEACHER, [*pairs], [*pairs.values()], patch_size, alone)
     return found, notes
 
 
+def comparable_pairs(name: str, student: Model, teacher: Model, pairs: Pairs) -> tuple[Pairs, list[str]]:
+    """Those of `pairs` whose maps can be compared, and what is left out or changed for that."""
+    places = own_layout(student), own_layout(teacher)
+    if not any(place.windows for place in places):
+        is_possible, notes = how_compared(name, *places)
+        return pairs if is_possible else {}, notes
+    pairs, notes = _with_equal_windows(name, student, teacher, pairs)
+    return pairs, [*notes, *(_reductions(name, *places) if pairs else [])]
+
+
 def how_compared(name: str, student: Layout, teacher: Layout) -> tuple[bool, list[str]]:
-    """Whether maps of these layouts can be compared, and what `survey.comparable` does for that."""
-    if windowed := [who for who, layout in ((name, student), (TEACHER, teacher)) if layout.windows]:
-        return False, [
-            f"Maps are shown, not compared: attention of {' and '.join(windowed)} is within windows."
-        ]
+    """Whether maps over all tokens can be compared, and what `survey.comparable` does for that."""
     if student.grid == teacher.grid:
         return True, _reductions(name, student, teacher)
-    student_grid, teacher_grid = ("×".join(map(str, layout.grid)) for layout in (student, teacher))
-    grids = f"{name} has {student_grid} patches and the teacher {teacher_grid}"
+    grids = f"{name} has {shown(student.grid)} patches and the teacher {shown(teacher.grid)}"
     if not teacher.sees_itself:
         # In resized maps a token's weight for itself could not be left out.
         return False, [f"{grids} of locality attention: their maps are shown, not compared."]
     resized = f"{grids}: the teacher's maps are resized to be compared."
     return True, [resized, *_reductions(name, student, teacher)]
+
+
+def _with_equal_windows(name: str, student: Model, teacher: Model, pairs: Pairs) -> tuple[Pairs, list[str]]:
+    """Those of blocks whose windows and patches are the same, as training pairs them; why others are not."""
+    alike: dict[MapPair, bool] = {}
+    apart: dict[str, dict[str, None]] = {}
+    for pair, is_distilled in pairs.items():
+        layouts = student.attention[pair.student_block], teacher.attention[pair.teacher_block]
+        if reason := how_windows_differ(*layouts) or how_grids_differ(*layouts):
+            apart.setdefault(reason, {})[f"{pair.student_block} and {pair.teacher_block}"] = None
+        else:
+            alike[pair] = is_distilled
+    return alike, [
+        f"Blocks {', '.join(blocks)} of {name} and teacher are shown, not compared: {reason}."
+        for reason, blocks in apart.items()
+    ]
 
 
 def _reductions(name: str, student: Layout, teacher: Layout) -> list[str]:
@@ -205,7 +231,8 @@ def _reductions(name: str, student: Layout, teacher: Layout) -> list[str]:
         left_out.append("distillation tokens, as resized maps keep the class token only")
     for has, lacks, own, other in ((name, TEACHER, student, teacher), (TEACHER, name, teacher, student)):
         if own.prefix > other.prefix:
-            left_out.append(f"the distillation token of {has}, which {lacks} has not")
+            tokens = "distillation token" if other.prefix else "class token"
+            left_out.append(f"the {tokens} of {has}, which {lacks} has not")
         if own.sees_itself and not other.sees_itself:
             left_out.append(f"what tokens of {has} give to themselves, which those of {lacks} may not")
     if left_out:
@@ -224,7 +251,7 @@ def _student_alone(name: str, runs: Mapping[str, Run]) -> tuple[str | None, list
     return alone, []
 
 
-def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
+def _pairs(run: Run, teacher: Model) -> Pairs:
     """Every student map beside the teacher maps that it learned from, or would have by the default order."""
     learned = {
         (pair["student_block"], head): (pair["teacher_block"], tuple(heads), tuple(weights))
@@ -234,10 +261,11 @@ def _pairs(run: Run, teacher: Model) -> tuple[list[MapPair], list[bool]]:
         )
     }
     student_layouts, teacher_layouts = run.student.attention, teacher.attention
-    maps = [(block, head) for block, layout in enumerate(student_layouts) for head in range(layout.heads)]
-    pairs = []
-    for block, head in maps:
+    pairs = {}
+    for block, layout in enumerate(student_layouts):
         teacher_block = map_block(block, len(student_layouts), len(teacher_layouts))
-        default = (teacher_block, (head % teacher_layouts[teacher_block].heads,), ())
-        pairs.append(MapPair(block, head, *learned.get((block, head), default)))
-    return pairs, [each in learned for each in maps]
+        for head in range(layout.heads):
+            default = (teacher_block, (head % teacher_layouts[teacher_block].heads,), ())
+            chosen = learned.get((block, head), default)
+            pairs[MapPair(block, head, *chosen)] = (block, head) in learned
+    return pairs

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.attention import check_grid, rows_read
-from vitkd.explain.maps.windows import Windows
+from vitkd.explain.maps.windows import Windows, pooling_row, times
 from vitkd.models.output import at_least_float32
 
 COMPARISONS = ("kl", "js", "spearman", "top_k_iou", "cls_overlap")
@@ -28,9 +28,9 @@ class Reading(NamedTuple):
     """What comparisons need of maps, computed once for a map that is compared with many."""
 
     weights: Tensor
-    """[B, ...M, T, T]"""
+    """[B, ...M, T, T], within windows [B, ...M, W·N, N]"""
     log: Tensor
-    """[B, ...M, T, T]"""
+    """of the same shape"""
     row: Tensor
     """[B, ...M, N]: the class row over patches, summing to 1"""
     ranks: Tensor
@@ -73,7 +73,17 @@ def compare(
 def read(weights: Tensor, prefix: int = 1, k: int | None = None, readers: Sequence[int] = (0,)) -> Reading:
     """A `Reading` of attention weights [B, ...M, T, T]; the arguments are those of `compare`."""
     p = at_least_float32(weights)
-    row = rows_read(p, readers)[..., prefix:].contiguous()
+    return _reading(p, rows_read(p, readers)[..., prefix:].contiguous(), k)
+
+
+def read_within(weights: Tensor, windows: Windows, k: int | None = None) -> Reading:
+    """As `read`, of attention within windows [B, ...M, W·N, N]; the class row is what all tokens give."""
+    p = at_least_float32(weights)
+    return _reading(p, times(pooling_row(windows, p), p, windows).squeeze(-2), k)
+
+
+def _reading(p: Tensor, row: Tensor, k: int | None) -> Reading:
+    """The `Reading` of weights and of their class row [B, ...M, N] over patches."""
     patches = row.shape[-1]
     k = max(patches // 4, 1) if k is None else k
     if not 1 <= k <= patches:
@@ -176,12 +186,16 @@ def windowed_locality(weights: Sequence[Tensor], windows: Sequence[Windows]) -> 
 
 def _within(weights: Tensor, windows: Windows) -> Tensor:
     """A block's distance [B, heads] relative to that of uniform attention over all of its tokens."""
-    rows, columns = windows.grid
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[windows.tokens].to(weights)
-    distances = (places[:, :, None] - places[:, None]).square().sum(-1).sqrt().flatten(0, 1)
-    return (at_least_float32(weights) * distances).sum(-1).mean(-1) / (
-        uniform_distance(windows.grid) or math.nan
-    )
+    return windowed_distance(weights, windows) / (uniform_distance(windows.grid) or math.nan)
+
+
+def windowed_distance(
+    weights: Tensor, windows: Windows, patch_size: float | tuple[float, float] = 1.0
+) -> Tensor:
+    """`mean_distance` [B, ...M] in pixels of attention within windows [B, ...M, W·N, N]."""
+    of_pairs = patch_distances(windows.grid, patch_size)
+    inside = of_pairs[windows.tokens[:, :, None], windows.tokens[:, None]].flatten(0, 1)
+    return (at_least_float32(weights) * inside.to(weights)).sum(-1).mean(-1)
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 All maps are attention weights after the softmax. Averages leave out where a metric is undefined.
 
-Shapes: B images, H heads, T tokens (prefix + h·w), P pairs.
+Shapes: B images, H heads, T tokens (prefix + h·w), P pairs; of windows W windows of N tokens each.
 """
 
 import math
@@ -18,14 +18,23 @@ import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError
-from vitkd.explain.measures.distances import COMPARISONS, Reading, compare_readings, mean_distance, read
+from vitkd.explain.maps.windows import Windows
+from vitkd.explain.measures.distances import (
+    COMPARISONS,
+    Reading,
+    compare_readings,
+    mean_distance,
+    read,
+    read_within,
+    windowed_distance,
+)
 from vitkd.models.output import at_least_float32
 
 DRAWS = 12
 """The most sets of other heads that a map is compared with."""
 
 Weights = Mapping[int, Tensor] | Sequence[Tensor]
-"""block → its attention weights [B, H, T, T]"""
+"""block → its attention weights [B, H, T, T], within windows [B, H, W·N, N]"""
 
 Maps = Callable[..., Reading]
 """heads and perhaps their weights → the reading of their mean map, or that of their weighted scores"""
@@ -82,6 +91,7 @@ class FidelitySums:
         grid: (h, w) patches, of student and teacher alike.
         patch_size: pixels of a patch's side, or (height, width).
         prefix, readers: as for `compare`.
+        windows: within which all of the maps are, if they are; then every token is a patch, and all are read.
 
     Raises:
         ConfigError: no pair, or a pair without teacher heads or with one twice.
@@ -95,6 +105,7 @@ class FidelitySums:
         patch_size: float | tuple[float, float],
         prefix: int = 1,
         readers: Sequence[int] = (0,),
+        windows: Windows | None = None,
     ) -> None:
         self.pairs = [MapPair(*pair[:3], tuple(pair[3]), *pair[4:]) for pair in pairs]
         if not self.pairs:
@@ -103,6 +114,7 @@ class FidelitySums:
             if not heads or len({*heads}) < len(heads):
                 raise ConfigError(f"teacher heads {[*heads]}: name at least one, each only once")
         self._grid, self._patch_size, self._prefix, self._readers = grid, patch_size, prefix, readers
+        self._windows = windows
         self._images = 0
         self._keys: list[tuple[str, str]] = []
         self._sums, self._defined = torch.zeros(2, 1, 1, dtype=torch.float64)
@@ -148,10 +160,14 @@ class FidelitySums:
             for head in heads:
                 _check_exists("head", head, maps.shape[1], f"block {block} of the {whose}")
             members = at_least_float32(maps[:, list(heads)])
-            combined = weighted(members, weights) if weights else members.mean(1)
-            return read(combined, self._prefix, readers=self._readers)
+            return self._read(weighted(members, weights) if weights else members.mean(1))
 
         return reading
+
+    def _read(self, weights: Tensor) -> Reading:
+        if self._windows is not None:
+            return read_within(weights, self._windows)
+        return read(weights, self._prefix, readers=self._readers)
 
     def _metrics(
         self, pair: MapPair, teacher_heads: int, student_maps: Maps, teacher_maps: Maps, alone: Maps | None
@@ -182,7 +198,10 @@ class FidelitySums:
 
     def _spread(self, of: Reading) -> dict[str, Tensor]:
         """How far apart the places are that a map attends to, [B] each."""
-        distance = mean_distance(of.weights, self._grid, self._patch_size, self._prefix)
+        if self._windows is not None:
+            distance = windowed_distance(of.weights, self._windows, self._patch_size)
+        else:
+            distance = mean_distance(of.weights, self._grid, self._patch_size, self._prefix)
         return {"entropy": (of.weights * -of.log).sum(-1).mean(-1), "mean_distance": distance}
 
     def _accumulate(self, of_pairs: Sequence[Metrics]) -> dict[str, Tensor]:

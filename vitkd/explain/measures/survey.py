@@ -6,6 +6,8 @@ Shapes: B images of a batch, N of the split, L blocks, H heads, P pairs of maps.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -30,7 +32,7 @@ class Comparison(NamedTuple):
     distilled: Sequence[bool]
     """[P] whether that pair was distilled"""
     patch_size: float
-    """pixels of a patch's side"""
+    """pixels of a patch's side in the student's first block"""
     alone: str | None = None
     """the name of a student that learned without the teacher, the other baseline"""
 
@@ -103,10 +105,9 @@ def survey(
             reach[name].append(reach_of(recording).cpu())
         for student, comparison in comparisons.items():
             names = [student, comparison.teacher, *([comparison.alone] if comparison.alone else [])]
-            compared = comparable(*(recordings[name] for name in names))
             if student not in sums:
-                sums[student] = _FidelitySums(comparison, compared[0])
-            sums[student].add(*compared)
+                sums[student] = _FidelitySums(comparison)
+            sums[student].add(*(recordings[name] for name in names))
     return Survey(
         torch.cat(labels),
         torch.cat(numbers),
@@ -124,54 +125,101 @@ def reach_of(recording: Recording) -> Tensor:
 
 
 class _FidelitySums:
-    """The fidelity of one student to its teacher, by attention maps and by tokens, over batches."""
+    """The fidelity of one student to its teacher over batches, by each pair of blocks."""
 
-    def __init__(self, comparison: Comparison, recording: Recording) -> None:
-        self.comparison = comparison
-        self.maps = FidelitySums(
-            comparison.pairs,
-            grid=recording.grid,
-            patch_size=comparison.patch_size,
-            prefix=recording.prefix,
-            readers=recording.readers,
-        )
+    def __init__(self, comparison: Comparison) -> None:
+        self.distilled = comparison.distilled
+        self.blocks = [
+            _BlockSums(comparison, blocks, [*pairs])
+            for blocks, pairs in groupby(comparison.pairs, itemgetter(0, 2))
+        ]
         self.divergence: list[Tensor] = []
-        self.blocks = [*dict.fromkeys((pair.student_block, pair.teacher_block) for pair in comparison.pairs)]
-        students = ["student", *(["alone"] if comparison.alone else [])]
-        pairs = [((who, s), ("teacher", t)) for s, t in self.blocks for who in students]
-        self.tokens = CKASums([*pairs, *((("student", s), ("other images", t)) for s, t in self.blocks)])
-        self.before: dict[int, Tensor] = {}
-        """teacher block → its tokens [1, T, D] of the last image so far"""
 
     def add(self, *recordings: Recording) -> None:
         """Add a batch: the student, the teacher and, if it is compared, the student alone."""
-        metrics = self.maps.add(*(recording.weights for recording in recordings))
-        counted = torch.tensor(self.comparison.distilled)
-        counted = counted if counted.any() else ~counted
-        self.divergence.append(metrics["js"][:, counted].mean(1))
-        features = {
-            (who, block): tokens
-            for who, recording in zip(("student", "teacher", "alone"), recordings, strict=False)
-            for block, tokens in enumerate(recording.tokens)
-        }
-        for block in {block for _, block in self.blocks}:
-            theirs = features["teacher", block]
-            features["other images", block] = torch.cat([self.before.get(block, theirs[-1:]), theirs[:-1]])
-            self.before[block] = theirs[-1:]
-        for start in range(0, len(recordings[0].logits), CHUNK):
-            self.tokens.add({name: each[start : start + CHUNK] for name, each in features.items()})
+        js = torch.cat([block.add(*recordings) for block in self.blocks], 1)
+        counted = torch.tensor(self.distilled)
+        self.divergence.append(js[:, counted if counted.any() else ~counted].mean(1))
 
     def result(self) -> FidelityResult:
-        divergence, value = torch.cat(self.divergence), self.tokens.value
-        cka = {
-            (s, t): TokenAlignment(
-                value(("student", s), ("teacher", t)),
-                value(("alone", s), ("teacher", t)) if self.comparison.alone else None,
-                value(("student", s), ("other images", t)) if len(divergence) > 1 else math.nan,
-            )
-            for s, t in self.blocks
-        }
-        return FidelityResult(self.maps.table(), self.comparison.distilled, divergence, cka)
+        return FidelityResult(
+            [row for block in self.blocks for row in block.table()],
+            self.distilled,
+            torch.cat(self.divergence),
+            {block.blocks: block.alignment() for block in self.blocks},
+        )
+
+
+class _BlockSums:
+    """How alike a student's block and a teacher's attend, and how alike their tokens are, over batches."""
+
+    def __init__(self, comparison: Comparison, blocks: tuple[int, int], pairs: Sequence[MapPair]) -> None:
+        self.comparison, self.blocks, self.pairs = comparison, blocks, pairs
+        students = ("student", "alone") if comparison.alone else ("student",)
+        self.tokens = CKASums([("student", "other images"), *((who, "teacher") for who in students)])
+        self.maps: FidelitySums | None = None
+        self.last: Tensor | None = None
+        """the teacher's tokens [1, T, D] of the last image so far"""
+        self.images = 0
+
+    def add(self, *recordings: Recording) -> Tensor:
+        """Add a batch of whole recordings, and return the divergence [B, P] of every map of this block."""
+        student, teacher = self.blocks
+        numbers = (student, teacher, student)
+        blocks = [block_of(*each) for each in zip(recordings, numbers, strict=False)]
+        compared = comparable(*blocks)
+        if self.maps is None:
+            self.maps = self._sums(compared[0], self.comparison.patch_size * recordings[0].grid[0])
+        self._add_tokens(*(recording.tokens[0] for recording in compared))
+        of_models = (
+            {number: recording.weights[0]} for recording, number in zip(compared, numbers, strict=False)
+        )
+        return self.maps.add(*of_models)["js"]
+
+    def table(self) -> list[FidelityRow]:
+        """A row a pair of maps."""
+        assert self.maps is not None, "add a batch first"
+        return self.maps.table()
+
+    def alignment(self) -> TokenAlignment:
+        """How the tokens after both blocks align."""
+        return TokenAlignment(
+            self.tokens.value("student", "teacher"),
+            self.tokens.value("alone", "teacher") if self.comparison.alone else None,
+            self.tokens.value("student", "other images") if self.images > 1 else math.nan,
+        )
+
+    def _sums(self, compared: Recording, pixels: float) -> FidelitySums:
+        return FidelitySums(
+            self.pairs,
+            grid=compared.grid,
+            patch_size=pixels / compared.grid[0],
+            prefix=compared.prefix,
+            readers=compared.readers,
+            windows=compared.windows[0] if compared.windows else None,
+        )
+
+    def _add_tokens(self, student: Tensor, teacher: Tensor, alone: Tensor | None = None) -> None:
+        """Add a batch's tokens [B, T, D], each image's teacher also as that of the next."""
+        others = torch.cat([teacher[-1:] if self.last is None else self.last, teacher[:-1]])
+        self.last, self.images = teacher[-1:], self.images + len(teacher)
+        features = {"student": student, "teacher": teacher, "other images": others}
+        features |= {} if alone is None else {"alone": alone}
+        for start in range(0, len(student), CHUNK):
+            self.tokens.add({name: each[start : start + CHUNK] for name, each in features.items()})
+
+
+def block_of(recording: Recording, block: int) -> Recording:
+    """One block of a recording, whose patches are then the block's tokens.
+
+    A single window is all of them, as a ViT has it, so that it can be compared with one.
+    """
+    of_block = recording._replace(weights=(recording.weights[block],), tokens=(recording.tokens[block],))
+    if not recording.windows:
+        return of_block
+    place = recording.windows[block]
+    windows = (place,) if len(place.tokens) > 1 else ()
+    return of_block._replace(grid=place.grid, readers=range(place.tokens.numel()), windows=windows)
 
 
 def comparable(*recordings: Recording) -> list[Recording]:
@@ -180,7 +228,7 @@ def comparable(*recordings: Recording) -> list[Recording]:
     A distillation token that another lacks is left out, also as a reader; so is what a token gives to itself,
     where another model's tokens give themselves nothing by design. What is left of a row is scaled to sum 1.
     Patches on another grid than the first's are resized to that, as a student's targets are, and of the
-    tokens before them only the class token is kept then.
+    tokens before them only the class token is kept then. Windows have to be the same in all recordings.
     """
     grid = recordings[0].grid
     has_one_grid = all(recording.grid == grid for recording in recordings)
@@ -202,6 +250,8 @@ def _with_prefix(recording: Recording, kept: int) -> Recording:
     if kept == prefix:
         return recording
     moved = [r if r < kept else r - prefix + kept for r in recording.readers if r < kept or r >= prefix]
+    # Without a token that classifies, what all patches give is read.
+    moved = moved or [*range(kept, kept + math.prod(recording.grid))]
     weights = (without_tokens(each, kept, prefix, (-1, -2)) for each in recording.weights)
     return recording._replace(
         weights=tuple(map(scaled, weights)),

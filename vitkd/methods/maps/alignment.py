@@ -44,8 +44,8 @@ def how_windows_differ(student: AttentionLayout, teacher: AttentionLayout) -> st
     if student.windows == teacher.windows == 1:
         return None
     wholes, parts = student.names
-    if student.grid != teacher.grid:
-        return f"{shown(student.grid)} {parts} are not {shown(teacher.grid)}"
+    if reason := how_grids_differ(student, teacher):
+        return reason
     windows = [layout.window or layout.grid for layout in (student, teacher)]
     if windows[0] != windows[1]:
         return f"{wholes} of {shown(windows[0])} {parts} are not those of {shown(windows[1])}"
@@ -53,6 +53,13 @@ def how_windows_differ(student: AttentionLayout, teacher: AttentionLayout) -> st
     if len(masks) == 1 or (masks and not torch.equal(*masks)):
         return "only one of the two shifts its windows"
     return None
+
+
+def how_grids_differ(student: AttentionLayout, teacher: AttentionLayout) -> str | None:
+    """Why two blocks have other patches; None if they have the same."""
+    if student.grid == teacher.grid:
+        return None
+    return f"{shown(student.grid)} {student.names[1]} are not {shown(teacher.grid)}"
 
 
 def align(student: AttentionLayout, teacher: AttentionLayout) -> Alignment:
