@@ -1,7 +1,8 @@
 """User-fixable errors; each message is one line."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
@@ -55,6 +56,15 @@ def check_at_least(least: int, settings: object, *names: str, most: int = 10**9)
     for name in names:
         check(settings, name, getattr(settings, name) >= least, f"must be at least {least}")
         check(settings, name, getattr(settings, name) <= most, f"must be at most {most:,}")
+
+
+@contextmanager
+def naming(prefix: str) -> Iterator[None]:
+    """Let a ConfigError begin with `prefix`: a setting and "=", or its group and "."."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def one_line(error: Exception) -> str:

@@ -212,6 +212,19 @@ EVALUATE = [
     ("", "run: "),
     ("rnu=x", "rnu", "did you mean run?"),
     ("run=RUN accelerator=tpuu", "tpuu"),
+    ("run=RUN root=nowhere", "root=nowhere", "no such folder"),
+]
+# Besides settings by which the images would be missing too.
+WITHOUT_IMAGES = "dataset=cifar100 dataset.download=false paths.data=nowhere"
+TEACHER, STUDENT = "teacher=timm teacher.name=test_vit", "student=timm student.name=test_vit"
+MISSING_FILES = [
+    (f"{TEACHER} teacher.weights=nowhere.pth", "teacher.weights=", "nowhere.pth: there is no such file"),
+    (f"{TEACHER} teacher.weights=nowhere.txt", "teacher.weights=", "nowhere.txt: must be a .safetensors"),
+    (f"{TEACHER} teacher.weights=nowhere.pth teacher.trained=false", "teacher.weights=", "no such file"),
+    (f"{STUDENT} student.weights=nowhere.pth", "student.weights=", "nowhere.pth: there is no such file"),
+    (f"{STUDENT} student.weights=nowhere.pth method=none", "student.weights=", "no such file"),
+    ("teacher.checkpoint=nowhere.ckpt", "teacher.checkpoint=", "nowhere.ckpt: there is no such file"),
+    ("student=merged student.runs=[nowhere] method=logit", "student.runs=", "no trained student"),
 ]
 # A file of a finished run, what becomes of it, and what the line says beside its name.
 DAMAGE = [
@@ -318,6 +331,31 @@ def test_train_refuses(line, fragments, command, files, folder):
     is_one_line(ended, *(fragment.replace("FILES", str(files)) for fragment in fragments))
     assert [*folder.iterdir()] == []
     assert not (files / "went off").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"), [(r[0], r[1:]) for r in MISSING_FILES], ids=[r[0] for r in MISSING_FILES]
+)
+def test_a_missing_file_is_named_before_the_images_are_looked_for(line, fragments, command, folder):
+    ended = command("train", *BRIEFLY, *shlex.split(f"{WITHOUT_IMAGES} {line}"))
+
+    is_one_line(ended, *fragments)
+    assert [*folder.iterdir()] == []
+
+
+def test_a_missing_folder_of_images_is_named_though_the_classes_are_known(command, folder):
+    settings = ("dataset=image_folder", "dataset.root=nowhere", "dataset.num_classes=3", "method=none")
+
+    is_one_line(command("train", *BRIEFLY, *settings), "dataset.root=", "nowhere: there is no such folder")
+    assert [*folder.iterdir()] == []
+
+
+def test_a_file_that_nothing_reads_may_be_missing(command, folder):
+    """A student alone has no teacher, whose settings stay where they are."""
+    for teacher in (f"{TEACHER} teacher.weights=nowhere.pth", "teacher.checkpoint=nowhere.ckpt"):
+        line = f"{WITHOUT_IMAGES} {teacher} method=none"
+
+        is_one_line(command("train", *BRIEFLY, *shlex.split(line)), "cifar100", "by hand")
 
 
 @pytest.mark.parametrize(

@@ -544,6 +544,43 @@ def test_a_mistake_is_reported_before_the_work(mistake, says, explain, broken, m
     assert everything_below(broken) == before
 
 
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("run=[outputs/digits/first,nowhere]", "run=nowhere: not a run folder"),
+        (f"{RUN} image=[photo.png,nowhere.png]", "image=nowhere.png: there is no such file"),
+        (f"{RUN} image=pictures", "image=pictures: no picture in it"),
+        (f"{RUN} teacher.checkpoint=nowhere.ckpt", "teacher.checkpoint=nowhere.ckpt: there is no such file"),
+        (
+            f"{RUN} teacher.checkpoint=pictures",
+            "teacher.checkpoint=pictures/student.safetensors: there is no",
+        ),
+        ("model=nowhere.ckpt image=photo.png", "model=nowhere.ckpt: there is no such file"),
+    ],
+)
+def test_a_missing_file_is_named_before_any_is_read(mistake, says, explain, broken, monkeypatch):
+    monkeypatch.delattr("vitkd.explain.__main__.open_sources")
+    before = everything_below(broken)
+
+    ended = explain(*mistake.split())
+
+    assert ended.code == 2, ended.err
+    (line,) = ended.err.splitlines()
+    assert line.startswith(f"error: {says}")
+    assert everything_below(broken) == before
+
+
+def test_a_folder_of_images_that_is_missing_is_named_before_the_weights_are_read(
+    explain, broken, monkeypatch
+):
+    monkeypatch.delattr("vitkd.runs.load.load_student")
+
+    ended = explain(RUN, "root=nowhere")
+
+    assert ended.code == 2
+    assert ended.err == "error: root=nowhere: there is no such folder; name the one with the run's images\n"
+
+
 def test_an_extra_that_is_absent_is_named(explain, broken, monkeypatch):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     assert "integrated_gradients" in METHODS

@@ -27,6 +27,7 @@ ROWS = [
     ("run=RUN out=there.onnx", "out=there.onnx: there.onnx exists already; remove it"),
     ("run=RUN out=used.onnx", "out=used.onnx: used_onnx.py exists already; remove it"),
     ("run=RUN out=folder.onnx", "out=folder.onnx: folder.onnx exists already"),
+    ("run=RUN root=nowhere", "root=nowhere: there is no such folder"),
     ("", "run: is missing and required"),
     ("run=RUN fromat=onnx", "fromat: no such setting; did you mean format?"),
 ]

@@ -35,6 +35,7 @@ def explain_job(composed: DictConfig, job: Job) -> None:
     """Load the models, explain them, and write figures, arrays, metrics and the page into one folder."""
     start_logging()
     settings = instantiate("", Settings, composed)
+    settings.check_files()
     check_place(settings.folder)
     with open_sources(settings, device_of(settings.accelerator)) as sources:
         explain = explain_test_split if settings.image is None else explain_pictures

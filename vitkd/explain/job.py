@@ -40,7 +40,7 @@ log = logging.getLogger("vitkd")
 
 def explain_pictures(settings: Settings, sources: Sources) -> Explanation:
     """Where the models look in the pictures of `settings.image`."""
-    paths = settings.pictures
+    paths = settings.find_pictures()
     size, channels, mean, std = sources.format
     pixels = torch.stack([read_picture(path, size, channels) for path in paths])
     subjects = _look(settings, sources, normalize(pixels, mean, std).to(sources.device))

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vitkd.data.decoding import is_image
-from vitkd.errors import ConfigError, check_choice, from_extra, suggest
+from vitkd.errors import ConfigError, check_choice, from_extra, naming, suggest
 from vitkd.explain.maps.methods import EXTRAS, METHODS
+from vitkd.runs.checkpoints import model_file
+from vitkd.runs.folder import RunFolder
 
 
 @dataclass
@@ -53,6 +55,19 @@ class Settings:
         if self.image is not None and self.of_class is not None:
             raise ConfigError(f"of_class={self.of_class}: chooses from the test split; leave out image")
 
+    def check_files(self) -> None:
+        """ConfigError for a setting that names a file or folder which is not there; none is read."""
+        for path in self.runs:
+            RunFolder.existing(path)
+        if self.model is not None and not self.model.startswith("timm:"):
+            with naming("model="):
+                model_file(Path(self.model))
+        if (checkpoint := self.teacher.get("checkpoint")) is not None:
+            with naming("teacher.checkpoint="):
+                model_file(Path(str(checkpoint)))
+        if self.image is not None:
+            self.find_pictures()
+
     @property
     def runs(self) -> list[Path]:
         return _paths(self.run)
@@ -68,8 +83,7 @@ class Settings:
             name += "_with_" + re.sub(r"[^\w.+-]+", "_", beside).strip("._")
         return Path(*self.runs[:1], name)
 
-    @property
-    def pictures(self) -> list[Path]:
+    def find_pictures(self) -> list[Path]:
         """The files that `image` names, and the pictures in its folders."""
         pictures: list[Path] = []
         for place in _paths(self.image):

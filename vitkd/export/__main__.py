@@ -21,6 +21,7 @@ from vitkd.export.files import write_program, write_student
 from vitkd.export.formats import FORMATS
 from vitkd.export.latency import comparison
 from vitkd.export.sources import read_sources
+from vitkd.runs.folder import RunFolder
 
 log = logging.getLogger("vitkd")
 
@@ -64,10 +65,11 @@ def export_run(composed: DictConfig, job: Job) -> None:
     settings = instantiate("", Settings, composed)
     form, file, program = FORMATS[settings.format], settings.file, settings.program
     form.check_installed()
+    RunFolder.existing(Path(settings.run))
+    check_place(settings)
     for library in ("onnx_ir", "onnxscript"):  # they log every node that they change, or leave
         logging.getLogger(library).setLevel(logging.ERROR)
     sources = read_sources(Path(settings.run), settings.epoch, settings.paths.get("data"), settings.root)
-    check_place(settings)
     job.folder = settings.run
     log.info("exporting %s, %s epoch, and checking the file", settings.run, settings.epoch)
     difference = write_student(file, form, sources)

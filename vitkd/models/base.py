@@ -60,6 +60,9 @@ class ModelConfig(ABC):
     def prepare(self) -> None:  # noqa: B027, most take nothing
         """Fetch what `build` takes from a network; ConfigError where that is unavailable."""
 
+    def check_files(self) -> None:  # noqa: B027, most read none
+        """ConfigError where a file or folder that `build` reads is missing; none is read."""
+
     @property
     def weights_file(self) -> str | None:
         """The file with the weights that training begins with, if it begins with those of a file."""

@@ -57,6 +57,12 @@ class MergedConfig(ModelConfig):
         """The blocks of all students; no file can have more than it has weights."""
         return sum(part["model"].get("depth", 0) for part in self.parts)
 
+    def check_files(self) -> None:
+        check(self, "runs", len(self.runs) > 0, "name the runs whose students are merged")
+        for place in self.places:
+            if not (place / "student.safetensors" if place.is_dir() else place).is_file():
+                raise ConfigError(f"runs={place}: there is no trained student; give run folders or files")
+
     def prepare(self) -> None:
         self.read_students()
 
@@ -69,7 +75,7 @@ class MergedConfig(ModelConfig):
 
     def read_students(self) -> list[Model]:
         """The trained students; ConfigError where one is missing or unfit to be merged."""
-        check(self, "runs", len(self.runs) > 0, "name the runs whose students are merged")
+        self.check_files()
         return [self._read(place) for place in self.places]
 
     def _read(self, place: Path) -> Model:

@@ -143,11 +143,16 @@ def load_from_checkpoint(path: Path) -> tuple[Model, int]:
 
 def load_any(path: Path) -> Model:
     """The model in a run folder, a .safetensors file or a .ckpt file, in eval mode on the CPU."""
-    if path.is_dir():
-        path = path / "student.safetensors"
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; give a run folder, a .safetensors or a .ckpt file")
-    return load_model(path) if path.suffix == ".safetensors" else load_from_checkpoint(path)[0]
+    file = model_file(path)
+    return load_model(file) if file.suffix == ".safetensors" else load_from_checkpoint(file)[0]
+
+
+def model_file(path: Path) -> Path:
+    """The file that `load_any` reads; ConfigError if it is missing."""
+    file = path / "student.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file; give a run folder, a .safetensors or a .ckpt file")
+    return file
 
 
 def digest_at(path: Path) -> str | None:

@@ -94,7 +94,12 @@ def load_student(folder: RunFolder, epoch: str) -> Model:
 
 
 def config_of(folder: RunFolder, data: str | None, root: str | None) -> Config:
-    """A run's configuration, with `paths.data` and `dataset.root` if they have changed since training."""
+    """A run's configuration, with `paths.data` and `dataset.root` if they have changed since training.
+
+    Raises ConfigError if it cannot be read, or `root` is no folder.
+    """
+    if root is not None and not Path(root).is_dir():
+        raise ConfigError(f"root={root}: there is no such folder; name the one with the run's images")
     settings = folder.read_config()
     settings["paths"]["data"] = data or settings["paths"]["data"]
     if root is not None:

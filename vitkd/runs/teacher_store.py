@@ -16,7 +16,7 @@ from vitkd.config.roles import Separates, relevant
 from vitkd.config.run import Config, name_in_job, teacher_run
 from vitkd.data import Dataset
 from vitkd.data.spec import differences
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, naming
 from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first
 from vitkd.runs.checkpoints import load_any
@@ -40,10 +40,8 @@ def given_teacher(
     """
     if checkpoint is None:
         return None
-    try:
+    with naming("teacher.checkpoint="):
         model = load_any(Path(checkpoint))
-    except ConfigError as error:
-        raise ConfigError(f"teacher.checkpoint={error}") from error
     for name, found, expected in differences(dataset, model.config):
         raise ConfigError(
             f"teacher.checkpoint={checkpoint}: has {name}={found}, {dataset.name} has {expected}; "

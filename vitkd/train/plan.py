@@ -20,7 +20,7 @@ from vitkd.cli.command import ignored_settings, job_command, run_path, should_re
 from vitkd.config.run import Config, parse
 from vitkd.config.schema import converted, in_words
 from vitkd.data import ImageDataModule
-from vitkd.errors import ConfigError, one_line, suggest
+from vitkd.errors import ConfigError, naming, one_line, suggest
 from vitkd.models import Model
 from vitkd.process.distributed import agree, is_first
 from vitkd.process.isolation import check_device
@@ -130,6 +130,7 @@ def make_plan(composed: DictConfig) -> Plan:
     earlier job has made its GPU unusable.
     """
     config = parse(composed)
+    check_files(config)
     check_memory(config)
     machine = check_trainer(config.trainer)
     for option in config.loggers.values():
@@ -139,6 +140,21 @@ def make_plan(composed: DictConfig) -> Plan:
         check_compiler(machine.device)
     warnings, command = tuple(ignored_settings(config.method)), tuple(job_command())
     return Plan(config, machine, run_path(config), warnings, command)
+
+
+def check_files(config: Config) -> None:
+    """ConfigError for a setting that names a file or folder which is not there; none is read.
+
+    That of `teacher.checkpoint` is the first to be read, before the images are.
+    """
+    root = getattr(config.dataset, "root", None)
+    if root is not None and not Path(root).is_dir():
+        raise ConfigError(f"dataset.root={root}: there is no such folder; name one with CLASS/IMAGE files")
+    with naming("student."):
+        config.student.check_files()
+    if config.method.needs_teacher and config.teacher.checkpoint is None:
+        with naming("teacher."):
+            config.teacher.model.check_files()
 
 
 def check_memory(config: Config) -> None:

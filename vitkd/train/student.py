@@ -5,8 +5,8 @@ Shapes: N test images, C classes.
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from vitkd.cli.console import percent
 from vitkd.config.run import Config, teacher_run
 from vitkd.data import ImageDataModule
-from vitkd.errors import ConfigError
+from vitkd.errors import ConfigError, naming
 from vitkd.evaluate.measure import evaluate, measure_both
 from vitkd.explain.maps.recording import has_maps
 from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
@@ -40,17 +40,8 @@ log = logging.getLogger("vitkd")
 
 def prepare(group: str, model: ModelConfig) -> None:
     """Fetch what building `model` takes from a network; ConfigError, naming its group, if that fails."""
-    with naming(group):
+    with naming(f"{group}."):
         model.prepare()
-
-
-@contextmanager
-def naming(group: str) -> Iterator[None]:
-    """Let a ConfigError about a model's setting name the model's group too."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{group}.{error}") from error
 
 
 def load_data(config: Config) -> ImageDataModule:
@@ -121,7 +112,7 @@ def obtain_teacher(
     own = teacher_run(config)
     if not config.teacher.trained:
         agree(lambda: prepare("teacher", own.student))
-        with naming("teacher"):
+        with naming("teacher."):
             log.info("teacher: not trained, %s (teacher.trained=false)", own.student.untrained())
         return first_weights(own.seed, own.student)
     check_trainer(own.trainer, "teacher.trainer")

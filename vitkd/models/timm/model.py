@@ -8,6 +8,7 @@ Shapes: B images, C channels, H × W pixels, T tokens, D embed_dim, K classes.
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -122,6 +123,12 @@ class TimmConfig(ModelConfig):
     def prepare(self) -> None:
         if self.pretrained or self.weights:
             self.first_network()
+
+    def check_files(self) -> None:
+        if self.weights is not None:
+            from vitkd.models.timm.weights import check_file
+
+            check_file(Path(self.weights))
 
     def untrained(self) -> str:
         from vitkd.models.timm.weights import classes_of

@@ -102,12 +102,17 @@ def say_new_head(name: str, before: int, now: int) -> None:
         log.info("%s: %s a new one of %d, to be trained", name, had, now)
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors file, or in one of PyTorch's, which must hold nothing but plain data."""
+def check_file(file: Path) -> None:
+    """ConfigError unless there is such a file, of a kind that `read_weights` reads."""
     if file.suffix not in SUFFIXES:
         raise ConfigError(f"weights={file}: must be a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
     if not file.is_file():
         raise ConfigError(f"weights={file}: there is no such file")
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors file, or in one of PyTorch's, which must hold nothing but plain data."""
+    check_file(file)
     try:
         content: Any = load_file(file) if file.suffix == ".safetensors" else load_plain(file)
     # Foreign bytes make the unpickler raise almost anything.
