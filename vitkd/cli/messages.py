@@ -2,19 +2,22 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from vitkd.config.run import CONF_DIR
 from vitkd.errors import ConfigError
+from vitkd.models import ModelConfig
 from vitkd.runs.files import write_problem
 
 # Hydra finds these by itself once they are installed.
@@ -156,3 +159,21 @@ def _keys(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if isinstance(value, dict):
             yield from _keys(value, f"{prefix}{name}.")
+
+
+@contextmanager
+def calling_by_option(models: Mapping[str, ModelConfig]) -> Iterator[None]:
+    """Let a ConfigError call a model without a name by its option: `student=small (2×4 blocks×heads, …)`.
+
+    Args:
+        models: group → the model that its option describes.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        message = str(error)
+        chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+        for group, model in models.items():
+            if not model.is_named and group in chosen:
+                message = message.replace(f"{group}={model}", f"{group}={chosen[group]} ({model})")
+        raise ConfigError(message) from error

@@ -39,6 +39,9 @@ class ModelConfig(ABC):
     why_alone: ClassVar[str | None] = "only vitkd's own ViTs can be stacked"
     """why parameters may not carry a leading axis, a student each; None if they may"""
 
+    is_named: ClassVar[bool] = True
+    """whether the text of `str` begins with the architecture's name"""
+
     def __post_init__(self) -> None:
         check_at_least(1, self, "channels", "num_classes")
         check_at_least(1, self, "image_size", most=2**16)

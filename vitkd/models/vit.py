@@ -32,6 +32,7 @@ class ViTConfig(ModelConfig):
     """Everything that determines a ViT's shape."""
 
     why_alone = None
+    is_named = False
 
     patch_size: int
     embed_dim: int = 64

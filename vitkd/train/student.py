@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vitkd.cli.console import percent
+from vitkd.cli.messages import calling_by_option
 from vitkd.config.run import Config, teacher_run
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError, naming
@@ -96,7 +97,10 @@ def read_given_teacher(config: Config) -> Model | None:
 
 def check_pair(config: Config, given: Model | None) -> None:
     """ConfigError if the student cannot learn from its teacher by the chosen method."""
-    config.method.check(config.student, given.config if given else config.teacher.model, config)
+    teacher = given.config if given else config.teacher.model
+    of_options = {"student": config.student} | ({} if given else {"teacher": teacher})
+    with calling_by_option(of_options):
+        config.method.check(config.student, teacher, config)
 
 
 def obtain_teacher(
