@@ -9,6 +9,7 @@ from vitkd.models import ViTConfig
 from vitkd.report.arms import VIT, VIT_DEFAULTS, usual_value
 from vitkd.report.comparison import compare
 from vitkd.report.experiments import Experiment, find_experiments
+from vitkd.report.missing import missing_runs
 from vitkd.report.notes import notes_on
 from vitkd.report.runs import find_runs
 from vitkd.report.verdicts import Outcome
@@ -468,6 +469,35 @@ def test_a_plain_student_is_no_baseline_of_one_with_a_distillation_token(runs):
         " gains cannot be computed."
     )
     assert plain.headline == "Only the student alone: nothing to compare."
+
+
+MERGED = {"student___target_": "vitkd.models.MergedConfig", "student__runs": ["a", "b"]}
+
+
+def test_students_merged_are_called_so_and_are_no_baseline(runs):
+    """As experiment=method/subspace_merged makes them, and those that learn from a teacher as well."""
+    for trains in ("all", "head"):
+        runs.arm({0: 0.9, 1: 0.9, 2: 0.9}, **MERGED, student__trains=trains, method="none", alpha=0.5)
+    runs.arm({0: 0.91, 1: 0.92, 2: 0.93}, **MERGED, student__trains="all", method="logit", alpha=0.5)
+    runs.arm({0: 0.91}, **MERGED, student__trains="all", method="logit", alpha=1.0)
+    runs.arm({0: 0.8, 1: 0.8, 2: 0.8}, method="none")
+
+    found = experiments(runs)
+
+    merged = [each for each in found if each.is_merged]
+    assert sorted(map(labels, merged)) == [
+        ["students merged"],
+        ["students merged", "students merged, logit, alpha 0.5", "students merged, logit, alpha 1"],
+    ]
+    for experiment in merged:
+        compared = compare(experiment)
+        assert experiment.baseline is None
+        assert not experiment.alone
+        assert all(row.gain is None for row in compared.rows)
+        assert compared.headline.startswith("Students merged: ")
+        assert missing_runs(experiment) == {}
+    (plain,) = (each for each in found if not each.is_merged)
+    assert labels(plain) == ["student alone"]
 
 
 @pytest.mark.parametrize(

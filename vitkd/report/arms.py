@@ -8,7 +8,7 @@ from vitkd.report.runs import Run
 from vitkd.report.settings import CONSTANT, WEIGHTING, arm_settings, format_settings, group_by
 from vitkd.report.statistics import Summary, summarise
 
-ALONE = "student alone"
+ALONE, MERGED = "student alone", "students merged"
 
 GRANULARITIES = {name: place for place, name in enumerate(("head", "block", "encoder"))}
 
@@ -32,7 +32,8 @@ class Arm:
 
     Attributes:
         granularity, loss: empty if it does not distill attention.
-        alpha: weight of the class loss; 1 for the student alone, even with method=none.
+        is_merged_alone: whether it is several students merged, which had labels alone.
+        alpha: weight of the class loss; 1 for students that had labels alone, even with method=none.
         extra: settings that distinguish it from arms of the same method, granularity, loss and alpha.
     """
 
@@ -43,7 +44,9 @@ class Arm:
         self.distills_attention = run.method == "attention" and not is_baseline
         self.granularity = (run.granularity or "") if self.distills_attention else ""
         self.loss = (run.loss or "") if self.distills_attention else ""
-        self.alpha = 1.0 if is_baseline or run.alpha is None else run.alpha
+        self.is_merged_alone = run.is_merged and run.method == "none"
+        has_labels_alone = is_baseline or self.is_merged_alone
+        self.alpha = 1.0 if has_labels_alone or run.alpha is None else run.alpha
         self.extra: Settings = {}
 
     @property
@@ -53,8 +56,8 @@ class Arm:
     @property
     def label(self) -> str:
         """Its name, unique in its experiment."""
-        if self.is_baseline:
-            return ALONE
+        if self.is_baseline or self.is_merged_alone:
+            return self.label_without_alpha
         return ", ".join(filter(None, (self.objective, f"alpha {self.alpha:g}", self.extra_text)))
 
     @property
@@ -63,7 +66,17 @@ class Arm:
 
     @property
     def objective(self) -> str:
-        """The transfer loss: `block kl`, `logit`, `token hard + 1·block kl`, `1·block kl + 0.5·logit`."""
+        """The transfer loss: `block kl`, `logit`, `token hard + 1·block kl`, `1·block kl + 0.5·logit`.
+
+        Of students that are merged it is what they are, and then that, if there is one.
+        """
+        if self.is_merged_alone:
+            return MERGED
+        return f"{MERGED}, {self.transfer}" if self.first.is_merged else self.transfer
+
+    @property
+    def transfer(self) -> str:
+        """The transfer loss, whatever the student."""
         run = self.first
         if self.method == "token":
             token = f"token {run.settings.get('method.targets')}"

@@ -71,6 +71,8 @@ class Comparison:
         outcomes = [row.verdict.outcome for row in self.rows if not row.arm.is_baseline]
         if not outcomes:
             return "Only the student alone: nothing to compare."
+        if self.experiment.is_merged:
+            return "Students merged: they are no student alone, so there is no baseline and no gain."
         if self.experiment.baseline is None:
             # method=token adds a token to the student.
             has_token = self.experiment.settings.get("student.distillation_token")

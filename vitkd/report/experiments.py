@@ -43,6 +43,11 @@ class Experiment:
         return ([self.baseline] if self.baseline else []) + self.arms
 
     @property
+    def is_merged(self) -> bool:
+        """Whether its students are several merged: there is no student alone of that kind."""
+        return any(arm.first.is_merged for arm in self.arms)
+
+    @property
     def validates_on_test(self) -> bool:
         """Whether the best epoch was chosen on the test images."""
         return self.settings.get("dataset.validate_on") == "test"

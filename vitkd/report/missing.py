@@ -20,10 +20,10 @@ OF_ONE_RUN = ("seed", "name", "resume", "sweep", "hydra.", "hydra/")
 def missing_runs(experiment: Experiment) -> dict[str, str]:
     """What to do before gains can be judged → its command, to be typed where the other runs were started.
 
-    Nothing for arms whose runs do not say how.
+    Nothing for arms whose runs do not say how, nor for students merged, which have no baseline.
     """
     baseline, arms = experiment.baseline, [arm for arm in experiment.arms if arm.first.command is not None]
-    if not arms:
+    if not arms or experiment.is_merged:
         return {}
     few = [arm for arm in arms if len(arm.runs.keys() & (baseline or arm).runs.keys()) < MIN_SEEDS]
     wanted = seeds_to_share(experiment.rows) if few else set()

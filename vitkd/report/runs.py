@@ -117,10 +117,18 @@ class Run:
         return {parsing.one_line(n): number(w) or 0.0 for n, w in zip(names, weights, strict=False)}
 
     @property
+    def is_merged(self) -> bool:
+        """Whether it is made of several students that were trained before."""
+        return option(self.settings, "student") == "merged"
+
+    @property
     def is_student_alone(self) -> bool:
-        """Whether it had labels alone: no method, or alpha = 1 throughout, which no copy depends on."""
+        """Whether it is one student that had labels alone: no method, or alpha = 1 throughout.
+
+        No copy depends on alpha.
+        """
         is_taught = self.method == "copy" or self.alpha != 1 or self.weighting != CONSTANT
-        return self.method == "none" or not is_taught
+        return not self.is_merged and (self.method == "none" or not is_taught)
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:

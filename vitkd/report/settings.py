@@ -13,7 +13,7 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 WEIGHTING, CONSTANT = "weighting._target_", "constant"
-CLASS_SUFFIXES = {"method": "Distillation", "weighting": "Weighting"}
+CLASS_SUFFIXES = {"method": "Distillation", "weighting": "Weighting", "student": "Config"}
 
 
 def comparable(settings: Settings) -> Settings:
