@@ -236,7 +236,7 @@ def weighted(maps: Tensor, weights: Sequence[float]) -> Tensor:
     """
     smallest = torch.finfo(maps.dtype).tiny
     scores = torch.einsum("h,bhqk->bqk", maps.new_tensor(weights), maps.clamp_min(smallest).log())
-    return scores.masked_fill((maps == 0).all(1), -math.inf).softmax(-1)
+    return scores.masked_fill((maps <= smallest).all(1), -math.inf).softmax(-1)
 
 
 def other_heads(heads: Sequence[int], count: int, draws: int, seed: int) -> list[tuple[int, ...]]:
