@@ -97,7 +97,8 @@ def _students_to_merge(tmp_path_factory) -> None:
 def composed(group: str, option: str) -> Config:
     """`python -m vitkd.train group=option`, briefly, on digits; whoever changes it works on a copy."""
     has_own = option in ("merged", "resnet", "swin", "timm", "tnt")
-    dropout = [] if has_own else ["student.dropout=0.1", "student.emb_dropout=0.1"]
+    dropout = [f"student.{what}=0.1" for what in ("dropout", "emb_dropout")] + ["student.drop_path_rate=0.3"]
+    dropout = [] if has_own else dropout
     besides = BESIDES.get((group, option), [])
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return parse(hydra.compose("train", [*BRIEF, *dropout, *besides, f"{group}={option}"]))

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vitkd.config.roles import (
+    ABSENT,
     ROLES,
     Separates,
     first_difference,
@@ -122,6 +123,27 @@ def test_a_setting_has_its_nearest_groups_entry_or_separates_everything():
     assert separates("optimizer.eps", Separates.STACKS)
     assert not separates("optimizer.lr", Separates.STACKS)
     assert separates("unheard.of", Separates.ALL)
+
+
+def test_what_a_configuration_of_before_lacks_is_at_its_default():
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        methods = [hydra.compose("train", [f"method={name}"]) for name in ("attention", "together")]
+    composed = dict(item for each in methods for item in flatten(OmegaConf.to_container(each)))
+
+    assert {name: composed[name] for name in ABSENT} == ABSENT
+
+
+def test_a_setting_that_is_absent_is_as_it_was_before():
+    before, now, other = (CONFIG | {"student": {"depth": 2, **own}} for own in ({}, *RATES))
+
+    assert first_difference(before, now) is None
+    assert relevant(before, Separates.ALL) == relevant(now, Separates.ALL)
+    for one in (before, now):
+        assert first_difference(one, other) == first_difference(other, one) == "student.drop_path_rate"
+    assert relevant(other, Separates.ALL)["student.drop_path_rate"] == 0.1
+
+
+RATES = ({"drop_path_rate": 0.0}, {"drop_path_rate": 0.1})
 
 
 def test_relevant_settings_are_flat():

@@ -216,8 +216,8 @@ def test_a_model_is_the_same_with_and_without(monkeypatch):
 
 
 def test_a_stack_is_the_same_with_and_without(monkeypatch):
-    """With dropout: kernels draw the plain path's masks."""
-    models = [ViTConfig(**SHAPE, attention="lsa", dropout=0.3).build() for _ in SEEDS]
+    """With dropout and stochastic depth: kernels draw the plain path's masks."""
+    models = [ViTConfig(**SHAPE, attention="lsa", dropout=0.3, drop_path_rate=0.5).build() for _ in SEEDS]
     stacked = deepcopy(models[0])
     for name, _ in models[0].named_parameters():
         owner, _, leaf = name.rpartition(".")

@@ -91,7 +91,8 @@ def gradients(model, images, precision):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("attention", ["msa", "lsa"])
 def test_on_a_gpu_a_stack_is_the_same_with_and_without(tiny, attention, precision):
-    shape = {"image_size": 16, "head_dim": 64, "mlp_dim": 32, "dropout": 0.2, "attention": attention}
+    shape = {"image_size": 16, "head_dim": 64, "mlp_dim": 32, "attention": attention}
+    shape |= {"dropout": 0.2, "drop_path_rate": 0.5}
     stacked = stack([tiny(**shape).build() for _ in range(3)]).cuda().train()
     images = torch.randn(3, 8, 3, 16, 16, device="cuda")
     results = {}

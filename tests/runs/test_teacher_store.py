@@ -13,7 +13,7 @@ from vitkd.config.run import CONF_DIR, Config, parse, teacher_run
 from vitkd.errors import ConfigError
 from vitkd.models import ResNetConfig, save_model
 from vitkd.runs.folder import RunFolder
-from vitkd.runs.teacher_store import fingerprint, given_teacher, stored_teacher, what_is_new
+from vitkd.runs.teacher_store import determining, fingerprint, given_teacher, stored_teacher, what_is_new
 
 
 def mark(*settings: str, contents: str | None = None) -> str:
@@ -32,6 +32,7 @@ def own_run(*settings: str) -> Config:
     [
         "teacher.depth=5",
         "teacher.dropout=0.1",
+        "teacher.drop_path_rate=0.1",
         "teacher.patch_norm=true",
         "teacher.seed=1",
         "teacher.max_epochs=21",
@@ -97,6 +98,18 @@ def test_what_does_not_determine_it_does_not(setting):
 )
 def test_the_number_of_devices_counts_and_not_which_they_are(devices, count):
     assert mark(f"trainer.devices={devices}") == mark(f"trainer.devices={count}")
+
+
+def test_a_teacher_of_before_a_setting_is_that_of_its_default():
+    run = own_run()
+    now = dict(run.resolved, student=dict(run.resolved["student"]))
+    before = dict(now, student={k: v for k, v in now["student"].items() if k != "drop_path_rate"})
+
+    assert before["student"] != now["student"]
+    assert determining(before) == determining(now)
+    assert what_is_new(own_run("teacher.drop_path_rate=0.1").resolved, [before]) == (
+        " with teacher.drop_path_rate=0.1 (the nearest stored one has 0)"
+    )
 
 
 def test_another_version_trains_another_teacher(monkeypatch):

@@ -86,6 +86,15 @@ ROLES: dict[str, Separates] = {
 }
 """Settings, or whole groups of them, and what they separate. All others separate everything."""
 
+ABSENT: dict[str, Any] = {
+    "student.drop_path_rate": 0.0,
+    "teacher.drop_path_rate": 0.0,
+}
+"""Settings that a stored configuration may lack because it is older, and what they were by then.
+
+At this value a setting is as good as not being there, so that older runs and teachers stay what they are.
+"""
+
 # Choices of groups that name no folder: the experiment stands in its path, trainer=… picks hardware.
 UNNAMED_CHOICES = {"experiment", "trainer"}
 
@@ -115,8 +124,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def relevant(config: Mapping[str, Any], what: Separates) -> dict[str, Any]:
-    """The settings in a nested configuration that separate `what`, by `group.key`."""
-    return {name: value for name, value in flatten(config) if separates(name, what)}
+    """The settings in a nested configuration that separate `what`, by `group.key`; none as in `ABSENT`."""
+    return {
+        name: value
+        for name, value in flatten(config)
+        if separates(name, what) and (name not in ABSENT or value != ABSENT[name])
+    }
 
 
 def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> str | None:
@@ -125,10 +138,11 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: s
     Null is as good as not being there.
     """
     for key in {**one, **other}:
-        mine, theirs = one.get(key), other.get(key)
+        name = f"{prefix}{key}"
+        mine, theirs = (settings.get(key, ABSENT.get(name)) for settings in (one, other))
         if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            if (found := first_difference(mine, theirs, f"{prefix}{key}.")) is not None:
+            if (found := first_difference(mine, theirs, f"{name}.")) is not None:
                 return found
-        elif mine != theirs and separates(f"{prefix}{key}", Separates.RUNS):
-            return f"{prefix}{key}"
+        elif mine != theirs and separates(name, Separates.RUNS):
+            return name
     return None

@@ -91,6 +91,14 @@ class ModelConfig(ABC):
         return False
 
     @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """By block, how probable it is that an image's branches are left out in training (stochastic depth).
+
+        Empty for a model that cannot leave out those which another one does.
+        """
+        return ()
+
+    @property
     def has_distillation_token(self) -> bool:
         """Whether a second token with a head of its own can learn from a teacher."""
         return False

@@ -1,6 +1,6 @@
-"""Dropout with quick masks on the CPU, and with masks of their own for stacked students.
+"""Dropout and stochastic depth with quick masks on the CPU, and with masks of their own for stacked students.
 
-Shapes: S stacked students.
+Shapes: S stacked students (absent for one model), B batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -64,6 +64,24 @@ class Dropout(nn.Module):
         if self.drop is not None:
             return self.drop(x, self.p)
         return x * quick_mask(x, self.p)
+
+
+class DropPath(Dropout):
+    """Stochastic depth (Huang et al. 2016): leaves out an image's residual branches, each with probability p.
+
+    What a branch adds to the tokens becomes 0 for all tokens of the image, or is scaled by 1/(1 − p).
+    """
+
+    def draw(self, like: Tensor) -> Tensor | None:
+        """What to multiply a block's two branches with [2, *S, B, 1, 1]; None where none is left out.
+
+        The shape, device and precision of `like` [*S, B] are those of each branch's numbers.
+        """
+        if self.rate == 0:
+            return None
+        # Students first, as their streams have it.
+        drawn: Tensor = self(like.new_ones(*like.shape, 2))
+        return drawn.movedim(-1, 0)[..., None, None]
 
 
 def quick_mask(x: Tensor, p: float, generators: Sequence[torch.Generator | None] = (None,)) -> Tensor:

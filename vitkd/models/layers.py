@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkd.models import kernels
-from vitkd.models.dropout import Dropout
+from vitkd.models.dropout import Dropout, DropPath
 from vitkd.models.output import NO_BLOCK_TAPS, QKV, BlockTaps
 
 
@@ -259,20 +259,33 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One encoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, attention: Attention, mlp: MLP) -> None:
+    def __init__(self, attention: Attention, mlp: MLP, drop_path: DropPath) -> None:
         super().__init__()
         self.attention = attention
         self.mlp = mlp
+        self.drop_path = drop_path
 
     def forward(
-        self, x: Tensor, taps: BlockTaps = NO_BLOCK_TAPS, given: Tensor | None = None
+        self,
+        x: Tensor,
+        taps: BlockTaps = NO_BLOCK_TAPS,
+        given: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, AttentionOutput]:
         """Map tokens [*S, B, T, D] to tokens, and to what `taps` asks of the attention.
 
-        The attention is by the scores [*S, B, H, T, T] that are given, if they are.
+        Args:
+            given: scores [*S, B, H, T, T] by which to attend, if any.
+            kept: what to multiply both branches with [2, *S, B, 1, 1], if anything: see `DropPath.draw`.
         """
+        # What is multiplied is added afterwards.
+        residual = x if kept is None else None
         if given is None:
-            x, tapped = self.attention(x, taps, residual=x)
+            y, tapped = self.attention(x, taps, residual)
         else:
-            x, tapped = self.attention.attend_by(given, x, taps, residual=x)
-        return self.mlp(x, residual=x), tapped
+            y, tapped = self.attention.attend_by(given, x, taps, residual)
+        if kept is None:
+            return self.mlp(y, residual=y), tapped
+        of_attention, of_mlp = kept.to(x.dtype)
+        x = x + of_attention * y
+        return x + of_mlp * self.mlp(x), tapped

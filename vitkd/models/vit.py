@@ -8,7 +8,7 @@ Shapes: S stacked students (absent for one model), B batch, C channels, T tokens
 token, grid²), H heads, D embed_dim, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, check, check_at_least, check_choice
 from vitkd.models.base import Model, ModelConfig, Trace
-from vitkd.models.dropout import Dropout
+from vitkd.models.dropout import Dropout, DropPath
 from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
 from vitkd.models.output import LOGITS, OUTER, AttentionLayout, BlockTaps, Output, Taps
 from vitkd.models.small_data import LocalityAttention, ShiftedPatchTokenization
@@ -59,6 +59,9 @@ class ViTConfig(ModelConfig):
     representation_size: int | None = None
     """The width of a linear layer between the last norm and the head, and so of "pre_logits"; None for no
     such layer."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth: with which probability the last block's branches are left out for an image; the
+    blocks before have less, in equal steps from 0 in the first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,8 +71,13 @@ class ViTConfig(ModelConfig):
             check_at_least(1, self, "representation_size")
         check_choice(self, "tokenizer", TOKENIZERS)
         check_choice(self, "attention", ATTENTIONS)
-        for name in ("dropout", "emb_dropout"):
+        for name in ("dropout", "emb_dropout", "drop_path_rate"):
             check(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
+        if self.drop_path_rate and self.depth == 1:
+            raise ConfigError(
+                f"drop_path_rate={self.drop_path_rate}: rises from 0 in the first block, and depth=1 has no "
+                "other; set drop_path_rate=0"
+            )
         if self.image_size % self.patch_size:
             divisors = [d for d in range(1, self.image_size + 1) if self.image_size % d == 0]
             raise ConfigError(
@@ -116,7 +124,12 @@ class ViTConfig(ModelConfig):
 
     @property
     def drops(self) -> bool:
-        return max(self.dropout, self.emb_dropout) > 0
+        return max(self.dropout, self.emb_dropout, self.drop_path_rate) > 0
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        steps = max(self.depth - 1, 1)
+        return tuple(self.drop_path_rate * block / steps for block in range(self.depth))
 
     @property
     def has_distillation_token(self) -> bool:
@@ -160,8 +173,9 @@ class ViT(Model):
             Block(
                 ATTENTIONS[c.attention](c.embed_dim, c.num_heads, c.head_dim, c.dropout, c.qkv_bias),
                 MLP(c.embed_dim, c.mlp_dim, c.dropout),
+                DropPath(rate),
             )
-            for _ in range(c.depth)
+            for rate in c.drop_path_rates
         )
         self.norm = LayerNorm(c.embed_dim, feeds_product=False)
         width = c.representation_size or c.embed_dim
@@ -176,18 +190,26 @@ class ViT(Model):
     def classifier(self) -> nn.Linear | None:
         return self.head if self.distillation_token is None else None
 
-    def forward(self, images: Tensor, taps: Taps = LOGITS, given: Mapping[int, Tensor] = NO_SCORES) -> Output:
+    def forward(
+        self,
+        images: Tensor,
+        taps: Taps = LOGITS,
+        given: Mapping[int, Tensor] = NO_SCORES,
+        kept: Sequence[Tensor | None] | None = None,
+    ) -> Output:
         """Classify images [B, C, H, W] (or [S, B, C, H, W]), and return what `taps` asks for.
 
         Without logits it stops where the last of that is known: after QKᵀ of the last block, for example.
-        Blocks attend by the scores [*S, B, H, T, T] that are given for them, if any are.
+        Blocks attend by the scores [*S, B, H, T, T] that are given for them, if any are. Their branches are
+        left out as `kept` says, by default as `draw_kept` draws.
         """
         depth = len(self.blocks)
         taps.assert_exist(depth, ("embed", *(f"block{i}" for i in range(depth)), "pre_logits"))
         x, last = self.embed(images), taps.last_whole_block(depth)
+        kept = self.draw_kept(x[..., 0, 0]) if kept is None else kept
         features, attention = {"embed": x}, {}
         for i, block in enumerate(self.blocks[: last + 1]):
-            x, attention[i] = block(x, taps.of_block(i), given.get(i))
+            x, attention[i] = block(x, taps.of_block(i), given.get(i), kept[i])
             if f"block{i}" in taps.features:
                 features[f"block{i}"] = x
         for i in (block for block in taps.blocks if block > last):
@@ -202,13 +224,18 @@ class ViT(Model):
     def trace(self, images: Tensor, given: Mapping[int, Tensor] = NO_SCORES) -> Trace:
         """As `Model.trace`: nothing is fused, and every block's T×T matrix stays in memory."""
         x = self.embed(images)
+        kept = self.draw_kept(x[..., 0, 0])
         weights, tokens = [], []
         for i, block in enumerate(self.blocks):
-            x, attention = block(x, BlockTaps(weights=True), given.get(i))
+            x, attention = block(x, BlockTaps(weights=True), given.get(i), kept[i])
             weights.append(attention.weights)
             tokens.append(x)
         logits = self._classify(x, LOGITS, {}).answer
         return Trace(logits, tuple(weights), tuple(tokens))
+
+    def draw_kept(self, like: Tensor) -> list[Tensor | None]:
+        """By block what to multiply its branches with, as `DropPath.draw` makes it for `like` [*S, B]."""
+        return [block.drop_path.draw(like) for block in self.blocks]  # type: ignore[union-attr,operator]
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [*S, B, C, H, W] to tokens [*S, B, T, D], first CLS, then the distillation token, if any."""

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 
 import vitkd
-from vitkd.config.roles import Separates, relevant
+from vitkd.config.roles import ABSENT, Separates, relevant
 from vitkd.config.run import Config, name_in_job, teacher_run
 from vitkd.data import Dataset
 from vitkd.data.spec import differences
@@ -129,8 +129,8 @@ def stored_settings(place: Path) -> list[dict[str, Any]]:
 
 def what_is_new(settings: Mapping[str, Any], stored: Iterable[Mapping[str, Any]]) -> str:
     """In which settings a teacher differs from the stored one that is most like it; empty without any."""
-    wanted = determining(settings)
-    others = [determining(each) for each in stored]
+    wanted = ABSENT | determining(settings)
+    others = [ABSENT | determining(each) for each in stored]
     if not others:
         return ""
     differing = [[n for n in {**wanted, **other} if wanted.get(n) != other.get(n)] for other in others]

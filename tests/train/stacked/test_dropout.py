@@ -2,7 +2,7 @@
 
 import torch
 
-from vitkd.models.dropout import Dropout, drop_by
+from vitkd.models.dropout import Dropout, DropPath, drop_by
 from vitkd.train.stacked.dropout import GeneratorStreams, KeyedStreams
 
 P = 0.3
@@ -20,6 +20,17 @@ def test_on_the_cpu_each_student_drops_what_it_drops_alone():
         alone = Dropout(P)
         assert torch.equal(alone(x[student]), first[student])
         assert torch.equal(alone(x[student]), second[student])
+
+
+def test_on_the_cpu_each_student_leaves_out_the_branches_that_it_leaves_out_alone():
+    together = DropPath(P)
+    drop_by(GeneratorStreams([4, 5, 6]).drop, [together])
+
+    drawn = together.draw(torch.ones(3, 9))
+
+    for student, seed in enumerate([4, 5, 6]):
+        torch.manual_seed(seed)
+        assert torch.equal(DropPath(P).draw(torch.ones(9)), drawn[:, student])
 
 
 def test_streams_go_on_where_they_were_saved():
