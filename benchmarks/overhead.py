@@ -42,12 +42,13 @@ from vitkd.cli.console import start_logging
 from vitkd.config.run import Config, Paths
 from vitkd.data import Batch
 from vitkd.methods.base import DataFacts
+from vitkd.optim import trained_by
 from vitkd.runs.folder import RunFolder
 from vitkd.train.build import build_module
 from vitkd.train.fit import fit
 from vitkd.train.logged import Meter
 from vitkd.train.losses import share_equal
-from vitkd.train.module import DistillModule, trained_by
+from vitkd.train.module import DistillModule
 from vitkd.train.student import load_data
 
 ROOT = Path(__file__).parents[1]

@@ -69,6 +69,11 @@ TRAIN = [
     ("student.dropout=1.5", "student.dropout=1.5", "[0, 1)"),
     ("student.drop_path_rate=1", "student.drop_path_rate=1", "[0, 1)"),
     ("student.drop_path_rate=0.1 student.depth=1", "drop_path_rate=0.1", "depth=1", "drop_path_rate=0"),
+    ("method.share_drop_path=true", "method.share_drop_path=true", "student.drop_path_rate=0.1"),
+    (
+        "method=together method.attention.share_drop_path=true student.drop_path_rate=0.1",
+        *("method.attention.share_drop_path=true", "student.depth=4"),
+    ),
     ("teacher.mlp_dim=0", "teacher.mlp_dim=0", "at least 1"),
     ("student.patch_size=3", "patch_size=3", "image_size=8", "1, 2, 4, 8"),
     ("loss.temperature=0", "loss.temperature=0", "above 0"),

@@ -237,6 +237,7 @@ METHOD = {
     "method/dearkd": (DearkdDistillation(), 0.5),
     "method/attention_copy": (CopyDistillation(), 0.5),
     "method/attention_transfer": (AttentionDistillation(), 0.25),
+    "method/attention_transfer_drop_path": (AttentionDistillation(share_drop_path=True), 0.25),
 }
 
 

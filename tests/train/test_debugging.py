@@ -76,6 +76,18 @@ def test_overfitting_leaves_nothing_to_chance(models):
     assert config.label_smoothing == 0
 
 
+@pytest.mark.parametrize("chosen", ["method.", "method=together method.attention."])
+def test_overfitting_leaves_no_branch_out(chosen):
+    *method, prefix = chosen.split(" ")
+    rate = ["student.drop_path_rate=0.1", "teacher.drop_path_rate=0.1", "student.depth=4"]
+
+    config = composed("debug=overfit", *method, f"{prefix}share_drop_path=true", *rate)
+
+    assert not config.student.drops
+    assert not config.teacher.model.drops
+    assert not getattr(config.method, "methods", {"attention": config.method})["attention"].share_drop_path
+
+
 def test_overfitting_shows_one_batch_over_and_over():
     dataset = composed("debug=overfit").dataset
     data = ImageDataModule(dataset, "nowhere", seed=0, one_batch=True)

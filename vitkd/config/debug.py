@@ -8,5 +8,7 @@ OPTIONS = ("fast", "overfit", "profile")
 def leave_out_randomness(plain: dict[str, Any]) -> None:
     """Set augmentation and dropout of plain settings to none, whatever models there are."""
     plain["dataset"].pop("augment", None)
-    for model in (plain["student"], plain["teacher"]):
-        model |= {key: 0.0 for key, value in model.items() if "drop" in key and type(value) in (int, float)}
+    methods = plain["method"], plain["method"].get("attention", {})
+    for settings in (plain["student"], plain["teacher"], *methods):
+        drops = {k: v for k, v in settings.items() if "drop" in k and isinstance(v, int | float)}
+        settings |= {key: type(value)(0) for key, value in drops.items()}

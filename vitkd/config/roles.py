@@ -89,6 +89,8 @@ ROLES: dict[str, Separates] = {
 ABSENT: dict[str, Any] = {
     "student.drop_path_rate": 0.0,
     "teacher.drop_path_rate": 0.0,
+    "method.share_drop_path": False,
+    "method.attention.share_drop_path": False,
 }
 """Settings that a stored configuration may lack because it is older, and what they were by then.
 

@@ -29,6 +29,11 @@ class AttentionDistillation(Method):
     control: str | None = None
     """What is taught instead of the teacher's maps, to see whether these are what helps; see `CONTROLS`."""
 
+    share_drop_path: bool = False
+    """Whether the teacher leaves out the branches that the student leaves out in a training step (Li, Tian et
+    al. 2024, arXiv 2411.09702): else a whole teacher shows where a student should look of whom parts are
+    missing. The teacher's own rate has no part in that."""
+
     def __post_init__(self) -> None:
         check_choice(self, "control", (*CONTROLS, None))
         check_choice(self, "resize", ("bilinear", None))
@@ -37,7 +42,14 @@ class AttentionDistillation(Method):
     def min_batch_size(self) -> int:
         return 2 if self.control == "shuffled" else 1
 
+    @property
+    def why_alone(self) -> str | None:
+        shares = "its teacher leaves out what each student does (method.share_drop_path)"
+        return shares if self.share_drop_path else super().why_alone
+
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
+        if self.share_drop_path:
+            check_shared_drop_path(student, teacher)
         without = "method=logit or method=token" if student.attention_layouts() else "method=logit"
         part = settings.granularity.part
         check_maps(student, teacher, f"{without}, without maps", part)
@@ -54,7 +66,29 @@ class AttentionDistillation(Method):
     def objective(
         self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts
     ) -> AttentionObjective:
-        return attention_objective(student, teacher, settings, data, self.control)
+        objective = attention_objective(student, teacher, settings, data, self.control)
+        objective.shares_drop_path = self.share_drop_path
+        return objective
+
+
+def check_shared_drop_path(student: ModelConfig, teacher: ModelConfig) -> None:
+    """ConfigError unless the student leaves out branches, and the teacher has the same to leave out."""
+    rates = student.drop_path_rates, teacher.drop_path_rates
+    for owner, model, own in zip(("student", "teacher"), (student, teacher), rates, strict=True):
+        if not own:
+            raise ConfigError(
+                f"method.share_drop_path=true: {owner}={model} is no ViT of vitkd's own; choose one, or "
+                "method.share_drop_path=false"
+            )
+    if not any(rates[0]):
+        raise ConfigError(
+            "method.share_drop_path=true: the student leaves out no branches; set student.drop_path_rate=0.1"
+        )
+    if len(rates[0]) != len(rates[1]):
+        raise ConfigError(
+            f"method.share_drop_path=true: the student has {len(rates[0])} blocks, its teacher "
+            f"{len(rates[1])}; set student.depth={len(rates[1])}"
+        )
 
 
 def check_maps(student: ModelConfig, teacher: ModelConfig, otherwise: str, part: str = OUTER) -> None:

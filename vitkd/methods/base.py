@@ -55,6 +55,8 @@ class Objective(nn.Module, ABC):
     """what the teacher is asked for in training; in validation for its logits too"""
     min_images = 1
     """the fewest images of a batch for which there is a comparison"""
+    shares_drop_path = False
+    """whether the teacher leaves out the branches that the student leaves out (stochastic depth)"""
     curves: tuple[str, ...] = ()
     """a curve's name for each of the terms' values; none where the transfer loss says it all"""
 

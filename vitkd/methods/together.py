@@ -42,6 +42,7 @@ class WeightedSum(Objective):
         self.pairs = tuple(chain.from_iterable(part.pairs for part in objectives))
         self.student_taps = Taps.union(part.student_taps for part in objectives)
         self.teacher_taps = Taps.union(part.teacher_taps for part in objectives)
+        self.shares_drop_path = any(part.shares_drop_path for part in objectives)
         self.min_images = max(part.min_images for part in objectives)
         of_parts = chain.from_iterable(part.curves for part in objectives)
         self.curves = (*(f"part_loss/{name}" for name in parts), *of_parts)
@@ -131,6 +132,10 @@ class Together(Method):
     @property
     def trains_parameters(self) -> bool:
         return any(method.trains_parameters for method in self.chosen.values())
+
+    @property
+    def why_alone(self) -> str | None:
+        return next(filter(None, (method.why_alone for method in self.chosen.values())), None)
 
     @property
     def min_batch_size(self) -> int:

@@ -63,10 +63,10 @@ def faster_steps(config: Config, data: ImageDataModule) -> list[Callback]:
 class TeacherCaching(Callback):
     """Asks the teacher before the first step what it would be asked in every epoch, where that saves work.
 
-    A split is kept if its images always look the same, it will be gone through more than once, and the
-    answers take no more memory than is left. Each of several processes keeps its own. A resumed run asks
-    again, even for its last epoch alone: filling draws no random number, but answers to other batches can
-    differ in their last bits, on a GPU they do.
+    A split is kept if its images always look the same, the teacher is asked for all of each and more than
+    once, and the answers take no more memory than is left. Each of several processes keeps its own. A resumed
+    run asks again, even for its last epoch alone: filling draws no random number, but answers to other
+    batches can differ in their last bits, on a GPU they do.
 
     Args:
         data: the run's.
@@ -80,7 +80,9 @@ class TeacherCaching(Callback):
         module = cast(DistillModule, pl_module)
         left = self.gib * 2**30
         for split in SPLITS:
-            views = None if module.teacher_taps(split) is None else self.data.fixed_views(split)
+            varies = split == "train" and module.shares_drop_path
+            is_fixed = module.teacher_taps(split) is not None and not varies
+            views = self.data.fixed_views(split) if is_fixed else None
             if views is None or self._passes(trainer, split, views) <= 1:
                 continue
             images = torch.cat(views.sampler.batches())

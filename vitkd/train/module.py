@@ -18,7 +18,7 @@ from vitkd.methods.base import Objective
 from vitkd.methods.weighting import Constant, Weighting
 from vitkd.models import Model, Output, Taps, describe
 from vitkd.models.output import LOGITS, at_least_float32
-from vitkd.optim import AdamW, Schedule
+from vitkd.optim import AdamW, Schedule, trained_by
 from vitkd.train.cuda_graph import GraphedStep, take_step
 from vitkd.train.logged import LoggedModule
 from vitkd.train.losses import (
@@ -77,6 +77,7 @@ class DistillModule(LoggedModule):
         """whether the transfer loss counts in any epoch"""
         self.compared = {0} if self.distils else set()
         """the students, numbered in a stack, whose transfer loss counts in this epoch"""
+        self.shares_drop_path = objective is not None and objective.shares_drop_path
         self.weights_change = objective is not None and not isinstance(self.weighting, Constant)
         """whether the weights differ between epochs, steps or images, so that they are drawn"""
         self.graph: GraphedStep | None = None
@@ -97,27 +98,31 @@ class DistillModule(LoggedModule):
         return Taps.union([self.objective.teacher_taps, of_weighting])
 
     @torch.no_grad()
-    def ask_teacher(self, images: Tensor, split: str) -> Output:
+    def ask_teacher(self, images: Tensor, split: str, **paths: Any) -> Output:
         """The teacher's answer to `images` [*U, B, channels, H, W]; validation always asks for its logits."""
         taps, axes = self.teacher_taps(split), images.shape[:-3]
         assert taps is not None
-        return self.teacher(images.flatten(0, -4), taps).map(lambda tensor: tensor.unflatten(0, axes))
+        answer: Output = self.teacher(images.flatten(0, -4), taps, **paths)
+        return answer.map(lambda tensor: tensor.unflatten(0, axes))
 
-    def answer(self, batch: Batch, split: str) -> Output:
+    def answer(self, batch: Batch, split: str, **paths: Any) -> Output:
         """The teacher's answer to the batch's images, asked for now or kept from before."""
         cache = self.cached.get(split)
-        return self.ask_teacher(batch.image, split) if cache is None else cache.answer(batch.index)
+        return self.ask_teacher(batch.image, split, **paths) if cache is None else cache.answer(batch.index)
 
     def losses(self, batch: Batch) -> Losses:
         """The losses of one training batch."""
-        return self.compare(batch, self.answer(batch, "train") if self.compared else None)
+        # Drawn before the teacher is asked: it leaves out the same branches.
+        paths = {"kept": self.model.draw_kept(batch.image[:, 0, 0, 0])} if self.shares_drop_path else {}  # type: ignore[operator]
+        answer = self.answer(batch, "train", **paths) if self.compared else None
+        return self.compare(batch, answer, **paths)
 
-    def compare(self, batch: Batch, answer: Output | None) -> Losses:
+    def compare(self, batch: Batch, answer: Output | None, **paths: Any) -> Losses:
         """The losses of one batch, given the teacher's answer to it, where they are compared."""
         if self.objective is not None and not self.training and not self.objective.can_validate(batch):
             answer = None
         taps = LOGITS if answer is None or self.objective is None else self.objective.student_taps
-        student = self.model(batch.image, taps._replace(logits=True))
+        student = self.model(batch.image, taps._replace(logits=True), **paths)
         # Where nothing is ever learned from the teacher, just the answer learns the labels.
         learns_alone = self.objective is None or not self.distils
         logits = student.answer if learns_alone else self.objective.class_logits(student)  # type: ignore[union-attr]
@@ -313,8 +318,3 @@ class DistillModule(LoggedModule):
         for teacher in self._teachers:
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-def trained_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The parameters of an optimiser; a tenth of the time that a walk through the modules takes."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -27,6 +27,8 @@ from vitkd.config.run import BASES, CONF_DIR
 from vitkd.config.schema import build
 from vitkd.errors import RunError
 from vitkd.methods.attention import AttentionDistillation
+from vitkd.methods.logit import LogitDistillation
+from vitkd.methods.together import Together
 from vitkd.models import ResNetConfig, ViTConfig
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder, StackSlot
@@ -296,13 +298,22 @@ class TestWhatRunsAlone:
 
         assert why_alone(member) == reason
 
+    def test_is_what_leaves_out_branches_of_the_teacher(self):
+        shared = AttentionDistillation(share_drop_path=True)
+        methods = {"attention": shared, "logit": LogitDistillation()}
+        for method in (shared, Together(["logit", "attention"], methods=methods)):
+            member = self.candidate(torch.device("cpu"), 1, "32-true")
+            member.config.method = method
+
+            assert "method.share_drop_path" in (why_alone(member) or "")
+
     def test_is_what_keeps_figures_of_the_whole_batch(self):
         member = self.candidate(torch.device("cpu"), 1, "32-true")
         member.config.student = ResNetConfig(32, 3, 10)
 
         assert "batch normalisation" in (why_alone(member) or "")
 
-    @pytest.mark.parametrize("name", ["dropout", "emb_dropout"])
+    @pytest.mark.parametrize("name", ["dropout", "emb_dropout", "drop_path_rate"])
     @pytest.mark.parametrize(
         ("device", "triton", "share", "reason"),
         [

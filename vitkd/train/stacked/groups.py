@@ -63,6 +63,7 @@ def group_jobs(modules: Sequence[DistillModule], students: Sequence[int]) -> lis
         stop = start + len(members)
         if objectives:
             assert not objectives[0].state_dict(), "a stack neither trains nor saves what an objective holds"
+            assert not objectives[0].shares_drop_path, "a stack asks its teacher once for all students"
             shared, first = objectives[0].shared_by(objectives), members[0]
             theirs = (*students[start:stop],)
             groups.append(JobGroup(start, stop, shared, first.weighting, first.distils, theirs))

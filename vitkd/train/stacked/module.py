@@ -19,9 +19,10 @@ from vitkd.methods.weighting import Constant, cross_entropy
 from vitkd.models import Model, Output, Taps
 from vitkd.models.dropout import drop_by
 from vitkd.models.output import LOGITS, at_least_float32
+from vitkd.optim import trained_by
 from vitkd.train.guard import FiniteGuard
 from vitkd.train.losses import Losses, TermWeights, Transfer, transfer_of, with_zero_gradients
-from vitkd.train.module import DistillModule, trained_by
+from vitkd.train.module import DistillModule
 from vitkd.train.stacked.dropout import streams_on
 from vitkd.train.stacked.groups import JobGroup, group_jobs, shares
 from vitkd.train.stacked.optimization import (
@@ -122,7 +123,7 @@ class StackedModule(DistillModule):
         self.streams.next_step()
         return super().loss(batch)
 
-    def compare(self, batch: Batch, answer: Output | None) -> Losses:
+    def compare(self, batch: Batch, answer: Output | None, **paths: Any) -> Losses:
         """The losses [J] of a batch, [B, …] or [U, B, …], given the teacher's answer to it, if any.
 
         Those of followers have no gradient.
@@ -201,9 +202,8 @@ class StackedModule(DistillModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = StackedAdamW(self.model.parameters(), self.optim_settings)
-        schedule = StackedSchedule(
-            optimizer, self.optim_settings, int(self.trainer.estimated_stepping_batches)
-        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = StackedSchedule(optimizer, self.optim_settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def learning_rates(self, scheduler: Any) -> list[float]:
