@@ -100,7 +100,7 @@ def near(curve: str, mine: str, theirs: str) -> bool:
 VARIANTS = {
     "one": [
         *("student.dropout=0.1", "student.emb_dropout=0.1", "ema_decay=0.9", "log_every_n_steps=1"),
-        "+trainer.gradient_clip_val=0.05",
+        *("+trainer.gradient_clip_val=0.05", "student.drop_path_rate=0.2"),
     ],
     "two": [
         *("trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"),
