@@ -329,6 +329,14 @@ def test_a_played_graph_is_eager(option, config, monkeypatch):
         assert ours == pytest.approx(theirs)
 
 
+def asks_of(module: DistillModule) -> list[str]:
+    """The split of each question that `module` asks its teacher from now on."""
+    asked: list[str] = []
+    ask = module.ask_teacher
+    module.ask_teacher = lambda images, split: asked.append(split) or ask(images, split)  # type: ignore[method-assign]
+    return asked
+
+
 class KeepsAll(TeacherCaching):
     """Keeps the answers however short the training is, and notes of which splits."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, unfold
 
 from tests.explain.test_references import TARGET, grad_cam_by_hand
+from tests.models.test_timm_tnt import SMALL
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.flow import attention_gradients, relevance, rollout
 from vitkd.explain.maps.methods import CLASS_SPECIFIC, explain_by, pytorch_grad_cam
@@ -19,16 +20,7 @@ from vitkd.explain.maps.subjects import subject_of, with_regions
 from vitkd.models import TimmConfig
 
 # 2×3 patches of 2×2 words.
-SHAPE = {
-    "img_size": [16, 24],
-    "patch_size": 8,
-    "first_stride": 4,
-    "embed_dim": 12,
-    "inner_dim": 8,
-    "depth": 3,
-    "num_heads_outer": 3,
-    "num_heads_inner": 2,
-}
+SHAPE = SMALL | {"img_size": [16, 24], "patch_size": 8}
 HEADS, PATCHES, GRID = 3, 6, (2, 3)
 OURS = ("attention", "rollout", "gradient_rollout", "relevance", "grad_cam")
 READERS = {"token": "class token", "avg": "patches"}

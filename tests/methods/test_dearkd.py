@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tests.test_contract import (
     REMARKS,
     Keep,
+    asks_of,
     assert_resumed_is_uninterrupted,
     composed,
     module_of,
@@ -80,10 +81,9 @@ def test_its_file_chooses_two_stages_unless_a_weighting_is_chosen(config):
 
 
 def test_the_second_stage_asks_no_teacher_and_weighs_labels_alone(config):
-    data, kept, asked = load_data(config), Keep(), []
+    data, kept = load_data(config), Keep()
     module = module_of(config, data)
-    ask = module.ask_teacher
-    module.ask_teacher = lambda images, split: asked.append(split) or ask(images, split)  # type: ignore[method-assign]
+    asked = asks_of(module)
 
     train(module, config, data, kept)
 

@@ -7,6 +7,7 @@ from tests.test_contract import (
     CLOSE,
     REMARKS,
     Keep,
+    asks_of,
     assert_equal,
     composed,
     curves_of,
@@ -68,10 +69,9 @@ def test_the_teacher_is_asked_for_logits_only_where_they_count(option, asked):
 def test_where_only_labels_count_the_teacher_is_not_asked():
     """`linear` ends with the labels alone: of two epochs the second asks the teacher in validation only."""
     config = composed("weighting", "linear")
-    data, kept, asked = load_data(config), Keep(), []
+    data, kept = load_data(config), Keep()
     module = module_of(config, data)
-    ask = module.ask_teacher
-    module.ask_teacher = lambda images, split: asked.append(split) or ask(images, split)  # type: ignore[method-assign]
+    asked = asks_of(module)
 
     train(module, config, data, kept)
 
