@@ -155,9 +155,9 @@ def all_recorded(
             traceback.print_exc()
             line = f"{type(error).__name__}: {line}"
         for job in end(jobs, "failed"):
-            before = [other.number for other in Sweep.known() if other.error == line]
+            same = next((other for other in Sweep.known() if other.error == line), None)
             job.error = line
-            say(f"job {job.number} failed: {f'as job {before[0]}' if before else line}")
+            say(f"job {job.number} failed: {f'as job {same.number}' if same else line}")
     finally:
         write()
 
