@@ -54,7 +54,7 @@ CONTROLS = {
 """arms at the alpha of `block kl`"""
 FIXED = {ALONE: ("method=none",), COPY: ("method=copy",)}
 ARMS = {**FIXED, **LEARN, **CONTROLS}
-PILOT_SEEDS = tuple(range(1000, 1005))
+FIRST_PILOT = 1000
 VALIDATIONS = 10
 LEGEND = """\
 Test accuracy of the last epoch in percent, mean ± standard deviation over seeds; below it the gain over the
@@ -80,8 +80,9 @@ class Result:
 
 def run_share(options: Namespace, share: str, epochs: int) -> None:
     """Choose alphas and train all arms on a share of the labels, as far as that is missing."""
+    pilots = range(FIRST_PILOT, FIRST_PILOT + options.pilots)
     for arm, own in LEARN.items():
-        train(options, epochs, ("pilot", share, arm), own, ALPHAS, PILOT_SEEDS)
+        train(options, epochs, ("pilot", share, arm), own, ALPHAS, pilots)
     alphas = chosen_alphas(read_results(options), share)
     for arm, own in ARMS.items():
         alpha = alphas.get(arm, alphas["block kl"] if arm in CONTROLS else "0.5")
@@ -248,6 +249,7 @@ def read_arguments(argv: Sequence[str] | None) -> Namespace:
     )
     parser.add_argument("dataset", help="digits, mnist, fashion_mnist, …")
     parser.add_argument("--seeds", type=int, default=10, help="of each arm (10)")
+    parser.add_argument("--pilots", type=int, default=5, help="seeds by which an alpha is chosen (5)")
     parser.add_argument("--shares", default="0.03,0.1,0.3,1", help="of the labels (0.03,0.1,0.3,1)")
     parser.add_argument("--steps", type=int, default=400, help="of each student (400)")
     parser.add_argument("--outputs", type=Path, metavar="DIR", help="run folders (outputs/few-labels)")
