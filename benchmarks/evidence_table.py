@@ -152,11 +152,11 @@ def export(outputs: Path, place: Path) -> str:
     return write_table(place)
 
 
-def packed(runs: Sequence[RunFolder], outputs: Path) -> bytes:
+def packed(runs: Sequence[RunFolder], outputs: Path, names: Sequence[str] = KEPT) -> bytes:
     """The small files of all runs, done or not, as an archive of folders."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
-        for path in (run.path / name for run in runs for name in KEPT):
+        for path in (run.path / name for run in runs for name in names):
             if path.exists():
                 archive.add(path, path.relative_to(outputs))
     return content.getvalue()
