@@ -8,8 +8,9 @@ All take the same number of steps, so that few labels do not mean little trainin
 Each arm's alpha is the one of ALPHAS that is best on the validation images (mean of the last epoch, by seeds
 of their own); a control has that of `block kl`. Then all seeds of an arm train as a stack.
 
-Prints every command, and writes results.csv (one line a run) and table.md into --export. Run again, it does
-what is missing. KEY=VALUE goes to every command. The exit code is that of the first command that fails.
+Prints every command, and writes into --export results.csv (one line a run), table.md, and study.yaml, which
+says where both come from. Run again, it does what is missing. KEY=VALUE goes to every command. The exit code
+is that of the first command that fails.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.command import environment, train_command
+from benchmarks.evidence_table import run_folders
 from benchmarks.evidence_time import compose
+from benchmarks.studies import head, lost, teacher_right, write_note
 from vitkd.cli.console import start_logging
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
@@ -56,6 +59,8 @@ FIXED = {ALONE: ("method=none",), COPY: ("method=copy",)}
 ARMS = {**FIXED, **LEARN, **CONTROLS}
 FIRST_PILOT = 1000
 VALIDATIONS = 10
+RESULTS, TABLE = "results.csv", "table.md"
+Cell = tuple[str, str]
 LEGEND = """\
 Test accuracy of the last epoch in percent, mean ± standard deviation over seeds; below it the gain over the
 student alone, paired by seed, with its 95 % interval by Student's t, what that is in images, and p after
@@ -76,6 +81,8 @@ class Result:
     test_last: float
     test_best: float
     val_last: float
+    lost: float
+    """test images that the trained teacher has right and the student wrong"""
 
 
 def run_share(options: Namespace, share: str, epochs: int) -> None:
@@ -170,29 +177,32 @@ def chosen_alphas(results: Sequence[Result], share: str) -> dict[str, str]:
 def read_results(options: Namespace) -> list[Result]:
     """What all runs found that are done."""
     arms = {plain(arm): arm for arm in ARMS}
+    folders = sorted((options.outputs / options.dataset).glob("*_*_*_*_*/metrics.json"))
+    untrained = plain("untrained teacher")
+    right = teacher_right(path.parent for path in folders if untrained not in path.parent.name)
     found = []
-    for path in sorted((options.outputs / options.dataset).glob("*_*_*_*_*/metrics.json")):
+    for path in folders:
         metrics = json.loads(path.read_text("utf-8"))
         stage, share, arm, alpha, seed = path.parent.name.split("_")
         percent = (100 * metrics[key] for key in ("test/acc_last", "test/acc_best", "val/acc_last"))
-        found.append(Result(stage, share, arms[arm], alpha, int(seed), *percent))
+        place = (stage, share, arms[arm], alpha, int(seed))
+        found.append(Result(*place, *percent, lost(path.parent, right)))
     return found
+
+
+def read_csv(path: Path) -> list[Result]:
+    """The results in a file that `write` left."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    types = {field.name: field.type for field in fields(Result)}
+    return [Result(**{name: types[name](value) for name, value in row.items()}) for row in rows]
 
 
 def markdown(results: Sequence[Result], test_images: int) -> str:
     """The table: a row an arm, a column a share."""
     main = [result for result in results if result.stage == "main"]
     shares = sorted({result.share for result in main}, key=float)
-    cells = {
-        (arm, share): {r.seed: r.test_last for r in main if (r.arm, r.share) == (arm, share)}
-        for arm, share in product(ARMS, shares)
-    }
-    gains = {
-        place: paired_gain(values, cells[ALONE, place[1]])
-        for place, values in cells.items()
-        if place[0] != ALONE and values
-    }
-    corrected = dict(zip(gains, holm([gain.p for gain in gains.values()]), strict=True))
+    cells, (gains, corrected) = cells_of(main), gains_of(main)
     rows = [
         ["", *(f"{100 * float(share):g} % of the labels" for share in shares)],
         ["---"] * (1 + len(shares)),
@@ -208,6 +218,27 @@ def markdown(results: Sequence[Result], test_images: int) -> str:
         rows.append(row)
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{chosen_in_words(main)}\n\n{LEGEND}\n"
+
+
+def cells_of(results: Sequence[Result]) -> dict[Cell, dict[int, float]]:
+    """Arm and share → seed → test accuracy, of the runs of the main stage."""
+    main = [result for result in results if result.stage == "main"]
+    shares = sorted({result.share for result in main}, key=float)
+    return {
+        (arm, share): {r.seed: r.test_last for r in main if (r.arm, r.share) == (arm, share)}
+        for arm, share in product(ARMS, shares)
+    }
+
+
+def gains_of(results: Sequence[Result]) -> tuple[dict[Cell, Gain], dict[Cell, float | None]]:
+    """Arm and share → gain over the student alone, and its p after Holm's correction over all of them."""
+    cells = cells_of(results)
+    gains = {
+        (arm, share): paired_gain(values, cells[ALONE, share])
+        for (arm, share), values in cells.items()
+        if arm != ALONE and values
+    }
+    return gains, dict(zip(gains, holm([gain.p for gain in gains.values()]), strict=True))
 
 
 def in_words(gain: Gain, p_holm: float | None, test_images: int) -> str:
@@ -235,8 +266,8 @@ def write(results: Sequence[Result], test_images: int, place: Path) -> str:
     writer.writeheader()
     writer.writerows(asdict(result) for result in results)
     place.mkdir(parents=True, exist_ok=True)
-    write_atomically(place / "results.csv", text.getvalue())
-    write_atomically(place / "table.md", table)
+    write_atomically(place / RESULTS, text.getvalue())
+    write_atomically(place / TABLE, table)
     return table
 
 
@@ -254,6 +285,7 @@ def read_arguments(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--steps", type=int, default=400, help="of each student (400)")
     parser.add_argument("--outputs", type=Path, metavar="DIR", help="run folders (outputs/few-labels)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="results (OUTPUTS/export)")
+    parser.add_argument("--commit", help="where there is no .git")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every command")
     options = parser.parse_intermixed_args(argv)
     options.shares = options.shares.split(",")
@@ -275,6 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(write(read_results(options), test_images[0], options.export))
+    runs = run_folders(options.outputs / options.dataset)
+    asked = shlex.join(sys.argv[1:] if argv is None else argv)
+    commands = [f"python -m benchmarks.few_labels {asked}"]
+    write_note(options.export, commands, runs, options.commit or head(), {"test images": test_images[0]})
     return 0
 
 

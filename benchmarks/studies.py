@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from benchmarks.command import ROOT, environment
@@ -64,9 +65,16 @@ def keep(commands: Sequence[str], outputs: Path, place: Path, commit: str) -> No
     write_note(place, commands, runs, commit)
 
 
-def write_note(place: Path, commands: Sequence[str], runs: Sequence[RunFolder], commit: str) -> None:
-    """Write study.yaml: where the numbers in `place` come from."""
-    note = {"commands": [*commands], "commit": commit, "date": time.strftime("%Y-%m-%d"), **made_by(runs)}
+def write_note(
+    place: Path,
+    commands: Sequence[str],
+    runs: Sequence[RunFolder],
+    commit: str,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write study.yaml: where the numbers in `place` come from, and other facts on them."""
+    origin = {"commands": [*commands], "commit": commit, "date": time.strftime("%Y-%m-%d")}
+    note = origin | made_by(runs) | dict(facts or {})
     write_atomically(place / NOTE, yaml.safe_dump(note, sort_keys=False, width=100, allow_unicode=True))
 
 
@@ -79,6 +87,21 @@ def made_by(runs: Sequence[RunFolder]) -> dict[str, Any]:
         for name in VERSIONS
     }
     return {"hardware": " and ".join(hardware), "versions": versions}
+
+
+def teacher_right(runs: Iterable[Path]) -> np.ndarray:
+    """[test images] bool: those that the teacher of the first run that has one answers rightly."""
+    for run in runs:
+        with np.load(RunFolder(run).predictions) as predictions:
+            if "teacher" in predictions:
+                return predictions["teacher"] == predictions["labels"]
+    raise ValueError("no run has a teacher")
+
+
+def lost(run: Path, right: np.ndarray) -> float:
+    """Test images that the teacher has `right` and the run's student wrong at its end, in percent of all."""
+    with np.load(RunFolder(run).predictions) as predictions:
+        return 100 * float(np.mean(right & (predictions["last"] != predictions["labels"])))
 
 
 def head() -> str:

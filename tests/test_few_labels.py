@@ -5,7 +5,9 @@ import json
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from scipy import stats
 
 from benchmarks import few_labels
@@ -25,8 +27,22 @@ from benchmarks.few_labels import (
 
 
 def result(arm: str = ALONE, alpha: str = "0.5", seed: int = 0, **own) -> Result:
-    values = {"stage": "main", "share": "1", "test_last": 50.0, "test_best": 50.0, "val_last": 50.0, **own}
+    percent = dict.fromkeys(("test_last", "test_best", "val_last", "lost"), 50.0)
+    values = {"stage": "main", "share": "1", **percent, **own}
     return Result(arm=arm, alpha=alpha, seed=seed, **values)
+
+
+def finished(folder: Path, accuracy: float, wrong: int = 0) -> None:
+    """A run's folder, as far as the study reads it; of 4 test images the first `wrong` are wrong."""
+    folder.mkdir(parents=True)
+    metrics = dict.fromkeys(("test/acc_last", "test/acc_best", "val/acc_last"), accuracy)
+    versions = dict.fromkeys(("hardware/cpu_count", "hardware/device", "versions/torch"), "1")
+    (folder / "metrics.json").write_text(json.dumps(metrics | versions))
+    (folder / "config.yaml").write_text("{}")
+    labels = np.arange(4)
+    teacher = {} if "student-alone" in folder.name else {"teacher": np.array([0, 1, 2, 0])}
+    last = np.where(labels < wrong, -1, labels)
+    np.savez(folder / "test_predictions.npz", last=last, labels=labels, **teacher)
 
 
 @pytest.fixture
@@ -41,9 +57,7 @@ def trained(tmp_path, monkeypatch):
         for alpha, seed in product(settings["alpha"].split(","), settings["seed"].split(",")):
             name = settings["name"].replace("${alpha}", alpha).replace("${seed}", seed)
             accuracy = 0.6 if alpha == "0.15" else 0.5
-            (folder / name).mkdir(parents=True)
-            metrics = dict.fromkeys(("test/acc_last", "test/acc_best", "val/acc_last"), accuracy)
-            (folder / name / "metrics.json").write_text(json.dumps(metrics))
+            finished(folder / name, accuracy)
         return type("Ended", (), {"returncode": 0})
 
     monkeypatch.setattr(few_labels.subprocess, "run", run)
@@ -52,7 +66,7 @@ def trained(tmp_path, monkeypatch):
 
 def test_trains_all_arms_by_the_alpha_that_validation_chose(trained, tmp_path, capsys):
     arguments = ["digits", "--seeds", "2", "--shares", "0.1,1", "--steps", "40", "--pilots", "3"]
-    arguments += ["--outputs", str(tmp_path / "runs"), "--export", str(tmp_path / "kept")]
+    arguments += ["--outputs", str(tmp_path / "runs"), "--export", str(tmp_path / "kept"), "--commit", "c"]
 
     assert few_labels.main([*arguments, "dataset.batch_size=32"]) == 0
     before = len(trained)
@@ -67,13 +81,16 @@ def test_trains_all_arms_by_the_alpha_that_validation_chose(trained, tmp_path, c
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (len(LEARN) * len(ALPHAS) * 3 + 2 * len(ARMS))
     assert {row["alpha"] for row in rows if row["arm"] in CONTROLS} == {"0.15"}
+    note = yaml.safe_load((tmp_path / "kept" / "study.yaml").read_text("utf-8"))
+    assert (note["commit"], note["test images"]) == ("c", 359)
     table = (tmp_path / "kept" / "table.md").read_text("utf-8")
     assert table in capsys.readouterr().out
     assert "| student alone | 50.00 ± 0.00 | 50.00 ± 0.00 |" in table
 
 
 def test_runs_of_other_settings_are_not_mixed(trained, tmp_path, capsys):
-    arguments = ["digits", "--seeds", "1", "--shares", "1", "--outputs", str(tmp_path / "runs")]
+    arguments = ["digits", "--seeds", "1", "--shares", "1", "--commit", "c"]
+    arguments += ["--outputs", str(tmp_path / "runs")]
     assert few_labels.main([*arguments, "--steps", "40"]) == 0
 
     assert few_labels.main([*arguments, "--steps", "80"]) == 2
@@ -95,14 +112,16 @@ def test_a_runs_folder_says_what_it_is(tmp_path):
     options = read_arguments(["digits", "--outputs", str(tmp_path)])
     for number, arm in enumerate(ARMS):
         folder = tmp_path / "digits" / folder_of("main", "0.1", arm, "0.15", str(number))
-        folder.mkdir(parents=True)
-        metrics = {"test/acc_last": number / 100, "test/acc_best": 0.5, "val/acc_last": 0.25}
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+        finished(folder, number / 100, wrong=4 if arm == ALONE else 1)
 
     found = read_results(options)
 
     assert {(r.arm, r.seed) for r in found} == {(arm, number) for number, arm in enumerate(ARMS)}
     assert sorted(r.test_last for r in found) == pytest.approx(range(len(ARMS)))
+    # The teacher has three of four images right; the student alone knows no teacher.
+    assert {r.arm: r.lost for r in found} == {arm: 75.0 if arm == ALONE else 25.0 for arm in ARMS}
+    few_labels.write(found, 4, tmp_path / "kept")
+    assert few_labels.read_csv(tmp_path / "kept" / "results.csv") == found
 
 
 def test_the_table_corrects_over_all_its_cells():
