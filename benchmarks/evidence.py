@@ -36,6 +36,7 @@ from pathlib import Path
 from benchmarks.command import environment, train_command
 from benchmarks.evidence_table import LOG, PROTOCOL, TEACHER, export, run_folders
 from benchmarks.evidence_time import Axes, Cost, compose, measure
+from benchmarks.studies import head, write_note
 from vitkd.cli.console import start_logging
 from vitkd.errors import ConfigError, RunError
 from vitkd.models import digest
@@ -234,10 +235,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, then print the table; returns the exit code."""
     options = read_arguments(argv)
     start_logging()
+    command = f"python -m benchmarks.evidence {shlex.join(sys.argv[1:] if argv is None else argv)}"
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        asked = shlex.join(sys.argv[1:] if argv is None else argv)
-        say(options, f"{time.strftime('%Y-%m-%d %H:%M')} python -m benchmarks.evidence {asked}")
+        say(options, f"{time.strftime('%Y-%m-%d %H:%M')} {command}")
         if options.teacher:
             say(options, f"teacher: weights {digest(load_any(options.teacher))}, of {options.teacher}")
         code = run_stages(options)
@@ -247,6 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
         table = export(options.outputs, options.export)
+    if done := [run for run in run_folders(options.outputs) if run.state == "done"]:
+        write_note(options.export, [command], done, options.note or head())
     print(f"{table}\n{options.export}{': the same command does the rest' if code == UNFINISHED else ''}")
     return code
 

@@ -3,6 +3,7 @@
 table.md               accuracies by arm, with intervals by Student's t
 runs.tar.gz            settings, metrics, curves, state, log of each run; unpacked, `vitkd.report` reads it
 evidence.log           the commands, what was measured before each stage, how long each took
+study.yaml             the command, the commit, the hardware, the versions
 teacher-S.safetensors  the teachers' weights, as many as there is room for
 
 python -m benchmarks.evidence_table DIR makes the table again from runs.tar.gz alone.
@@ -142,7 +143,7 @@ def export(outputs: Path, place: Path) -> str:
         if stage.endswith(TEACHER) and run.state == "done":
             files[f"{stage}-{run.read_config()['seed']}.safetensors"] = run.student.read_bytes()
     place.mkdir(parents=True, exist_ok=True)
-    room = MOST_FILES - 1  # for the table
+    room = MOST_FILES - 2  # for the table and study.yaml
     for name, content in files.items():
         if room and len(content) <= MOST_BYTES:
             write_atomically(place / name, content)
