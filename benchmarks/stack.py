@@ -23,11 +23,12 @@ from benchmarks.step import DRY, GRANULARITIES, LOSSES
 from vitkd.config.run import Config
 from vitkd.data import Batch
 from vitkd.models import ViT
+from vitkd.optim import grouped
 from vitkd.train.callbacks import set_capturable
 from vitkd.train.cuda_graph import GraphedStep
 from vitkd.train.module import DistillModule
 from vitkd.train.stacked import StackedModule
-from vitkd.train.stacked.optimization import StackedAdamW
+from vitkd.train.stacked.optimization import stacked_optimizer
 
 Step = Callable[[Batch], object]
 
@@ -140,7 +141,8 @@ def stacked(
     own_order = [student % orders for student in range(count)]
     module = StackedModule(students(config, teacher, count), own_order, range(count), device)
     module.to(device).train()
-    optimizer = ready(StackedAdamW(module.model.parameters(), module.optim_settings), teacher)
+    groups = grouped(module.optimizer, module.model.parameters(), module.places)
+    optimizer = ready(stacked_optimizer(groups, module.optim_settings), teacher)
     batches = [subject.random_batch(config, device) for _ in range(orders)]
     batch = batches[0] if orders == 1 else Batch(*map(torch.stack, zip(*batches, strict=True)))
     return partial(way(partial(train, module, optimizer)), batch)

@@ -1,4 +1,4 @@
-"""The contract of methods, weightings and students; each of their files in `conf/` inherits these tests."""
+"""The contract of methods, weightings, students and optimisers; each file in `conf/` inherits these tests."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`.*"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training.*"),
 ]
-GROUPS = ("method", "weighting", "student")
+GROUPS = ("method", "weighting", "student", "optimizer")
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF_DIR / group).glob("*.yaml"))]
 # A setting that takes another way through the objective, and is no file.
 OPTIONS.append(("granularity.head_map", "squeeze"))
@@ -54,6 +54,8 @@ SMALL_TNT = [
 ]
 SHARED_DROP_PATH = ("method", "attention, drop path shared")
 OPTIONS.append(SHARED_DROP_PATH)
+# Learning rates layer by layer, clipped and averaged.
+OPTIONS.append(("optimizer.layer_decay", "0.5"))
 # What an option needs besides to suit the others' defaults.
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
@@ -62,6 +64,10 @@ BESIDES = {
     ("granularity.head_map", "squeeze"): ["granularity=encoder", *SMALL, "student.num_heads=2"],
     ("student", "resnet"): ["method=logit"],
     SHARED_DROP_PATH: ["method.share_drop_path=true", "teacher.depth=2"],
+    ("optimizer.layer_decay", "0.5"): [
+        *("optimizer.decay_all=false", "optimizer.weight_decay=0.3", "+trainer.gradient_clip_val=0.1"),
+        "ema_decay=0.9",
+    ],
     ("method", "together"): ["method.parts=[attention,relation,dkd]", "method.weights=[1,0.5,0.1]"],
     ("student", "vit"): SMALL,
     ("student", "report"): SMALL,

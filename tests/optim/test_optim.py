@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vitkd.errors import ConfigError
-from vitkd.optim import AdamW, Constant, WarmupCosine
+from vitkd.optim import SGD, AdamW, Constant, Lion, WarmupCosine
 
 
 def test_adamw_takes_the_values_given():
@@ -37,6 +37,57 @@ def test_adamw_steps_as_the_paper_has_it():
         v = b2 * v + (1 - b2) * g**2
         x = x - lr * decay * x - lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
         torch.testing.assert_close(parameter.detach(), x, atol=1e-14, rtol=0)
+
+
+def test_lion_takes_no_step_that_the_device_has_flagged():
+    """As PyTorch's fused optimisers: whether to step is a tensor's value, which the host never reads."""
+    start = torch.randn(5)
+    parameter = nn.Parameter(start.clone())
+    optimizer = Lion(lr=0.1, weight_decay=0.3).build([parameter])
+    parameter.grad = torch.randn(5)
+    optimizer.step()
+    after, moment = parameter.detach().clone(), optimizer.state[parameter]["exp_avg"].clone()
+    assert not torch.equal(after, start)
+
+    parameter.grad = torch.tensor([torch.nan, torch.inf, -torch.inf, 1, 2])
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+
+    assert torch.equal(parameter.detach(), after)
+    assert torch.equal(optimizer.state[parameter]["exp_avg"], moment)
+    parameter.grad, optimizer.found_inf = torch.randn(5), torch.zeros(())
+    optimizer.step()
+    assert not torch.equal(parameter.detach(), after)
+
+
+def test_lions_rate_may_be_a_tensor_that_keeps_its_place():
+    """So a CUDA graph reads it."""
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    one, other = (Lion(lr=0.1, weight_decay=0.3).build([p]) for p in parameters)
+    one.param_groups[0]["lr"] = torch.tensor(0.1)
+    for parameter, optimizer in zip(parameters, (one, other), strict=True):
+        parameter.grad = torch.tensor([1.0, -1.0, 2.0])
+        optimizer.step()
+
+    torch.testing.assert_close(*parameters)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "message"),
+    [
+        (SGD, {"momentum": 1.0}, "momentum=1.0: must lie in [0, 1)"),
+        (SGD, {"momentum": 0.0}, "nesterov=true: looks ahead by momentum, which is 0; set nesterov=false"),
+        (Lion, {"betas": [0.9]}, "betas=[0.9]: give two numbers in [0, 1)"),
+        (Lion, {"lr": 0.0}, "lr=0.0: must be a finite number above 0"),
+        (AdamW, {"layer_decay": 0.0}, "layer_decay=0.0: must be above 0 and at most 1"),
+        (SGD, {"layer_decay": 1.5}, "layer_decay=1.5: must be above 0 and at most 1"),
+    ],
+)
+def test_what_an_optimizer_cannot_do_is_said_in_one_line(optimizer, settings, message):
+    with pytest.raises(ConfigError) as caught:
+        optimizer(**settings)
+
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(

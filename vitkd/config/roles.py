@@ -91,6 +91,10 @@ ABSENT: dict[str, Any] = {
     "teacher.drop_path_rate": 0.0,
     "method.share_drop_path": False,
     "method.attention.share_drop_path": False,
+    "optimizer.decay_all": True,
+    "optimizer.layer_decay": 1.0,
+    "teacher.optimizer.decay_all": True,
+    "teacher.optimizer.layer_decay": 1.0,
 }
 """Settings that a stored configuration may lack because it is older, and what they were by then.
 

@@ -25,7 +25,7 @@ from vitkd.methods.maps.losses import AttentionLoss
 from vitkd.methods.none import NoDistillation
 from vitkd.methods.weighting import Weighting
 from vitkd.models import ModelConfig
-from vitkd.optim import AdamW, Schedule
+from vitkd.optim import Optimizer, Schedule
 
 PACKAGE = Path(__file__).parents[1]
 # In a wheel conf/ lies inside the package, in a checkout beside it.
@@ -36,7 +36,7 @@ LONGEST_NAME = 160
 
 BASES: dict[str, type] = {
     **{"student": ModelConfig, "method": Method, "weighting": Weighting, "granularity": Granularity},
-    **{"loss": AttentionLoss, "optimizer": AdamW, "schedule": Schedule},
+    **{"loss": AttentionLoss, "optimizer": Optimizer, "schedule": Schedule},
 }
 """group → what its options are, where the group's node describes nothing else"""
 READ_BY_MODELS = (("teacher", "checkpoint"), ("teacher", "weights"), ("student", "weights"))
@@ -111,7 +111,7 @@ class Teacher(TeacherSource):
     """The teacher and how it is trained if it is not stored yet."""
 
     model: ModelConfig
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: Schedule
 
 
@@ -192,7 +192,7 @@ class Config(Root):
     weighting: Weighting
     granularity: Granularity
     loss: AttentionLoss
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: Schedule
     trainer: dict[str, Any]
     """Arguments of Lightning's Trainer."""
@@ -304,6 +304,6 @@ def _teacher(node: dict[str, Any]) -> Teacher:
     return Teacher(
         **vars(instantiate("teacher", TeacherSource, own)),
         model=build("teacher", {k: v for k, v in node.items() if k not in TEACHER_KEYS}, ModelConfig),
-        optimizer=build("teacher.optimizer", node.get("optimizer"), AdamW),
+        optimizer=build("teacher.optimizer", node.get("optimizer"), Optimizer),
         schedule=build("teacher.schedule", node.get("schedule"), Schedule),
     )

@@ -141,6 +141,36 @@ class Model(nn.Module, ABC):
         """The linear layer that makes logits of "pre_logits"; None where it takes more, or no such layer."""
         return None
 
+    def layers(self) -> list[nn.Module]:
+        """What lies between embedding and head, in order: by default `self.blocks`.
+
+        Of a model without blocks, all children but the last.
+        """
+        return [*getattr(self, "blocks", ())] or [*self.children()][:-1]
+
+    def layers_above(self) -> dict[str, int]:
+        """Each parameter's name → how many layers lie above it.
+
+        That is 0 in the head and one more than there are layers in the embedding. A parameter of no layer
+        belongs to the next one, in the order of `named_parameters`: before all layers to the embedding, after
+        them to the head.
+        """
+        named, layers = [*self.named_parameters()], self.layers()
+        number = {id(p): place for place, layer in enumerate(layers, start=1) for p in layer.parameters()}
+        first = next((place for place, (_, p) in enumerate(named) if id(p) in number), 0)
+        above, current = {}, len(layers) + 1
+        for place, (name, parameter) in reversed([*enumerate(named)]):
+            current = number.get(id(parameter), current) if place >= first else 0
+            above[name] = len(layers) + 1 - current
+        return above
+
+    def undecayed(self) -> set[str]:
+        """The names of the parameters that usual recipes spare weight decay: all but weights of matrices.
+
+        That is norms, biases, positions and tokens.
+        """
+        return {name for name, parameter in self.named_parameters() if not is_matrix(name, parameter)}
+
     @abstractmethod
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [*S, B, C, H, W], and return what `taps` asks for at the least cost."""
@@ -148,6 +178,11 @@ class Model(nn.Module, ABC):
     def trace(self, images: Tensor) -> Trace:
         """Classify images [*S, B, C, H, W] and keep every block's attention weights and tokens."""
         raise NotImplementedError(f"{type(self).__name__} has no attention maps")
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter, of one model and no stack, is the weight of a linear map or a convolution."""
+    return name.endswith("weight") and parameter.ndim >= 2
 
 
 def count_parameters(model: nn.Module) -> int:

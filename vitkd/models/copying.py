@@ -11,7 +11,7 @@ from math import inf, log
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkd.models.base import Model, ModelConfig, Trace, configuration
 from vitkd.models.output import LOGITS, OUTER, AttentionLayout, Output, Taps, select
@@ -97,6 +97,9 @@ class CopyingModel(Model):
     def blocks(self) -> Any:
         """The student's, for explanations that read their norms."""
         return self.student.blocks
+
+    def layers(self) -> list[nn.Module]:
+        return self.student.layers()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -109,6 +109,13 @@ class Merged(Model):
                 assert student.classifier is not None
                 student.classifier.requires_grad_()
 
+    def layers_above(self) -> dict[str, int]:
+        return {
+            f"students.{number}.{name}": above
+            for number, student in enumerate(self.students)
+            for name, above in student.layers_above().items()  # type: ignore[operator]
+        }
+
     def train(self, mode: bool = True) -> Self:
         """As nn.Module has it, but students whose heads alone are trained stay in eval mode."""
         super().train(mode)

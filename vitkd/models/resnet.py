@@ -186,6 +186,10 @@ class ResNet(Model):
     def classifier(self) -> nn.Linear:
         return cast(nn.Linear, self.network.fc)
 
+    def layers(self) -> list[nn.Module]:
+        stages = [name.replace("stage", "layer") for name in self.stages]
+        return [block for stage in stages for block in self.network.get_submodule(stage).children()]
+
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [B, C, H, W]; the features are "stage1", …, one a stage, and "pre_logits"."""
         taps.assert_exist(0, (*self.stages, "pre_logits"))

@@ -184,9 +184,8 @@ class LoggedModule(L.LightningModule):
         scheduler.step()
 
     def learning_rates(self, scheduler: Any) -> list[float]:
-        """The learning rate now, of each student."""
-        rates: list[float] = scheduler.get_last_lr()
-        return rates
+        """The learning rate now, of each student; the head's, where each layer has one of its own."""
+        return [max(scheduler.get_last_lr())]
 
     def average_weights(self) -> None:
         """The end of each step, within a CUDA graph of it."""

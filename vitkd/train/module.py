@@ -12,13 +12,14 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from vitkd.data import Batch
 from vitkd.methods.base import Objective
 from vitkd.methods.weighting import Constant, Weighting
 from vitkd.models import Model, Output, Taps, describe
 from vitkd.models.output import LOGITS, at_least_float32
-from vitkd.optim import AdamW, Schedule, trained_by
+from vitkd.optim import Optimizer, Schedule, grouped, places, trained_by
 from vitkd.train.cuda_graph import GraphedStep, take_step
 from vitkd.train.logged import LoggedModule
 from vitkd.train.losses import (
@@ -53,7 +54,7 @@ class DistillModule(LoggedModule):
     def __init__(
         self,
         model: Model,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         schedule: Schedule,
         label_smoothing: float = 0.0,
         *,
@@ -66,6 +67,7 @@ class DistillModule(LoggedModule):
         assert objective is None or teacher is not None, "an objective compares with a teacher"
         self.model, self.objective = model, objective
         self.optimizer, self.schedule, self.label_smoothing = optimizer, schedule, label_smoothing
+        self.places = places(optimizer, model, objective)  # by now: fsdp changes shapes and names
         self.alpha, self.weighting = 1.0 if objective is None else alpha, weighting or Constant()
         # In a tuple PyTorch does not see it: it moves with the module, but is not trained, averaged, saved or
         # shared among processes.
@@ -265,11 +267,9 @@ class DistillModule(LoggedModule):
     def configure_optimizers(self) -> Any:
         # A fused optimiser unscales gradients itself, too late for clipping them.
         clips = self.trainer.gradient_clip_val is not None and self.trainer.precision == "16-mixed"
-        optimizer = self.optimizer.build((p for p in self.parameters() if p.requires_grad), fused=not clips)
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.schedule.factor(step, total_steps)
-        )
+        optimizer = self.optimizer.build(grouped(self.optimizer, self.parameters(), self.places), not clips)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

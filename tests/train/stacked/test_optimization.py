@@ -2,16 +2,23 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vitkd.optim import AdamW, Constant, WarmupCosine
+from vitkd.optim import SGD, AdamW, Constant, Lion, Optimizer, Place, WarmupCosine, grouped
 from vitkd.train.stacked.fit import take_entries
-from vitkd.train.stacked.optimization import OptimSettings, StackedAdamW, StackedSchedule
+from vitkd.train.stacked.optimization import (
+    OptimSettings,
+    StackedOptimizer,
+    StackedSchedule,
+    stacked_optimizer,
+)
 
 STEPS = 12
+EVERYWHERE = Place(lr_scale=1.0, decays=True)
 PACES = [
     OptimSettings(AdamW(lr=0.1, weight_decay=0.3), WarmupCosine(warmup=0.3)),
     OptimSettings(AdamW(lr=0.01, weight_decay=0.0), Constant()),
@@ -19,12 +26,19 @@ PACES = [
 ]
 
 
+def optimizer_of(
+    parameter: nn.Parameter, paces: Sequence[OptimSettings], place: Place = EVERYWHERE
+) -> StackedOptimizer:
+    """The students' optimiser of one parameter [S, …]."""
+    return stacked_optimizer(grouped(paces[0].optimizer, [parameter], [place]), paces)
+
+
 class Steps:
     """Optimiser and schedule of one parameter, [S, 4], with gradients that are functions of the step."""
 
     def __init__(self, paces: Sequence[OptimSettings], start: Tensor) -> None:
         self.parameter = nn.Parameter(start.clone())
-        self.optimizer = StackedAdamW([self.parameter], paces)
+        self.optimizer = optimizer_of(self.parameter, paces)
         self.schedule = StackedSchedule(self.optimizer, paces, STEPS)
 
     def take(self, steps: range, students: Sequence[int]) -> None:
@@ -51,6 +65,43 @@ def alone(student: int, start: Tensor) -> Tensor:
 @pytest.fixture
 def start() -> Tensor:
     return torch.randn(3, 4, dtype=torch.float64)
+
+
+OPTIMIZERS: list[Optimizer] = [
+    AdamW(lr=0.1, weight_decay=0.3),
+    SGD(lr=0.1, weight_decay=0.3),
+    SGD(lr=0.1, weight_decay=0.3, momentum=0.0, nesterov=False),
+    Lion(lr=0.01, weight_decay=0.3),
+]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("decays", [True, False])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda each: type(each).__name__)
+def test_every_optimizer_and_group_goes_as_it_goes_alone(optimizer, decays, alike, start):
+    """Beside PyTorch's own optimiser of a parameter at a quarter of the rate, with or without decay."""
+    first = OptimSettings(optimizer, WarmupCosine(warmup=0.3))
+    second = first if alike else OptimSettings(replace(optimizer, lr=0.02, weight_decay=0.1), Constant())
+    paces, place = [first, second], Place(lr_scale=0.25, decays=decays)
+    together = nn.Parameter(start[:2].clone())
+    stacked = optimizer_of(together, paces, place)
+    schedule = StackedSchedule(stacked, paces, STEPS)
+    apart = [nn.Parameter(values.clone()) for values in start[:2]]
+    own = [
+        replace(s.optimizer, lr=s.optimizer.lr / 4, weight_decay=decays * s.optimizer.weight_decay).build([p])
+        for s, p in zip(paces, apart, strict=True)
+    ]
+    for step in range(STEPS):
+        together.grad = torch.cos(together.detach() * (1 + step))
+        stacked.step()
+        schedule.step()
+        for pace, parameter, optimizer in zip(paces, apart, own, strict=True):
+            optimizer.param_groups[0]["lr"] = pace.rate(step, STEPS) / 4
+            parameter.grad = torch.cos(parameter.detach() * (1 + step))
+            optimizer.step()
+
+    for student, parameter in enumerate(apart):
+        torch.testing.assert_close(together[student], parameter, rtol=1e-12, atol=1e-14)
 
 
 def test_each_goes_as_it_goes_alone(start):
@@ -85,7 +136,7 @@ def test_rates_and_decays_are_not_rounded_as_bf16_weights_are(start):
     stacked.take(range(3), range(3))
 
     assert stacked.optimizer.rates.tolist() == pytest.approx(stacked.schedule.get_last_lr(), rel=1e-6)
-    assert stacked.optimizer.decays.tolist() == pytest.approx([0.3, 0.0, 0.3], rel=1e-6)
+    assert stacked.optimizer.decays[0].tolist() == pytest.approx([0.3, 0.0, 0.3], rel=1e-6)
     assert stacked.parameter.dtype == torch.bfloat16
 
 
@@ -93,12 +144,12 @@ def test_rates_and_decays_are_not_rounded_as_bf16_weights_are(start):
 def test_what_was_laid_out_otherwise_is_continued_all_the_same(paces):
     start, gradients = torch.randn(3, 4, 5), torch.randn(2, 3, 4, 5)
 
-    def step(parameter: nn.Parameter, optimizer: StackedAdamW, gradient: Tensor) -> None:
+    def step(parameter: nn.Parameter, optimizer: StackedOptimizer, gradient: Tensor) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(gradient)
         optimizer.step()
 
     plain, turned = (nn.Parameter(values) for values in (start.clone(), start.mT.contiguous().mT))
-    first, second = (StackedAdamW([parameter], paces) for parameter in (plain, turned))
+    first, second = (optimizer_of(parameter, paces) for parameter in (plain, turned))
     for optimizer in (first, second):
         StackedSchedule(optimizer, paces, STEPS)  # sets the rates
     step(plain, first, gradients[0])

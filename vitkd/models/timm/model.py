@@ -195,6 +195,18 @@ class TimmModel(Model):
         layer = self.network.get_classifier()  # type: ignore[operator]
         return layer if isinstance(layer, nn.Linear) and layer.bias is not None else None
 
+    def layers_above(self) -> dict[str, int]:
+        from timm.models import group_parameters
+
+        network: Any = self.network
+        layer = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+        return {f"network.{name}": max(layer.values()) - number for name, number in layer.items()}
+
+    def undecayed(self) -> set[str]:
+        network: Any = self.network
+        own = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+        return super().undecayed() | {f"network.{name}" for name in own}
+
     def forward(self, images: Tensor, taps: Taps = LOGITS) -> Output:
         """Classify images [B, C, H, W], and return what `taps` asks for.
 

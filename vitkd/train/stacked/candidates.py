@@ -86,7 +86,7 @@ def why_alone(member: Candidate) -> str | None:
         return f"debug={member.config.debug} looks at one student"
     if student.why_alone:
         return f"student={student}: {student.why_alone}"
-    if reason := member.config.method.why_alone:
+    if reason := member.config.method.why_alone or member.config.optimizer.why_alone:
         return reason
     if machine.processes > 1:
         return f"it uses {machine.processes} processes"

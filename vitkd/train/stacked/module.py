@@ -19,7 +19,7 @@ from vitkd.methods.weighting import Constant, cross_entropy
 from vitkd.models import Model, Output, Taps
 from vitkd.models.dropout import drop_by
 from vitkd.models.output import LOGITS, at_least_float32
-from vitkd.optim import trained_by
+from vitkd.optim import grouped, trained_by
 from vitkd.train.guard import FiniteGuard
 from vitkd.train.losses import Losses, TermWeights, Transfer, transfer_of, with_zero_gradients
 from vitkd.train.module import DistillModule
@@ -27,10 +27,10 @@ from vitkd.train.stacked.dropout import streams_on
 from vitkd.train.stacked.groups import JobGroup, group_jobs, shares
 from vitkd.train.stacked.optimization import (
     OptimSettings,
-    StackedAdamW,
     StackedSchedule,
-    along,
+    clip_each,
     per_student_norm,
+    stacked_optimizer,
 )
 
 
@@ -71,6 +71,7 @@ class StackedModule(DistillModule):
         super().__init__(stacked, first.optimizer, first.schedule, teacher=teachers[0] if teachers else None)
         self.guard = FiniteGuard("this student is given up, the others of its stack continue")
         self.weightings = [(module.weighting, module.alpha) for module in modules]
+        self.places = first.places  # those of one student: a stack's shapes do not tell matrices from vectors
         self.optim_settings = [OptimSettings(module.optimizer, module.schedule) for module in trained]
         self.groups = group_jobs(modules, self.student_of)
         self._distilled = {job for group in self.groups if group.distils for job in group.jobs}
@@ -201,7 +202,8 @@ class StackedModule(DistillModule):
             raise RunError(next(iter(self.failed.values())))
 
     def configure_optimizers(self) -> Any:
-        optimizer = StackedAdamW(self.model.parameters(), self.optim_settings)
+        groups = grouped(self.optimizer, self.model.parameters(), self.places)
+        optimizer = stacked_optimizer(groups, self.optim_settings)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = StackedSchedule(optimizer, self.optim_settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -214,11 +216,7 @@ class StackedModule(DistillModule):
         return self.of_jobs(per_student_norm(gradients))
 
     def clip_norm(self, parameters: list[Tensor], most: float) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        # As clip_grad_norm_ does for one model.
-        share = (most / (per_student_norm(gradients) + 1e-6)).clamp(max=1)
-        for gradient in gradients:
-            gradient.mul_(along(share, gradient))
+        clip_each([p.grad for p in parameters if p.grad is not None], most)
 
     def curves(self, means: dict[str, list[float]]) -> list[dict[str, float]]:
         compared = {"transfer_loss", "class_weight", "transfer_weight"} & means.keys()
