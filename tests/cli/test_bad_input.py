@@ -178,7 +178,7 @@ TRAIN = [
     ("dataset._target_=builtins.open", "dataset._target_=builtins.open", "vitkd's own Dataset"),
     ("method._target_=subprocess.Popen", "method._target_=subprocess.Popen", "vitkd's own Method"),
     ("method._target_=vitkd.cli.os", "method._target_=vitkd.cli.os", "vitkd's own Method"),
-    ("optimizer._target_=vitkd.methods.maps.losses.KL", "optimizer._target_=", "vitkd's own AdamW"),
+    ("optimizer._target_=vitkd.methods.maps.losses.KL", "optimizer._target_=", "vitkd's own Optimizer"),
     ("loss._target_=vitkd.methods.maps.losses.DistributionLoss", "loss._target_="),
     ("dataset._target_=vitkd.data.Dataset", "dataset._target_="),
     # data

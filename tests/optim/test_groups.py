@@ -1,4 +1,4 @@
-"""Which learning rate and weight decay each parameter gets, beside timm's groups and plain optimisers' steps."""
+"""Which rate and weight decay each parameter gets, beside timm's groups and plain optimisers' steps."""
 
 from typing import Any
 
