@@ -56,6 +56,7 @@ SHARED_DROP_PATH = ("method", "attention, drop path shared")
 OPTIONS.append(SHARED_DROP_PATH)
 # Learning rates layer by layer, clipped and averaged.
 OPTIONS.append(("optimizer.layer_decay", "0.5"))
+OPTIONS += [("student.init", "mimetic"), ("student.init", "weight_selection")]
 # What an option needs besides to suit the others' defaults.
 SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {

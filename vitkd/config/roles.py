@@ -66,6 +66,7 @@ ROLES: dict[str, Separates] = {
     "dataset.root": Separates.ALL & ~Separates.TEACHERS,
     # Likewise a file with weights to begin with.
     "student.weights": Separates.ALL & ~Separates.TEACHERS,
+    "student.init_from": Separates.ALL & ~Separates.TEACHERS,
     # Of students that are merged: their paths would make a long name.
     "student.runs": Separates.ALL & ~Separates.NAMES,
     "student.seed": Separates.RUNS,
@@ -91,6 +92,12 @@ ABSENT: dict[str, Any] = {
     "teacher.drop_path_rate": 0.0,
     "method.share_drop_path": False,
     "method.attention.share_drop_path": False,
+    "student.init": None,
+    "student.init_layers": "first",
+    "student.init_from": None,
+    "teacher.init": None,
+    "teacher.init_layers": "first",
+    "teacher.init_from": None,
     "optimizer.decay_all": True,
     "optimizer.layer_decay": 1.0,
     "teacher.optimizer.decay_all": True,

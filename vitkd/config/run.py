@@ -39,7 +39,10 @@ BASES: dict[str, type] = {
     **{"loss": AttentionLoss, "optimizer": Optimizer, "schedule": Schedule},
 }
 """group → what its options are, where the group's node describes nothing else"""
-READ_BY_MODELS = (("teacher", "checkpoint"), ("teacher", "weights"), ("student", "weights"))
+READ_BY_MODELS = (
+    *(("teacher", "checkpoint"), ("teacher", "weights"), ("student", "weights")),
+    *(("teacher", "init_from"), ("student", "init_from")),
+)
 """settings that name files with weights"""
 GROUPS = ("dataset", "teacher", "trainer", "logger", *BASES)
 

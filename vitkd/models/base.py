@@ -71,6 +71,9 @@ class ModelConfig(ABC):
         """The file with the weights that training begins with, if it begins with those of a file."""
         return None
 
+    def check_source(self, teacher: "ModelConfig | None") -> None:  # noqa: B027, most begin at random
+        """ConfigError where first weights come from those of a `teacher` that is missing or unfit."""
+
     def untrained(self) -> str:
         """Which weights training begins with, in words; ConfigError if they are of no use without it."""
         return "random weights"

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, check, check_at_least, check_choice
-from vitkd.models.base import Model, ModelConfig, Trace
+from vitkd.models.base import Model, Trace
 from vitkd.models.dropout import Dropout, DropPath
+from vitkd.models.initialisation import MIMETIC, InitialisedConfig
 from vitkd.models.layers import MLP, Attention, Block, LayerNorm, Linear, PatchEmbedding
+from vitkd.models.mimetic import make_mimetic
 from vitkd.models.output import LOGITS, OUTER, AttentionLayout, BlockTaps, Output, Taps
 from vitkd.models.small_data import LocalityAttention, ShiftedPatchTokenization
 
@@ -28,7 +30,7 @@ NO_SCORES: Mapping[int, Tensor] = MappingProxyType({})
 
 
 @dataclass(repr=False)
-class ViTConfig(ModelConfig):
+class ViTConfig(InitialisedConfig):
     """Everything that determines a ViT's shape."""
 
     why_alone = None
@@ -150,6 +152,14 @@ class ViTConfig(ModelConfig):
 
     def architecture(self) -> "ViT":
         return ViT(self)
+
+    def build(self) -> "ViT":
+        model = self.architecture()
+        if self.init == MIMETIC:
+            layers = [(block.attention.qkv, block.attention.out) for block in model.blocks]  # type: ignore[union-attr]
+            make_mimetic(layers, model.positions, self.attention_layouts()[0])  # type: ignore[arg-type]
+        self.select_from_file(model)
+        return model
 
 
 class ViT(Model):

@@ -16,6 +16,8 @@ from vitkd.data import Batch, ImageDataModule
 from vitkd.errors import ConfigError, RunError, one_line
 from vitkd.methods.base import DataFacts
 from vitkd.models import Model
+from vitkd.models.initialisation import InitialisedConfig
+from vitkd.models.selection import select_weights
 from vitkd.train.losses import Losses
 from vitkd.train.module import DistillModule
 
@@ -27,6 +29,8 @@ def build_module(settings: Config, student: Model, teacher: Model | None, data: 
     objective = None
     if settings.method.needs_teacher:
         assert teacher is not None
+        if isinstance(settings.student, InitialisedConfig) and settings.student.selects_from_teacher:
+            select_weights(student, teacher, settings.student.init_layers)
         if settings.weighting.distils(settings.alpha):
             settings.method.set_first_weights(student, teacher)
         objective = settings.method.objective(student, teacher, settings, data)

@@ -99,7 +99,12 @@ def check_pair(config: Config, given: Model | None) -> None:
     """ConfigError if the student cannot learn from its teacher by the chosen method."""
     teacher = given.config if given else config.teacher.model
     of_options = {"student": config.student} | ({} if given else {"teacher": teacher})
+    if config.method.needs_teacher and given is None:
+        with naming("teacher."):
+            config.teacher.model.check_source(None)
     with calling_by_option(of_options):
+        with naming("student."):
+            config.student.check_source(teacher if config.method.needs_teacher else None)
         config.method.check(config.student, teacher, config)
 
 

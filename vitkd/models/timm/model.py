@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, from_extra
-from vitkd.models.base import Model, ModelConfig, Trace
+from vitkd.models.base import Model, Trace
+from vitkd.models.initialisation import MIMETIC, InitialisedConfig
 from vitkd.models.layers import AttentionOutput
+from vitkd.models.mimetic import make_mimetic
 from vitkd.models.output import (
     INNER,
     LOGITS,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(repr=False)
-class TimmConfig(ModelConfig):
+class TimmConfig(InitialisedConfig):
     """A model of `timm.create_model`, beginning with random weights, pretrained ones or those of a file.
 
     It is given every image in the size and normalisation that timm's own configuration of it says. Its head
@@ -70,6 +72,14 @@ class TimmConfig(ModelConfig):
                 "deit_tiny_distilled_patch16_224, or method=logit"
             )
         assert self.facts
+        self._check_init()
+
+    def _check_init(self) -> None:
+        if self.init is not None and (self.pretrained or self.weights is not None):
+            given = f"weights={self.weights}" if self.weights else "pretrained=true"
+            raise ConfigError(f"init={self.init}: {given} is what it begins with; set one of the two")
+        if self.init == MIMETIC and (kind := self.facts.architecture) != "VisionTransformer":
+            raise ConfigError(f"init=mimetic: {self.name} is a {kind} of timm's; choose a VisionTransformer")
 
     def __str__(self) -> str:
         facts, layouts = self.facts, self.attention_layouts()
@@ -121,10 +131,12 @@ class TimmConfig(ModelConfig):
         return self.facts.layouts.get(part, ())
 
     def prepare(self) -> None:
+        super().prepare()
         if self.pretrained or self.weights:
             self.first_network()
 
     def check_files(self) -> None:
+        super().check_files()
         if self.weights is not None:
             from vitkd.models.timm.weights import check_file
 
@@ -145,7 +157,7 @@ class TimmConfig(ModelConfig):
 
     @property
     def weights_file(self) -> str | None:
-        return self.weights
+        return self.weights or super().weights_file
 
     def architecture(self) -> "TimmModel":
         from vitkd.models.timm.create import created
@@ -157,7 +169,13 @@ class TimmConfig(ModelConfig):
 
         if self.pretrained or self.weights:
             say_new_head(self.name, classes_of(self.name, self.weights), self.num_classes)
-        return TimmModel(self, self.first_network())
+        model = TimmModel(self, self.first_network())
+        if self.init == MIMETIC:
+            network: Any = model.network
+            layers = [(block.attn.qkv, block.attn.proj) for block in network.blocks]
+            make_mimetic(layers, network.pos_embed, self.attention_layouts()[0])
+        self.select_from_file(model)
+        return model
 
     def first_network(self) -> nn.Module:
         """timm's network as training begins with it; ConfigError if its weights are missing or do not fit."""
