@@ -19,6 +19,7 @@ from vitkd.data import Batch
 from vitkd.data.hashing import key_of, random_bits
 from vitkd.errors import RunError
 from vitkd.models import Taps
+from vitkd.optim import SGD, AdamW, Lion
 from vitkd.train.cuda_graph import GraphedStep
 from vitkd.train.guard import FiniteGuard
 from vitkd.train.module import DistillModule
@@ -144,9 +145,10 @@ def test_two_runs_are_equal_bit_for_bit(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_bad_step_is_held_back_without_waiting_for_the_device():
+@pytest.mark.parametrize("settings", [AdamW(), SGD(), Lion()], ids=["adamw", "sgd", "lion"])
+def test_a_bad_step_is_held_back_without_waiting_for_the_device(settings):
     weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
-    optimizer, guard = torch.optim.AdamW([weight], fused=True), FiniteGuard()
+    optimizer, guard = settings.build([weight]), FiniteGuard()
     images = torch.arange(2, device="cuda")
 
     def take(gradient: torch.Tensor) -> None:
@@ -217,11 +219,16 @@ def test_replayed_steps_are_those_taken_one_by_one(command, tmp_path, precision)
         ("granularity=encoder", "granularity.head_map=squeeze", "student.num_heads=2"),
         ("method=token", "teacher=resnet", "teacher.stem=small", "teacher.max_epochs=1"),
         ("method=token", "method.targets=soft", "method.attention_weight=1"),
+        ("optimizer=sgd", "+trainer.gradient_clip_val=1"),
+        ("optimizer=lion", "optimizer.decay_all=false", "optimizer.layer_decay=0.5"),
         ("method=logit", "student.distillation_token=true"),
         ("method=logit", "method.standardize=true"),
         ("method=together", "method.parts=[attention,relation,dkd]", "method.weights=[1,1,0.1]"),
     ],
-    ids=["spt-lsa", "squeezed", "resnet", "token-attention", "logit", "standardized", "together"],
+    ids=[
+        *("spt-lsa", "squeezed", "resnet", "token-attention", "sgd", "lion", "logit", "standardized"),
+        "together",
+    ],
 )
 def test_replayed_steps_of_other_models_are_those_taken_one_by_one(command, tmp_path, own):
     settings = [*TRAINING, "student.dropout=0", *own, f"paths.outputs={tmp_path}"]

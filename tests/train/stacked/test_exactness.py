@@ -101,12 +101,13 @@ VARIANTS = {
     "one": [
         *("student.dropout=0.1", "student.emb_dropout=0.1", "ema_decay=0.9", "log_every_n_steps=1"),
         *("+trainer.gradient_clip_val=0.05", "student.drop_path_rate=0.2"),
+        *("optimizer.decay_all=false", "optimizer.layer_decay=0.75"),
     ],
     "two": [
         *("trainer.accumulate_grad_batches=2", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"),
         *("+trainer.gradient_clip_val=0.001", "+trainer.gradient_clip_algorithm=value", "teacher.cache=off"),
     ],
-    "three": ["trainer.precision=64-true", "dataset.val_fraction=0"],
+    "three": ["trainer.precision=64-true", "dataset.val_fraction=0", "student.init=weight_selection"],
 }
 
 
