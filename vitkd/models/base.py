@@ -144,7 +144,7 @@ class Model(nn.Module, ABC):
         """The linear layer that makes logits of "pre_logits"; None where it takes more, or no such layer."""
         return None
 
-    def layers(self) -> list[nn.Module]:
+    def layers_in_order(self) -> list[nn.Module]:
         """What lies between embedding and head, in order: by default `self.blocks`.
 
         Of a model without blocks, all children but the last.
@@ -158,7 +158,7 @@ class Model(nn.Module, ABC):
         belongs to the next one, in the order of `named_parameters`: before all layers to the embedding, after
         them to the head.
         """
-        named, layers = [*self.named_parameters()], self.layers()
+        named, layers = [*self.named_parameters()], self.layers_in_order()
         number = {id(p): place for place, layer in enumerate(layers, start=1) for p in layer.parameters()}
         first = next((place for place, (_, p) in enumerate(named) if id(p) in number), 0)
         above, current = {}, len(layers) + 1

@@ -98,8 +98,8 @@ class CopyingModel(Model):
         """The student's, for explanations that read their norms."""
         return self.student.blocks
 
-    def layers(self) -> list[nn.Module]:
-        return self.student.layers()
+    def layers_in_order(self) -> list[nn.Module]:
+        return self.student.layers_in_order()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

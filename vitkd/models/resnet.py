@@ -186,7 +186,7 @@ class ResNet(Model):
     def classifier(self) -> nn.Linear:
         return cast(nn.Linear, self.network.fc)
 
-    def layers(self) -> list[nn.Module]:
+    def layers_in_order(self) -> list[nn.Module]:
         stages = [name.replace("stage", "layer") for name in self.stages]
         return [block for stage in stages for block in self.network.get_submodule(stage).children()]
 

@@ -200,7 +200,7 @@ class ViT(Model):
     def classifier(self) -> nn.Linear | None:
         return self.head if self.distillation_token is None else None
 
-    def layers(self) -> list[nn.Module]:
+    def layers_in_order(self) -> list[nn.Module]:
         # The last norm as timm has it, with the last block.
         return [*self.blocks[:-1], nn.ModuleList([self.blocks[-1], self.norm])]
 

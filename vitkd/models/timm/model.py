@@ -78,7 +78,8 @@ class TimmConfig(InitialisedConfig):
         if self.init is not None and (self.pretrained or self.weights is not None):
             given = f"weights={self.weights}" if self.weights else "pretrained=true"
             raise ConfigError(f"init={self.init}: {given} is what it begins with; set one of the two")
-        if self.init == MIMETIC and (kind := self.facts.architecture) != "VisionTransformer":
+        kind = self.facts.architecture
+        if self.init == MIMETIC and not (kind == "VisionTransformer" and self.attention_layouts()):
             raise ConfigError(f"init=mimetic: {self.name} is a {kind} of timm's; choose a VisionTransformer")
 
     def __str__(self) -> str:
@@ -171,11 +172,15 @@ class TimmConfig(InitialisedConfig):
             say_new_head(self.name, classes_of(self.name, self.weights), self.num_classes)
         model = TimmModel(self, self.first_network())
         if self.init == MIMETIC:
-            network: Any = model.network
-            layers = [(block.attn.qkv, block.attn.proj) for block in network.blocks]
-            make_mimetic(layers, network.pos_embed, self.attention_layouts()[0])
+            self._make_mimetic(model.network)
         self.select_from_file(model)
         return model
+
+    def _make_mimetic(self, network: Any) -> None:
+        if network.pos_embed is None:
+            raise ConfigError(f"init=mimetic: {self.name} has no position embedding; set init=null")
+        layers = [(block.attn.qkv, block.attn.proj) for block in network.blocks]
+        make_mimetic(layers, network.pos_embed, self.attention_layouts()[0])
 
     def first_network(self) -> nn.Module:
         """timm's network as training begins with it; ConfigError if its weights are missing or do not fit."""
