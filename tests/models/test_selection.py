@@ -9,6 +9,7 @@ import torch
 from vitkd.errors import ConfigError
 from vitkd.models import Model, TimmConfig, save_model
 from vitkd.models.selection import evenly_spaced, select_weights
+from vitkd.runs.seeding import first_weights
 
 HALF = [0.5, 0.5, 0.5]
 LARGE = {"embed_dim": 24, "depth": 6, "num_heads": 4, "head_dim": 8, "mlp_dim": 32}
@@ -124,7 +125,7 @@ def test_a_named_run_is_selected_from_at_the_beginning(what, tiny, tmp_path):
 
     config.check_files()
     config.check_source(None)
-    student = config.build()
+    student = first_weights(0, config)
 
     expected = every(numpy_of(source)["blocks.2.mlp.expand.weight"], (16, 12))
     np.testing.assert_array_equal(numpy_of(student)["blocks.2.mlp.expand.weight"], expected)

@@ -1,13 +1,16 @@
-"""The settings by which a model begins with other than the usual random weights."""
+"""The settings by which a model begins with other than the usual random weights.
+
+`build` begins with mimetic ones; what weights are selected from is not known before a run is.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from vitkd.errors import ConfigError, check_choice, naming
-from vitkd.models.base import Model, ModelConfig
-from vitkd.models.selection import LAYERS, select_weights, sources_of
+from vitkd.errors import ConfigError, check_choice
+from vitkd.models.base import ModelConfig
+from vitkd.models.selection import LAYERS, sources_of
 
 MIMETIC, SELECTION = "mimetic", "weight_selection"
 
@@ -63,16 +66,3 @@ class InitialisedConfig(ModelConfig):
             )
         with torch.device("meta"):
             sources_of(self.architecture(), teacher.architecture(), self.init_layers)
-
-    def prepare(self) -> None:
-        if self.init is not None:
-            self.build()
-
-    def select_from_file(self, model: Model) -> None:
-        """Let `model` begin with weights of the model in a file, if one is named."""
-        from vitkd.models.weights import load_model  # knows all configurations, this one too
-
-        if self.init_from is not None:
-            with naming("init_from="):
-                source = load_model(self.init_from)
-            select_weights(model, source, self.init_layers)

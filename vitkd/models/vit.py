@@ -158,7 +158,6 @@ class ViTConfig(InitialisedConfig):
         if self.init == MIMETIC:
             layers = [(block.attention.qkv, block.attention.out) for block in model.blocks]  # type: ignore[union-attr]
             make_mimetic(layers, model.positions, self.attention_layouts()[0])  # type: ignore[arg-type]
-        self.select_from_file(model)
         return model
 
 

@@ -5,7 +5,10 @@ import zlib
 import numpy as np
 import torch
 
-from vitkd.models import Model, ModelConfig
+from vitkd.errors import naming
+from vitkd.models import Model, ModelConfig, load_model
+from vitkd.models.initialisation import InitialisedConfig
+from vitkd.models.selection import select_weights
 
 WEIGHTS, ORDER, DROPOUT = range(3)
 
@@ -27,6 +30,14 @@ def seed_generators(seed: int, stream: int, model: object, process: int = 0) -> 
 
 
 def first_weights(seed: int, config: ModelConfig) -> Model:
-    """A model with its initial weights; PyTorch's generators are left in the state after building it."""
+    """A model with its initial weights; PyTorch's generators are left in the state after building it.
+
+    Raises ConfigError if a file that some of them come from cannot be read, or does not suit the model.
+    """
     seed_generators(seed, WEIGHTS, config)
-    return config.build()
+    model = config.build()
+    if isinstance(config, InitialisedConfig) and config.source_file is not None:
+        with naming("init_from="):
+            source = load_model(config.source_file)
+        select_weights(model, source, config.init_layers)
+    return model

@@ -20,6 +20,7 @@ from vitkd.errors import ConfigError, naming
 from vitkd.evaluate.measure import evaluate, measure_both
 from vitkd.explain.maps.recording import has_maps
 from vitkd.models import Model, ModelConfig, count_parameters, digest, save_model
+from vitkd.models.initialisation import InitialisedConfig
 from vitkd.process.distributed import agree, is_first, rank, wait_for_all
 from vitkd.runs.curves import CurveLogger
 from vitkd.runs.folder import RunFolder
@@ -43,6 +44,8 @@ def prepare(group: str, model: ModelConfig) -> None:
     """Fetch what building `model` takes from a network; ConfigError, naming its group, if that fails."""
     with naming(f"{group}."):
         model.prepare()
+        if isinstance(model, InitialisedConfig) and model.init is not None:
+            first_weights(0, model)  # by now: what cannot be had should leave no run behind
 
 
 def load_data(config: Config) -> ImageDataModule:

@@ -1,4 +1,4 @@
-"""Networks of timm's by name and options, with random weights."""
+"""Networks of timm's by name and options, with random weights, and those that `init` gives them."""
 
 import inspect
 import logging
@@ -11,6 +11,8 @@ import timm
 from torch import nn
 
 from vitkd.errors import ConfigError, one_line, suggest
+from vitkd.models.mimetic import make_mimetic
+from vitkd.models.output import AttentionLayout
 
 Options = Mapping[str, Any]
 
@@ -74,6 +76,14 @@ def arguments_of(architecture: type[nn.Module]) -> set[str]:
                 p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
             }
     return names - {"device", "dtype"}
+
+
+def begin_mimetic(name: str, network: Any, layout: AttentionLayout) -> None:
+    """Let a VisionTransformer begin as `make_mimetic` has it; ConfigError if it has no positions."""
+    if network.pos_embed is None:
+        raise ConfigError(f"init=mimetic: {name} has no position embedding; set init=null")
+    layers = [(block.attn.qkv, block.attn.proj) for block in network.blocks]
+    make_mimetic(layers, network.pos_embed, layout)
 
 
 def created(name: str, num_classes: int, options: Options) -> nn.Module:

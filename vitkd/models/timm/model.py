@@ -18,7 +18,6 @@ from vitkd.errors import ConfigError, from_extra
 from vitkd.models.base import Model, Trace
 from vitkd.models.initialisation import MIMETIC, InitialisedConfig
 from vitkd.models.layers import AttentionOutput
-from vitkd.models.mimetic import make_mimetic
 from vitkd.models.output import (
     INNER,
     LOGITS,
@@ -132,7 +131,6 @@ class TimmConfig(InitialisedConfig):
         return self.facts.layouts.get(part, ())
 
     def prepare(self) -> None:
-        super().prepare()
         if self.pretrained or self.weights:
             self.first_network()
 
@@ -166,21 +164,15 @@ class TimmConfig(InitialisedConfig):
         return TimmModel(self, created(self.name, self.num_classes, self.options))
 
     def build(self) -> "TimmModel":
+        from vitkd.models.timm.create import begin_mimetic
         from vitkd.models.timm.weights import classes_of, say_new_head
 
         if self.pretrained or self.weights:
             say_new_head(self.name, classes_of(self.name, self.weights), self.num_classes)
         model = TimmModel(self, self.first_network())
         if self.init == MIMETIC:
-            self._make_mimetic(model.network)
-        self.select_from_file(model)
+            begin_mimetic(self.name, model.network, self.attention_layouts()[0])
         return model
-
-    def _make_mimetic(self, network: Any) -> None:
-        if network.pos_embed is None:
-            raise ConfigError(f"init=mimetic: {self.name} has no position embedding; set init=null")
-        layers = [(block.attn.qkv, block.attn.proj) for block in network.blocks]
-        make_mimetic(layers, network.pos_embed, self.attention_layouts()[0])
 
     def first_network(self) -> nn.Module:
         """timm's network as training begins with it; ConfigError if its weights are missing or do not fit."""
