@@ -130,6 +130,24 @@ def test_some_of_a_stack_go_on_at_their_own_pace(students, start):
         torch.testing.assert_close(part.parameter[place], alone(student, start), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda each: type(each).__name__)
+def test_one_of_any_stack_goes_on_as_in_the_whole(optimizer, start):
+    other = OptimSettings(replace(optimizer, lr=0.02, weight_decay=0.1), Constant())
+    paces = [OptimSettings(optimizer, WarmupCosine(warmup=0.3)), other]
+    whole = Steps(paces, start[:2])
+    whole.take(range(5), range(2))
+    state = {"weights": whole.parameter.detach(), "optimizer": whole.optimizer.state_dict()}
+    saved = take_entries(deepcopy(state), {2: [1]})
+
+    part = Steps([other], saved["weights"])
+    part.optimizer.load_state_dict(saved["optimizer"])
+    part.schedule.load_state_dict(whole.schedule.state_dict())
+    part.take(range(5, STEPS), [1])
+    whole.take(range(5, STEPS), range(2))
+
+    torch.testing.assert_close(part.parameter[0], whole.parameter[1], rtol=1e-12, atol=1e-14)
+
+
 def test_rates_and_decays_are_not_rounded_as_bf16_weights_are(start):
     stacked = Steps(PACES, start.bfloat16())
 
