@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import PatchEmbed
+from timm.models import group_parameters
 from timm.models.tnt import PixelEmbed
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -62,6 +63,12 @@ def facts_of(name: str, num_classes: int, options: str) -> Facts:
         normalises_batches=any(isinstance(each, _BatchNorm) for each in modules),
         has_distillation_token=encoder is not None and hasattr(network, "head_dist"),
     )
+
+
+def layers_of(network: Any) -> dict[str, int]:
+    """Each parameter's name → the number of its layer, as timm counts them for layer-wise learning rates."""
+    layers: dict[str, int] = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+    return layers
 
 
 def size_of(network: nn.Module, cfg: dict[str, Any]) -> tuple[int, int]:

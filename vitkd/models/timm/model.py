@@ -211,11 +211,10 @@ class TimmModel(Model):
         return layer if isinstance(layer, nn.Linear) and layer.bias is not None else None
 
     def layers_above(self) -> dict[str, int]:
-        from timm.models import group_parameters
+        from vitkd.models.timm.facts import layers_of
 
-        network: Any = self.network
-        layer = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
-        return {f"network.{name}": max(layer.values()) - number for name, number in layer.items()}
+        layers = layers_of(self.network)
+        return {f"network.{name}": max(layers.values()) - number for name, number in layers.items()}
 
     def undecayed(self) -> set[str]:
         network: Any = self.network
