@@ -30,6 +30,16 @@ def test_rates_are_timms(tiny):
     assert [block.drop_path.p for block in ours.build().blocks] == pytest.approx(expected)
 
 
+def test_a_uniform_rate_is_that_of_every_block(tiny):
+    config = tiny(depth=3, drop_path_rate=P, drop_path_uniform=True)
+
+    assert config.drop_path_rates == (P,) * 3
+    kept = config.build().draw_kept(torch.ones(100_000))
+    shares = [float((branch == 0).float().mean()) for block in kept for branch in block]
+    assert shares == pytest.approx([P] * 6, abs=0.01)
+    assert tiny(depth=1, drop_path_rate=P, drop_path_uniform=True).drop_path_rates == (P,)
+
+
 def test_numbers_are_distributed_as_timms():
     count = 100_000
     theirs = TimmDropPath(P).train()(torch.ones(count, 1, 1))
@@ -134,4 +144,5 @@ def test_gradients_are_those_of_the_kept_branches(tiny):
 def test_an_architecture_of_no_such_setting_keeps_its_seeds(tiny):
     assert "drop_path" not in repr(tiny())
     assert "drop_path_rate=0.1" in repr(tiny(drop_path_rate=0.1))
+    assert "drop_path_uniform" in repr(tiny(drop_path_rate=0.1, drop_path_uniform=True))
     assert tiny(drop_path_rate=0.1).drops

@@ -90,6 +90,8 @@ ROLES: dict[str, Separates] = {
 ABSENT: dict[str, Any] = {
     "student.drop_path_rate": 0.0,
     "teacher.drop_path_rate": 0.0,
+    "student.drop_path_uniform": False,
+    "teacher.drop_path_uniform": False,
     "method.share_drop_path": False,
     "method.attention.share_drop_path": False,
     "student.init": None,

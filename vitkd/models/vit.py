@@ -64,6 +64,8 @@ class ViTConfig(InitialisedConfig):
     drop_path_rate: float = 0.0
     """Stochastic depth: with which probability the last block's branches are left out for an image; the
     blocks before have less, in equal steps from 0 in the first."""
+    drop_path_uniform: bool = False
+    """Whether all blocks have that probability (Lee et al. 2021), rather than the last alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,10 +77,10 @@ class ViTConfig(InitialisedConfig):
         check_choice(self, "attention", ATTENTIONS)
         for name in ("dropout", "emb_dropout", "drop_path_rate"):
             check(self, name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)")
-        if self.drop_path_rate and self.depth == 1:
+        if self.drop_path_rate and self.depth == 1 and not self.drop_path_uniform:
             raise ConfigError(
                 f"drop_path_rate={self.drop_path_rate}: rises from 0 in the first block, and depth=1 has no "
-                "other; set drop_path_rate=0"
+                "other; set drop_path_rate=0 or drop_path_uniform=true"
             )
         if self.image_size % self.patch_size:
             divisors = [d for d in range(1, self.image_size + 1) if self.image_size % d == 0]
@@ -130,6 +132,8 @@ class ViTConfig(InitialisedConfig):
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
+        if self.drop_path_uniform:
+            return (self.drop_path_rate,) * self.depth
         steps = max(self.depth - 1, 1)
         return tuple(self.drop_path_rate * block / steps for block in range(self.depth))
 
