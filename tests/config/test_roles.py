@@ -55,7 +55,14 @@ SHARED = {
     Separates.TEACHERS: {
         *("alpha", "cuda_graph", "compile", "log_every_n_steps", "trainer.accelerator", "trainer.strategy"),
         *("dataset.eval_batch_size", "dataset.resident_limit_gib", "dataset.workers", "dataset.download"),
-        *("kernels", "dataset.max_epochs", "dataset.root", "student.weights", "student.seed"),
+        *(
+            "kernels",
+            "dataset.max_epochs",
+            "dataset.root",
+            "student.weights",
+            "student.init_from",
+            "student.seed",
+        ),
     },
     Separates.STACKS: {
         *("alpha", "label_smoothing", "seed", "optimizer.lr", "optimizer.weight_decay", "schedule"),
