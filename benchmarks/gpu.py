@@ -45,7 +45,7 @@ from benchmarks import stack, subject
 from benchmarks.harness import WIDTH, Settings, synchronize
 from vitkd.cli.console import start_logging
 from vitkd.config.run import Config
-from vitkd.data import Batch
+from vitkd.data import Batch, join
 from vitkd.errors import RunError
 from vitkd.models import ViT
 from vitkd.models.kernels import allow_kernels
@@ -155,7 +155,7 @@ class Subject:
         if self.students == 1:
             return subject.random_batch(self.config, self.device)
         orders = [subject.random_batch(self.config, self.device) for _ in range(stack.SEEDS)]
-        return Batch(*map(torch.stack, zip(*orders, strict=True)))
+        return join(orders)
 
     def train(
         self,

@@ -21,7 +21,7 @@ from benchmarks.harness import Bar, Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
 from benchmarks.step import DRY, GRANULARITIES, LOSSES
 from vitkd.config.run import Config
-from vitkd.data import Batch
+from vitkd.data import Batch, join
 from vitkd.models import ViT
 from vitkd.optim import grouped
 from vitkd.train.callbacks import set_capturable
@@ -144,7 +144,7 @@ def stacked(
     groups = grouped(module.optimizer, module.model.parameters(), module.places)
     optimizer = ready(stacked_optimizer(groups, module.optim_settings), teacher)
     batches = [subject.random_batch(config, device) for _ in range(orders)]
-    batch = batches[0] if orders == 1 else Batch(*map(torch.stack, zip(*batches, strict=True)))
+    batch = batches[0] if orders == 1 else join(batches)
     return partial(way(partial(train, module, optimizer)), batch)
 
 

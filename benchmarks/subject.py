@@ -100,7 +100,7 @@ def training_step(
     device = parameters[0].device
     set_capturable(built, True, device)
     # The loss has its batch already, always at the same place.
-    nothing = Batch(*(torch.zeros(1, device=device) for _ in Batch._fields))
+    nothing = Batch(*[torch.zeros(1, device=device)] * 3)
     return partial(GraphedStep(step).take, nothing)
 
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 import vitkd.data
-from vitkd.data import Augment, Dataset
+from vitkd.data import Augment, Dataset, Mix
 
 from .server import Server, serving
 
@@ -38,8 +38,9 @@ def make() -> Callable[..., Dataset]:
     def make(option: str, **changes: Any) -> Dataset:
         cls, settings = option_file(option)
         settings |= changes
-        if isinstance(settings["augment"], dict):
-            settings["augment"] = Augment(**settings["augment"])
+        for group, kind in {"augment": Augment, "mix": Mix}.items():
+            if isinstance(settings[group], dict):
+                settings[group] = kind(**settings[group])
         return cls(**settings)
 
     return make

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 
-from vitkd.data import Augment, Batch, Dataset, ImageDataModule, Loader
+from vitkd.data import Augment, Batch, Dataset, ImageDataModule, Loader, join
 from vitkd.data.split import FileSplit
 from vitkd.errors import ConfigError
 
@@ -28,7 +28,7 @@ def epoch_of(loader: Loader, epoch: int = 0) -> list[Batch]:
 
 def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
     for a, b in zip(ours, theirs, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.fixture
@@ -80,10 +80,12 @@ def test_fixed_views_are_what_the_loaders_give(
     for split, count in (("train", 1295), ("val", -(-143 // world_size))):
         views = module.fixed_views(split)
         assert views is not None
-        seen = [(int(i), image) for batch in views for image, _, i in zip(*batch, strict=True)]
+        seen = [(int(i), image) for batch in views for image, _, i in zip(*batch[:3], strict=True)]
         fixed = dict(seen)
         assert len(seen) == len(fixed) == count
-        met = {int(i): image for batch in module.loader(split) for image, _, i in zip(*batch, strict=True)}
+        met = {
+            int(i): image for batch in module.loader(split) for image, _, i in zip(*batch[:3], strict=True)
+        }
         assert met.keys() <= fixed.keys()
         assert all(torch.equal(image, fixed[i]) for i, image in met.items())
 
@@ -113,7 +115,10 @@ def test_an_image_looks_the_same_in_any_batch(make: Make, tmp_path: Path) -> Non
         module = ImageDataModule(dataset, tmp_path, seed=3)
         ranks = [module.loader("train", rank=rank, world_size=world_size) for rank in range(world_size)]
         seen = {
-            int(i): image for loader in ranks for batch in loader for image, _, i in zip(*batch, strict=True)
+            int(i): image
+            for loader in ranks
+            for batch in loader
+            for image, _, i in zip(*batch[:3], strict=True)
         }
         views.append(seen)
     common = views[0].keys() & views[1].keys() & views[2].keys()
@@ -144,7 +149,7 @@ def test_two_processes_see_the_batches_of_one(make: Make, tmp_path: Path) -> Non
     alone = epoch_of(ImageDataModule(make("digits", batch_size=32), tmp_path, 0).loader("train"), 2)
     shared = ImageDataModule(make("digits", batch_size=16), tmp_path, 0)
     ranks = [epoch_of(shared.loader("train", rank=rank, world_size=2), 2) for rank in range(2)]
-    joined = [Batch(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
+    joined = [join(parts, torch.cat) for parts in zip(*ranks, strict=True)]
     assert_same(joined, alone)
 
 
@@ -230,13 +235,13 @@ def test_the_first_images(
     settings = {"root": str(photos), "image_size": 16, "batch_size": 4, "eval_batch_size": 4}
     settings |= {"augment": Augment(crop_padding=2, flip=True), "workers": 2, "resident_limit_gib": limit}
     module = ImageDataModule(make("image_folder", **settings), photos, seed=1)
-    whole = Batch(*map(torch.cat, zip(*epoch_of(module.loader(split)), strict=True)))
+    whole = join(epoch_of(module.loader(split)), torch.cat)
     module.close()
     read: list[int] = []
     unspied = FileSplit.read
     monkeypatch.setattr(FileSplit, "read", lambda split, at: read.extend(at) or unspied(split, at))
     first = module.first(split, 5)
-    assert_same([first], [Batch(*(part[:5] for part in whole))])
+    assert_same([first], [whole.map(lambda part: part[:5])])
     assert read == ([] if limit else first.index.tolist())
     assert not multiprocessing.active_children()
     assert len(module.first(split, 1000).label) == len(module._indices[split])

@@ -29,7 +29,7 @@ def test_a_lone_last_image_is_left_out_of_the_comparison(shuffled, monkeypatch, 
     if students > 1:
         module = StackedModule([module_of(config, data, seed) for seed in range(students)], [0, 0], [0, 1])
     images, lone = (
-        Batch(*parts) for parts in zip(*(t.split([8, 1]) for t in data.first("val", 9)), strict=True)
+        Batch(*parts) for parts in zip(*(t.split([8, 1]) for t in data.first("val", 9)[:3]), strict=True)
     )
 
     module.eval()

@@ -168,7 +168,7 @@ def test_everything_a_step_reads_or_leaves_keeps_its_place_in_memory(module, tmp
                 *pl_module.model.parameters(),
                 *state(trainer.optimizers[0]),
                 *pl_module.window.meter._sums.values(),
-                *(pl_module.graph._batch or ()),
+                *(pl_module.graph._batch or ())[:3],
             ]
             places.append({tensor.data_ptr() for tensor in tensors})
 

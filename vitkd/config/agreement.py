@@ -28,3 +28,14 @@ def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> N
             f"dataset.batch_size={batch_size}: method.control=shuffled teaches the maps of another image of "
             f"the batch; use at least {method.min_batch_size} images a step"
         )
+
+
+def check_training_batches(dataset: Dataset, method: Method) -> None:
+    """ConfigError if the method cannot learn from mixed images, or from several views of one in a batch."""
+    mix, alphas = dataset.mix, ("mixup_alpha", "cutmix_alpha")
+    if mix.is_on and (reason := method.why_unmixed):
+        name = next(name for name in alphas if getattr(mix, name))
+        fix = "set it to 0, or choose another method"
+        raise ConfigError(f"dataset.mix.{name}={getattr(mix, name)}: {reason}; {fix}")
+    if dataset.repeats > 1 and (reason := method.why_unrepeated):
+        raise ConfigError(f"dataset.repeats={dataset.repeats}: {reason}; set it to 1, dataset.passes is free")

@@ -6,8 +6,9 @@ OPTIONS = ("fast", "overfit", "profile")
 
 
 def leave_out_randomness(plain: dict[str, Any]) -> None:
-    """Set augmentation and dropout of plain settings to none, whatever models there are."""
-    plain["dataset"].pop("augment", None)
+    """Set augmentation, mixing and dropout of plain settings to none, whatever models there are."""
+    for name in ("augment", "mix", "passes", "repeats"):
+        plain["dataset"].pop(name, None)
     methods = plain["method"], plain["method"].get("attention", {})
     for settings in (plain["student"], plain["teacher"], *methods):
         drops = {k: v for k, v in settings.items() if "drop" in k and isinstance(v, int | float)}

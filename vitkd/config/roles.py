@@ -104,6 +104,12 @@ ABSENT: dict[str, Any] = {
     "optimizer.layer_decay": 1.0,
     "teacher.optimizer.decay_all": True,
     "teacher.optimizer.layer_decay": 1.0,
+    "dataset.mix.mixup_alpha": 0.0,
+    "dataset.mix.cutmix_alpha": 0.0,
+    "dataset.mix.prob": 1.0,
+    "dataset.mix.switch_prob": 0.5,
+    "dataset.passes": 1,
+    "dataset.repeats": 1,
 }
 """Settings that a stored configuration may lack because it is older, and what they were by then.
 
@@ -154,10 +160,15 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: s
     """
     for key in {**one, **other}:
         name = f"{prefix}{key}"
-        mine, theirs = (settings.get(key, ABSENT.get(name)) for settings in (one, other))
+        mine, theirs = (settings.get(key, _absent(name)) for settings in (one, other))
         if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
             if (found := first_difference(mine, theirs, f"{name}.")) is not None:
                 return found
         elif mine != theirs and separates(name, Separates.RUNS):
             return name
     return None
+
+
+def _absent(name: str) -> Any:
+    """What a setting is that is not there; a group of such settings is empty."""
+    return {} if any(each.startswith(f"{name}.") for each in ABSENT) else ABSENT.get(name)

@@ -5,12 +5,14 @@ view depends on (seed, epoch, index) alone: see `hashing`.
 """
 
 from vitkd.data.augment import Augment as Augment
+from vitkd.data.batch import Batch as Batch
+from vitkd.data.batch import join as join
 from vitkd.data.folders import ImageFolder as ImageFolder
 from vitkd.data.folders import TfFlowers as TfFlowers
 from vitkd.data.library_sets import Digits as Digits
 from vitkd.data.library_sets import Torchvision as Torchvision
-from vitkd.data.loader import Batch as Batch
 from vitkd.data.loader import Loader as Loader
+from vitkd.data.mix import Mix as Mix
 from vitkd.data.module import ImageDataModule as ImageDataModule
 from vitkd.data.spec import Dataset as Dataset
 from vitkd.data.tiny_imagenet import TinyImageNet as TinyImageNet

@@ -4,36 +4,25 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
 
 from vitkd.data.augment import Augment, normalise
+from vitkd.data.batch import Batch
 from vitkd.data.hashing import fold, key_of
+from vitkd.data.mix import Mixer
 from vitkd.data.split import FileSplit
 from vitkd.errors import ConfigError
 from vitkd.process.signals import hidden_from_children
 
 # All of these depend on the same (seed, epoch); these give them different keys.
-ORDER, VIEW, NEGATIVES = range(3)
+ORDER, VIEW, NEGATIVES, MIX = range(4)
+# A view's number is its image's index, and this much more for each view of the image before it in the epoch.
+NEXT_VIEW = 2**32
 # Of views that a GPU computes at once: a batch's take longer to launch than to compute.
 BYTES_AT_ONCE = 2**28
-
-
-class Batch(NamedTuple):
-    """A model's input, on its device.
-
-    Args:
-        image: [B, C, H, W] float32, normalised.
-        label: [B] int64.
-        index: [B] int64, each image's position in its official split.
-    """
-
-    image: Tensor
-    label: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which a batch does not need
 
 
 class Pixels:
@@ -138,7 +127,7 @@ def _exit_with_parent(worker: int) -> None:
 
 
 class EpochOrder:
-    """The batches of one process, as image indices; Lightning finds it as `loader.sampler`.
+    """The batches of one process, as numbers of views; Lightning finds it as `loader.sampler`.
 
     With `shuffle` (training), a global batch (`batch_size` × `world_size` images) is a slice of the epoch's
     permutation, which depends on (seed, epoch) alone, and each process takes its part of it: two processes
@@ -146,12 +135,17 @@ class EpochOrder:
     dropped, so that all batches have one shape, unless it is the only one. Without `shuffle` (evaluation),
     every image appears once over all processes, and batch sizes differ by at most one.
 
+    An epoch has `passes`·N views. Each image comes `repeats` times in a row, then the next of the
+    permutation, and another permutation where one is used up.
+
     Args:
         index: [N] int64, the image indices, on the device where the order is computed.
         batch_size: images a batch, in this process.
         seed: of the permutation.
         shuffle: whether to permute the images in each epoch.
         rank, world_size: this process's number, and the number of processes.
+        passes: how many views there are for each image.
+        repeats: how many views of an image are side by side.
 
     Raises:
         ConfigError: fewer images than processes.
@@ -166,6 +160,8 @@ class EpochOrder:
         shuffle: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        passes: int = 1,
+        repeats: int = 1,
     ) -> None:
         if len(index) < world_size:
             raise ConfigError(
@@ -174,6 +170,7 @@ class EpochOrder:
             )
         self.index, self.batch_size, self.seed, self.shuffle = index, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
+        self.passes, self.repeats = passes, repeats
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -182,22 +179,33 @@ class EpochOrder:
 
     def __len__(self) -> int:
         global_batch = self.batch_size * self.world_size
-        full, rest = divmod(len(self.index), global_batch)
+        full, rest = divmod(len(self.index) * self.passes, global_batch)
         return max(full, 1) if self.shuffle else full + bool(rest)
 
     def batches(self) -> tuple[Tensor, ...]:
-        """This process's batches of the current epoch, each [B] int64."""
-        index = self.epoch_index()
+        """The views, see `NEXT_VIEW`, of this process's batches of the current epoch, each [B] int64."""
+        views = self.epoch_views()
         kept = len(self) * self.world_size * self.batch_size
-        index = index[:kept] if self.shuffle else index
-        return index.tensor_split(len(self) * self.world_size)[self.rank :: self.world_size]
+        views = views[:kept] if self.shuffle else views
+        return views.tensor_split(len(self) * self.world_size)[self.rank :: self.world_size]
 
-    def epoch_index(self) -> Tensor:
-        """All image indices in the order of the current epoch, over all processes: [N] int64."""
+    def epoch_views(self) -> Tensor:
+        """The views of the current epoch, over all processes: [N·passes] int64."""
+        rounds = -(-self.passes // self.repeats)
+        firsts = torch.cat([self.epoch_index(number) for number in range(rounds)])
+        repeats = torch.arange(self.repeats, device=firsts.device) * NEXT_VIEW
+        return (firsts[:, None] + repeats).flatten()[: self.passes * len(self.index)]
+
+    def epoch_index(self, number: int = 0) -> Tensor:
+        """All images in the order of the current epoch's permutation `number`, over all processes: [N] int64.
+
+        They are first views, which in the first permutation are the images' indices.
+        """
+        views = self.index + number * self.repeats * NEXT_VIEW
         if not self.shuffle:
-            return self.index
+            return views
         key = key_of(self.seed, self.epoch, ORDER, device=self.index.device)
-        return self.index[fold(key, self.index).argsort(stable=True)]
+        return views[fold(key, views).argsort(stable=True)]
 
 
 class Loader:
@@ -211,6 +219,7 @@ class Loader:
         sampler: the order of the images.
         mean, std: one value a channel, of pixels in 0..1.
         augment: random augmentation; None for none.
+        mixer: mixes images; None for none.
     """
 
     # Lightning reads this attribute of every loader with a sampler.
@@ -225,8 +234,10 @@ class Loader:
         mean: list[float],
         std: list[float],
         augment: Augment | None = None,
+        mixer: Mixer | None = None,
     ) -> None:
         self.pixels, self.labels, self.sampler, self.augment = pixels, labels, sampler, augment
+        self.mixer = mixer
         self.mean = torch.tensor(mean, device=labels.device)
         self.std = torch.tensor(std, device=labels.device)
         self.batches_at_once = self._batches_that_fit() if labels.is_cuda else 1
@@ -243,15 +254,20 @@ class Loader:
         epoch = self.sampler.epoch
         start = self._resume["position"] if self._resume["epoch"] == epoch else 0
         self._resume = {"epoch": -1, "position": 0}
-        indices = self.sampler.batches()[start:]
-        for position, views in enumerate(self._views(indices, self._key(epoch)), start + 1):
-            self._position = {"epoch": epoch, "position": position}
-            yield views._replace(image=normalise(views.image, self.mean, self.std))
+        batches = self.sampler.batches()[start:]
+        draws = self.mixer.draw(self._key(epoch, MIX), len(self)) if self.mixer else None
+        for step, views in enumerate(self._views(batches, self._key(epoch, VIEW)), start):
+            self._position = {"epoch": epoch, "position": step + 1}
+            batch = views._replace(image=normalise(views.image, self.mean, self.std))
+            yield batch if self.mixer is None or draws is None else self.mixer.mixed(batch, draws, step)
 
     def first(self, count: int) -> Batch:
-        """The first `count` images of the current epoch over all processes, decoded without workers."""
+        """The first `count` images of the current epoch over all processes, each once and none mixed.
+
+        They are decoded without workers.
+        """
         index = self.sampler.epoch_index()[:count]
-        views = self._augmented(self.pixels.read(index), index, self._key(self.sampler.epoch))
+        views = self._augmented(self.pixels.read(index), index, self._key(self.sampler.epoch, VIEW))
         return views._replace(image=normalise(views.image, self.mean, self.std))
 
     def state_dict(self) -> dict[str, int]:
@@ -262,25 +278,28 @@ class Loader:
         """Resume after the batches counted in `state`; other epochs than its own start at the first batch."""
         self._position, self._resume = dict(state), dict(state)
 
-    def _key(self, epoch: int) -> Tensor:
-        return key_of(self.sampler.seed, epoch, VIEW, device=self.labels.device)
+    def _key(self, epoch: int, purpose: int) -> Tensor:
+        return key_of(self.sampler.seed, epoch, purpose, device=self.labels.device)
 
-    def _views(self, indices: Sequence[Tensor], key: Tensor) -> Iterator[Batch]:
-        """The batches at `indices`, [B] int64 each, before they are normalised."""
+    def _views(self, batches: Sequence[Tensor], key: Tensor) -> Iterator[Batch]:
+        """The batches of the views [B] int64 each, before they are normalised."""
         if not isinstance(self.pixels, Pixels):
-            for index, pixels in zip(indices, self.pixels.batches(indices), strict=True):
-                yield self._augmented(pixels, index, key)
+            images = [views % NEXT_VIEW for views in batches]
+            for views, pixels in zip(batches, self.pixels.batches(images), strict=True):
+                yield self._augmented(pixels, views, key)
             return
-        for first in range(0, len(indices), self.batches_at_once):
-            group = indices[first : first + self.batches_at_once]
-            together = torch.cat([*group])
-            views = self._augmented(self.pixels.read(together), together, key)
-            yield from map(Batch, *(part.split([len(index) for index in group]) for part in views))
+        for first in range(0, len(batches), self.batches_at_once):
+            group = batches[first : first + self.batches_at_once]
+            views = torch.cat([*group])
+            together = self._augmented(self.pixels.read(views % NEXT_VIEW), views, key)
+            sizes = [len(views) for views in group]
+            yield from map(Batch, *(part.split(sizes) for part in together[:3]))
 
-    def _augmented(self, pixels: Tensor, index: Tensor, key: Tensor) -> Batch:
-        index = index.to(self.labels.device, non_blocking=True)
+    def _augmented(self, pixels: Tensor, views: Tensor, key: Tensor) -> Batch:
+        views = views.to(self.labels.device, non_blocking=True)
         if self.augment is not None:
-            pixels = self.augment.apply(pixels, index, key)
+            pixels = self.augment.apply(pixels, views, key)
+        index = views % NEXT_VIEW
         return Batch(pixels, self.labels[index], index)
 
     def _batches_that_fit(self) -> int:

@@ -8,9 +8,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from vitkd.data.batch import Batch
 from vitkd.data.contents import FileHashes
 from vitkd.data.file_notes import duplicates, skipped, summary
-from vitkd.data.loader import Batch, DecodedPixels, EpochOrder, Loader, Pixels
+from vitkd.data.loader import DecodedPixels, EpochOrder, Loader, Pixels
+from vitkd.data.mix import Mixer
 from vitkd.data.spec import Dataset
 from vitkd.data.split import FileSplit, Split, hold_out, share_of_each_class
 from vitkd.errors import ConfigError
@@ -35,7 +37,7 @@ REPEATS = 20
 class ImageDataModule(L.LightningDataModule):
     """Loads a data set once, and makes loaders whose batches are on the device.
 
-    Without a Trainer: `for image, label, index in ImageDataModule(dataset, "data", seed=0).loader("val")`.
+    Without a Trainer: `for batch in ImageDataModule(dataset, "data", seed=0).loader("val")`.
     If images may exceed the memory limit, `contextlib.closing(module)` stops the workers.
 
     Args:
@@ -202,7 +204,7 @@ class ImageDataModule(L.LightningDataModule):
         """A loader of "train", "val" or "test".
 
         Args:
-            split: "train" is shuffled and augmented, and drops an incomplete last batch.
+            split: "train" is shuffled, augmented and mixed, and drops an incomplete last batch.
             device: of the batches; by default the Trainer's, or the CPU.
             rank, world_size: this process's number, and the number of processes; by default the Trainer's, or
                 0 and 1.
@@ -222,6 +224,8 @@ class ImageDataModule(L.LightningDataModule):
             shuffle=training and not self.one_batch,
             rank=(trainer.global_rank if trainer else 0) if rank is None else rank,
             world_size=(trainer.world_size if trainer else 1) if world_size is None else world_size,
+            passes=self.dataset.passes if training else 1,
+            repeats=self.dataset.repeats if training else 1,
         )
         return Loader(
             pixels,
@@ -230,7 +234,16 @@ class ImageDataModule(L.LightningDataModule):
             mean=self.dataset.mean,
             std=self.dataset.std,
             augment=self.dataset.augment if training else None,
+            mixer=self._mixer() if training else None,
         )
+
+    def _mixer(self) -> Mixer | None:
+        """Mixes the training batches, if they are mixed."""
+        dataset = self.dataset
+        if not dataset.mix.is_on:
+            return None
+        # As far apart as the views of one image reach: they are no pair.
+        return Mixer(dataset.mix, dataset.image_size, len(self.class_names), apart=dataset.repeats)
 
     def _official(self, split: str) -> str:
         """The official split that has the images of `split`."""
@@ -241,12 +254,12 @@ class ImageDataModule(L.LightningDataModule):
     def fixed_views(self, split: str) -> Loader | None:
         """A loader of all images of "train" or "val" that this process may see, each once, not shuffled.
 
-        Its batches have `eval_batch_size` images. None if images look different in each epoch, or are decoded
-        for every batch, or there are none.
+        Its batches have `eval_batch_size` images. None if images look different in each epoch, or are mixed,
+        or decoded for every batch, or there are none.
         """
         self.setup()
-        augmented = split == "train" and self.dataset.augment.is_random
-        if augmented or not self._splits[self._official(split)].resident or not len(self._indices[split]):
+        varies = split == "train" and (self.dataset.augment.is_random or self.dataset.mix.is_on)
+        if varies or not self._splits[self._official(split)].resident or not len(self._indices[split]):
             return None
         loader = self.loader(split)
         if split == "train":

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from vitkd.data.augment import Augment
 from vitkd.data.contents import FileHashes
+from vitkd.data.mix import Mix
 from vitkd.data.split import FileSplit, Split
 from vitkd.errors import ConfigError, check, check_at_least, check_choice, check_fraction
 
@@ -24,6 +25,10 @@ class Dataset(ABC):
         mean, std: one value a channel, of pixels in 0..1.
         patch_size: the models' default patch size, in pixels.
         augment: random augmentation of training images.
+        mix: mixup and CutMix of training images.
+        passes: views of each training image an epoch.
+        repeats: views of a training image side by side in a batch (Hoffer et al. 2020); an epoch has the
+            images that `passes` views of each make room for.
         batch_size: training images a step, on each device.
         eval_batch_size: images a step in validation and test, on each device.
         val_fraction: share of the training split held out for validation, 0 for none. Any other value is the
@@ -51,6 +56,9 @@ class Dataset(ABC):
     std: list[float]
     patch_size: int
     augment: Augment = field(default_factory=Augment)
+    mix: Mix = field(default_factory=Mix)
+    passes: int = 1
+    repeats: int = 1
     batch_size: int = 64
     eval_batch_size: int = 512
     val_fraction: float = 0.1
@@ -66,6 +74,7 @@ class Dataset(ABC):
         check(self, "channels", self.channels in (1, 3), "must be 1 (greyscale) or 3 (RGB)")
         check_at_least(1, self, "image_size", "patch_size", most=2**16)
         check_at_least(1, self, "batch_size", "eval_batch_size", "max_epochs", most=10**6)
+        check_at_least(1, self, "passes", "repeats", most=100)
         check_at_least(0, self, "split_seed")
         check(self, "val_fraction", 0 <= self.val_fraction < 1, "must be in [0, 1); 0 trains on every image")
         check_fraction(self, "train_fraction")

@@ -71,7 +71,8 @@ def explain_test_split(settings: Settings, sources: Sources) -> Explanation:
         log.info("%s", remark)
     notes = [*_note_on_students(sources), *sources.notes(), *remarks]
     log.info("measuring %s on the test split", ", ".join(sources.models))
-    seen = survey(sources.models, in_random_order(data, settings.seed, sources.device), compared)
+    batches = in_random_order(data, settings.seed, sources.device)
+    seen = survey(sources.models, (batch[:3] for batch in batches), compared)
     labels, class_names = seen.labels.numpy(), data.class_names
     of_cells = _cells(seen, next(iter(runs)))
     chosen, remarks = choose_images(of_cells, labels, class_names, settings)

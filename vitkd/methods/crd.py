@@ -151,6 +151,15 @@ class CRDDistillation(Method):
     def ignores(self) -> tuple[str, ...]:
         return ("granularity", "loss", *(("method.momentum",) if self.bank == "queue" else ()))
 
+    @property
+    def why_unmixed(self) -> str:
+        return "method=crd contrasts an image with those of other classes, and mixed images are of two"
+
+    @property
+    def why_unrepeated(self) -> str | None:
+        writes = "method.bank=memory keeps one row an image, which several views would write at once"
+        return writes if self.bank == "memory" else None
+
     def check_data(self, data: DataFacts) -> None:
         positions, _ = data.labels()
         rows = len(positions) if self.bank == "memory" else self.negatives

@@ -93,6 +93,7 @@ class DKD(Method):
     """of the other classes among themselves, the paper's β"""
 
     ignores = "granularity", "loss"
+    why_unmixed = "method=dkd weighs an image's true class apart from the others, and mixed images have two"
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature")

@@ -190,9 +190,15 @@ class WSLD(Weighting):
         return -torch.expm1(-ratio)
 
 
-def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Each image's cross-entropy [*S, B] in nats, from logits [*S, B, C] and labels [B] or [*S, B]."""
-    label = label.expand(logits.shape[:-1])
+def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    """Each image's cross-entropy [*S, B] in nats, from logits [*S, B, C].
+
+    `truth` are labels [B] or [*S, B], or each class's shares [B, C] or [*S, B, C].
+    """
+    if truth.is_floating_point():
+        log_p = at_least_float32(logits).log_softmax(-1)
+        return -(truth.to(log_p) * log_p).sum(-1)
+    label = truth.expand(logits.shape[:-1])
     # Not `gather`: in deterministic mode its backward pass waits for the device.
     flat = F.cross_entropy(at_least_float32(logits).flatten(0, -2), label.flatten(), reduction="none")
     return flat.view(label.shape)

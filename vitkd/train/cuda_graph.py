@@ -82,12 +82,13 @@ class GraphedStep:
         """The batch at the place where graphs read it."""
         if self._batch is None or self._batch.image.shape != batch.image.shape:
             # A batch of another size is rare: the only one of a tiny training set.
-            self._batch = Batch(*(part.clone() for part in batch))
+            self._batch = batch.map(torch.clone)
             self._graphs.clear()
             self._warm.clear()
         else:
             for place, part in zip(self._batch, batch, strict=True):
-                place.copy_(part)
+                if place is not None and part is not None:
+                    place.copy_(part)
         return self._batch
 
 

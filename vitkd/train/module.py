@@ -128,7 +128,7 @@ class DistillModule(LoggedModule):
         # Where nothing is ever learned from the teacher, just the answer learns the labels.
         learns_alone = self.objective is None or not self.distils
         logits = student.answer if learns_alone else self.objective.class_logits(student)  # type: ignore[union-attr]
-        class_loss = self.class_loss(logits, batch.label)
+        class_loss = self.class_loss(logits, batch.truth)
         if answer is None or self.objective is None:
             if self.distils and self.training and self.objective is not None:
                 # Nothing is compared in this epoch; DDP still wants all gradients, and stacks give them.
@@ -138,10 +138,15 @@ class DistillModule(LoggedModule):
         transfer = transfer_of(batch, student, answer, self.objective, self.weighting)
         return Losses(student, class_loss, self.term_weights.total(class_loss, transfer.weighted), transfer)
 
-    def class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Cross-entropy with the labels [B], smoothed in training (Szegedy et al. 2016)."""
+    def class_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
+        """Cross-entropy with labels [B] or the classes' shares [B, C], smoothed in training.
+
+        Shares of mixed images are smoothed as the labels that they are shares of (Szegedy et al. 2016).
+        """
         smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(at_least_float32(logits), label, label_smoothing=smoothing)
+        logits = at_least_float32(logits)
+        truth = truth.to(logits) if truth.is_floating_point() else truth
+        return F.cross_entropy(logits, truth, label_smoothing=smoothing)
 
     def on_train_start(self) -> None:
         super().on_train_start()

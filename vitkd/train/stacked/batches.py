@@ -6,9 +6,7 @@ Shapes: U data orders, B batch.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from vitkd.data import Batch, Dataset, ImageDataModule, Loader
+from vitkd.data import Batch, Dataset, ImageDataModule, Loader, join
 
 
 class StackedImages(ImageDataModule):
@@ -54,7 +52,7 @@ class StackedLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for batches in zip(*self.loaders, strict=True):
-            yield Batch(*(torch.stack(parts) for parts in zip(*batches, strict=True)))
+            yield join(batches)
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many of its batches were taken."""

@@ -118,7 +118,8 @@ class StackedModule(DistillModule):
         if batch.label.ndim == 1:
             return batch
         self.orders = self.orders.to(batch.label.device)
-        return batch._replace(label=batch.label[self.orders], index=batch.index[self.orders])
+        target = None if batch.target is None else batch.target[self.orders]
+        return Batch(batch.image, batch.label[self.orders], batch.index[self.orders], target)
 
     def loss(self, batch: Batch) -> Tensor:
         self.streams.next_step()
@@ -135,8 +136,8 @@ class StackedModule(DistillModule):
         taps = Taps.union([LOGITS, *(group.objective.student_taps for group in groups)])
         outputs = self.model(images, taps)
         parts = shares(outputs, [group for group in self.groups if group.trains], self.students)
-        labels = seen.label if seen.label.ndim == 1 else seen.label[: self.students]
-        class_loss = self.of_jobs(self.class_loss(self._class_logits(outputs, parts), labels))
+        truth = seen.truth if seen.label.ndim == 1 else seen.truth[: self.students]
+        class_loss = self.of_jobs(self.class_loss(self._class_logits(outputs, parts), truth))
         output = Output(outputs.answer, outputs.heads).map(self.of_jobs)
         if answer is None or not groups:
             if self.training and self._distilled:
@@ -166,10 +167,10 @@ class StackedModule(DistillModule):
         # All or none: a curve's mean is over the same images for every job.
         return self.groups if all(group.objective.can_validate(batch) for group in self.groups) else []
 
-    def class_loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Each student's cross-entropy [S] with the labels [B] or [S, B], smoothed in training."""
+    def class_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
+        """Each student's cross-entropy [S] with [*S, B] labels or [*S, B, C] shares, smoothed in training."""
         # In full precision, and so what is weighed with it: solo runs weigh by numbers that nothing rounds.
-        hard = cross_entropy(logits, label).mean(-1)
+        hard = cross_entropy(logits, truth).mean(-1)
         if self.smoothings is None or not self.training:
             return hard
         self.smoothings = self.smoothings.to(hard)
