@@ -214,7 +214,7 @@ def test_an_objective_has_a_value_for_each_image(method, terms, students, tiny):
     # A lone image has no neighbour whose maps could take its own's place.
     for i in range(4) if objective.min_images == 1 else ():
         alone = [output.map(lambda tensor, i=i: of_image(tensor, i, students)) for output in outputs]
-        lone_batch = batch.map(lambda part: part[i : i + 1])
+        lone_batch = batch.map(lambda part, i=i: part[i : i + 1])
         own = objective.transfer(objective(lone_batch, *alone))
         torch.testing.assert_close(losses[..., i : i + 1], own)
 
