@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.merged import saved_students
+from vitkd.config.agreement import check_mixing
 from vitkd.config.run import CONF_DIR, Config, Paths, parse
-from vitkd.data import Batch
-from vitkd.errors import RunError
+from vitkd.data import Batch, Mix
+from vitkd.errors import ConfigError, RunError
 from vitkd.models import Model
 from vitkd.models.copying import CopyingModel
 from vitkd.runs.folder import RunFolder
@@ -52,6 +53,8 @@ SMALL_TNT = [
     *("img_size=8", "patch_size=4", "first_stride=2", "embed_dim=8", "inner_dim=4", "depth=2"),
     *("num_heads_outer=2", "num_heads_inner=2", "drop_path_rate=0.1"),
 ]
+MIXED = ("dataset.mix.mixup_alpha", "0.8")
+OPTIONS.append(MIXED)
 SHARED_DROP_PATH = ("method", "attention, drop path shared")
 OPTIONS.append(SHARED_DROP_PATH)
 # Learning rates layer by layer, clipped and averaged.
@@ -64,6 +67,10 @@ BESIDES = {
     ("method", "locality"): ["teacher=resnet56", "teacher.variant=resnet20"],
     ("granularity.head_map", "squeeze"): ["granularity=encoder", *SMALL, "student.num_heads=2"],
     ("student", "resnet"): ["method=logit"],
+    MIXED: [
+        *("dataset.mix.cutmix_alpha=1", "dataset.mix.prob=0.9", "dataset.passes=2", "dataset.repeats=2"),
+        *("weighting=student_correct", "student.depth=2"),
+    ],
     SHARED_DROP_PATH: ["method.share_drop_path=true", "teacher.depth=2"],
     ("optimizer.layer_decay", "0.5"): [
         *("optimizer.decay_all=false", "optimizer.weight_decay=0.3", "+trainer.gradient_clip_val=0.1"),
@@ -235,6 +242,30 @@ def test_the_gradient_reaches_the_student_and_what_learns_beside_it(config):
         assert all(p.grad is None and not p.requires_grad for p in module.teacher.parameters())
 
 
+def test_mixed_images_are_learned_from_or_refused(option, config):
+    if option[0] not in ("method", "weighting"):
+        return
+    mix = Mix(mixup_alpha=1.0, cutmix_alpha=1.0)
+    if config.method.why_unmixed:
+        with pytest.raises(ConfigError):
+            check_mixing(mix, config.method)
+        return
+    data = load_data(replace(config, dataset=replace(config.dataset, mix=mix, repeats=2)))
+    module = module_of(config, data)
+    batch = next(iter(data.loader("train")))
+
+    losses = module.losses(batch)
+    losses.total.backward()
+
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+    logits = (
+        losses.output.answer if module.objective is None else module.objective.class_logits(losses.output)
+    )
+    smoothed = 0.9 * batch.target + 0.1 / batch.target.shape[1]
+    expected = -(smoothed * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(losses.class_loss, expected)
+
+
 def test_the_teacher_stays_and_the_student_learns(option, config):
     module, first, _ = trained_alone(*option, 0)
 
@@ -364,7 +395,7 @@ def test_a_cached_teacher_is_an_asked_one(option, config):
     torch.manual_seed(10)
     train(module, config, data, caching)
 
-    varying = {"train"} if module.shares_drop_path else set()
+    varying = {"train"} if module.shares_drop_path or config.dataset.mix.is_on else set()
     # A copy runs its teacher itself.
     assert caching.splits == ({"train", "val"} - varying if module.objective is not None else set())
     assert_equal(weights_of(module.model), weights_of(trained_alone(*option, 0)[0].model), **CLOSE)

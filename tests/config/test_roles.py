@@ -150,6 +150,17 @@ def test_a_setting_that_is_absent_is_as_it_was_before():
     assert relevant(other, Separates.ALL)["student.drop_path_rate"] == 0.1
 
 
+def test_a_group_that_is_absent_is_as_its_settings_were():
+    neutral = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "prob": 1.0, "switch_prob": 0.5}
+    mixed = neutral | {"mixup_alpha": 0.8}
+    before, now, other = ({"dataset": {"name": "a", **own}} for own in ({}, {"mix": neutral}, {"mix": mixed}))
+
+    assert first_difference(before, now) is first_difference(now, before) is None
+    assert relevant(before, Separates.ALL) == relevant(now, Separates.ALL)
+    for one in (before, now):
+        assert first_difference(one, other) == first_difference(other, one) == "dataset.mix.mixup_alpha"
+
+
 RATES = ({"drop_path_rate": 0.0}, {"drop_path_rate": 0.1})
 
 

@@ -443,6 +443,24 @@ def test_the_teacher_trains_on_its_own_share_of_the_images(read):
     assert read("teacher.train_fraction=0.3").dataset.train_fraction == 1
 
 
+def test_the_teacher_trains_on_images_mixed_and_shown_as_its_students_are(read):
+    own = teacher_run(read("dataset.mix.cutmix_alpha=1", "dataset.passes=3", "label_smoothing=0.1"))
+
+    assert own.dataset.mix.is_on
+    assert own.dataset.passes == 3
+    assert own.label_smoothing == 0
+
+
+@pytest.mark.parametrize("method", ["dkd", "crd", "together method.parts=[attention,dkd]"])
+def test_what_needs_an_images_one_class_refuses_mixed_images(method, read):
+    settings = f"method={method}".split(" ")
+
+    with pytest.raises(ConfigError, match=r"^dataset.mix.cutmix_alpha=0.5: method=(dkd|crd) .*; set it to 0"):
+        read(*settings, "dataset.mix.cutmix_alpha=0.5")
+    read(*settings, "dataset.mix.cutmix_alpha=0.5", "dataset.mix.prob=0")
+    read(*settings, "dataset.passes=3", "dataset.repeats=2")
+
+
 def test_the_teacher_has_its_own_trainer_on_the_students_machine(read):
     students = [
         "trainer.precision=bf16-mixed",

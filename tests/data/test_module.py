@@ -403,3 +403,34 @@ def test_a_line_says_how_many_images_are_trained_on(make: Make, photos: Path, tm
     first, second = ImageDataModule(dataset, photos, seed=0).notes()
     assert "skipped" not in first, "what is left out belongs to the training images"
     assert "24 of 48" in second
+
+
+@pytest.mark.parametrize("limit", [8.0, 0.0])
+def test_views_of_one_image_differ_and_come_again(limit: float, make: Make, photos: Path) -> None:
+    settings = {"root": str(photos), "image_size": 16, "workers": 0, "resident_limit_gib": limit}
+    settings |= {"batch_size": 8, "augment": Augment(resized_crop=[0.3, 1.0]), "passes": 4, "repeats": 2}
+    module = ImageDataModule(make("image_folder", **settings), photos, seed=1)
+
+    batches = epoch_of(module.loader("train"))
+
+    assert_same(batches, epoch_of(module.loader("train")))
+    seen = images_of(batches)
+    assert len(seen) == 4 * module.counts["train"] // 8 * 8
+    for index in {index for index, _ in seen[:20]}:
+        views = torch.stack([image for other, image in seen if other == index])
+        assert len(views.flatten(1).unique(dim=0)) == len(views) >= 3
+    first = module.first("train", 8)
+    assert len(first.index.unique()) == 8
+    assert torch.equal(first.image[0], batches[0].image[0])
+
+
+def test_what_is_shown_several_times_without_augmentation_has_fixed_views(make: Make, tmp_path: Path) -> None:
+    data = ImageDataModule(make("digits", augment=Augment(), passes=3, repeats=2), tmp_path, seed=0)
+    views = data.fixed_views("train")
+    assert views is not None
+
+    fixed = dict(images_of(views))
+
+    assert len(fixed) == sum(len(batch.label) for batch in views) == 1295
+    met = images_of(epoch_of(data.loader("train"))[:2])
+    assert all(torch.equal(image, fixed[index]) for index, image in met)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitkd.data.loader import EpochOrder
+from vitkd.data.loader import NEXT_VIEW, EpochOrder
 from vitkd.errors import ConfigError
 
 INDEX = torch.arange(0, 206, 2)  # 103 images with their own numbers
@@ -77,3 +77,48 @@ def test_evaluation_is_in_order() -> None:
 def test_more_processes_than_images() -> None:
     with pytest.raises(ConfigError, match="3 images cannot serve 4 process"):
         EpochOrder(torch.arange(3), 8, world_size=4)
+
+
+def runs_of(images: torch.Tensor) -> torch.Tensor:
+    """[R, 2]: each image that stands in a row, and how often."""
+    found, counts = images.unique_consecutive(return_counts=True)
+    return torch.stack([found, counts], dim=1)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_an_epoch_of_several_views_of_each_image(passes: int, repeats: int) -> None:
+    """One permutation after the other, as long as there is room, with an image's repeats in a row."""
+    (views,) = epoch(3, batch_size=10_000, shuffle=True, passes=passes, repeats=repeats)
+    images = views % NEXT_VIEW
+
+    assert len(views) == passes * len(INDEX) == len(views.unique())
+    whole, rest = divmod(passes, repeats)
+    for part in images[: whole * repeats * len(INDEX)].view(-1, len(INDEX), repeats):
+        assert torch.equal(part[:, 0].sort().values, INDEX)
+        assert (part == part[:, :1]).all()
+    if rest:
+        counts = runs_of(images[whole * repeats * len(INDEX) :])[:, 1]
+        assert (counts[:-1] == repeats).all()
+    for image in INDEX[:5]:
+        numbers = views[images == image] // NEXT_VIEW
+        assert numbers.tolist() == [*range(len(numbers))]
+
+
+def test_each_pass_has_an_order_of_its_own_and_the_first_is_that_of_one_pass() -> None:
+    (once,) = epoch(3, batch_size=10_000, shuffle=True)
+    (thrice,) = epoch(3, batch_size=10_000, shuffle=True, passes=3)
+    first, second, third = (thrice % NEXT_VIEW).view(3, -1)
+
+    assert torch.equal(first, once)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_processes_share_the_global_batches_of_several_passes() -> None:
+    settings = {"shuffle": True, "passes": 3, "repeats": 2}
+    alone = epoch(2, batch_size=8, **settings)
+    shared = [epoch(2, batch_size=4, rank=rank, world_size=2, **settings) for rank in range(2)]
+    for whole, *slices in zip(alone, *shared, strict=True):
+        assert torch.equal(whole, torch.cat(slices))
+    assert len(alone) == 3 * len(INDEX) // 8

@@ -245,6 +245,18 @@ def test_the_first_batch_fixes_z():
     assert torch.equal(bank.normalizers, first)
 
 
+def test_of_several_views_in_a_batch_a_row_takes_in_the_last():
+    bank, other = (MemoryBank(FACTS, WIDTH, NEGATIVES, 0.5) for _ in range(2))
+    other.load_state_dict(bank.state_dict())
+    places, new = torch.tensor([3, 8, 3, 3, 8]), BothSides(torch.randn(5, WIDTH), torch.randn(5, WIDTH))
+
+    bank.write(batch_of(places), new)
+    other.write(batch_of(places[3:]), BothSides(*(side[3:] for side in new)))
+
+    assert torch.equal(bank.student, other.student)
+    assert torch.equal(bank.teacher, other.teacher)
+
+
 def test_what_the_banks_take_is_said_or_refused(caplog):
     facts = FACTS._replace(labels=lambda: (torch.arange(10**6), torch.zeros(10**6, dtype=torch.int64)))
     with caplog.at_level(logging.INFO, "vitkd"):

@@ -68,9 +68,12 @@ def test_its_teacher_is_no_other_runs_teacher(outputs, command):
     "models", [["student=report", "teacher=report"], ["student=mnist", "teacher=resnet"]]
 )
 def test_overfitting_leaves_nothing_to_chance(models):
-    config = composed("debug=overfit", "dataset=cifar10", "method=logit", *models)
+    mixed = ["dataset.mix.mixup_alpha=1", "dataset.passes=2", "dataset.repeats=2"]
+    config = composed("debug=overfit", "dataset=cifar10", "method=logit", *mixed, *models)
 
     assert not config.dataset.augment.is_random
+    assert not config.dataset.mix.is_on
+    assert config.dataset.passes == config.dataset.repeats == 1
     assert not config.student.drops
     assert not config.teacher.model.drops
     assert config.label_smoothing == 0

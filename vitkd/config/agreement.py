@@ -1,6 +1,6 @@
 """What settings of several groups have to agree on."""
 
-from vitkd.data import Dataset
+from vitkd.data import Dataset, Mix
 from vitkd.data.spec import differences
 from vitkd.errors import ConfigError
 from vitkd.methods.base import Method
@@ -30,12 +30,9 @@ def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> N
         )
 
 
-def check_training_batches(dataset: Dataset, method: Method) -> None:
-    """ConfigError if the method cannot learn from mixed images, or from several views of one in a batch."""
-    mix, alphas = dataset.mix, ("mixup_alpha", "cutmix_alpha")
+def check_mixing(mix: Mix, method: Method) -> None:
+    """ConfigError if images are mixed and the method cannot learn from mixed ones."""
     if mix.is_on and (reason := method.why_unmixed):
-        name = next(name for name in alphas if getattr(mix, name))
-        fix = "set it to 0, or choose another method"
-        raise ConfigError(f"dataset.mix.{name}={getattr(mix, name)}: {reason}; {fix}")
-    if dataset.repeats > 1 and (reason := method.why_unrepeated):
-        raise ConfigError(f"dataset.repeats={dataset.repeats}: {reason}; set it to 1, dataset.passes is free")
+        name = "mixup_alpha" if mix.mixup_alpha else "cutmix_alpha"
+        setting = f"dataset.mix.{name}={getattr(mix, name)}"
+        raise ConfigError(f"{setting}: {reason}; set it to 0, or choose another method")

@@ -124,8 +124,10 @@ class MemoryBank(Bank):
 
     def _write(self, label: Tensor, index: Tensor, embeddings: BothSides) -> None:
         rows = self.row_of[index]
+        # Of several views of one image the last: each copies the same, whichever is copied last.
+        last = torch.where(rows[:, None] == rows, torch.arange(len(rows), device=rows.device), -1).amax(1)
         for bank, new in zip(self.embeddings, embeddings, strict=True):
-            moved = self.momentum * bank[rows] + (1 - self.momentum) * new
+            moved = self.momentum * bank[rows] + (1 - self.momentum) * new[last]
             bank.index_copy_(0, rows, F.normalize(moved, dim=-1).to(bank.dtype))
 
 

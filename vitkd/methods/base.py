@@ -134,11 +134,6 @@ class Method(ABC):
         """Why images that are mixed of two (mixup, CutMix) teach nothing this way; None if they do."""
         return None
 
-    @property
-    def why_unrepeated(self) -> str | None:
-        """Why a batch may have but one view of an image; None if it may have several."""
-        return None
-
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:  # noqa: B027
         """Raise ConfigError if the student cannot learn from the teacher this way; as a rule it can."""
 

@@ -140,6 +140,7 @@ class CRDDistillation(Method):
     """the most memory that the banks may take, in GiB"""
 
     trains_parameters = True
+    why_unmixed = "method=crd contrasts an image with those of other classes, and mixed images are of two"
 
     def __post_init__(self) -> None:
         check_choice(self, "bank", ("memory", "queue"))
@@ -150,15 +151,6 @@ class CRDDistillation(Method):
     @property
     def ignores(self) -> tuple[str, ...]:
         return ("granularity", "loss", *(("method.momentum",) if self.bank == "queue" else ()))
-
-    @property
-    def why_unmixed(self) -> str:
-        return "method=crd contrasts an image with those of other classes, and mixed images are of two"
-
-    @property
-    def why_unrepeated(self) -> str | None:
-        writes = "method.bank=memory keeps one row an image, which several views would write at once"
-        return writes if self.bank == "memory" else None
 
     def check_data(self, data: DataFacts) -> None:
         positions, _ = data.labels()

@@ -101,6 +101,11 @@ def batch(orders: int | None = None) -> Batch:
     )
 
 
+def mixed(given: Batch) -> Batch:
+    """With a target, as if its images were mixed."""
+    return given._replace(target=torch.rand(*given.label.shape, CLASSES).softmax(-1))
+
+
 def of_order(batch: Batch, order: int) -> Batch:
     return batch.map(lambda part: part[order])
 
@@ -112,6 +117,14 @@ def test_losses_and_gradients_are_those_of_separate_runs(alone, orders):
 
     assert_trains_as_alone(modules, order, batch(orders))
     assert all(p.grad is not None for module in modules for p in module.model.parameters())
+
+
+@pytest.mark.parametrize("orders", [None, 3], ids=["one-order", "three-orders"])
+def test_so_they_are_on_mixed_images(alone, orders):
+    cells = GRID[::9]
+    modules = [alone(*cell, label_smoothing=0.1 * (s % 3)) for s, cell in enumerate(cells)]
+
+    assert_trains_as_alone(modules, [s % (orders or 1) for s in range(len(cells))], mixed(batch(orders)))
 
 
 @pytest.mark.parametrize("orders", [None, 3], ids=["one-order", "three-orders"])
