@@ -28,6 +28,7 @@ from benchmarks.harness import main as run
 from vitkd.config.run import Config
 from vitkd.data import Batch, Loader
 from vitkd.data.loader import EpochOrder, Pixels
+from vitkd.data.mix import Mixer
 from vitkd.train.callbacks import set_capturable
 from vitkd.train.cuda_graph import WARM_UP, GraphedStep
 
@@ -99,19 +100,10 @@ def ours(
     step: Callable[[Batch], object] | None = None,
 ) -> Epoch:
     """An epoch of vitkd's loader over the images `chosen` [M], with a step on each batch."""
-    data = config.dataset
-    order = EpochOrder(chosen.to(device), data.batch_size, shuffle=True)
-    loader = Loader(
-        Pixels(images.to(device)),
-        labels.to(device),
-        order,
-        mean=data.mean,
-        std=data.std,
-        augment=data.augment,
-    )
+    loader = make_loader(config, images, labels, chosen, device)
 
     def epoch() -> None:
-        order.set_epoch(order.epoch + 1)
+        loader.sampler.set_epoch(loader.sampler.epoch + 1)
         if step is None:
             use(loader, device)
         else:
@@ -119,6 +111,27 @@ def ours(
                 step(batch)
 
     return epoch
+
+
+def make_loader(
+    config: Config,
+    images: Tensor,
+    labels: Tensor,
+    chosen: Tensor,
+    device: torch.device,
+    mixer: Mixer | None = None,
+) -> Loader:
+    """vitkd's loader over the images `chosen` [M]."""
+    data = config.dataset
+    return Loader(
+        Pixels(images.to(device)),
+        labels.to(device),
+        EpochOrder(chosen.to(device), data.batch_size, shuffle=True),
+        mean=data.mean,
+        std=data.std,
+        augment=data.augment,
+        mixer=mixer,
+    )
 
 
 def theirs(dataset: PerSample, chosen: Tensor, batch_size: int, workers: int, device: torch.device) -> Epoch:

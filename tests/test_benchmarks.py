@@ -13,7 +13,7 @@ from benchmarks.harness import Bar, Row, Settings, Spread
 from vitkd.models import Taps, ViTConfig, kernels
 from vitkd.process.isolation import isolated
 
-BENCHMARKS = ["step", "data", pytest.param("overhead", marks=pytest.mark.slow), "peers"]
+BENCHMARKS = ["step", "data", "mixing", pytest.param("overhead", marks=pytest.mark.slow), "peers"]
 QUICK = Settings(torch.device("cpu"), quick=True, rounds=2)
 
 

@@ -121,7 +121,8 @@ class Mixer:
         is_own = batch.label[:, None] == torch.arange(self.num_classes, device=share.device)
         own = is_own.to(torch.float32)
         return Batch(
-            torch.lerp(batch.image[partner], batch.image, weight),
+            # Several times as fast as indexing.
+            batch.image.index_select(0, partner).lerp_(batch.image, weight),
             torch.where(share < 0.5, batch.label[partner], batch.label),
             batch.index,
             torch.lerp(own[partner], own, share),
