@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.merged import saved_students
-from vitkd.config.agreement import check_mixing
+from vitkd.config.agreement import check_views
 from vitkd.config.run import CONF_DIR, Config, Paths, parse
 from vitkd.data import Batch, Mix
 from vitkd.errors import ConfigError, RunError
@@ -245,12 +245,12 @@ def test_the_gradient_reaches_the_student_and_what_learns_beside_it(config):
 def test_mixed_images_are_learned_from_or_refused(option, config):
     if option[0] not in ("method", "weighting"):
         return
-    mix = Mix(mixup_alpha=1.0, cutmix_alpha=1.0)
+    dataset = replace(config.dataset, mix=Mix(mixup_alpha=1.0, cutmix_alpha=1.0), repeats=2)
     if config.method.why_unmixed:
         with pytest.raises(ConfigError):
-            check_mixing(mix, config.method)
+            check_views(dataset, config.method)
         return
-    data = load_data(replace(config, dataset=replace(config.dataset, mix=mix, repeats=2)))
+    data = load_data(replace(config, dataset=dataset))
     module = module_of(config, data)
     batch = next(iter(data.loader("train")))
 

@@ -461,6 +461,16 @@ def test_what_needs_an_images_one_class_refuses_mixed_images(method, read):
     read(*settings, "dataset.passes=3", "dataset.repeats=2")
 
 
+@pytest.mark.parametrize("control", ["control", "attention.control"])
+def test_maps_of_other_images_are_taught_where_neighbours_are_others(control, read):
+    settings = [f"method={'together' if '.' in control else 'attention'}", f"method.{control}=shuffled"]
+
+    for setting in ("dataset.mix.mixup_alpha=1.0", "dataset.repeats=2"):
+        with pytest.raises(ConfigError, match=f"^{setting}: .*=shuffled.*; set it to [01]"):
+            read(*settings, setting)
+    read(*settings, "dataset.passes=2")
+
+
 def test_the_teacher_has_its_own_trainer_on_the_students_machine(read):
     students = [
         "trainer.precision=bf16-mixed",

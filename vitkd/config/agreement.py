@@ -1,6 +1,6 @@
 """What settings of several groups have to agree on."""
 
-from vitkd.data import Dataset, Mix
+from vitkd.data import Dataset
 from vitkd.data.spec import differences
 from vitkd.errors import ConfigError
 from vitkd.methods.base import Method
@@ -30,8 +30,11 @@ def check_batch_size(batch_size: int, student: ModelConfig, method: Method) -> N
         )
 
 
-def check_mixing(mix: Mix, method: Method) -> None:
-    """ConfigError if images are mixed and the method cannot learn from mixed ones."""
+def check_views(dataset: Dataset, method: Method) -> None:
+    """ConfigError if the method cannot learn from mixed images, or from several views of one in a batch."""
+    mix, repeats = dataset.mix, dataset.repeats
+    if repeats > 1 and (reason := method.why_unrepeated):
+        raise ConfigError(f"dataset.repeats={repeats}: {reason}; set it to 1, or use dataset.passes")
     if mix.is_on and (reason := method.why_unmixed):
         name = "mixup_alpha" if mix.mixup_alpha else "cutmix_alpha"
         setting = f"dataset.mix.{name}={getattr(mix, name)}"

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from vitkd.config.agreement import check_batch_size, check_images, check_mixing
+from vitkd.config.agreement import check_batch_size, check_images, check_views
 from vitkd.config.debug import OPTIONS as DEBUG_OPTIONS
 from vitkd.config.debug import leave_out_randomness
 from vitkd.config.loggers import LoggerOption
@@ -232,7 +232,7 @@ def parse(composed: DictConfig) -> Config:
     config = Config(**vars(root), **built, dataset=dataset, teacher=teacher, trainer=trainer, resolved=plain)
     config.resolved = recorded(plain, config)
     check_batch_size(dataset.batch_size, config.student, config.method)
-    check_mixing(dataset.mix, config.method)
+    check_views(dataset, config.method)
     for group, model in (("student", config.student), ("teacher", teacher.model)):
         check_images(group, model, dataset)
     return config

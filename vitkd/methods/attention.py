@@ -47,6 +47,16 @@ class AttentionDistillation(Method):
         shares = "its teacher leaves out what each student does (method.share_drop_path)"
         return shares if self.share_drop_path else super().why_alone
 
+    @property
+    def why_unmixed(self) -> str | None:
+        shares = "the neighbour whose maps method.control=shuffled teaches may be mixed of the same two"
+        return shares if self.control == "shuffled" else None
+
+    @property
+    def why_unrepeated(self) -> str | None:
+        is_same = "the neighbour whose maps method.control=shuffled teaches would be the same image"
+        return is_same if self.control == "shuffled" else None
+
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:
         if self.share_drop_path:
             check_shared_drop_path(student, teacher)

@@ -134,6 +134,11 @@ class Method(ABC):
         """Why images that are mixed of two (mixup, CutMix) teach nothing this way; None if they do."""
         return None
 
+    @property
+    def why_unrepeated(self) -> str | None:
+        """Why views of one image may not be side by side in a batch; None if they may."""
+        return None
+
     def check(self, student: ModelConfig, teacher: ModelConfig, settings: MapSettings) -> None:  # noqa: B027
         """Raise ConfigError if the student cannot learn from the teacher this way; as a rule it can."""
 

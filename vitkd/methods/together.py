@@ -142,6 +142,10 @@ class Together(Method):
         return next(filter(None, (method.why_unmixed for method in self.chosen.values())), None)
 
     @property
+    def why_unrepeated(self) -> str | None:
+        return next(filter(None, (method.why_unrepeated for method in self.chosen.values())), None)
+
+    @property
     def min_batch_size(self) -> int:
         return max(method.min_batch_size for method in self.chosen.values())
 

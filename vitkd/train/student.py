@@ -82,9 +82,9 @@ def check_fractions(config: Config, data: ImageDataModule, processes: int) -> No
     fractions = {"dataset.train_fraction": config.dataset.train_fraction}
     if uses_store(config):
         fractions["teacher.train_fraction"] = config.teacher.train_fraction
-    batch = config.dataset.batch_size * processes
+    batch, passes = config.dataset.batch_size * processes, config.dataset.passes
     for setting, fraction in fractions.items():
-        if fraction < 1 and (count := len(data.training_images(fraction))) < batch:
+        if fraction < 1 and (count := len(data.training_images(fraction))) * passes < batch:
             left = f"leaves {count:,} of {len(data.training_images(1)):,} training images"
             fix = f"less than a batch of {batch:,}; raise it or lower dataset.batch_size"
             raise ConfigError(f"{setting}={fraction:g}: {left}, {fix}")
