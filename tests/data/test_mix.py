@@ -40,7 +40,7 @@ def mixed_as(share: float, edges: list[int], images: Tensor, labels: Tensor) -> 
     outside = torch.tensor([1.0 if is_cut else share])
     draws = Draws(outside, torch.tensor([edges]), torch.tensor([share]))
     batch = Batch(images, labels, torch.arange(len(labels)))
-    return Mixer(Mix(), SIZE, CLASSES).mixed(batch, draws, 0)
+    return Mixer(Mix(), SIZE, CLASSES).mixed(draws, batch, 0)
 
 
 def box_of(images: Tensor, mixed: Tensor) -> list[int]:
@@ -174,11 +174,10 @@ def test_a_box_has_its_share_of_the_area_and_any_pixel_as_its_centre() -> None:
 def test_the_target_is_the_share_of_pixels() -> None:
     """Of black and white images, one of each in a pair, the mixed one's mean is λ."""
     images = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 1, SIZE, SIZE)
-    mixer = Mixer(BOTH, SIZE, 2)
-    drawn = mixer.draw(KEY, 60)
+    mix = Mixer(BOTH, SIZE, 2).epoch(KEY, 60)
 
     for step in range(60):
-        mixed = mixer.mixed(Batch(images, torch.tensor([0, 1]), torch.arange(2)), drawn, step)
+        mixed = mix(Batch(images, torch.tensor([0, 1]), torch.arange(2)), step)
         torch.testing.assert_close(mixed.image.mean((1, 2, 3)), mixed.target[:, 0], **ROUNDING)
 
 

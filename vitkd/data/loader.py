@@ -255,11 +255,11 @@ class Loader:
         start = self._resume["position"] if self._resume["epoch"] == epoch else 0
         self._resume = {"epoch": -1, "position": 0}
         batches = self.sampler.batches()[start:]
-        draws = self.mixer.draw(self._key(epoch, MIX), len(self)) if self.mixer else None
+        mix = self.mixer.epoch(self._key(epoch, MIX), len(self)) if self.mixer else None
         for step, views in enumerate(self._views(batches, self._key(epoch, VIEW)), start):
             self._position = {"epoch": epoch, "position": step + 1}
             batch = views._replace(image=normalise(views.image, self.mean, self.std))
-            yield batch if self.mixer is None or draws is None else self.mixer.mixed(batch, draws, step)
+            yield mix(batch, step) if mix else batch
 
     def first(self, count: int) -> Batch:
         """The first `count` images of the current epoch over all processes, each once and none mixed.

@@ -10,8 +10,9 @@ Shapes: N steps, B batch, C channels, H and W pixels, K classes.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -97,11 +98,17 @@ class Mixer:
     def __init__(self, mix: Mix, size: int, num_classes: int, apart: int = 1) -> None:
         self.mix, self.size, self.num_classes, self.apart = mix, size, num_classes, apart
 
-    def draw(self, key: Tensor, steps: int) -> Draws:
-        """How the batches of an epoch's `steps` are mixed.
+    def epoch(self, key: Tensor, steps: int) -> Callable[[Batch, int], Batch]:
+        """What mixes the batches of an epoch, given each and its step.
 
-        `key` is a 0-dim int64, made from the seed and the epoch.
+        Args:
+            key: 0-dim int64, made from the seed and the epoch.
+            steps: of the epoch.
         """
+        return partial(self.mixed, self.draw(key, steps))
+
+    def draw(self, key: Tensor, steps: int) -> Draws:
+        """How the batches of an epoch are mixed; arguments as for `epoch`."""
         bits = random_bits(key, torch.arange(steps, device=key.device), 6)
         is_mixed, is_cut = uniform(bits[2]) < self.mix.prob, uniform(bits[3]) < self.mix.cutmix_prob
         of_mixup, of_cutmix = (symmetric_beta(bits[:2], alpha) for alpha in self.mix.alphas)
@@ -111,7 +118,7 @@ class Mixer:
         uncut = 1 - (bottom - top) * (right - left) / self.size**2
         return Draws(torch.where(is_cut, 1.0, share), edges, torch.where(is_cut, uncut, share))
 
-    def mixed(self, batch: Batch, draws: Draws, step: int) -> Batch:
+    def mixed(self, draws: Draws, batch: Batch, step: int) -> Batch:
         """The batch as it is mixed in one of the steps drawn, with its classes' shares as its target.
 
         Its label is the class of the larger share; its index stays that of an image itself.
