@@ -89,7 +89,7 @@ def scores(model, images, *blocks):
 
 
 def pictures(batches, every_n_epochs=9, path=None):
-    images, labels, _ = batches[0]
+    images, labels, *_ = batches[0]
     return AttentionPictures(images, labels, NAMES, [0.5], [0.25], every_n_epochs, path)
 
 
