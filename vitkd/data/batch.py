@@ -34,6 +34,11 @@ class Batch(NamedTuple):
         """The batch of what `change` makes of each tensor."""
         return Batch(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
+    def in_orders(self, orders: Tensor | slice) -> "Batch":
+        """Of a batch [U, B, …] the labels, indices and targets at some entries of U; the images stay."""
+        rest = self._replace(image=self.label).map(lambda part: part[orders])
+        return rest._replace(image=self.image)
+
 
 def join(batches: Sequence[Batch], how: Callable[[Any], Tensor] = torch.stack) -> Batch:
     """Several batches as one, part by part, by `how` several tensors become one."""

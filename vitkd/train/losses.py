@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitkd.data import Batch
@@ -119,6 +120,16 @@ def gradient_ratio(norms: Mapping[str, float], class_weight: float) -> dict[str,
 def with_zero_gradients(loss: Tensor, tensors: Iterable[Tensor]) -> Tensor:
     """`loss`, from which all that `tensors` come from gets a gradient of 0 rather than none."""
     return loss + sum(0 * tensor.sum() for tensor in tensors)
+
+
+def smoothed_cross_entropy(logits: Tensor, truth: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross-entropy of logits [B, C] with labels [B] or the classes' shares [B, C], smoothed.
+
+    Shares of mixed images are smoothed as the labels that they are shares of (Szegedy et al. 2016).
+    """
+    logits = at_least_float32(logits)
+    truth = truth.to(logits) if truth.is_floating_point() else truth
+    return F.cross_entropy(logits, truth, label_smoothing=label_smoothing)
 
 
 def share_equal(predicted: Tensor, true: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,7 +17,7 @@ from vitkd.data import Batch
 from vitkd.methods.base import Objective
 from vitkd.methods.weighting import Constant, Weighting
 from vitkd.models import Model, Output, Taps, describe
-from vitkd.models.output import LOGITS, at_least_float32
+from vitkd.models.output import LOGITS
 from vitkd.optim import Optimizer, Schedule, grouped, places, trained_by
 from vitkd.train.cuda_graph import GraphedStep, take_step
 from vitkd.train.logged import LoggedModule
@@ -28,6 +27,7 @@ from vitkd.train.losses import (
     gradient_ratio,
     gradients_of,
     share_equal,
+    smoothed_cross_entropy,
     transfer_of,
     with_zero_gradients,
 )
@@ -139,14 +139,8 @@ class DistillModule(LoggedModule):
         return Losses(student, class_loss, self.term_weights.total(class_loss, transfer.weighted), transfer)
 
     def class_loss(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Cross-entropy with labels [B] or the classes' shares [B, C], smoothed in training.
-
-        Shares of mixed images are smoothed as the labels that they are shares of (Szegedy et al. 2016).
-        """
-        smoothing = self.label_smoothing if self.training else 0.0
-        logits = at_least_float32(logits)
-        truth = truth.to(logits) if truth.is_floating_point() else truth
-        return F.cross_entropy(logits, truth, label_smoothing=smoothing)
+        """Cross-entropy with labels [B] or the classes' shares [B, C], smoothed in training."""
+        return smoothed_cross_entropy(logits, truth, self.label_smoothing if self.training else 0.0)
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -118,8 +118,7 @@ class StackedModule(DistillModule):
         if batch.label.ndim == 1:
             return batch
         self.orders = self.orders.to(batch.label.device)
-        target = None if batch.target is None else batch.target[self.orders]
-        return Batch(batch.image, batch.label[self.orders], batch.index[self.orders], target)
+        return batch.in_orders(self.orders)
 
     def loss(self, batch: Batch) -> Tensor:
         self.streams.next_step()
@@ -257,7 +256,7 @@ class StackedModule(DistillModule):
         if seen.label.ndim == 2:
             jobs = slice(group.start, group.stop)
             orders = self.orders[jobs]
-            seen = seen._replace(label=seen.label[jobs], index=seen.index[jobs])
+            seen = seen.in_orders(jobs)
             answer = group.of_teacher(answer).map(lambda tensor: tensor[orders])
         with torch.set_grad_enabled(group.trains and torch.is_grad_enabled()):
             return transfer_of(seen, students, answer, group.objective, group.weighting)
