@@ -33,6 +33,7 @@ OPTIONS = [
     ("train", ["method=copy", "granularity=encoder", "loss=ce"]),
     ("train", ["method=dearkd", "teacher=resnet56"]),
     ("train", ["method=subspace"]),
+    ("train", ["method=regions"]),
     ("train", ["student=merged", "method=none"]),
     ("train", ["weighting=gradient_balance", "logger=[wandb,mlflow]"]),
     ("train", ["method=logit", "teacher=resnet", "dataset=image_folder", "hydra/launcher=stacked"]),

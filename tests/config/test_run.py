@@ -33,6 +33,7 @@ from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.maps.granularity import Block, Encoder, Head
 from vitkd.methods.maps.losses import CE, KL, MSE
 from vitkd.methods.none import NoDistillation
+from vitkd.methods.regions import Regions
 from vitkd.methods.relation import RelationDistillation
 from vitkd.methods.together import Together
 from vitkd.methods.token import TokenDistillation
@@ -236,6 +237,7 @@ METHOD = {
     "method/locality": (LocalityDistillation(), 0.2857),
     "method/dearkd": (DearkdDistillation(), 0.5),
     "method/attention_copy": (CopyDistillation(), 0.5),
+    "method/regions": (Regions(clusters=4), 0.5),
     "method/attention_transfer": (AttentionDistillation(), 0.25),
     "method/attention_transfer_drop_path": (AttentionDistillation(share_drop_path=True), 0.25),
 }

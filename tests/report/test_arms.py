@@ -545,11 +545,12 @@ def test_a_title_names_another_students_class_and_not_what_it_lacks(runs):
     ]
 
 
-def test_a_copy_of_attention_is_never_the_student_alone(runs):
+@pytest.mark.parametrize(("method", "label"), [("CopyDistillation", "block copy"), ("Regions", "regions")])
+def test_what_labels_teach_beside_a_teacher_is_never_the_student_alone(runs, method, label):
     runs.add(method="none")
-    runs.add(method="CopyDistillation", alpha=1.0)
+    runs.add(method=method, alpha=1.0)
 
     (experiment,) = experiments(runs)
 
     assert labels(experiment)[0] == "student alone"
-    assert labels(experiment)[1].startswith("block copy")
+    assert labels(experiment)[1].startswith(label)

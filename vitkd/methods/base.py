@@ -145,7 +145,7 @@ class Method(ABC):
     def check_data(self, data: DataFacts) -> None:  # noqa: B027
         """Log what it takes to learn from these images; ConfigError, before a teacher trains, if too much."""
 
-    def trained(self, student: Model, teacher: Model, settings: MapSettings) -> Model:
+    def trained(self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts) -> Model:
         """What is trained and kept in the student's place; as a rule the student itself."""
         return student
 

@@ -53,7 +53,7 @@ class CopyDistillation(Method):
         for pair in settings.granularity.pairs(students, teachers):
             check_copy(pair, students[pair.student_block], teachers[pair.teacher_block])
 
-    def trained(self, student: Model, teacher: Model, settings: MapSettings) -> CopyingModel:
+    def trained(self, student: Model, teacher: Model, settings: MapSettings, data: DataFacts) -> CopyingModel:
         pairs = settings.granularity.pairs(student.attention, teacher.attention)
         return copying(student, teacher, pairs)
 

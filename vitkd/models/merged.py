@@ -45,7 +45,7 @@ class MergedConfig(ModelConfig):
         check(self, "runs", is_set, "names a run twice")
 
     def __str__(self) -> str:
-        return f"{len(self.runs)} students merged, {self.trains} trained"
+        return f"{len(self.runs or self.parts)} students merged, {self.trains} trained"
 
     @property
     def places(self) -> list[Path]:
@@ -130,6 +130,12 @@ class Merged(Model):
         features = {name: torch.cat([each.features[name] for each in outputs], -1) for name in taps.features}
         logits = torch.stack([each.answer for each in outputs]).sum(0) if taps.logits else None
         return Output(logits, features=features)
+
+
+def merge(students: Sequence[Model]) -> Merged:
+    """Students of the same images as one model, all of whose weights are trained."""
+    task = {name: getattr(students[0].config, name) for name in ("image_size", "channels", "num_classes")}
+    return Merged(MergedConfig(**task, runs=[], parts=[describe(each) for each in students]), students)
 
 
 # Models in files are among its settings, so `weights` cannot know it by itself.

@@ -174,7 +174,7 @@ class ViT(Model):
         super().__init__()
         self.config = c = config
         self.dropout = Dropout(c.emb_dropout)
-        self.tokenizer = (
+        self.tokenizer: nn.Module = (
             ShiftedPatchTokenization(c.channels, c.patch_size, c.embed_dim)
             if c.tokenizer == "spt"
             else PatchEmbedding(c.channels, c.patch_size, c.embed_dim, c.patch_norm)

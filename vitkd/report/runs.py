@@ -125,9 +125,9 @@ class Run:
     def is_student_alone(self) -> bool:
         """Whether it is one student that had labels alone: no method, or alpha = 1 throughout.
 
-        No copy depends on alpha.
+        Neither copies nor ViTs of regions depend on alpha.
         """
-        is_taught = self.method == "copy" or self.alpha != 1 or self.weighting != CONSTANT
+        is_taught = self.method in ("copy", "regions") or self.alpha != 1 or self.weighting != CONSTANT
         return not self.is_merged and (self.method == "none" or not is_taught)
 
 

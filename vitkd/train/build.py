@@ -34,7 +34,7 @@ def build_module(settings: Config, student: Model, teacher: Model | None, data: 
         if settings.weighting.distils(settings.alpha):
             settings.method.set_first_weights(student, teacher)
         objective = settings.method.objective(student, teacher, settings, data)
-        student = settings.method.trained(student, teacher, settings)
+        student = settings.method.trained(student, teacher, settings, data)
     return DistillModule(
         student,
         settings.optimizer,

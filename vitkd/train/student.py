@@ -161,7 +161,7 @@ def train_student(
         module = build_module(config, student, teacher, facts_of(data))
         # Before training, which may change the precision of its weights.
         measured_teacher = measure_teacher(teacher if is_first() else None, data, device)
-        have_maps = teacher is not None and has_maps(student) and has_maps(teacher)
+        have_maps = teacher is not None and has_maps(module.model) and has_maps(teacher)
         pictures = attention_pictures(config, data, folder) if have_maps else None
         if module.objective is not None and module.objective.pairs and is_first():
             folder.write_pairs(module.objective.pairs)

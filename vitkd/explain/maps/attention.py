@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vitkd.errors import ConfigError, suggest
+from vitkd.methods.maps.activity import activity_clusters
 from vitkd.models.output import at_least_float32
 
 Fusion = Literal["mean", "max", "min"]
@@ -21,11 +21,6 @@ FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda weights: weights.amax(1),
     "min": lambda weights: weights.amin(1),
 }
-
-RESTARTS = 10
-"""k-means runs, of which the best counts"""
-DECIMALS = 5
-"""Activities are distinguished to a hundred-thousandth of the highest: below that is float32's rounding."""
 
 
 def fuse(weights: Tensor, how: Fusion = "mean", heads: Sequence[int] | None = None) -> Tensor:
@@ -129,10 +124,8 @@ def attention_features(
 def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
     """Labels [B, h, w] from 0, the region that receives least attention, to clusters − 1, the most.
 
-    k-means (Lloyd 1982, from k-means++) over the patches of all images at once, so that a label means the
-    same in each of them. Regions are ordered by the mean of their centre's features. Where patches have fewer
-    distinct features than `clusters`, there are as many regions as distinct features: one under uniform
-    attention.
+    `activity_clusters` of the patches of all images at once, so that a label means the same in each of them.
+    Under uniform attention there is one region.
 
     Args:
         features: [B, N, F] as `attention_features` gives them: all in one unit, more being more active.
@@ -146,8 +139,6 @@ def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, 
     Raises:
         ConfigError: k is below 1, or N patches do not fill the grid.
     """
-    from sklearn.cluster import KMeans  # takes a while to import
-
     if clusters < 1:
         raise ConfigError(f"clusters={clusters}: must be at least 1")
     side = math.isqrt(features.shape[1])
@@ -155,11 +146,8 @@ def region_map(features: Tensor, clusters: int, seed: int = 0, grid: tuple[int, 
     if rows * columns != features.shape[1]:
         raise ConfigError(f"{features.shape[1]} patches do not fill {rows}×{columns}: give their grid")
     points = features.detach().flatten(0, 1).cpu().double().numpy()
-    points = np.round(points / (np.abs(points).max() or 1), DECIMALS)
-    distinct = len(np.unique(points, axis=0))
-    means = KMeans(min(clusters, distinct), n_init=RESTARTS, random_state=seed).fit(points)
-    rank = means.cluster_centers_.mean(1).argsort(kind="stable").argsort()
-    return torch.from_numpy(rank[means.labels_]).view(len(features), rows, columns).to(features.device)
+    labels = torch.from_numpy(activity_clusters(points, clusters, seed))
+    return labels.view(len(features), rows, columns).to(features.device)
 
 
 def check_grid(matrix: Tensor, grid: tuple[int, int], prefix: int) -> None:
