@@ -207,6 +207,7 @@ COMMANDS = {
         "image",
         "teacher",
         "model",
+        "by_data_size",
     ),
 }
 

@@ -19,6 +19,7 @@ class Settings:
 
     run: Any
     model: str | None
+    by_data_size: str | None
     pretrained: bool
     image: Any
     teacher: dict[str, Any]
@@ -35,8 +36,10 @@ class Settings:
     accelerator: str
 
     def __post_init__(self) -> None:
-        if (self.run is None) == (self.model is None):
-            raise ConfigError("give either run=FOLDER (or run=[A,B]) or model=timm:NAME")
+        if sum(each is not None for each in (self.run, self.model, self.by_data_size)) != 1:
+            raise ConfigError("give one: run=FOLDER or run=[A,B], model=timm:NAME, or by_data_size=FOLDER")
+        if self.by_data_size is not None and self.image is not None:
+            raise ConfigError(f"image={self.image}: by_data_size looks at test images; leave out image")
         if self.model is not None and self.image is None:
             raise ConfigError(f"model={self.model}: has no test split; name pictures by image=PATH")
         if not 1 <= len(self.runs) <= 2 and self.run is not None:
@@ -59,6 +62,8 @@ class Settings:
         """ConfigError for a setting that names a file or folder which is not there; none is read."""
         for path in self.runs:
             RunFolder.existing(path)
+        if self.by_data_size is not None and not Path(self.by_data_size).is_dir():
+            raise ConfigError(f"by_data_size={self.by_data_size}: there is no such folder")
         if self.model is not None and not self.model.startswith("timm:"):
             with naming("model="):
                 model_file(Path(self.model))
@@ -77,6 +82,8 @@ class Settings:
         """Where to write: `out`, or a folder in the first run's, which is named after the second."""
         if self.out:
             return Path(self.out)
+        if self.by_data_size is not None:
+            return Path(self.by_data_size, "explain_by_data_size")
         name = "explain" if self.image is None else "explain_pictures"
         for other in self.runs[1:]:
             beside = os.path.relpath(other.resolve(), self.runs[0].resolve().parent)

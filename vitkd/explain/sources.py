@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitkd.data import ImageDataModule
+from vitkd.data import Dataset, ImageDataModule
 from vitkd.data.decoding import decode
 from vitkd.errors import ConfigError
 from vitkd.explain.maps.recording import Layout, has_maps, own_layout, timm_model, why_no_maps
@@ -147,7 +147,7 @@ def _load_runs(settings: Settings) -> list[Run]:
         if cause := why_no_maps(run.student):
             what = f"its student ({run.student.config}) {cause}"
             raise ConfigError(f"run={run.path}: {what}; name a run whose student is a ViT, a Swin or a TNT")
-    _check_same_images(runs)
+    check_same_images([run.config.dataset for run in runs], "run=[A,B]")
     if len({digest(run.teacher) for run in runs if run.teacher is not None}) > 1:
         raise ConfigError(
             "run=[A,B]: learned from different teachers; name the one to compare both with by "
@@ -156,15 +156,15 @@ def _load_runs(settings: Settings) -> list[Run]:
     return runs
 
 
-def _check_same_images(runs: Sequence[Run]) -> None:
-    """ConfigError unless all runs have the same test images."""
-    first, *others = (run.config.dataset for run in runs)
+def check_same_images(datasets: Sequence[Dataset], setting: str) -> None:
+    """ConfigError, of the `setting` that names them, unless all runs have the same test images."""
+    first, *others = datasets
     for other in others:
         for name in SAME_IMAGES:
             mine, its = getattr(first, name, None), getattr(other, name, None)
             if type(first) is not type(other) or mine != its:
                 what = f"{first.name} and {other.name} differ in {name} ({mine}, {its})"
-                raise ConfigError(f"run=[A,B]: {what}; compare runs on the same test images")
+                raise ConfigError(f"{setting}: {what}; compare runs on the same test images")
 
 
 def comparisons(runs: Mapping[str, Run]) -> tuple[dict[str, Comparison], list[str]]:
