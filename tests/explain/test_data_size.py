@@ -197,4 +197,4 @@ def test_what_cannot_be_compared_is_one_line(outputs, command, tmp_path):
     assert "no finished run" in one_line(command("explain", f"by_data_size={tmp_path / 'empty'}"))
     assert "no such folder" in one_line(command("explain", f"by_data_size={tmp_path / 'none'}"))
     assert "leave out image" in one_line(command("explain", f"by_data_size={copied}", "image=a.png"))
-    assert "give one" in one_line(command("explain", f"by_data_size={copied}", "run=a"))
+    assert "give either" in one_line(command("explain", f"by_data_size={copied}", "run=a"))

@@ -37,7 +37,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if sum(each is not None for each in (self.run, self.model, self.by_data_size)) != 1:
-            raise ConfigError("give one: run=FOLDER or run=[A,B], model=timm:NAME, or by_data_size=FOLDER")
+            ways = "run=FOLDER (or run=[A,B]) or model=timm:NAME or by_data_size=FOLDER"
+            raise ConfigError(f"give either {ways}")
         if self.by_data_size is not None and self.image is not None:
             raise ConfigError(f"image={self.image}: by_data_size looks at test images; leave out image")
         if self.model is not None and self.image is None:
