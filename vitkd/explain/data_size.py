@@ -55,7 +55,7 @@ def files_by_data_size(settings: Settings, device: torch.device) -> dict[str, by
             count = len(data.training_images(config.dataset.train_fraction))
             trained.append(Trained(model, count, config.seed))
         check_maps(trained[0].model.config)
-        images = test_images(data, settings.seed, device)
+        images = drawn_images(data, settings.seed, device)
     log.info("measuring %d models on %d test images", len(trained), len(images))
     sizes = measure_sizes(trained, images)
     title = f"{configs[0].dataset.name}, {trained[0].model.config}"
@@ -101,7 +101,7 @@ def check_maps(student: ModelConfig) -> None:
         )
 
 
-def test_images(data: ImageDataModule, seed: int, device: torch.device) -> Tensor:
+def drawn_images(data: ImageDataModule, seed: int, device: torch.device) -> Tensor:
     """At most MOST_IMAGES of the test split [B, C, H, W], drawn by the seed."""
     batches = in_random_order(data, seed, device)
     count = ceil(MOST_IMAGES / data.dataset.eval_batch_size)
