@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, check
 from vitkd.models.base import CONFIGS, ModelConfig, count_parameters
+from vitkd.models.initialisation import SELECTION
 from vitkd.models.output import OUTER, AttentionLayout
 from vitkd.models.vit import ViT, ViTConfig
 
@@ -82,6 +83,8 @@ def small_vits(student: ModelConfig, divided: Sequence[list[int]]) -> list[Parti
     """
     if not isinstance(student, ViTConfig):
         raise ConfigError(f"student={student}: only vitkd's own ViTs can see some patches; choose one")
+    if student.init == SELECTION:
+        raise ConfigError(f"student.init={SELECTION}: gives small ViTs no weights; set student.init=null")
 
     def of_width(width: int) -> list[PartialViTConfig]:
         shape = {"embed_dim": width, "mlp_dim": max(1, student.mlp_dim * width // student.embed_dim)}

@@ -29,8 +29,8 @@ def build_module(settings: Config, student: Model, teacher: Model | None, data: 
     objective = None
     if settings.method.needs_teacher:
         assert teacher is not None
-        if isinstance(settings.student, InitialisedConfig) and settings.student.selects_from_teacher:
-            select_weights(student, teacher, settings.student.init_layers)
+        if isinstance(student.config, InitialisedConfig) and student.config.selects_from_teacher:
+            select_weights(student, teacher, student.config.init_layers)
         if settings.weighting.distils(settings.alpha):
             settings.method.set_first_weights(student, teacher)
         objective = settings.method.objective(student, teacher, settings, data)
