@@ -10,8 +10,10 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from vitkd.data.augment import Augment, Boxes, central_box, draw_boxes, normalise, padded_crop, resized_crop
+from vitkd.data.augment.crop import Boxes, central_box, draw_boxes, padded_crop, resized_crop
+from vitkd.data.augment.view import Augment
 from vitkd.data.hashing import key_of, random_bits, uniform
+from vitkd.data.levels import normalise
 from vitkd.errors import ConfigError
 
 VIEWS = [Augment(crop_padding=4, flip=True), Augment(flip=True), Augment(resized_crop=[0.3, 1.0], flip=True)]
@@ -227,7 +229,7 @@ def test_no_torch_generator_is_touched(pixels: Tensor) -> None:
 
 
 def test_nothing_is_drawn_where_nothing_varies(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitkd.data.augment.random_bits", None)
+    monkeypatch.setattr("vitkd.data.augment.view.random_bits", None)
     assert Augment().apply(pixels, torch.arange(40), key_of(0, 0)) is pixels
 
 

@@ -4,7 +4,7 @@ A `Dataset` describes a data set and loads its splits; an `ImageDataModule` make
 view depends on (seed, epoch, index) alone: see `hashing`.
 """
 
-from vitkd.data.augment import Augment as Augment
+from vitkd.data.augment.view import Augment as Augment
 from vitkd.data.batch import Batch as Batch
 from vitkd.data.batch import join as join
 from vitkd.data.folders import ImageFolder as ImageFolder

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_convert
 
-from vitkd.data.augment import Augment, normalise
+from vitkd.data.augment.view import Augment
 from vitkd.data.batch import Batch
 from vitkd.data.hashing import fold, key_of
+from vitkd.data.levels import normalise
 from vitkd.data.mix import Mixer
 from vitkd.data.split import FileSplit
 from vitkd.errors import ConfigError

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from vitkd.data.augment import Augment
+from vitkd.data.augment.view import Augment
 from vitkd.data.contents import FileHashes
 from vitkd.data.mix import Mix
 from vitkd.data.split import FileSplit, Split

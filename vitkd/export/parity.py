@@ -6,7 +6,7 @@ Shapes: B images, C channels, H × W pixels.
 import torch
 from torch import Tensor
 
-from vitkd.data.augment import normalise
+from vitkd.data.levels import normalise
 from vitkd.errors import RunError
 from vitkd.export.classifier import Classifier, Classify
 

@@ -1,0 +1,1 @@
+"""Random views of training images, a whole batch at once on its device."""
