@@ -10,7 +10,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from vitkd.data.augment.crop import Boxes, central_box, draw_boxes, padded_crop, resized_crop
+from vitkd.data.augment.boxes import Boxes, central_box, draw_boxes
+from vitkd.data.augment.crop import padded_crop, resized_crop
 from vitkd.data.augment.view import Augment
 from vitkd.data.hashing import key_of, random_bits, uniform
 from vitkd.data.levels import normalise

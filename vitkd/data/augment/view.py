@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitkd.data.augment.crop import ATTEMPTS, draw_boxes, padded_crop, resized_crop
+from vitkd.data.augment.boxes import ATTEMPTS, draw_boxes
+from vitkd.data.augment.crop import padded_crop, resized_crop
 from vitkd.data.hashing import random_bits, uniform_int
 from vitkd.errors import ConfigError
 
