@@ -44,6 +44,8 @@ GROUPS = ("method", "weighting", "student", "optimizer")
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF_DIR / group).glob("*.yaml"))]
 # A setting that takes another way through the objective, and is no file.
 OPTIONS.append(("granularity.head_map", "squeeze"))
+AUGMENTED = ("dataset.augment.then", "[rand_augment]")
+OPTIONS.append(AUGMENTED)
 SMALL_SWIN = [
     *("img_size=8", "window_size=2", "embed_dim=8", "depths=[2,1]"),
     "num_heads=[2,2]",
@@ -65,6 +67,7 @@ SMALL = ["student.depth=2", "student.head_dim=8", "student.mlp_dim=32"]
 BESIDES = {
     ("method", "dearkd"): ["teacher=resnet56", "teacher.variant=resnet20"],
     ("method", "locality"): ["teacher=resnet56", "teacher.variant=resnet20"],
+    AUGMENTED: ["dataset.augment.crop_padding=1", *SMALL],
     ("granularity.head_map", "squeeze"): ["granularity=encoder", *SMALL, "student.num_heads=2"],
     ("student", "resnet"): ["method=logit"],
     MIXED: [
@@ -395,7 +398,9 @@ def test_a_cached_teacher_is_an_asked_one(option, config):
     torch.manual_seed(10)
     train(module, config, data, caching)
 
-    varying = {"train"} if module.shares_drop_path or config.dataset.mix.is_on else set()
+    dataset = config.dataset
+    varies = module.shares_drop_path or dataset.mix.is_on or dataset.augment.is_random
+    varying = {"train"} if varies else set()
     # A copy runs its teacher itself.
     assert caching.splits == ({"train", "val"} - varying if module.objective is not None else set())
     assert_equal(weights_of(module.model), weights_of(trained_alone(*option, 0)[0].model), **CLOSE)

@@ -60,6 +60,8 @@ TRAIN = [
     ("granularity.blocks=1", "granularity.blocks", "list"),
     ("granularity=head granularity.heads=[0,1]", "granularity.heads=[0, 1]", "list[list["),
     ("dataset.augment=strong", "dataset.augment", "strong"),
+    ("augment=rand_augment", "augment", "dataset.augment.then=[NAME"),
+    ("dataset.augment.then=rand_augment", "dataset.augment.then=rand_augment", "list[text]"),
     # ranges
     ("alpha=1.5", "alpha=1.5", "[0, 1]", "class loss"),
     ("alpha=nan", "alpha=nan", "[0, 1]"),
@@ -85,6 +87,14 @@ TRAIN = [
     ("optimizer=sgd optimizer.momentum=0", "optimizer.nesterov=true", "nesterov=false"),
     ("optimizer=muon", "optimizer=muon", "adamw, lion, sgd"),
     ("schedule.warmup=2", "schedule.warmup=2", "[0, 1]"),
+    ("dataset.augment.then=[mixup]", "dataset.augment.then=[mixup]", "there are auto_augment, color_jitter"),
+    ("dataset.augment.then=[rand_augmen]", "augment.then=[rand_augmen]", "did you mean rand_augment?"),
+    ("dataset.augment.rand_augment.magnitude=31", "augment.rand_augment.magnitude=31", "from 0 to 30"),
+    ("dataset.augment.random_erasing.pp=1", "did you mean dataset.augment.random_erasing.p?"),
+    (
+        "dataset.augment.then=[random_erasing] dataset.augment.random_erasing.mean=[0.1,0.2]",
+        *("dataset.augment.random_erasing.mean=[0.1, 0.2]", "1 of them"),
+    ),
     ("dataset.val_fraction=1", "dataset.val_fraction=1", "[0, 1)"),
     ("dataset.train_fraction=0", "dataset.train_fraction=0", "above 0"),
     ("dataset.train_fraction=10%", "dataset.train_fraction=10%", "a number"),

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import fields, replace
 from importlib import import_module
 from inspect import signature
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.tnt import TNT
 from timm.models.vision_transformer import VisionTransformer
 
+from vitkd.config.roles import Separates, first_difference, relevant
 from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
 from vitkd.data import ImageFolder, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
@@ -41,6 +44,7 @@ from vitkd.methods.weighting import Constant as EqualWeights
 from vitkd.methods.weighting import Step
 from vitkd.models import MergedConfig, ResNetConfig, TimmConfig, count_parameters
 from vitkd.optim import AdamW, Constant, WarmupCosine
+from vitkd.runs.teacher_store import fingerprint
 from vitkd.train.plan import check_trainer
 
 OPTIONS = sorted(path for path in CONF_DIR.rglob("*.yaml") if path.parent != CONF_DIR)
@@ -112,6 +116,8 @@ def test_every_option_composes_and_fits(path, read):
     if group == "trainer" and option == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="gpu"):
             check_trainer(read(choice(path)).trainer)
+    elif group == "augment":
+        assert [*read(f"dataset.augment.then=[{option}]").dataset.augment.augmentations] == [option]
     elif group == "student" and option in ("merged", "report_teacher", "resnet", "swin", "timm", "tnt"):
         read(choice(path), "method=none")
     elif option in ("locality", "dearkd"):
@@ -137,7 +143,7 @@ def test_every_option_opens_with_what_it_is(path):
 @every_option
 def test_every_option_belongs_to_a_choice(path):
     """A folder that train.yaml does not list would be of no effect."""
-    assert group_of(path) in {*compose().hydra.runtime.choices, "logger"}
+    assert group_of(path) in {*compose().hydra.runtime.choices, "logger", "augment"}
 
 
 @every_setting
@@ -422,6 +428,50 @@ def test_nested_settings_from_the_command_line(read):
     assert (config.optimizer.lr, config.teacher.optimizer.lr) == (1e-3, 2e-3)
     assert (config.trainer["max_epochs"], config.teacher.max_epochs) == (2, 3)
     assert config.dataset.augment.flip
+
+
+def test_augmentations_are_a_list_of_those_that_have_settings(read):
+    plain = read("dataset=cifar10")
+    config = read(
+        "dataset=cifar10",
+        "dataset.augment.then=[random_erasing,auto_augment]",
+        "dataset.augment.random_erasing.p=0.1",
+    )
+
+    augment = config.dataset.augment
+    assert [*augment.augmentations] == ["random_erasing", "auto_augment"]
+    assert augment.augmentations["random_erasing"].p == 0.1
+    assert augment.augmentations["random_erasing"].mean == config.dataset.mean
+    recorded = config.resolved["dataset"]["augment"]
+    assert recorded.keys() - {"random_erasing", "auto_augment"} == plain.resolved["dataset"]["augment"].keys()
+    assert plain.resolved["dataset"]["augment"] == {
+        **{"crop_padding": 4, "flip": True, "resized_crop": None, "then": []},
+    }
+    assert parse(OmegaConf.create(config.resolved)).dataset == config.dataset
+
+
+def test_the_order_of_augmentations_makes_another_run_and_teacher(read):
+    orders = [
+        read("dataset=cifar10", f"dataset.augment.then=[{names}]")
+        for names in ("auto_augment,random_erasing", "random_erasing,auto_augment", "")
+    ]
+
+    for one, other in combinations(orders, 2):
+        assert first_difference(one.resolved, other.resolved).startswith("dataset.augment.")
+        of_teachers = [relevant(teacher_run(each).resolved, Separates.TEACHERS) for each in (one, other)]
+        assert of_teachers[0] != of_teachers[1]
+
+
+def test_a_configuration_without_a_list_of_augmentations_is_what_it_was(read):
+    now = read("dataset=cifar10")
+    before = deepcopy(now.resolved)
+    del before["dataset"]["augment"]["then"]
+    read_again = parse(OmegaConf.create(before))
+
+    assert read_again.dataset == now.dataset
+    assert "then" not in read_again.resolved["dataset"]["augment"]
+    assert first_difference(read_again.resolved, now.resolved) is None
+    assert fingerprint(teacher_run(read_again), None) == fingerprint(teacher_run(now), None)
 
 
 def test_the_teachers_run_is_the_teacher_without_distillation(read):

@@ -12,9 +12,13 @@ from PIL import Image
 
 import vitkd.data
 from vitkd.data import Augment, Dataset, Mix
+from vitkd.data.augment.policies import RandAugment
+from vitkd.data.augment.random_erasing import RandomErasing
 
 from .server import Server, serving
 
+# What a data set's augment may list.
+OTHERS = {"rand_augment": RandAugment(), "random_erasing": RandomErasing(mean=[0.5], std=[0.2], p=0.5)}
 CONF = Path(__file__).parents[2] / "conf" / "dataset"
 
 
@@ -38,9 +42,11 @@ def make() -> Callable[..., Dataset]:
     def make(option: str, **changes: Any) -> Dataset:
         cls, settings = option_file(option)
         settings |= changes
-        for group, kind in {"augment": Augment, "mix": Mix}.items():
-            if isinstance(settings[group], dict):
-                settings[group] = kind(**settings[group])
+        if isinstance(settings["augment"], dict):
+            listed = {"augmentations": OTHERS} if "then" in settings["augment"] else {}
+            settings["augment"] = Augment(**settings["augment"] | listed)
+        if isinstance(settings["mix"], dict):
+            settings["mix"] = Mix(**settings["mix"])
         return cls(**settings)
 
     return make

@@ -10,14 +10,32 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
+from vitkd.data.augment.base import Augmentation
 from vitkd.data.augment.boxes import Boxes, central_box, draw_boxes
+from vitkd.data.augment.color_jitter import ColorJitter
 from vitkd.data.augment.crop import padded_crop, resized_crop
+from vitkd.data.augment.policies import AutoAugment, RandAugment, TrivialAugment
+from vitkd.data.augment.random_erasing import RandomErasing
 from vitkd.data.augment.view import Augment
-from vitkd.data.hashing import key_of, random_bits, uniform
+from vitkd.data.hashing import key_named, key_of, random_bits, uniform
 from vitkd.data.levels import normalise
 from vitkd.errors import ConfigError
 
-VIEWS = [Augment(crop_padding=4, flip=True), Augment(flip=True), Augment(resized_crop=[0.3, 1.0], flip=True)]
+OTHERS: dict[str, Augmentation] = {
+    "rand_augment": RandAugment(),
+    "auto_augment": AutoAugment(),
+    "trivial_augment": TrivialAugment(),
+    "color_jitter": ColorJitter(),
+    "random_erasing": RandomErasing(p=0.9, mean=[0.5, 0.4, 0.3], std=[0.2, 0.25, 0.3], value="random"),
+}
+VIEWS = [
+    Augment(crop_padding=4, flip=True),
+    Augment(flip=True),
+    Augment(resized_crop=[0.3, 1.0], flip=True),
+    *(Augment(then=[name], augmentations=OTHERS) for name in OTHERS),
+    Augment(crop_padding=4, then=[*OTHERS], augmentations=OTHERS),
+    Augment(resized_crop=[0.3, 1.0], then=["random_erasing", "rand_augment"], augmentations=OTHERS),
+]
 
 
 def attempts_of(index: Tensor, key: Tensor | None = None) -> Tensor:
@@ -225,7 +243,8 @@ def test_every_shift_and_both_sides_occur_equally() -> None:
 
 def test_no_torch_generator_is_touched(pixels: Tensor) -> None:
     before = torch.get_rng_state()
-    VIEWS[0].apply(pixels, torch.arange(40), key_of(0, 0))
+    for augment in VIEWS:
+        augment.apply(pixels, torch.arange(40), key_of(0, 0))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -239,6 +258,35 @@ def test_flip_and_crop_draws_are_independent() -> None:
     assert (torch.corrcoef(streams) - torch.eye(41)).abs().max() < 0.045
 
 
+def test_what_is_listed_comes_after_the_crop_in_its_order(pixels: Tensor) -> None:
+    index, key = torch.arange(40), key_of(4, 2)
+    cropped = Augment(crop_padding=4, flip=True).apply(pixels, index, key)
+    views = []
+    for then in (["color_jitter", "rand_augment"], ["rand_augment", "color_jitter"]):
+        expected = cropped
+        for name in then:
+            expected = OTHERS[name].apply(expected, index, key_named(key, name))
+        augment = Augment(crop_padding=4, flip=True, then=then, augmentations=OTHERS)
+        views.append(augment.apply(pixels, index, key))
+        assert torch.equal(views[-1], expected)
+        assert [*augment.augmentations] == then
+    assert not torch.equal(*views)
+
+
+def test_a_view_with_fractions_is_rounded_where_levels_are_needed(pixels: Tensor) -> None:
+    index, key = torch.arange(40), key_of(4, 2)
+    for name in ("rand_augment", "color_jitter"):
+        rounded = OTHERS[name].apply(pixels, index, key)
+        assert torch.equal(OTHERS[name].apply(pixels + 0.4, index, key), rounded)
+
+
+def test_augmentations_draw_independently() -> None:
+    index = torch.arange(10_000)
+    keys = [key_of(0, 0), *(key_named(key_of(0, 0), name) for name in OTHERS)]
+    streams = torch.cat([uniform(random_bits(key, index, 5)) for key in keys]).double()
+    assert (torch.corrcoef(streams) - torch.eye(len(streams))).abs().max() < 0.045
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -248,6 +296,11 @@ def test_flip_and_crop_draws_are_independent() -> None:
         ({"resized_crop": [0.0, 1.0]}, "0 < smallest"),
         ({"resized_crop": [0.5, float("nan")]}, "resized_crop"),
         ({"resized_crop": [0.5, 1.0], "crop_padding": 2}, "both crops"),
+        (
+            {"then": ["random_erasing", "colour_jitter"], "augmentations": OTHERS},
+            r"then=\[random_erasing,colour_jitter\]: there is no augmentation colour_jitter; did you mean",
+        ),
+        ({"then": ["rand_augment", "rand_augment"], "augmentations": OTHERS}, "name each augmentation once"),
     ],
 )
 def test_bad_settings(settings: dict, named: str) -> None:

@@ -16,6 +16,8 @@ from vitkd.data import Augment, Batch, Dataset, ImageDataModule, Loader, join
 from vitkd.data.split import FileSplit
 from vitkd.errors import ConfigError
 
+from .conftest import OTHERS
+
 Make = Callable[..., Dataset]
 
 
@@ -124,7 +126,14 @@ def test_an_image_looks_the_same_in_any_batch(make: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "augment", [{"crop_padding": 2, "flip": True}, {"resized_crop": [0.5, 1.0]}, {"flip": False}], ids=str
+    "augment",
+    [
+        {"crop_padding": 2, "flip": True},
+        {"resized_crop": [0.5, 1.0]},
+        {"flip": False},
+        {"then": ["rand_augment", "random_erasing"]},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("at_once", [2, 5, 1000])
 def test_views_of_many_batches_at_once_are_those_of_each(
@@ -133,7 +142,7 @@ def test_views_of_many_batches_at_once_are_those_of_each(
     """As a GPU computes them."""
     data = ImageDataModule(make("digits", augment=augment), tmp_path, seed=0)
     loader, together = data.loader("train"), data.loader("train")
-    together.batches_at_once = at_once
+    loader.batches_at_once, together.batches_at_once = 1, at_once
 
     assert_same(epoch_of(together, 1), epoch_of(loader, 1))
     whole = epoch_of(loader, 2)
@@ -151,7 +160,14 @@ def test_two_processes_see_the_batches_of_one(make: Make, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("augment", [Augment(crop_padding=2, flip=True), Augment(resized_crop=[0.5, 1.0])])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(crop_padding=2, flip=True),
+        Augment(resized_crop=[0.5, 1.0]),
+        Augment(flip=True, then=["rand_augment"], augmentations=OTHERS),
+    ],
+)
 def test_decoded_batches_equal_resident_ones(
     workers: int, augment: Augment, make: Make, photos: Path
 ) -> None:

@@ -44,6 +44,7 @@ def own_run(*settings: str) -> Config:
         "dataset.val_fraction=0.2",
         "dataset.split_seed=1",
         "dataset.augment.flip=true",
+        "dataset.augment.then=[rand_augment]",
         "teacher.trainer.precision=bf16-mixed",
         "teacher.trainer.limit_train_batches=3",
         "teacher.trainer.gradient_clip_val=1",
@@ -62,6 +63,8 @@ def test_what_determines_the_teacher_changes_its_name(setting):
     [
         "alpha=0.1",
         "seed=3",
+        "dataset.augment.then=[]",
+        "dataset.augment.rand_augment.magnitude=5",
         "loss.temperature=2.0",
         "optimizer.lr=0.002",
         "student.depth=1",

@@ -479,13 +479,16 @@ class TestVariants:
         assert json.loads((fresh.teachers[0] / "inputs.json").read_text())["images/train"] == 1295
 
     def test_a_setting_without_effect_earns_a_warning(self, fresh):
-        ended = fresh.train("method=none", "alpha=0.3", "granularity.head_map=hungarian", "seed=1")
+        unread = ("alpha=0.3", "granularity.head_map=hungarian", "dataset.augment.random_erasing.p=0.1")
+        ended = fresh.train("method=none", *unread, "seed=1")
 
         warnings = [line for line in ended.out.splitlines() if line.startswith("warning: ")]
         assert warnings == [
             "warning: teacher.trainer.limit_train_batches has no effect with method=none",
             "warning: alpha has no effect with method=none",
             "warning: granularity.head_map has no effect with method=none",
+            "warning: dataset.augment.random_erasing.p has no effect without random_erasing in"
+            " dataset.augment.then",
         ]
 
     def test_heads_matched_by_their_maps_are_recorded(self, run, outputs):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from tests.train.objectives import compare_maps
 from vitkd.data import Augment, Batch, Digits, ImageDataModule
+from vitkd.data.augment.policies import RandAugment
 from vitkd.methods.token import TokenObjective
 from vitkd.models import Output, ResNetConfig, Taps, ViT
 from vitkd.optim import AdamW, Constant
@@ -238,7 +239,13 @@ class TestRun:
         assert asked.images == EPOCHS * (3 * 400 + VAL)
 
     @pytest.mark.parametrize(
-        "augment", [Augment(flip=True), Augment(crop_padding=1), Augment(resized_crop=[0.5, 1.0])]
+        "augment",
+        [
+            Augment(flip=True),
+            Augment(crop_padding=1),
+            Augment(resized_crop=[0.5, 1.0]),
+            Augment(then=["rand_augment"], augmentations={"rand_augment": RandAugment()}),
+        ],
     )
     def test_views_that_vary_are_asked_for_each_time(self, distill, digits, fit, augment):
         module, data, watch = distill(), digits(augment=augment), Watch()

@@ -24,6 +24,7 @@ from vitkd.cli.messages import explain, explain_foreign, is_group, no_such_optio
 from vitkd.config.roles import names_folder
 from vitkd.config.run import CONF_DIR, LONGEST_NAME, Config
 from vitkd.config.schema import LONGEST_PART, check_text, refuse_foreign_code
+from vitkd.data import Augment
 from vitkd.errors import ConfigError, RunError
 from vitkd.methods.base import Method
 from vitkd.process.distributed import is_first, rank
@@ -285,11 +286,14 @@ def folder_name(settings: dict[str, str]) -> str:
     return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def ignored_settings(method: Method) -> list[str]:
-    """What the command line sets although the chosen method does not read it, each as a sentence."""
+def ignored_settings(method: Method, augment: Augment) -> list[str]:
+    """What the command line sets although nothing reads it, each as a sentence."""
     choice = HydraConfig.get().runtime.choices["method"]
     ignored = []
     for key in overridden():
+        augmentation = re.match(r"dataset\.augment\.(\w+)\.", key)
+        if augmentation and augmentation[1] not in augment.augmentations:
+            ignored.append(f"{key} has no effect without {augmentation[1]} in dataset.augment.then")
         name = key.split("@")[0]
         if any(f"{name}.".startswith(f"{unread}.") for unread in method.ignores):
             others = "the other settings of " if name.startswith("method.") else ""

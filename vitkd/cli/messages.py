@@ -109,6 +109,8 @@ def _no_such_option(group: str, option: str, text: str) -> str:
 
 def _no_such_key(key: str, config_name: str, arguments: Sequence[str]) -> str:
     group, _, setting = key.partition(".")
+    if key == "augment":
+        return "augment: no such setting; write dataset.augment.then=[NAME,…], in the order to be applied"
     owners = [
         path.stem for path in sorted((CONF_DIR / group).glob("*.yaml")) if setting in _settings_of(path)
     ]

@@ -110,6 +110,7 @@ ABSENT: dict[str, Any] = {
     "dataset.mix.switch_prob": 0.5,
     "dataset.passes": 1,
     "dataset.repeats": 1,
+    "dataset.augment.then": [],
 }
 """Settings that a stored configuration may lack because it is older, and what they were by then.
 

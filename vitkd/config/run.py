@@ -17,7 +17,7 @@ from vitkd.config.debug import OPTIONS as DEBUG_OPTIONS
 from vitkd.config.debug import leave_out_randomness
 from vitkd.config.loggers import LoggerOption
 from vitkd.config.schema import build, check_group, check_text, instantiate, unquoted
-from vitkd.data import Dataset
+from vitkd.data import Augment, Dataset
 from vitkd.errors import ConfigError, check, check_at_least, check_choice, check_fraction
 from vitkd.methods.base import Method
 from vitkd.methods.maps.granularity import Granularity
@@ -254,10 +254,14 @@ def resolve(composed: DictConfig) -> dict[str, Any]:
 
 
 def recorded(node: Mapping[str, Any], settings: Any) -> dict[str, Any]:
-    """The settings of a node with the values, and so the types, that the object built from it has."""
+    """The settings of a node with the values, and so the types, that the object built from it has.
+
+    Left out are augmentations that are not applied: they change nothing.
+    """
     values = vars(settings) | (vars(settings.model) if isinstance(settings, Teacher) else {})
     values |= values.get(getattr(settings, "REST", None), {})
-    built = {key: values.get(key, value) for key, value in node.items()}
+    is_augment = isinstance(settings, Augment)
+    built = {key: values.get(key, value) for key, value in node.items() if key in values or not is_augment}
     return {key: recorded(node[key], each) if is_dataclass(each) else each for key, each in built.items()}
 
 

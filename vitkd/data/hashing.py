@@ -5,6 +5,9 @@ number of workers or processes, or other code that draws random numbers. The has
 (Steele, Lea and Flood, 2014), on int64 that wraps around.
 """
 
+import math
+from zlib import crc32
+
 import torch
 from torch import Tensor
 
@@ -34,6 +37,11 @@ def key_of(*parts: int, device: torch.device | str = "cpu") -> Tensor:
     return key
 
 
+def key_named(key: Tensor, name: str) -> Tensor:
+    """A key for what `name` says alone, made of `key` without a host sync."""
+    return fold(key, torch.full_like(key, crc32(name.encode())))
+
+
 def random_bits(key: Tensor, index: Tensor, streams: int) -> Tensor:
     """64 independent random bits for every stream and index.
 
@@ -57,3 +65,13 @@ def uniform(bits: Tensor) -> Tensor:
 def uniform_int(bits: Tensor, bound: Tensor | int) -> Tensor:
     """int64 in [0, bound), from 64 random bits each; `bound` is at most 2³¹."""
     return (_shift_right(bits, 32) * bound) >> 32
+
+
+def normal(bits: Tensor) -> Tensor:
+    """float32 from the standard normal distribution, two for 64 random bits each: [..., B] → [2, ..., B].
+
+    By Box and Muller (1958), from two uniform numbers of 24 bits.
+    """
+    radius = torch.sqrt(-2 * torch.log(1 - uniform(bits)))
+    angle = 2 * math.pi * uniform(bits << 32)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()))

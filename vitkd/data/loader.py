@@ -22,8 +22,8 @@ from vitkd.process.signals import hidden_from_children
 ORDER, VIEW, NEGATIVES, MIX = range(4)
 # A view's number is its image's index, and this much more for each view of the image before it in the epoch.
 NEXT_VIEW = 2**32
-# Of views that a GPU computes at once: a batch's take longer to launch than to compute.
-BYTES_AT_ONCE = 2**28
+# Of views that are computed at once: a batch's take longer to launch than to compute. A CPU's cache is small.
+BYTES_AT_ONCE, BYTES_ON_CPU = 2**28, 2**22
 
 
 class Pixels:
@@ -241,7 +241,7 @@ class Loader:
         self.mixer = mixer
         self.mean = torch.tensor(mean, device=labels.device)
         self.std = torch.tensor(std, device=labels.device)
-        self.batches_at_once = self._batches_that_fit() if labels.is_cuda else 1
+        self.batches_at_once = self._batches_that_fit(BYTES_AT_ONCE if labels.is_cuda else BYTES_ON_CPU)
         """of how many batches the views are computed together, if the pixels are on the device"""
         self._position = {"epoch": 0, "position": 0}
         self._resume = {"epoch": -1, "position": 0}
@@ -303,9 +303,9 @@ class Loader:
         index = views % NEXT_VIEW
         return Batch(pixels, self.labels[index], index)
 
-    def _batches_that_fit(self) -> int:
+    def _batches_that_fit(self, at_once: int) -> int:
         if not isinstance(self.pixels, Pixels):
             return 1
         # In float32, as resized views are.
         size = 4 * self.pixels.images[0].numel() * self.sampler.batch_size
-        return max(BYTES_AT_ONCE // size, 1)
+        return max(at_once // size, 1)

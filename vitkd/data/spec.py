@@ -10,7 +10,7 @@ from vitkd.data.augment.view import Augment
 from vitkd.data.contents import FileHashes
 from vitkd.data.mix import Mix
 from vitkd.data.split import FileSplit, Split
-from vitkd.errors import ConfigError, check, check_at_least, check_choice, check_fraction
+from vitkd.errors import ConfigError, check, check_at_least, check_choice, check_fraction, naming
 
 
 @dataclass(kw_only=True)
@@ -89,6 +89,9 @@ class Dataset(ABC):
         check(self, "std", all(value > 0 for value in self.std), "must be above 0 in every channel")
         fits = self.augment.crop_padding < self.image_size
         check(self, "augment", fits, f"must have a crop_padding below image_size={self.image_size}")
+        for name, augmentation in self.augment.augmentations.items():
+            with naming(f"augment.{name}."):
+                augmentation.check_channels(self.channels)
 
     @property
     def validates(self) -> bool:

@@ -138,7 +138,8 @@ def make_plan(composed: DictConfig) -> Plan:
     check_device(machine.device)
     if config.compile:
         check_compiler(machine.device)
-    warnings, command = tuple(ignored_settings(config.method)), tuple(job_command())
+    command = tuple(job_command())
+    warnings = tuple(ignored_settings(config.method, config.dataset.augment))
     return Plan(config, machine, run_path(config), warnings, command)
 
 

@@ -21,24 +21,27 @@ def padded_crop(pixels: Tensor, down: Tensor, right: Tensor, flipped: Tensor) ->
     Returns:
         [B, C, H, W], of the dtype of `pixels`.
     """
-    B, _, H, W = pixels.shape
+    H, W = pixels.shape[-2:]
     row = torch.arange(H, device=pixels.device) + down[:, None]
-    column = torch.arange(W, device=pixels.device).expand(B, W)
+    column = torch.arange(W, device=pixels.device).expand(len(pixels), W)
     column = torch.where(flipped[:, None], W - 1 - column, column) + right[:, None]
-    inside = ((row >= 0) & (row < H))[:, :, None] & ((column >= 0) & (column < W))[:, None, :]
-    return rearranged(pixels, torch.where(inside, row[:, :, None] * W + column[:, None, :], H * W))
+    return pixels_at(pixels, row[:, :, None], column[:, None, :])
 
 
-def rearranged(pixels: Tensor, source: Tensor) -> Tensor:
-    """Images whose pixels are those of other places, in one gather.
+def pixels_at(pixels: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Images made of other places' pixels, in one gather; what lies outside is black.
 
     Args:
         pixels: [B, C, H, W].
-        source: [B, H, W] int64, the number of a pixel in its plane, row by row; H·W is black.
+        row, column: whole numbers, of any dtype, that broadcast to [B, H, W].
+
+    Returns:
+        [B, C, H, W], of the dtype of `pixels`.
     """
     B, C, H, W = pixels.shape
-    planes = F.pad(pixels.flatten(2), (0, 1))
-    return planes.gather(2, source.view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
+    framed = F.pad(pixels, (1, 1, 1, 1)).flatten(2)
+    place = (row.clamp(-1, H) + 1) * (W + 2) + column.clamp(-1, W) + 1
+    return framed.gather(2, place.long().view(B, 1, H * W).expand(B, C, H * W)).view(B, C, H, W)
 
 
 def resized_crop(pixels: Tensor, boxes: Boxes, flipped: Tensor) -> Tensor:
