@@ -45,17 +45,28 @@ class PerSample(Dataset[tuple[Tensor, int]]):
     Args:
         images: [N, C, H, W] uint8.
         labels: [N] int64.
+        config: says how they are cropped, flipped and normalised.
+        before, after: what else is done, before or after they are normalised.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, config: Config) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        config: Config,
+        before: Sequence[v2.Transform] = (),
+        after: Sequence[v2.Transform] = (),
+    ) -> None:
         data = config.dataset
         self.images, self.labels = images, labels
         self.transform = v2.Compose(
             [
                 v2.RandomCrop(data.image_size, padding=data.augment.crop_padding),
                 v2.RandomHorizontalFlip(),
+                *before,
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(data.mean, data.std),
+                *after,
             ]
         )
 

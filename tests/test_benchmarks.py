@@ -13,7 +13,8 @@ from benchmarks.harness import Bar, Row, Settings, Spread
 from vitkd.models import Taps, ViTConfig, kernels
 from vitkd.process.isolation import isolated
 
-BENCHMARKS = ["step", "data", "mixing", pytest.param("overhead", marks=pytest.mark.slow), "peers"]
+SLOW = pytest.param("overhead", marks=pytest.mark.slow)
+BENCHMARKS = ["step", "data", "augment", "mixing", SLOW, "peers"]
 QUICK = Settings(torch.device("cpu"), quick=True, rounds=2)
 
 
