@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitkd.config.roles import Separates, first_difference, relevant
 from vitkd.config.run import CONF_DIR, Config, name_in_job, parse, teacher_run
-from vitkd.data import ImageFolder, TfFlowers, Torchvision
+from vitkd.data import ImageFolder, Mix, TfFlowers, Torchvision
 from vitkd.errors import ConfigError
 from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.base import Method
@@ -47,6 +47,8 @@ from vitkd.optim import AdamW, Constant, WarmupCosine
 from vitkd.runs.teacher_store import fingerprint
 from vitkd.train.plan import check_trainer
 
+NOT_BESIDE_SMALL = ("swin", "timm", "tnt", "sl_vit", "sl_vit_narrow")
+"""Students whose maps the default teacher cannot teach."""
 OPTIONS = sorted(path for path in CONF_DIR.rglob("*.yaml") if path.parent != CONF_DIR)
 # Their keys are not fields of one class: settings of the root, of Hydra and of Lightning's Trainer.
 PATCHES = {"experiment", "debug", "sweep", "hydra/help", "hydra/launcher"}
@@ -118,7 +120,7 @@ def test_every_option_composes_and_fits(path, read):
             check_trainer(read(choice(path)).trainer)
     elif group == "augment":
         assert [*read(f"dataset.augment.then=[{option}]").dataset.augment.augmentations] == [option]
-    elif group == "student" and option in ("merged", "report_teacher", "resnet", "swin", "timm", "tnt"):
+    elif group == "student" and option in (*NOT_BESIDE_SMALL, "merged", "report_teacher", "resnet"):
         read(choice(path), "method=none")
     elif option in ("locality", "dearkd"):
         config = read(choice(path), "teacher=resnet56")
@@ -249,9 +251,52 @@ METHOD = {
 }
 
 
+MODERN = {
+    f"modern/{images}/{what}": (patch, policy, method)
+    for images, patch, policy in [
+        ("cifar100", 4, "cifar10"),
+        ("cifar10", 4, "cifar10"),
+        ("tiny_imagenet", 8, "imagenet"),
+        ("flowers", 8, "imagenet"),
+    ]
+    for what, method in {
+        **dict.fromkeys(("teacher", "student_alone"), NoDistillation()),
+        **dict.fromkeys(("block_kl", "encoder_kl"), AttentionDistillation()),
+        "logit": LogitDistillation(),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_a_modern_experiment_follows_the_recipe_of_its_paper(name, read):
+    config, (patch, policy, method) = read(f"experiment={name}"), MODERN[name]
+
+    assert (config.dataset.patch_size, config.method) == (patch, method)
+    assert (config.student.grid, config.student.attention, config.student.tokenizer) == (8, "lsa", "spt")
+    assert config.student.drop_path_rates == (0.1,) * 9
+    assert config.student.embed_dim == (192 if name.endswith("/teacher") else 96)
+    assert (config.dataset.batch_size, config.dataset.passes, config.label_smoothing) == (128, 3, 0.1)
+    assert config.dataset.mix == Mix(1.0, 1.0, prob=0.5, switch_prob=0.5)
+    augment = config.dataset.augment
+    assert (augment.then, augment.crop_padding, augment.flip) == (["auto_augment", "random_erasing"], 4, True)
+    assert augment.augmentations["auto_augment"].policy == policy
+    erasing = augment.augmentations["random_erasing"]
+    assert (erasing.p, erasing.scale, erasing.ratio) == (0.25, [0.02, 0.4], [0.3, 3.3333])
+    for optimizer, schedule in (
+        (config.optimizer, config.schedule),
+        (config.teacher.optimizer, config.teacher.schedule),
+    ):
+        assert (optimizer.lr, optimizer.weight_decay) == (1e-3, 0.05)
+        assert (schedule.warmup, schedule.final) == (0.1, 1e-3)
+
+
+def test_sl_vit_has_its_papers_size(read):
+    assert count_parameters(read("experiment=modern/cifar100/teacher").student.build()) == 2_747_248
+
+
 def test_every_experiment_is_listed():
     described = {*EXPERIMENT, *CONTROL, *METHOD, "report/deit_flowers"}
-    described |= {"method/subspace", "method/subspace_merged"}
+    described |= {"method/subspace", "method/subspace_merged", *MODERN, "modern/spt_lsa"}
     assert {choice(path).partition("=")[2] for path in EXPERIMENTS} == described
 
 
