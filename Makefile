@@ -50,8 +50,8 @@ tensorboard: $(STAMP) ## watch the runs in outputs/
 bench: $(STAMP) ## one benchmark: make bench NAME=step ARGS=--quick
 	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
-evidence: $(STAMP) ## the report's experiment with several seeds on CIFAR-100, for a GPU: make evidence ARGS="--minutes 9 --epochs fit"
-	$(BIN)/python -m benchmarks.evidence $(ARGS)
+evidence: $(STAMP) ## make RESULTS.md and the answer in README.md of benchmarks/evidence
+	$(BIN)/python -m benchmarks.results_page $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -31,11 +31,11 @@ from statistics import fmean
 from benchmarks.command import environment, train_command
 from benchmarks.evidence_table import run_folders
 from benchmarks.evidence_time import compose
-from benchmarks.studies import head, lost, teacher_right, write_note
+from benchmarks.studies import head, lost, teacher_accuracy, teacher_right, write_note
 from vitkd.cli.console import start_logging
 from vitkd.data import ImageDataModule
 from vitkd.errors import ConfigError
-from vitkd.report.formatting import mean_interval, mean_std, p_text
+from vitkd.report.formatting import count, mean_interval, mean_std, p_text
 from vitkd.report.statistics import Gain, paired_gain, summarise
 from vitkd.runs.files import write_atomically
 from vitkd.statistics import holm
@@ -245,7 +245,7 @@ def in_words(gain: Gain, p_holm: float | None, test_images: int) -> str:
     """`+1.20 [0.81, 1.59], 4 images, p 0.002`."""
     if gain.difference.mean is None:
         return ""
-    images = f"{abs(gain.difference.mean) / 100 * test_images:.0f} images"
+    images = count(round(abs(gain.difference.mean) / 100 * test_images), "image")
     return f"{mean_interval(gain.difference)}, {images}, p {p_text(p_holm)}"
 
 
@@ -310,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = run_folders(options.outputs / options.dataset)
     asked = shlex.join(sys.argv[1:] if argv is None else argv)
     commands = [f"python -m benchmarks.few_labels {asked}"]
-    write_note(options.export, commands, runs, options.commit or head(), {"test images": test_images[0]})
+    facts = {"test images": test_images[0], "teacher": teacher_accuracy(runs)}
+    write_note(options.export, commands, runs, options.commit or head(), facts)
     return 0
 
 

@@ -1,7 +1,7 @@
 """RESULTS.md: prose from benchmarks/RESULTS.md.jinja, every number from the files in benchmarks/evidence.
 
-python -m benchmarks.results_page           writes RESULTS.md
-python -m benchmarks.results_page --check   exit code 1 if it is not what would be written
+python -m benchmarks.results_page           writes it, its answer into README.md, and docs/results.png
+python -m benchmarks.results_page --check   exit code 1 if one of the texts is not what would be written
 """
 
 import argparse
@@ -18,18 +18,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks import evidence_table, few_labels
 from benchmarks.command import ROOT
+from benchmarks.results_figure import FIGURE, draw
 from benchmarks.studies import EVIDENCE, NOTE, lost, teacher_right
 from vitkd.report.comparison import Comparison, Row, compare
 from vitkd.report.experiments import find_experiments
-from vitkd.report.formatting import mean_interval, mean_std, p_text
+from vitkd.report.formatting import MINUS, mean_interval, mean_std
 from vitkd.report.pages import literal
 from vitkd.report.runs import find_runs
-from vitkd.report.statistics import Summary, paired_gain, summarise
+from vitkd.report.statistics import LEVEL, Summary, paired_gain, summarise
 from vitkd.report.tables import main_columns
 from vitkd.runs.files import read_mapping, write_atomically
 
-PAGE = ROOT / "RESULTS.md"
-TEMPLATE = "RESULTS.md.jinja"
+PAGE, TEMPLATE = ROOT / "RESULTS.md", "RESULTS.md.jinja"
+README, ANSWER = ROOT / "README.md", "answer.md.jinja"
+DIGITS = "few-labels-digits"
+SEED = "$seed"  # of commands that are run for each of the seeds
+START, END = "<!-- made by `make evidence` -->\n", "<!-- until here -->\n"
 
 
 class Study:
@@ -61,14 +65,52 @@ class Study:
         """The arms of the largest experiment as `vitkd.report` shows them."""
         return table_of(self.comparisons[0])
 
-    def arms(self, start: str) -> list[Row]:
-        """The arms whose labels start so."""
-        return [row for label, row in self.rows.items() if label.startswith(start)]
+    @property
+    def arms(self) -> list[Row]:
+        """Those of the largest experiment that can be compared with the student alone."""
+        return [row for row in self.comparisons[0].rows if row.gain]
+
+    def alone(self, **settings: object) -> Summary:
+        """The accuracy of the student alone in the experiment with these settings; `__` stands for a dot."""
+        wanted = {name.replace("__", "."): value for name, value in settings.items()}
+        for comparison in self.comparisons:
+            if wanted.items() <= comparison.experiment.settings.items():
+                return comparison.rows[0].last
+        raise KeyError(f"{self.name}: no experiment with {wanted}")
+
+    def count(self, outcome: str) -> int:
+        """How many of `arms` have that verdict: real, hurts, no evidence."""
+        return sum(row.verdict.outcome == outcome for row in self.arms)
+
+    @property
+    def students(self) -> int:
+        """How many were trained for all of these runs, in one stack."""
+        (students,) = {run.stacked for row in self.arms for run in row.arm.runs.values()}
+        assert students is not None
+        return students
+
+    @property
+    def seconds(self) -> float:
+        """For which its students trained, all together as one stack."""
+        return max(run.wall_seconds or 0.0 for row in self.arms for run in row.arm.runs.values())
+
+    def gains_in_words(self) -> str:
+        """Every arm by its name with its gain."""
+        return "; ".join(
+            f"`{row.arm.label}` {mean_interval(row.gain.difference)}" for row in self.arms if row.gain
+        )
 
     def lost(self, label: str) -> dict[int, float]:
         """Seed → test images that the teacher has right and the student wrong, in percent."""
         right = teacher_right(run.path for row in self.rows.values() for run in row.arm.runs.values())
         return {seed: lost(run.path, right) for seed, run in self.rows[label].arm.runs.items()}
+
+    @cached_property
+    def teacher_accuracy(self) -> float:
+        """That of the teacher that the runs learned from, in percent."""
+        (accuracy,) = {run.teacher_acc for row in self.arms for run in row.arm.runs.values()}
+        assert accuracy is not None
+        return accuracy
 
     def measured(self, label: str, file: str, *keys: str) -> dict[int, float]:
         """Seed → a number in a file that `vitkd.explain` left."""
@@ -95,10 +137,10 @@ class FewLabels:
         runs = (r for r in self.results if (r.stage, r.arm, r.share) == ("main", arm, share))
         return {run.seed: getattr(run, field) for run in runs}
 
-    def outcomes(self, arm: str, share: str) -> str:
-        """`+1.20 [0.81, 1.59], p 0.002`."""
-        gain = self.gains[arm, share]
-        return f"{mean_interval(gain.difference)}, p {p_text(self.corrected[arm, share])}"
+    def is_evidence(self, arm: str, share: str) -> bool:
+        """Whether a gain or harm is left after Holm's correction over the whole table."""
+        p = self.corrected[arm, share]
+        return p is not None and p <= LEVEL
 
     @property
     def shares(self) -> list[str]:
@@ -125,15 +167,31 @@ def table_of(comparison: Comparison) -> str:
 def source(study: "Study | FewLabels") -> str:
     """Where a table comes from, as it stands below it."""
     note = study.note
-    commands = "\n".join(f"    {command}" for command in note["commands"])
+    commands = "\n".join(command.replace("{seed}", SEED) for command in note["commands"])
     versions = f"vitkd {note['commit']}, torch {note['versions']['torch']}"
     where = f"[{study.name}](benchmarks/evidence/{study.name})"
-    return f"{where}: {note['hardware']}, {versions}, {note['date']}.\n\n{commands}"
+    return f"{where}: {note['hardware']}, {versions}, {note['date']}.\n\n```bash\n{commands}\n```"
 
 
 def gain(values: Mapping[int, float], others: Mapping[int, float]) -> Summary:
     """The difference of two arms, paired by seed."""
     return paired_gain(values, others).difference
+
+
+def size(values: Mapping[int, float], decimals: int) -> str:
+    """The mean over seeds."""
+    return fixed(summarise([*values.values()]).mean, decimals)
+
+
+def spread(values: Mapping[int, float], decimals: int) -> str:
+    """The standard deviation over seeds."""
+    return fixed(summarise([*values.values()]).std, decimals)
+
+
+def fixed(value: float | None, decimals: int) -> str:
+    """A number with so many decimals."""
+    assert value is not None
+    return f"{value:.{decimals}f}".replace("-", MINUS)
 
 
 def sides(summary: Summary, value: float) -> str:
@@ -143,8 +201,8 @@ def sides(summary: Summary, value: float) -> str:
     return "above" if above else "below" if below else ""
 
 
-def make_page() -> str:
-    """RESULTS.md."""
+def make_texts() -> dict[Path, str]:
+    """RESULTS.md, and README.md with the answer between its marks."""
     with TemporaryDirectory() as unpacked:
         environment = Environment(
             loader=FileSystemLoader(ROOT / "benchmarks"),
@@ -152,25 +210,40 @@ def make_page() -> str:
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=True,
+            extensions=["jinja2.ext.do"],
         )
-        environment.filters |= {"mean": mean_std, "interval": mean_interval, "p": p_text}
+        environment.filters |= {"mean": mean_std, "interval": mean_interval, "size": size, "spread": spread}
+        environment.filters["low"] = lambda row: row.gain.difference.interval.low
         environment.globals |= {
             "study": cache(lambda name: Study(EVIDENCE / name, Path(unpacked, name))),
             "few_labels": cache(lambda name: FewLabels(EVIDENCE / name)),
-            "evidence": lambda name: evidence_table.read_results(EVIDENCE / name / evidence_table.RUNS),
-            **{function.__name__: function for function in (source, gain, sides, summarise)},
+            "digits": FewLabels(EVIDENCE / DIGITS),
+            "has": lambda name: (EVIDENCE / name).exists(),
+            "percent": lambda share: f"{100 * float(share):g} %",
+            "reported": evidence_table.REPORTED,
+            **{function.__name__: function for function in (source, gain, sides)},
         }
-        return environment.get_template(TEMPLATE).render()
+        answer, page = (environment.get_template(name).render() for name in (ANSWER, TEMPLATE))
+    before, _, rest = README.read_text("utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    return {PAGE: page, README: f"{before}{START}{answer}{END}{after}"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write RESULTS.md, or check it; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.results_page", description=__doc__)
+    """Write the page, the answer and the picture, or check the texts; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.results_page",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    options, page = parser.parse_args(argv), make_page()
+    options, texts = parser.parse_args(argv), make_texts()
     if options.check:
-        return int(PAGE.read_text("utf-8") != page)
-    write_atomically(PAGE, page)
+        return int(any(path.read_text("utf-8") != text for path, text in texts.items()))
+    for path, text in texts.items():
+        write_atomically(path, text)
+    digits = FewLabels(EVIDENCE / DIGITS)
+    draw(digits, ROOT / FIGURE)
     return 0
 
 

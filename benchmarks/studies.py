@@ -35,17 +35,23 @@ MEASURED = ("test_predictions.npz", "explain/fidelity.json", "explain/metrics.js
 VERSIONS = ("vitkd", "python", "torch", "lightning")
 
 
-def commands_of(name: str, outputs: Path) -> Iterator[str]:
-    """The commands of a study whose runs go into `outputs`."""
-    for template in yaml.safe_load(STUDIES.read_text("utf-8"))[name]:
-        for seed in SEEDS if "{seed}" in template else [0]:
-            yield template.format(outputs=outputs, seed=seed)
+def commands_of(name: str, outputs: Path) -> list[str]:
+    """The commands of a study whose runs go into `outputs`; some may hold {seed}."""
+    studies = yaml.safe_load(STUDIES.read_text("utf-8"))
+    return [command.replace("{outputs}", str(outputs)) for command in studies[name]]
+
+
+def for_each_seed(commands: Iterable[str]) -> Iterator[str]:
+    """The commands, those with {seed} once for each of the seeds."""
+    for command in commands:
+        for seed in SEEDS if "{seed}" in command else [0]:
+            yield command.replace("{seed}", str(seed))
 
 
 def run(commands: Sequence[str], done: Path) -> None:
     """Run the commands that `done` does not list; SystemExit if one fails."""
     before = done.read_text("utf-8").splitlines() if done.exists() else []
-    for command in (each for each in commands if each not in before):
+    for command in (each for each in for_each_seed(commands) if each not in before):
         print(command, flush=True)
         program, *arguments = shlex.split(command)
         assert program == "python", command
@@ -98,6 +104,12 @@ def teacher_right(runs: Iterable[Path]) -> np.ndarray:
     raise ValueError("no run has a teacher")
 
 
+def teacher_accuracy(runs: Iterable[RunFolder]) -> float | None:
+    """The highest test accuracy, in percent, of the teachers of `runs`: that of the one that was trained."""
+    found = (read_mapping(run.metrics).get("teacher/test_acc") for run in runs)
+    return max((round(100 * accuracy, 4) for accuracy in found if accuracy is not None), default=None)
+
+
 def lost(run: Path, right: np.ndarray) -> float:
     """Test images that the teacher has `right` and the run's student wrong at its end, in percent of all."""
     with np.load(RunFolder(run).predictions) as predictions:
@@ -140,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = read_arguments(argv)
     for name in options.names:
         outputs = Path("outputs", "studies", name)
-        commands = [*commands_of(name, outputs)]
+        commands = commands_of(name, outputs)
         if not options.keep_only:
             run(commands, outputs / "done.txt")
         keep(commands, outputs, EVIDENCE / name, options.commit or head())

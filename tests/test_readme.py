@@ -18,7 +18,12 @@ from vitkd.report.__main__ import parser
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PROMISES = ROOT / "docs" / "promises.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [
+    README,
+    ROOT / "RESULTS.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 # Overrides beside which every setting that the pages name exists.
