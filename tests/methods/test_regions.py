@@ -145,6 +145,7 @@ def test_its_file_needs_neither_teacher_nor_runs(tiny, tmp_path):
         ({"clusters": 5}, {}, {}, ["method.clusters=5", "has 4 regions"]),
         ({}, {}, {"patch_size": 4}, ["4×4", "2×2", "equal patch sizes"]),
         ({}, {"init": "weight_selection"}, {}, ["student.init=weight_selection", "init=null"]),
+        ({}, {"init": "mimetic"}, {}, ["student.init=mimetic", "init=null"]),
         ({"clusters": 4}, {"embed_dim": 1, "mlp_dim": 1, "depth": 1}, {}, ["student=", "too few parameters"]),
     ],
 )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, check
 from vitkd.models.base import CONFIGS, ModelConfig, count_parameters
-from vitkd.models.initialisation import SELECTION
 from vitkd.models.output import OUTER, AttentionLayout
 from vitkd.models.vit import ViT, ViTConfig
 
@@ -79,12 +78,13 @@ def small_vits(student: ModelConfig, divided: Sequence[list[int]]) -> list[Parti
 
     They have the student's depth and heads; embed_dim and mlp_dim shrink by one factor.
 
-    Raises ConfigError if the student is no ViT of vitkd's own, or has too few parameters for so many.
+    Raises ConfigError if the student is no ViT of vitkd's own, has first weights that they cannot have, or
+    too few parameters for so many.
     """
     if not isinstance(student, ViTConfig):
         raise ConfigError(f"student={student}: only vitkd's own ViTs can see some patches; choose one")
-    if student.init == SELECTION:
-        raise ConfigError(f"student.init={SELECTION}: gives small ViTs no weights; set student.init=null")
+    if student.init is not None:
+        raise ConfigError(f"student.init={student.init}: gives small ViTs no weights; set student.init=null")
 
     def of_width(width: int) -> list[PartialViTConfig]:
         shape = {"embed_dim": width, "mlp_dim": max(1, student.mlp_dim * width // student.embed_dim)}
