@@ -186,13 +186,36 @@ def one_line(ended) -> str:
     return line
 
 
-def test_what_cannot_be_compared_is_one_line(outputs, command, tmp_path):
-    copied = tmp_path / "copied"
-    shutil.copytree(outputs / "digits", copied)
-    config = copied / "1-0" / "config.yaml"
-    config.write_text(config.read_text().replace("mlp_dim: 32", "mlp_dim: 31"))
+@pytest.mark.parametrize(
+    ("setting", "was", "now"),
+    [
+        ("student.mlp_dim", "mlp_dim: 32", "mlp_dim: 31"),
+        ("optimizer.lr", "lr: 0.001", "lr: 0.002"),
+        ("dataset.mix.mixup_alpha", "mixup_alpha: 0.0", "mixup_alpha: 1.0"),
+        ("label_smoothing", "label_smoothing: 0.0", "label_smoothing: 0.1"),
+    ],
+)
+def test_runs_that_differ_otherwise_are_not_compared(setting, was, now, outputs, command, tmp_path):
+    shutil.copytree(outputs / "digits", tmp_path / "copied")
+    config = tmp_path / "copied" / "1-0" / "config.yaml"
+    config.write_text(config.read_text().replace(was, now))
 
-    assert "differ in student.mlp_dim" in one_line(command("explain", f"by_data_size={copied}"))
+    said = one_line(command("explain", f"by_data_size={tmp_path / 'copied'}"))
+
+    assert f"differ in {setting};" in said
+
+
+def test_runs_may_differ_in_how_long_they_trained(outputs, command, tmp_path):
+    shutil.copytree(outputs / "digits", tmp_path / "copied")
+    config = tmp_path / "copied" / "1-0" / "config.yaml"
+    config.write_text(config.read_text().replace("passes: 1", "passes: 3"))
+
+    assert command("explain", f"by_data_size={tmp_path / 'copied'}").code == 0
+
+
+def test_what_cannot_be_compared_is_one_line(outputs, command, tmp_path):
+    copied = outputs / "digits"
+
     (tmp_path / "empty").mkdir()
     assert "no finished run" in one_line(command("explain", f"by_data_size={tmp_path / 'empty'}"))
     assert "no such folder" in one_line(command("explain", f"by_data_size={tmp_path / 'none'}"))

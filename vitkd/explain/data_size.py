@@ -35,8 +35,13 @@ MOST_IMAGES = 512
 """test images on which models are measured"""
 LEAST_IMAGES = 4
 """for which CKA is defined"""
-SHARED = ("student", "method", "alpha", "weighting", "granularity", "loss")
+SHARED = (
+    *("dataset", "student", "method", "alpha", "weighting", "granularity", "loss"),
+    *("optimizer", "schedule", "label_smoothing", "ema_decay"),
+)
 """groups of settings in which all runs are alike"""
+FREE = ("train_fraction", "max_epochs", "passes")
+"""settings of the data set in which they may differ: how many images, and for how long"""
 
 
 def files_by_data_size(settings: Settings, device: torch.device) -> dict[str, bytes]:
@@ -79,7 +84,7 @@ def find_runs(top: Path) -> list[RunFolder]:
 def check_alike(folders: Sequence[RunFolder], configs: Sequence[Config]) -> None:
     """ConfigError unless runs differ in training images and seeds alone, as far as that shapes a student."""
     check_same_images([config.dataset for config in configs], "by_data_size")
-    first, *others = ({group: config.resolved[group] for group in SHARED} for config in configs)
+    first, *others = map(shared_settings, configs)
     for folder, other in zip(folders[1:], others, strict=True):
         if setting := first_difference(first, other):
             raise ConfigError(
@@ -87,6 +92,13 @@ def check_alike(folders: Sequence[RunFolder], configs: Sequence[Config]) -> None
                 f"{setting.removesuffix('._target_')}; name a folder of runs that differ in "
                 "dataset.train_fraction and seed"
             )
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """Those of a run in which all have to be alike, by group."""
+    shared = {group: config.resolved[group] for group in SHARED}
+    dataset = {name: value for name, value in shared["dataset"].items() if name not in FREE}
+    return {**shared, "dataset": dataset}
 
 
 def check_maps(student: ModelConfig) -> None:
