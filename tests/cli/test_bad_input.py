@@ -36,6 +36,8 @@ TRAIN = [
     ("alhpa=0.5", "alhpa", "did you mean alpha?"),
     ("+alhpa=0.5", "alhpa", "did you mean alpha?"),
     ("student.depht=3", "student.depht", "did you mean student.depth?"),
+    ("teacher.optimizer=sgd", "teacher.optimizer=sgd", "write optimizer@teacher.optimizer=sgd"),
+    ("dataset.repeats=65", "dataset.repeats=65", "at most batch_size=64"),
     ("teacher.optimizer.rl=1", "teacher.optimizer.rl", "did you mean teacher.optimizer.lr?"),
     ("grnularity=block", "grnularity", "did you mean granularity?"),
     ("+nonsense=1", "nonsense", "alpha"),

@@ -309,6 +309,9 @@ def check_seed(settings: Root | TeacherSource) -> None:
 def _teacher(node: dict[str, Any]) -> Teacher:
     """The teacher of the group's node, whose settings are the model's and the teacher's own."""
     own = {f.name: node[f.name] for f in fields(TeacherSource) if f.name in node}
+    for group in ("optimizer", "schedule"):
+        if isinstance(option := node.get(group), str):
+            raise ConfigError(f"teacher.{group}={option}: write {group}@teacher.{group}={option}")
     return Teacher(
         **vars(instantiate("teacher", TeacherSource, own)),
         model=build("teacher", {k: v for k, v in node.items() if k not in TEACHER_KEYS}, ModelConfig),

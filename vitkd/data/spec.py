@@ -75,6 +75,8 @@ class Dataset(ABC):
         check_at_least(1, self, "image_size", "patch_size", most=2**16)
         check_at_least(1, self, "batch_size", "eval_batch_size", "max_epochs", most=10**6)
         check_at_least(1, self, "passes", "repeats", most=100)
+        shown = self.repeats <= self.batch_size
+        check(self, "repeats", shown, f"must be at most batch_size={self.batch_size}, the views a step")
         check_at_least(0, self, "split_seed")
         check(self, "val_fraction", 0 <= self.val_fraction < 1, "must be in [0, 1); 0 trains on every image")
         check_fraction(self, "train_fraction")
