@@ -64,8 +64,9 @@ Cell = tuple[str, str]
 LEGEND = """\
 Test accuracy of the last epoch in percent, mean ± standard deviation over seeds; below it the gain over the
 student alone, paired by seed, with its 95 % interval by Student's t, what that is in images, and p after
-Holm's correction over the whole table. Copied maps need the teacher at test time: about the most that looking
-where it looks could give."""
+Holm's correction over the whole table. Each column has its own alphas: compare a control with `block kl` in
+its column, not across columns. Copied maps need the teacher at test time: a reference, not an alternative.
+"""
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,8 @@ def chosen_in_words(results: Sequence[Result]) -> str:
     for arm in LEARN:
         alphas = [next((r.alpha for r in results if (r.arm, r.share) == (arm, s)), "–") for s in shares]
         lines.append(f"`{arm}` {', '.join(alphas)}")
-    return f"Alpha by validation, at {', '.join(shares)}: {'; '.join(lines)}."
+    percent = ", ".join(f"{100 * float(share):g} %" for share in shares)
+    return f"Alpha by validation, at {percent}: {'; '.join(lines)}."
 
 
 def write(results: Sequence[Result], test_images: int, place: Path) -> str:

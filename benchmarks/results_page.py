@@ -94,10 +94,17 @@ class Study:
         """For which its students trained, all together as one stack."""
         return max(run.wall_seconds or 0.0 for row in self.arms for run in row.arm.runs.values())
 
-    def gains_in_words(self) -> str:
-        """Every arm by its name with its gain."""
+    def accuracies(self, label: str) -> dict[int, float]:
+        """Seed → test accuracy of the last epoch, in percent."""
+        return self.rows[label].arm.metric("acc_last")
+
+    def gains_over(self, label: str) -> str:
+        """Every other arm with its gain over the one of that label, by what its name has beyond that."""
+        others = (row.arm.label for row in self.arms if row.arm.label != label)
         return "; ".join(
-            f"`{row.arm.label}` {mean_interval(row.gain.difference)}" for row in self.arms if row.gain
+            f"`{other.removeprefix(f'{label}, ')}`"
+            f" {mean_interval(gain(self.accuracies(other), self.accuracies(label)))}"
+            for other in others
         )
 
     def lost(self, label: str) -> dict[int, float]:
@@ -194,6 +201,11 @@ def fixed(value: float | None, decimals: int) -> str:
     return f"{value:.{decimals}f}".replace("-", MINUS)
 
 
+def summary(values: Mapping[int, float]) -> Summary:
+    """Mean and interval over seeds."""
+    return summarise([*values.values()])
+
+
 def sides(summary: Summary, value: float) -> str:
     """Whether a mean is shown to be `above` or `below` a value; empty if its interval holds that."""
     assert summary.interval is not None
@@ -221,7 +233,7 @@ def make_texts() -> dict[Path, str]:
             "has": lambda name: (EVIDENCE / name).exists(),
             "percent": lambda share: f"{100 * float(share):g} %",
             "reported": evidence_table.REPORTED,
-            **{function.__name__: function for function in (source, gain, sides)},
+            **{function.__name__: function for function in (source, gain, sides, summary)},
         }
         answer, page = (environment.get_template(name).render() for name in (ANSWER, TEMPLATE))
     before, _, rest = README.read_text("utf-8").partition(START)
