@@ -84,6 +84,8 @@ BESIDES = {
     ("student", "report"): SMALL,
     ("student", "mnist"): SMALL,
     ("student", "tiny_imagenet"): [*SMALL, "student.embed_dim=32"],
+    ("student", "sl_vit"): [*SMALL, "student.embed_dim=32", "student.num_heads=4"],
+    ("student", "sl_vit_narrow"): [*SMALL, "student.embed_dim=32", "student.num_heads=4"],
     ("student", "report_teacher"): ["granularity=head", *SMALL],
     ("student", "swin"): [
         *(f"{whose}.{setting}" for whose in ("student", "teacher") for setting in SMALL_SWIN),

@@ -30,6 +30,7 @@ from vitkd.methods.attention import AttentionDistillation
 from vitkd.methods.logit import LogitDistillation
 from vitkd.methods.together import Together
 from vitkd.models import ResNetConfig, ViTConfig
+from vitkd.optim import AdamW
 from vitkd.runs.folder import RunFolder
 from vitkd.runs.stack_folder import StackFolder, StackSlot
 from vitkd.train.plan import Machine
@@ -333,6 +334,7 @@ class TestWhatRunsAlone:
         config = SimpleNamespace(
             debug=None,
             method=AttentionDistillation(),
+            optimizer=AdamW(),
             trainer={"precision": precision},
             student=ViTConfig(8, 1, 10, 2, **cast(Any, student)),
         )
