@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vitkd.report.formatting import mean_interval, mean_std
 from vitkd.report.statistics import paired_gain, summarise
-from vitkd.runs.files import parse_yaml, write_atomically
+from vitkd.runs.files import parse_yaml, read_mapping, write_atomically
 from vitkd.runs.folder import RunFolder
 
 REPORTED = {
@@ -154,13 +154,24 @@ def export(outputs: Path, place: Path) -> str:
 
 
 def packed(runs: Sequence[RunFolder], outputs: Path, names: Sequence[str] = KEPT) -> bytes:
-    """The small files of all runs, done or not, as an archive of folders."""
-    content = io.BytesIO()
+    """The small files of all runs, done or not, as an archive of folders, without this machine's paths."""
+    content, places = io.BytesIO(), {f"{Path.cwd()}/": "", **dict.fromkeys(data_folders(runs), "data")}
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
         for path in (run.path / name for run in runs for name in names):
             if path.exists():
-                archive.add(path, path.relative_to(outputs))
+                data = path.read_bytes()
+                for place, name in places.items() if path.suffix != ".npz" else ():
+                    data = data.replace(place.encode(), name.encode())
+                member = tarfile.TarInfo(path.relative_to(outputs).as_posix())
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
     return content.getvalue()
+
+
+def data_folders(runs: Sequence[RunFolder]) -> set[str]:
+    """Where the runs found their images."""
+    found = {read_mapping(run.config, parse_yaml).get("paths", {}).get("data") for run in runs}
+    return {folder for folder in found if folder}
 
 
 def read_results(archive: Path) -> list[Result]:

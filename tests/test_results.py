@@ -140,7 +140,7 @@ def test_what_is_done_is_not_run_again_and_a_failure_ends_the_study(monkeypatch,
 def test_what_is_kept_of_a_study_are_its_small_files(tmp_path):
     place = tmp_path / "o" / "digits" / "run"
     (place / "explain").mkdir(parents=True)
-    (place / "config.yaml").write_text("{}")
+    (place / "config.yaml").write_text("paths: {data: /home/someone/images}")
     (place / "student.safetensors").write_bytes(b"large")
     (place / "explain" / "fidelity.json").write_text("{}")
     (place / "status.json").write_text(json.dumps({"state": "done", "time": "", "pid": 1}))
@@ -151,6 +151,7 @@ def test_what_is_kept_of_a_study_are_its_small_files(tmp_path):
 
     with tarfile.open(tmp_path / "kept" / "runs.tar.gz") as archive:
         names = {Path(name).name for name in archive.getnames()}
+        assert archive.extractfile("digits/run/config.yaml").read() == b"paths: {data: data}"
     assert names == {"config.yaml", "fidelity.json", "status.json", "metrics.json"}
     note = yaml.safe_load((tmp_path / "kept" / studies.NOTE).read_text("utf-8"))
     assert (note["hardware"], note["versions"]["torch"], note["commit"]) == ("2 cores, cpu", "2.9", "abc")
