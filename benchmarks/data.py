@@ -109,9 +109,19 @@ def ours(
     chosen: Tensor,
     device: torch.device,
     step: Callable[[Batch], object] | None = None,
+    mixer: Mixer | None = None,
 ) -> Epoch:
     """An epoch of vitkd's loader over the images `chosen` [M], with a step on each batch."""
-    loader = make_loader(config, images, labels, chosen, device)
+    data = config.dataset
+    loader = Loader(
+        Pixels(images.to(device)),
+        labels.to(device),
+        EpochOrder(chosen.to(device), data.batch_size, shuffle=True),
+        mean=data.mean,
+        std=data.std,
+        augment=data.augment,
+        mixer=mixer,
+    )
 
     def epoch() -> None:
         loader.sampler.set_epoch(loader.sampler.epoch + 1)
@@ -122,27 +132,6 @@ def ours(
                 step(batch)
 
     return epoch
-
-
-def make_loader(
-    config: Config,
-    images: Tensor,
-    labels: Tensor,
-    chosen: Tensor,
-    device: torch.device,
-    mixer: Mixer | None = None,
-) -> Loader:
-    """vitkd's loader over the images `chosen` [M]."""
-    data = config.dataset
-    return Loader(
-        Pixels(images.to(device)),
-        labels.to(device),
-        EpochOrder(chosen.to(device), data.batch_size, shuffle=True),
-        mean=data.mean,
-        std=data.std,
-        augment=data.augment,
-        mixer=mixer,
-    )
 
 
 def theirs(dataset: PerSample, chosen: Tensor, batch_size: int, workers: int, device: torch.device) -> Epoch:

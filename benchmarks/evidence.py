@@ -33,7 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.command import environment, train_command
+from benchmarks.command import as_typed, environment, train_command
 from benchmarks.evidence_table import LOG, PROTOCOL, TEACHER, export, run_folders
 from benchmarks.evidence_time import Axes, Cost, compose, measure
 from benchmarks.studies import head, write_note
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, then print the table; returns the exit code."""
     options = read_arguments(argv)
     start_logging()
-    command = f"python -m benchmarks.evidence {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    command = as_typed("benchmarks.evidence", argv)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         say(options, f"{time.strftime('%Y-%m-%d %H:%M')} {command}")

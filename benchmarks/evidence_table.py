@@ -104,8 +104,13 @@ def markdown(results: Sequence[Result]) -> str:
     for is_student, stage, _, arm in ranked:
         name = f"{arm} ({stage})" if several and is_student else arm
         rows.append([name, *cells_of(results, stage, arm)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    table = joined(rows)
     return f"# Evidence: {' and '.join(sorted({r.device for r in results}))}\n\n{table}\n\n{LEGEND}\n"
+
+
+def joined(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the second of them the rule below the head, as Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def cells_of(results: Sequence[Result], stage: str, arm: str) -> list[str]:
@@ -157,7 +162,8 @@ def packed(runs: Sequence[RunFolder], outputs: Path, names: Sequence[str] = KEPT
     """The small files of all runs, done or not, as an archive of folders, without this machine's paths."""
     content, places = io.BytesIO(), {f"{Path.cwd()}/": "", **dict.fromkeys(data_folders(runs), "data")}
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
-        for path in (run.path / name for run in runs for name in names):
+        # All files of one name in a row: they are alike, and gzip sees no further than 32 KiB.
+        for path in (run.path / name for name in names for run in runs):
             if path.exists():
                 data = path.read_bytes()
                 for place, name in places.items() if path.suffix != ".npz" else ():

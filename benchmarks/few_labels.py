@@ -21,15 +21,15 @@ import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.command import environment, train_command
-from benchmarks.evidence_table import run_folders
+from benchmarks.command import as_typed, environment, train_command
+from benchmarks.evidence_table import joined, run_folders
 from benchmarks.evidence_time import compose
 from benchmarks.studies import head, lost, teacher_accuracy, teacher_right, write_note
 from vitkd.cli.console import start_logging
@@ -201,9 +201,8 @@ def read_csv(path: Path) -> list[Result]:
 
 def markdown(results: Sequence[Result], test_images: int) -> str:
     """The table: a row an arm, a column a share."""
-    main = [result for result in results if result.stage == "main"]
-    shares = sorted({result.share for result in main}, key=float)
-    cells, (gains, corrected) = cells_of(main), gains_of(main)
+    shares, cells = shares_of(results), cells_of(results)
+    gains, corrected = gains_of(cells)
     rows = [
         ["", *(f"{100 * float(share):g} % of the labels" for share in shares)],
         ["---"] * (1 + len(shares)),
@@ -217,23 +216,27 @@ def markdown(results: Sequence[Result], test_images: int) -> str:
                 text += f"<br>{in_words(gains[arm, share], corrected[arm, share], test_images)}"
             row.append(text)
         rows.append(row)
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{table}\n\n{chosen_in_words(main)}\n\n{LEGEND}\n"
+    return f"{joined(rows)}\n\n{chosen_in_words(results)}\n\n{LEGEND}\n"
+
+
+def shares_of(results: Sequence[Result]) -> list[str]:
+    """The shares of the labels that the main stage has students of, the smallest first."""
+    return sorted({result.share for result in results if result.stage == "main"}, key=float)
 
 
 def cells_of(results: Sequence[Result]) -> dict[Cell, dict[int, float]]:
     """Arm and share → seed → test accuracy, of the runs of the main stage."""
     main = [result for result in results if result.stage == "main"]
-    shares = sorted({result.share for result in main}, key=float)
     return {
         (arm, share): {r.seed: r.test_last for r in main if (r.arm, r.share) == (arm, share)}
-        for arm, share in product(ARMS, shares)
+        for arm, share in product(ARMS, shares_of(main))
     }
 
 
-def gains_of(results: Sequence[Result]) -> tuple[dict[Cell, Gain], dict[Cell, float | None]]:
+def gains_of(
+    cells: Mapping[Cell, Mapping[int, float]],
+) -> tuple[dict[Cell, Gain], dict[Cell, float | None]]:
     """Arm and share → gain over the student alone, and its p after Holm's correction over all of them."""
-    cells = cells_of(results)
     gains = {
         (arm, share): paired_gain(values, cells[ALONE, share])
         for (arm, share), values in cells.items()
@@ -252,10 +255,10 @@ def in_words(gain: Gain, p_holm: float | None, test_images: int) -> str:
 
 def chosen_in_words(results: Sequence[Result]) -> str:
     """Which alpha each arm has at each share."""
-    shares = sorted({result.share for result in results}, key=float)
+    main, shares = [result for result in results if result.stage == "main"], shares_of(results)
     lines = []
     for arm in LEARN:
-        alphas = [next((r.alpha for r in results if (r.arm, r.share) == (arm, s)), "–") for s in shares]
+        alphas = [next((r.alpha for r in main if (r.arm, r.share) == (arm, s)), "–") for s in shares]
         lines.append(f"`{arm}` {', '.join(alphas)}")
     percent = ", ".join(f"{100 * float(share):g} %" for share in shares)
     return f"Alpha by validation, at {percent}: {'; '.join(lines)}."
@@ -310,8 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(write(read_results(options), test_images[0], options.export))
     runs = run_folders(options.outputs / options.dataset)
-    asked = shlex.join(sys.argv[1:] if argv is None else argv)
-    commands = [f"python -m benchmarks.few_labels {asked}"]
+    commands = [as_typed("benchmarks.few_labels", argv)]
     facts = {"test images": test_images[0], "teacher": teacher_accuracy(runs)}
     write_note(options.export, commands, runs, options.commit or head(), facts)
     return 0

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SubsetRandomSampler, default_collate
 
 from benchmarks import subject
-from benchmarks.data import Epoch, PerSample, make_loader, use
+from benchmarks.data import Epoch, PerSample, ours, use
 from benchmarks.harness import Bar, Row, Settings, divided, interleave, row
 from benchmarks.harness import main as run
 from vitkd.config.run import Config
-from vitkd.data import Loader, Mix
+from vitkd.data import Mix
 from vitkd.data.mix import Mixer
 
 MIX = Mix(mixup_alpha=0.8, cutmix_alpha=1.0)
@@ -38,14 +38,12 @@ def measure(settings: Settings) -> list[Row]:
     labels = torch.randint(config.student.num_classes, (count,))
     chosen = torch.arange(batches * config.dataset.batch_size) % count
     mixer = Mixer(MIX, config.dataset.image_size, config.student.num_classes)
-    plain, mixed = (
-        make_loader(config, images, labels, chosen, settings.device, each) for each in (None, mixer)
-    )
+    mixup, of_vitkd = timms(config), partial(ours, config, images, labels, chosen, settings.device)
     dataset = PerSample(images, labels, config)
     epochs: dict[str, Epoch] = {
-        MIXED: partial(next_epoch, mixed, settings.device),
-        PLAIN: partial(next_epoch, plain, settings.device),
-        AFTER: partial(mixed_after, plain, settings.device, timms(config)),
+        MIXED: of_vitkd(mixer=mixer),
+        PLAIN: of_vitkd(),
+        AFTER: of_vitkd(step=lambda batch: mixup(batch.image, batch.label)),
         COLLATED: partial(use, collated(dataset, chosen, config), settings.device),
     }
     samples = interleave(epochs, settings)
@@ -59,18 +57,6 @@ def measure(settings: Settings) -> list[Row]:
         )
         for name in epochs
     ]
-
-
-def next_epoch(loader: Loader, device: torch.device) -> None:
-    """The loader's next epoch."""
-    loader.sampler.set_epoch(loader.sampler.epoch + 1)
-    use(loader, device)
-
-
-def mixed_after(loader: Loader, device: torch.device, mixup: Mixup) -> None:
-    """The loader's next epoch, each batch mixed by timm."""
-    loader.sampler.set_epoch(loader.sampler.epoch + 1)
-    use((mixup(batch.image, batch.label) for batch in loader), device)
 
 
 def timms(config: Config) -> Mixup:

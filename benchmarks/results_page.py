@@ -20,13 +20,12 @@ from benchmarks import evidence_table, few_labels
 from benchmarks.command import ROOT
 from benchmarks.results_figure import FIGURE, draw
 from benchmarks.studies import EVIDENCE, NOTE, lost, teacher_right
-from vitkd.report.comparison import Comparison, Row, compare
+from vitkd.report.comparison import Row, compare
 from vitkd.report.experiments import find_experiments
 from vitkd.report.formatting import MINUS, mean_interval, mean_std
-from vitkd.report.pages import literal
+from vitkd.report.pages import markdown_table
 from vitkd.report.runs import find_runs
-from vitkd.report.statistics import LEVEL, Summary, paired_gain, summarise
-from vitkd.report.tables import main_columns
+from vitkd.report.statistics import Summary, paired_gain, summarise
 from vitkd.runs.files import read_mapping, write_atomically
 
 PAGE, TEMPLATE = ROOT / "RESULTS.md", "RESULTS.md.jinja"
@@ -63,7 +62,7 @@ class Study:
     @property
     def table(self) -> str:
         """The arms of the largest experiment as `vitkd.report` shows them."""
-        return table_of(self.comparisons[0])
+        return markdown_table(self.comparisons[0])
 
     @property
     def arms(self) -> list[Row]:
@@ -137,38 +136,19 @@ class FewLabels:
         self.name, self.note = place.name, read_note(place)
         self.results = few_labels.read_csv(place / few_labels.RESULTS)
         self.table = few_labels.markdown(self.results, self.note["test images"])
-        self.gains, self.corrected = few_labels.gains_of(self.results)
+        self.shares = few_labels.shares_of(self.results)
+        """of the labels, the smallest first"""
+        self.gains, self.corrected = few_labels.gains_of(few_labels.cells_of(self.results))
 
     def values(self, arm: str, share: str, field: str = "test_last") -> dict[int, float]:
         """Seed → a number of the runs of an arm, in percent."""
         runs = (r for r in self.results if (r.stage, r.arm, r.share) == ("main", arm, share))
         return {run.seed: getattr(run, field) for run in runs}
 
-    def is_evidence(self, arm: str, share: str) -> bool:
-        """Whether a gain or harm is left after Holm's correction over the whole table."""
-        p = self.corrected[arm, share]
-        return p is not None and p <= LEVEL
-
-    @property
-    def shares(self) -> list[str]:
-        """Of the labels, the smallest first."""
-        return sorted({result.share for result in self.results}, key=float)
-
 
 def read_note(place: Path) -> dict[str, Any]:
     """What study.yaml says of a folder's origin."""
     return dict(yaml.safe_load((place / NOTE).read_text("utf-8")))
-
-
-def table_of(comparison: Comparison) -> str:
-    """The main table of `vitkd.report`, as Markdown."""
-    columns = main_columns(comparison)
-    lines = [
-        [column.heading for column in columns],
-        ["---" if column.is_text else "---:" for column in columns],
-        *([literal(column.cell(row)) for column in columns] for row in comparison.rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def source(study: "Study | FewLabels") -> str:
@@ -187,18 +167,9 @@ def gain(values: Mapping[int, float], others: Mapping[int, float]) -> Summary:
 
 def size(values: Mapping[int, float], decimals: int) -> str:
     """The mean over seeds."""
-    return fixed(summarise([*values.values()]).mean, decimals)
-
-
-def spread(values: Mapping[int, float], decimals: int) -> str:
-    """The standard deviation over seeds."""
-    return fixed(summarise([*values.values()]).std, decimals)
-
-
-def fixed(value: float | None, decimals: int) -> str:
-    """A number with so many decimals."""
-    assert value is not None
-    return f"{value:.{decimals}f}".replace("-", MINUS)
+    mean = summary(values).mean
+    assert mean is not None
+    return f"{mean:.{decimals}f}".replace("-", MINUS)
 
 
 def summary(values: Mapping[int, float]) -> Summary:
@@ -224,8 +195,7 @@ def make_texts() -> dict[Path, str]:
             keep_trailing_newline=True,
             extensions=["jinja2.ext.do"],
         )
-        environment.filters |= {"mean": mean_std, "interval": mean_interval, "size": size, "spread": spread}
-        environment.filters["low"] = lambda row: row.gain.difference.interval.low
+        environment.filters |= {"mean": mean_std, "interval": mean_interval, "size": size, "sides": sides}
         environment.globals |= {
             "study": cache(lambda name: Study(EVIDENCE / name, Path(unpacked, name))),
             "few_labels": cache(lambda name: FewLabels(EVIDENCE / name)),
@@ -233,7 +203,7 @@ def make_texts() -> dict[Path, str]:
             "has": lambda name: (EVIDENCE / name).exists(),
             "percent": lambda share: f"{100 * float(share):g} %",
             "reported": evidence_table.REPORTED,
-            **{function.__name__: function for function in (source, gain, sides, summary)},
+            **{function.__name__: function for function in (source, gain, summary)},
         }
         answer, page = (environment.get_template(name).render() for name in (ANSWER, TEMPLATE))
     before, _, rest = README.read_text("utf-8").partition(START)
@@ -254,8 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(any(path.read_text("utf-8") != text for path, text in texts.items()))
     for path, text in texts.items():
         write_atomically(path, text)
-    digits = FewLabels(EVIDENCE / DIGITS)
-    draw(digits, ROOT / FIGURE)
+    draw(FewLabels(EVIDENCE / DIGITS), ROOT / FIGURE)
     return 0
 
 

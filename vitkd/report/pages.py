@@ -26,14 +26,7 @@ ON_LIGHT, ON_DARK = (0.0, 0.82), (0.32, 1.0)
 
 def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Sequence[str]) -> dict[str, str]:
     """File name → page; the same runs give the same pages, byte for byte."""
-    environment = Environment(
-        loader=PackageLoader("vitkd.report", "."),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["literal"] = literal
+    environment = templates()
     tools = {"notes": notes, "tables": tables, "plot_groups": plot_groups, "format_settings": format_settings}
     environment.globals.update(tools, missing_runs=missing_runs)
     content = {
@@ -46,6 +39,25 @@ def pages(comparisons: Sequence[Comparison], runs: Sequence[Run], remarks: Seque
     }
     texts = {kind: environment.get_template(f"page.{kind}").render(content) for kind in ("html", "md")}
     return {f"report.{kind}": f"{text.rstrip()}\n" for kind, text in texts.items()}
+
+
+def templates() -> Environment:
+    """The templates of the pages, without what the pages show."""
+    environment = Environment(
+        loader=PackageLoader("vitkd.report", "."),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["literal"] = literal
+    return environment
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """The main table of an experiment, as the Markdown page has it."""
+    table = templates().get_template("table.md").module.table  # type: ignore[attr-defined]
+    return str(table(tables.main_columns(comparison), comparison.rows)).rstrip()
 
 
 def plot_groups(comparison: Comparison) -> list[PlotGroup]:
