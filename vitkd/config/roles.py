@@ -87,23 +87,15 @@ ROLES: dict[str, Separates] = {
 }
 """Settings, or whole groups of them, and what they separate. All others separate everything."""
 
+NEW_TO_MODELS: dict[str, Any] = {
+    **{"drop_path_rate": 0.0, "drop_path_uniform": False},
+    **{"init": None, "init_layers": "first", "init_from": None},
+}
 ABSENT: dict[str, Any] = {
-    "student.drop_path_rate": 0.0,
-    "teacher.drop_path_rate": 0.0,
-    "student.drop_path_uniform": False,
-    "teacher.drop_path_uniform": False,
-    "method.share_drop_path": False,
-    "method.attention.share_drop_path": False,
-    "student.init": None,
-    "student.init_layers": "first",
-    "student.init_from": None,
-    "teacher.init": None,
-    "teacher.init_layers": "first",
-    "teacher.init_from": None,
-    "optimizer.decay_all": True,
-    "optimizer.layer_decay": 1.0,
-    "teacher.optimizer.decay_all": True,
-    "teacher.optimizer.layer_decay": 1.0,
+    **{f"{model}.{name}": value for model in ("student", "teacher") for name, value in NEW_TO_MODELS.items()},
+    **dict.fromkeys(("method.share_drop_path", "method.attention.share_drop_path"), False),
+    **dict.fromkeys(("optimizer.decay_all", "teacher.optimizer.decay_all"), True),
+    **dict.fromkeys(("optimizer.layer_decay", "teacher.optimizer.layer_decay"), 1.0),
     "dataset.mix.mixup_alpha": 0.0,
     "dataset.mix.cutmix_alpha": 0.0,
     "dataset.mix.prob": 1.0,
@@ -161,7 +153,7 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any], prefix: s
     """
     for key in {**one, **other}:
         name = f"{prefix}{key}"
-        mine, theirs = (settings.get(key, _absent(name)) for settings in (one, other))
+        mine, theirs = (settings[key] if key in settings else _absent(name) for settings in (one, other))
         if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
             if (found := first_difference(mine, theirs, f"{name}.")) is not None:
                 return found

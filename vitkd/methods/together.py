@@ -135,15 +135,19 @@ class Together(Method):
 
     @property
     def why_alone(self) -> str | None:
-        return next(filter(None, (method.why_alone for method in self.chosen.values())), None)
+        return self._first_reason("why_alone")
 
     @property
     def why_unmixed(self) -> str | None:
-        return next(filter(None, (method.why_unmixed for method in self.chosen.values())), None)
+        return self._first_reason("why_unmixed")
 
     @property
     def why_unrepeated(self) -> str | None:
-        return next(filter(None, (method.why_unrepeated for method in self.chosen.values())), None)
+        return self._first_reason("why_unrepeated")
+
+    def _first_reason(self, name: str) -> str | None:
+        """That of the first part that has one."""
+        return next(filter(None, (getattr(method, name) for method in self.chosen.values())), None)
 
     @property
     def min_batch_size(self) -> int:

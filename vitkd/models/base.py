@@ -6,6 +6,7 @@ Shapes: S stacked students (absent for one model), B batch, C channels, H height
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -186,6 +187,11 @@ class Model(nn.Module, ABC):
 def is_matrix(name: str, parameter: Tensor) -> bool:
     """Whether a parameter, of one model and no stack, is the weight of a linear map or a convolution."""
     return name.endswith("weight") and parameter.ndim >= 2
+
+
+def file_of(place: Path) -> Path:
+    """The file of the model in a run folder, or the file that `place` is itself."""
+    return place / "student.safetensors" if place.is_dir() else place
 
 
 def count_parameters(model: nn.Module) -> int:

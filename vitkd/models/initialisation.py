@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from vitkd.errors import ConfigError, check_choice
-from vitkd.models.base import ModelConfig
+from vitkd.models.base import ModelConfig, file_of
 from vitkd.models.selection import LAYERS, sources_of
 
 MIMETIC, SELECTION = "mimetic", "weight_selection"
@@ -44,8 +44,7 @@ class InitialisedConfig(ModelConfig):
     @property
     def source_file(self) -> Path | None:
         """The file with the larger model, if one is named."""
-        place = None if self.init_from is None else Path(self.init_from)
-        return place / "student.safetensors" if place and place.is_dir() else place
+        return None if self.init_from is None else file_of(Path(self.init_from))
 
     @property
     def weights_file(self) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkd.errors import ConfigError, check, check_choice
-from vitkd.models.base import CONFIGS, Model, ModelConfig, configuration
+from vitkd.models.base import CONFIGS, Model, ModelConfig, configuration, file_of
 from vitkd.models.output import LOGITS, Output, Taps
 from vitkd.models.weights import describe, load_model
 
@@ -60,7 +60,7 @@ class MergedConfig(ModelConfig):
     def check_files(self) -> None:
         check(self, "runs", len(self.runs) > 0, "name the runs whose students are merged")
         for place in self.places:
-            if not (place / "student.safetensors" if place.is_dir() else place).is_file():
+            if not file_of(place).is_file():
                 raise ConfigError(f"runs={place}: there is no trained student; give run folders or files")
 
     def prepare(self) -> None:

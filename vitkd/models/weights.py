@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from vitkd.errors import ConfigError, MissingPackageError
-from vitkd.models.base import CONFIGS, Model, configuration
+from vitkd.models.base import CONFIGS, Model, configuration, file_of
 from vitkd.models.copying import CopyingConfig
 from vitkd.models.resnet import ResNetConfig
 from vitkd.models.timm.model import TimmConfig
@@ -50,9 +50,7 @@ def load_model(path: Path | str) -> Model:
 
     Raises ConfigError if the file is absent, damaged or not written by `save_model`.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "student.safetensors"
+    path = file_of(Path(path))
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: cannot be read as a safetensors file, it is no regular file")
     try:
@@ -69,7 +67,7 @@ def load_model(path: Path | str) -> Model:
 
 def read_header(path: Path) -> dict[str, Any]:
     """What `save_model` wrote of the model in the file or run folder `path`; empty if it wrote none."""
-    file = path / "student.safetensors" if path.is_dir() else path
+    file = file_of(path)
     header: Any = None
     with suppress(OSError, SafetensorError, ValueError, RecursionError):
         if file.is_file():  # a pipe would be waited for

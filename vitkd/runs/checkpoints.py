@@ -18,6 +18,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from vitkd.errors import ConfigError, RunError
 from vitkd.models import Model, build_from_header, digest, load_model, read_header
+from vitkd.models.base import file_of
 from vitkd.runs.files import (
     NO_ROOM,
     file_digest,
@@ -149,7 +150,7 @@ def load_any(path: Path) -> Model:
 
 def model_file(path: Path) -> Path:
     """The file that `load_any` reads; ConfigError if it is missing."""
-    file = path / "student.safetensors" if path.is_dir() else path
+    file = file_of(path)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such file; give a run folder, a .safetensors or a .ckpt file")
     return file
