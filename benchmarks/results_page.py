@@ -70,12 +70,15 @@ class Study:
         return [row for row in self.comparisons[0].rows if row.gain]
 
     def alone(self, **settings: object) -> Summary:
-        """The accuracy of the student alone in the experiment with these settings; `__` stands for a dot."""
+        """The accuracy of the student alone in the one experiment with these settings; `__` is a dot.
+
+        Raises KeyError if there is none, or another.
+        """
         wanted = {name.replace("__", "."): value for name, value in settings.items()}
-        for comparison in self.comparisons:
-            if wanted.items() <= comparison.experiment.settings.items():
-                return comparison.rows[0].last
-        raise KeyError(f"{self.name}: no experiment with {wanted}")
+        found = [c.rows[0].last for c in self.comparisons if wanted.items() <= c.experiment.settings.items()]
+        if len(found) != 1:
+            raise KeyError(f"{self.name}: {len(found)} experiments with {wanted}")
+        return found[0]
 
     def count(self, outcome: str) -> int:
         """How many of `arms` have that verdict: real, hurts, no evidence."""

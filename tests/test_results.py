@@ -61,6 +61,15 @@ def test_the_archive_is_reported_as_its_runs_were(study):
     assert study.count("real") + study.count("hurts") + study.count("no evidence") == 12
 
 
+def test_the_student_alone_is_found_by_settings_that_only_its_experiment_has(study, monkeypatch):
+    assert study.alone(student__embed_dim=32) == study.rows["student alone"].last
+    with pytest.raises(KeyError, match="0 experiments"):
+        study.alone(student__embed_dim=31)
+    monkeypatch.setattr(study, "comparisons", 2 * study.comparisons)
+    with pytest.raises(KeyError, match="2 experiments"):
+        study.alone(student__embed_dim=32)
+
+
 def test_lost_images_are_the_teachers_that_the_student_has_wrong(study):
     label = "encoder kl, alpha 0.5"
     taught = study.rows[label].arm.runs[3].path
